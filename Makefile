@@ -1,0 +1,47 @@
+# Two commands do everything on a machine that has Python, pip and make:
+#   make demo    train the small demonstration (minutes, no network after the installation)
+#   make test    run the tests
+# The first call makes .venv and installs into it what constraints.txt pins; a second call installs nothing.
+# make test PYTHON=/path/to/python uses another environment as it is and installs nothing into it.
+
+VENV := .venv
+TEST_PROCESSES ?= 2
+DEMO_OPTIONS ?=
+TEST_OPTIONS ?=
+
+ifeq ($(origin PYTHON), undefined)
+  PYTHON := $(VENV)/bin/python
+  INSTALLED := $(VENV)/.installed
+else
+  INSTALLED :=
+endif
+
+# The checkout is importable in an environment that it was not installed into; one thread a test process.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export TOKENIZERS_PARALLELISM := false
+test test-slow: export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)
+	$(PYTHON) scripts/demo.py $(DEMO_OPTIONS)
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) $(TEST_OPTIONS)
+
+test-slow: $(INSTALLED)
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) -m slow $(TEST_OPTIONS)
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# Without .venv/.installed (a first call, a changed pin, an installation that was cut off) pip brings .venv up to date.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs/demo build dist .pytest_cache .ruff_cache
+	find hf_v0init scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,162 @@
+"""The flags. `V0InitArguments` alone for people with their own argument classes, or joined to transformers' own."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .errors import InputError
+from .strategies import DEFAULT_SCALE, STRATEGIES
+from .warmup_equivalence import compute_scale_for_warmup, require_scale
+
+STATISTICS = ("per_sample", "per_step")
+
+
+@dataclass
+class V0InitArguments:
+    """How Adam's second moment starts. Equations: Abuduweili & Liu, arXiv 2412.02153.
+
+    Raises:
+        InputError: (a ValueError) naming the value, what is allowed and the remedy.
+    """
+
+    v0_init: str = field(
+        default="zeros",
+        metadata={
+            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2] over training "
+            "samples, eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' "
+            "(v0 = scale * g0^2 of the first batch, GI-Adam). Default: zeros.",
+            "choices": list(STRATEGIES),
+        },
+    )
+    v0_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven and "
+            "first_gradient. Excludes --v0_warmup_steps."
+        },
+    )
+    v0_num_samples: int = field(
+        default=5000,
+        metadata={
+            "help": "Number of random training samples from which data_driven estimates E[g^2] (eq. 10), counted over all "
+            "processes. More than the data set has: all are used. Default: 5000 samples."
+        },
+    )
+    v0_statistic: str = field(
+        default="per_sample",
+        metadata={
+            "help": "Whose square data_driven takes: 'per_sample', E[g^2] of single samples (eq. 10), or 'per_step', E[g_B^2] of "
+            "this run's effective batch of B samples, mean^2 + Var/B, at which Adam's second moment settles. "
+            "Default: per_sample.",
+            "choices": list(STATISTICS),
+        },
+    )
+    v0_stats_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples a forward-backward of the statistics pass. E[g^2] is mean^2 + b*Var over batches of size b, exact at 1. "
+            "Default: per_device_train_batch_size, at most v0_num_samples / 64."
+        },
+    )
+    v0_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the random v0 (eq. 11) and of the choice of samples (eq. 10). Default: the value of --seed."
+        },
+    )
+    v0_one_dimensional: bool = field(
+        default=False,
+        metadata={
+            "help": "Give biases and norm weights a v0 too, as the paper's Algorithm 2; by its text (default) only tensors of "
+            "two or more dimensions get one. Default: False."
+        },
+    )
+    v0_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the scale so that the closed-form multiplier m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)) reaches "
+            "0.9 at this optimizer step: scale = 0.2346 * (beta2^-t - 1). For data_driven and first_gradient. "
+            "Excludes --v0_scale. Default: none."
+        },
+    )
+    v0_fan_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the random v0 (eq. 11): 1 is the paper's formula, 2 the authors' code (a squared Xavier-normal draw). "
+            "Dimensionless. Default: 1."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, then let the next class of the inheritance order check its own."""
+        self._require_valid_v0()
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _require_valid_v0(self) -> None:
+        self.v0_init = getattr(self.v0_init, "value", self.v0_init)
+        if self.v0_init not in STRATEGIES:
+            raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.v0_statistic not in STATISTICS:
+            raise InputError(f"v0_statistic={self.v0_statistic!r}: choose one of {', '.join(STATISTICS)}")
+        if self.v0_scale is not None and self.v0_warmup_steps is not None:
+            raise InputError(
+                f"v0_scale={self.v0_scale} and v0_warmup_steps={self.v0_warmup_steps} both set the size of v0: give one"
+            )
+        if self.v0_scale is not None:
+            self.v0_scale = require_scale(_require_number("v0_scale", self.v0_scale))
+        self.v0_fan_factor = _require_number("v0_fan_factor", self.v0_fan_factor)
+        if not (math.isfinite(self.v0_fan_factor) and self.v0_fan_factor > 0):
+            raise InputError(
+                f"v0_fan_factor={self.v0_fan_factor}: must be a finite number > 0; 1 (paper) or 2 (its code)"
+            )
+        self._require_count("v0_num_samples", "5000 samples is the paper's number")
+        if self.v0_stats_batch_size is not None:
+            self._require_count("v0_stats_batch_size", "1 is exact")
+        if self.v0_warmup_steps is not None:
+            self._require_count("v0_warmup_steps", "for no v0 use v0_init=zeros")
+            if self.v0_init in ("random", "zeros"):
+                raise InputError(
+                    f"v0_warmup_steps={self.v0_warmup_steps} with v0_init={self.v0_init}: the closed form relates v0 to E[g^2], "
+                    "which only data_driven and first_gradient do; use one of them, or v0_scale"
+                )
+        if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
+            raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
+
+    def _require_count(self, name: str, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value}: must be a whole number >= 1; {remedy}")
+
+    def get_v0_scale(self, beta2: float) -> float:
+        """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default."""
+        if self.v0_warmup_steps is not None:
+            return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
+        return DEFAULT_SCALE[self.v0_init] if self.v0_scale is None else self.v0_scale
+
+
+def _require_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name}={value!r}: must be a number")
+    return float(value)
+
+
+@dataclass
+class V0InitTrainingArguments(V0InitArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with the v0 flags of `V0InitArguments`."""
+
+
+@dataclass
+class V0InitSeq2SeqTrainingArguments(V0InitArguments, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with the v0 flags of `V0InitArguments`."""
+
+
+def read_v0_arguments(arguments: Any) -> V0InitArguments:
+    """Take the v0 flags out of any object that has them as attributes; missing ones get their default."""
+    if isinstance(arguments, V0InitArguments):
+        return arguments
+    names = V0InitArguments.__dataclass_fields__
+    return V0InitArguments(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})

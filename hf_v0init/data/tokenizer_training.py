@@ -1,0 +1,146 @@
+"""Tokenizers trained on the run's own text: byte-level BPE, and whole words for PTB-like corpora.
+
+Both come back as `PreTrainedTokenizerFast`, so they save, load and push like any other tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import InputError
+
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)  # ids 0, 1, 2, 3
+NUM_BYTES = 256
+
+
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, *, for_translation: bool) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: no text is unknown to it and `decode(encode(x)) == x`.
+
+    Args:
+        texts: the training text, read once; for a joint vocabulary, both languages.
+        vocab_size: number of entries, special tokens and the 256 bytes included; a small corpus gives fewer.
+        for_translation: append `</s>` to every encoding (both sides), and let a word at the beginning of a
+            text be the same token as in the middle of it. Without it, as GPT-2 has it: nothing is appended.
+
+    Returns:
+        A tokenizer with `<pad>`, `<s>`, `</s>`, `<unk>` as ids 0 to 3. The round trip holds with
+        `skip_special_tokens=True`, for texts that do not contain these four literally.
+
+    Raises:
+        InputError: `vocab_size` below 260, or no text.
+    """
+    smallest = NUM_BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise InputError(
+            f"a vocabulary of {vocab_size} is too small for byte-level BPE: it needs at least {smallest} "
+            f"({NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens); raise --vocab_size"
+        )
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if for_translation:
+        # A space before every text, and off again when decoding: unlike `add_prefix_space` this is
+        # unconditional, so that texts which begin with a space survive the round trip too.
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.train_from_iterator(
+        _require_text(texts),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    if for_translation:
+        _append_end_of_text(tokenizer)
+    return _wrap(tokenizer)
+
+
+def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of whole words, split at white space: the vocabulary of a corpus such as PTB.
+
+    Every encoding ends with `</s>`, the end-of-line word that word-level perplexities count by convention.
+
+    Args:
+        texts: the training text, one line or document each, read once.
+        vocab_size: number of entries, the 4 special tokens included; the most frequent words are kept.
+
+    Returns:
+        A tokenizer with `<pad>`, `<s>`, `</s>`, `<unk>` as ids 0 to 3. A literal `<unk>` in the text is the
+        unknown word. `decode` joins the words by single spaces.
+
+    Raises:
+        InputError: `vocab_size` leaves no room for a word, or no text.
+    """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise InputError(
+            f"a vocabulary of {vocab_size} leaves no room for words beside the {len(SPECIAL_TOKENS)} special "
+            "tokens; raise --vocab_size"
+        )
+    counts = Counter(word for text in _require_text(texts) for word in text.split())
+    for special_token in SPECIAL_TOKENS:
+        counts.pop(special_token, None)
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL_TOKENS)]
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    _append_end_of_text(tokenizer)
+    return _wrap(tokenizer)
+
+
+def train_on_main_process(
+    train: Callable[[], PreTrainedTokenizerFast],
+) -> PreTrainedTokenizerFast:
+    """Call `train` on the main process only and return its tokenizer on every process; writes no file.
+
+    Raises:
+        InputError: on every process, whatever `train` raised of it.
+    """
+    outcome: list = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = train()
+        except InputError as error:
+            outcome[0] = error
+    if PartialState().num_processes > 1:
+        broadcast_object_list(outcome, from_process=0)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _require_text(texts: Iterable[str]) -> Iterable[str]:
+    """`texts` unchanged, but an `InputError` at the end if nothing but white space came by."""
+    found = False
+    for text in texts:
+        found = found or (text != "" and not text.isspace())
+        yield text
+    if not found:
+        raise InputError("there is no text to train a tokenizer on; check the training file and its text column")
+
+
+def _append_end_of_text(tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B:1 {EOS}:1", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,304 @@
+"""From settings to a written v0: which parameters, which numbers, into which state. Knows no Trainer.
+
+Each `write_...` function builds every state aside and puts them into the optimizer at the very end, so an exception or
+an interrupt on the way leaves the optimizer as it was.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .arguments import V0InitArguments
+from .errors import InputError
+from .gradient_statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, raise_together, reduce_sums
+from .optimizer_state import create_state, find_layout, is_untouched, read_second_moment, unwrap_optimizer, write_states
+from .report import V0Report, collect_versions
+from .sharding import clean_parameter_name, draw_standard_normal_, find_local_part
+from .strategies import compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
+
+RATIO_SAMPLES = 4096  # elements a tensor from which medians are taken
+
+# Runs forward and backward over the pass's batches and hands each gradient to a visitor; see `visit_gradients`.
+RunPass = Callable[[list[tuple[str, nn.Parameter]], Callable], PassCounts]
+
+
+@dataclass
+class V0Plan:
+    """What will be written: the parameters that get a v0 (clean name, parameter, its group) and the names that do not."""
+
+    parameters: list[tuple[str, nn.Parameter, dict]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    skipped_elements: int = 0
+
+    @property
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that get a v0, as (clean name, parameter)."""
+        return [(name, parameter) for name, parameter, _ in self.parameters]
+
+    @property
+    def beta2(self) -> float | None:
+        """The second-moment decay of the first group that gets a v0."""
+        betas = self.parameters[0][2].get("betas") if self.parameters else None
+        return None if betas is None else float(betas[1])
+
+
+def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Plan:
+    """Decide which of the optimizer's parameters get a v0.
+
+    Raises:
+        InputError: the optimizer has no second moment that is known here, a parameter is on the meta device, or no parameter
+            is left to initialise.
+    """
+    find_layout(optimizer)
+    groups = {id(p): group for group in unwrap_optimizer(optimizer).param_groups for p in group["params"]}
+    plan = V0Plan()
+    for name, parameter in model.named_parameters():
+        name = clean_parameter_name(name)
+        group = groups.get(id(parameter))
+        if group is None or not parameter.requires_grad:
+            continue
+        if parameter.is_meta:
+            raise InputError(
+                f"parameter {name!r} is on the meta device, where a v0 written now would be lost; load or materialise the weights "
+                "before building the Trainer"
+            )
+        if takes_v0(tuple(parameter.shape), one_dimensional) and parameter.is_floating_point():
+            plan.parameters.append((name, parameter, group))
+        else:
+            plan.skipped.append(name)
+            plan.skipped_elements += parameter.numel()
+    if not plan.parameters:
+        raise InputError(
+            "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a "
+            "v0 to; set v0_one_dimensional=True to include vectors, or v0_init=zeros"
+        )
+    return plan
+
+
+def write_random_v0(optimizer, plan: V0Plan, arguments: V0InitArguments, seed: int) -> V0Report:
+    """Draw the random v0 (eq. 11) and write it. The numbers depend on seed, name, shape and nothing else."""
+    start = time.perf_counter()
+    scale = arguments.get_v0_scale(plan.beta2 or 0.0)
+    states = {}
+    with torch.no_grad():
+        for name, parameter, group in plan.parameters:
+            state = create_state(optimizer, parameter, group)
+            local, full_shape, offset = find_local_part(state[find_layout(optimizer).second_moment])
+            draw_standard_normal_(
+                local,
+                name=name,
+                seed=seed,
+                full_shape=full_shape,
+                offset=offset,
+                transform=lambda z, shape=full_shape: compute_random_v0_(z, shape, scale, arguments.v0_fan_factor),
+            )
+            states[parameter] = state
+    report = _compose_report(optimizer, plan, arguments, seed, states, scale)
+    report.fan_factor = arguments.v0_fan_factor
+    write_states(optimizer, states)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def write_data_driven_v0(
+    optimizer,
+    plan: V0Plan,
+    arguments: V0InitArguments,
+    seed: int,
+    run_pass: RunPass,
+    effective_batch_size: float,
+) -> V0Report:
+    """Estimate E[g^2] and write scale * E[g^2] (eq. 10).
+
+    The sums of the pass live in the future state's own `exp_avg` and `exp_avg_sq`; where these are narrower than fp32, in
+    fp32 buffers instead, since running sums in bf16 lose a fifth over a thousand batches.
+
+    Args:
+        run_pass: see `RunPass`; its counts are this process's.
+        effective_batch_size: samples of one optimizer step over all processes, B of `v0_statistic="per_step"`.
+
+    Raises:
+        InputError: what the pass raises, on every process; gradients that are not finite.
+    """
+    start = time.perf_counter()
+    scale = arguments.get_v0_scale(plan.beta2 or 0.0)
+    states, sums = _create_states_and_sums(optimizer, plan)
+    counts = _run_together(run_pass, plan, make_sum_visitor(sums))
+    counts = reduce_sums([tensor for pair in sums.values() for tensor in pair], counts)
+    batch_size = 1.0 if arguments.v0_statistic == "per_sample" else effective_batch_size
+    layout = find_layout(optimizer)
+    ratios, without_gradient = [], []
+    with torch.no_grad():
+        for name, parameter, _ in plan.parameters:
+            grad_sum, grad_sq_sum = sums.pop(parameter)
+            ratios.append(
+                _sample_ratio_to_step(grad_sum, grad_sq_sum, counts, batch_size, effective_batch_size) * scale
+            )
+            mean_sq = compute_grad_sq_mean_(grad_sum, grad_sq_sum, counts, batch_size)
+            v0 = compute_data_driven_v0_(mean_sq, scale)
+            if not bool(v0.any()):
+                without_gradient.append(name)
+            if v0 is not states[parameter].get(layout.second_moment):
+                states[parameter][layout.second_moment] = v0.to(parameter.dtype)
+                states[parameter][layout.first_moment] = torch.zeros_like(parameter)
+            else:
+                grad_sum.zero_()
+    report = _compose_report(optimizer, plan, arguments, seed, states, scale)
+    report.statistic = arguments.v0_statistic
+    report.num_samples_requested = arguments.v0_num_samples
+    report.effective_batch_size = effective_batch_size
+    report.measured_ratio = _median(torch.cat(ratios))
+    report.without_gradient = without_gradient
+    report.num_samples, report.num_batches, report.mean_loss = counts.num_samples, counts.num_batches, counts.mean_loss
+    write_states(optimizer, states)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def write_first_gradient_v0(
+    optimizer, plan: V0Plan, arguments: V0InitArguments, seed: int, run_pass: RunPass, num_processes: int = 1
+) -> V0Report:
+    """Write scale * g0^2, g0 the gradient of the first optimizer step's batch over all processes.
+
+    `run_pass` runs this process's micro-batches of that step with losses scaled so that their gradients add up to the
+    process's gradient; processes are averaged, as DDP does.
+    """
+    start = time.perf_counter()
+    scale = arguments.get_v0_scale(plan.beta2 or 0.0)
+    states, sums = _create_states_and_sums(optimizer, plan, square=False)
+    layout = find_layout(optimizer)
+
+    def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
+        sums[parameter][0].add_(gradient.detach().to(sums[parameter][0].dtype))
+
+    counts = _run_together(run_pass, plan, visit)
+    counts = reduce_sums([pair[0] for pair in sums.values()], counts)
+    without_gradient = []
+    with torch.no_grad():
+        for name, parameter, _ in plan.parameters:
+            v0 = compute_first_gradient_v0_(sums.pop(parameter)[0].div_(num_processes), scale)
+            if not bool(v0.any()):
+                without_gradient.append(name)
+            states[parameter][layout.second_moment] = v0.to(parameter.dtype)
+    report = _compose_report(optimizer, plan, arguments, seed, states, scale)
+    report.without_gradient = without_gradient
+    report.num_samples, report.num_batches = counts.num_samples, counts.num_batches
+    write_states(optimizer, states)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def measure_ratio_to_gradients(optimizer, plan: V0Plan, run_pass: RunPass) -> float | None:
+    """Measure v0 / g^2 on one batch: the median over up to 4,096 elements a tensor whose gradient is not zero.
+
+    The optimizer's written second moment is read, not changed. None if no gradient is different from zero.
+    """
+    ratios = []
+
+    def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
+        v0 = read_second_moment(optimizer, parameter)
+        taken, squared = _take(find_local_part(v0)[0]), _take(find_local_part(gradient)[0]).square()
+        nonzero = squared > 0
+        ratios.append((taken[nonzero] / squared[nonzero]).cpu())
+
+    _run_together(run_pass, plan, visit)
+    return _median(torch.cat(ratios)) if ratios else None
+
+
+def require_fresh_optimizer(optimizer) -> None:
+    """Raise `InputError` if the optimizer already holds state, which a v0 would overwrite."""
+    if not is_untouched(optimizer):
+        raise InputError(
+            "the optimizer already holds state (it has made steps or loaded them): v0 is written only before that"
+        )
+
+
+def _create_states_and_sums(optimizer, plan: V0Plan, square: bool = True):
+    layout = find_layout(optimizer)
+    states, sums = {}, {}
+    for _, parameter, group in plan.parameters:
+        state = create_state(optimizer, parameter, group)
+        if parameter.dtype in (torch.float32, torch.float64):
+            # g0 of first_gradient is summed where it will stand; the two sums of data_driven in the two moments.
+            keys = (layout.first_moment, layout.second_moment) if square else (layout.second_moment,)
+            sums[parameter] = tuple(state[key] for key in keys)
+        else:
+            for key in (layout.first_moment, layout.second_moment) if square else ():
+                del state[key]  # comes back in the parameter's dtype when the sums are done
+            sums[parameter] = tuple(torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2 if square else 1))
+        states[parameter] = state
+    return states, sums
+
+
+def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCounts:
+    """Run the pass; an exception on one process is raised on all, an interrupt only where it happened."""
+    counts, error = PassCounts(), None
+    try:
+        counts = run_pass(plan.named_parameters, visit)
+    except Exception as exception:  # the others must hear of it before they wait for this process
+        error = exception
+    raise_together(error)
+    return counts
+
+
+def _take(tensor: torch.Tensor) -> torch.Tensor:
+    """Take up to 4,096 evenly spaced elements, in fp32."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // RATIO_SAMPLES)].float()
+
+
+def _sample_ratio_to_step(
+    grad_sum: torch.Tensor, grad_sq_sum: torch.Tensor, counts: PassCounts, batch_size: float, step_batch_size: float
+) -> torch.Tensor:
+    """E[g_B^2] of the chosen statistic over that of one optimizer step, for some elements of the tensor."""
+    pairs = [(_take(find_local_part(t)[0]).clone()) for t in (grad_sum, grad_sq_sum)]
+    of_step = compute_grad_sq_mean_(pairs[0].clone(), pairs[1].clone(), counts, step_batch_size)
+    chosen = compute_grad_sq_mean_(pairs[0], pairs[1], counts, batch_size)
+    nonzero = of_step > 0
+    return (chosen[nonzero] / of_step[nonzero]).cpu()
+
+
+def _median(values: torch.Tensor) -> float | None:
+    return float(values.median()) if values.numel() else None
+
+
+def _compose_report(
+    optimizer, plan: V0Plan, arguments: V0InitArguments, seed: int, states: dict, scale: float
+) -> V0Report:
+    """Compute the figures of the states about to be written; refuse any that is not finite."""
+    key = find_layout(optimizer).second_moment
+    report = V0Report(
+        strategy=arguments.v0_init,
+        scale=scale,
+        seed=seed,
+        one_dimensional=arguments.v0_one_dimensional,
+        warmup_steps=arguments.v0_warmup_steps,
+        beta2=plan.beta2,
+        num_parameters_with_v0=len(plan.parameters),
+        num_parameters_without_v0=len(plan.skipped),
+        num_elements_without_v0=plan.skipped_elements,
+        versions=collect_versions(),
+    )
+    total = 0.0
+    for name, parameter, _ in plan.parameters:
+        local = find_local_part(states[parameter][key])[0]
+        mean, low, high = (
+            torch.stack([local.mean(dtype=torch.float32), local.min().float(), local.max().float()]).tolist()
+            if local.numel()
+            else (0.0, 0.0, 0.0)
+        )
+        if not all(abs(value) < float("inf") for value in (mean, low, high)):  # False for NaN as well
+            raise InputError(
+                f"v0 of parameter {name!r} is not finite (mean {mean}, max {high}): a gradient of the statistics pass was NaN or "
+                "infinite. Look at the data and the precision (bf16 rather than fp16), or use v0_init=random"
+            )
+        report.parameters[name] = {"mean": mean, "min": low, "max": high, "shape": list(parameter.shape)}
+        total += mean * parameter.numel()
+        report.num_elements_with_v0 += parameter.numel()
+    report.v0_mean = total / max(1, report.num_elements_with_v0)
+    report.v0_min = min(figures["min"] for figures in report.parameters.values())
+    report.v0_max = max(figures["max"] for figures in report.parameters.values())
+    return report

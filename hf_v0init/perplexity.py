@@ -1,0 +1,75 @@
+"""Perplexity of a causal language model, exactly: every target token counts once and counts the same.
+
+The Trainer averages the means of batches, which weighs a token by the batch that it happens to be in, and with
+several processes the last batch is filled up with samples that have already been counted. Here the sums of the
+rows are gathered without the fill-up and divided at the end.
+"""
+
+import math
+
+import torch
+from torch.nn import functional
+from transformers.trainer_utils import EvalLoopOutput
+
+
+def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over each row what its tokens cost: position i of `logits` is the forecast of token i + 1 of `labels`.
+
+    Args:
+        logits: shape (rows, positions, vocabulary), any floating dtype.
+        labels: shape (rows, positions), the tokens; -100 where a token is no target.
+
+    Returns:
+        Shape (rows, 3), float32: the sum of negative log-likelihoods in nats, the number of target tokens,
+        and how many of them were the most likely token.
+    """
+    sums = torch.zeros(labels.shape[0], 3, dtype=torch.float32, device=logits.device)
+    # Row by row: a float32 copy of a whole batch's logits is the largest tensor of many an evaluation.
+    for row, (row_logits, row_labels) in enumerate(zip(logits[:, :-1], labels[:, 1:], strict=True)):
+        row_labels = row_labels.to(logits.device)
+        is_target = row_labels != -100
+        sums[row, 0] = functional.cross_entropy(row_logits.float(), row_labels, reduction="sum")
+        sums[row, 1] = is_target.sum()
+        sums[row, 2] = ((row_logits.argmax(dim=-1) == row_labels) & is_target).sum()
+    return sums
+
+
+def compute_perplexity(total_nll: float, num_tokens: float) -> float:
+    """Return exp(total_nll / num_tokens): nats in, no unit out; NaN without tokens, inf beyond the floats."""
+    if num_tokens == 0:
+        return math.nan
+    try:
+        return math.exp(total_nll / num_tokens)
+    except OverflowError:
+        return math.inf
+
+
+class ExactPerplexityMixin:
+    """Put before a Trainer of a causal language model: its evaluations report exact figures.
+
+    `eval_loss` (nats a target token, without label smoothing), `eval_perplexity`, `eval_accuracy` (the share
+    of target tokens that were the most likely one) and `eval_num_tokens`, over the whole set and all
+    processes. The logits are not kept, so `compute_metrics` gets nothing and is not called.
+    """
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        self._evaluation_sums = torch.zeros(3, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total_nll, num_tokens, num_correct = self._evaluation_sums.tolist()
+        figures = {
+            "loss": total_nll / num_tokens if num_tokens else math.nan,
+            "perplexity": compute_perplexity(total_nll, num_tokens),
+            "accuracy": num_correct / num_tokens if num_tokens else math.nan,
+            "num_tokens": int(num_tokens),
+        }
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = logits[0] if isinstance(logits, tuple | list) else logits
+        sums = self.accelerator.gather_for_metrics(sum_token_losses(logits, labels))
+        self._evaluation_sums += sums.double().sum(dim=0).cpu()
+        return loss, None, None

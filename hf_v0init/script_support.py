@@ -1,0 +1,316 @@
+"""What the training scripts share around the training: arguments, logging, output folder, exit status.
+
+Nothing here knows a task, a model or the Trainer's internals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets.utils import logging as datasets_logging
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from .errors import InputError
+
+CONFIG_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+# How long another process waits for the main one to report the same error first. The launcher ends this
+# process as soon as the main one has exited, so the wait is only served in full if the main one is well.
+SECONDS_FOR_MAIN_PROCESS_TO_REPORT = 10.0
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+class _OneLineParser(HfArgumentParser):
+    """`HfArgumentParser` whose complaints are an `InputError` and whose flags cannot be abbreviated."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(re.sub(r"^argument (--\w+)\S*:", r"\1:", join_lines(message)))
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple:
+    """Read a script's flags into one instance of each of `dataclass_types`.
+
+    Args:
+        dataclass_types: dataclasses whose fields are the flags, as `HfArgumentParser` takes them.
+        argv: `[FILE] --flag value ...`. FILE (.yaml, .yml or .json) holds flags as a flat mapping; flags on
+            the command line override it. In FILE, `1e-3` is a number (plain YAML reads text), `no` is the
+            choice "no" where a flag has such a choice, `null` is None, and lists and mappings are taken
+            where the flag's type has them.
+
+    Returns:
+        A tuple of instances, in the order of `dataclass_types`. `--help` prints and exits with status 0.
+
+    Raises:
+        InputError: FILE is missing or not a mapping; an unknown flag (the closest valid one is named); a
+            value of the wrong type or not among the choices; whatever the dataclasses' own checks refuse.
+    """
+    argv = list(argv)
+    parser = _OneLineParser(dataclass_types, allow_abbrev=False)
+    path, tokens, keys_in_file = None, [], set()
+    if argv and not argv[0].startswith("-"):
+        path = argv.pop(0)
+        values = read_configuration_file(path)
+        tokens = _turn_values_into_flags(parser, dataclass_types, values, path)
+        keys_in_file = set(values)
+
+    overridden = {
+        token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")
+    }
+    try:
+        # Warnings of the dataclasses' own checks stay; what they raise about the values is the user's to fix.
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except InputError as error:
+        flag = re.match(r"--(\w+):", str(error))
+        from_file = flag is not None and flag[1] in keys_in_file - overridden
+        raise InputError(f"{path}: {error}" if from_file else str(error)) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"the JSON value {error.doc!r} cannot be parsed: {error}") from error
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise InputError(join_lines(str(error)) or type(error).__name__) from error
+    if unknown:
+        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
+        if not flag.startswith("-"):
+            raise InputError(
+                f"{flag!r} belongs to no flag: every value follows its --flag (only a file may come first)"
+            )
+        raise InputError(f"unknown flag {flag.split('=')[0]}{_suggest_flag(parser, flag)}")
+    return tuple(parsed)
+
+
+def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a flat YAML or JSON mapping of flags.
+
+    Returns:
+        Flag names (underscores, no leading dashes) to values as the file has them.
+
+    Raises:
+        InputError: another suffix, missing or unreadable file, bad syntax (with its line), no flat mapping.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in CONFIG_FILE_SUFFIXES:
+        raise InputError(
+            f"the first argument, {str(path)!r}, is neither a --flag nor a file of flags (.yaml, .yml, .json)"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"cannot read the file of flags {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the file of flags {path} is not UTF-8 (byte {error.start})") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"the file of flags {path} cannot be parsed: {join_lines(str(error))}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"the file of flags {path} must be a mapping of flag names to values")
+    return {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
+
+
+def _turn_values_into_flags(
+    parser: HfArgumentParser, dataclass_types: Sequence[type], values: dict[str, Any], path: str
+) -> list[str]:
+    """Command-line tokens for the values of a file; what a token cannot carry becomes the flag's default."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    hints = {}
+    for dataclass_type in dataclass_types:
+        hints.update(typing.get_type_hints(dataclass_type))
+    tokens = []
+    for key, value in values.items():
+        if key not in actions:
+            raise InputError(f"{path}: unknown key {key!r}{_suggest_flag(parser, key)}")
+        accepted = {typing.get_origin(t) or t for t in typing.get_args(hints[key]) or (hints[key],)}
+        action = actions[key]
+        if value is None:
+            if type(None) not in accepted:
+                raise InputError(f"{path}: --{key} cannot be null; remove the key or give a value")
+            parser.set_defaults(**{key: None})
+        elif isinstance(value, dict | list):
+            if isinstance(value, list) and typing.get_origin(hints[key]) is list:
+                convert = typing.get_args(hints[key])[0]
+                try:
+                    value = [convert(element) for element in value]
+                except (TypeError, ValueError) as error:
+                    raise InputError(f"{path}: --{key}: {join_lines(str(error))}") from error
+            elif type(value) not in accepted:
+                kind = "list" if isinstance(value, list) else "mapping"
+                raise InputError(f"{path}: --{key}: a {kind} is no value of this flag")
+            parser.set_defaults(**{key: value})
+            action.required = False
+        else:
+            if isinstance(value, bool) and _has_choice_no(action):
+                value = "no" if value is False else value
+            tokens.append(f"--{key}={value}")
+    return tokens
+
+
+def _has_choice_no(action: argparse.Action) -> bool:
+    return action.choices is not None and "no" in [str(getattr(c, "value", c)) for c in action.choices]
+
+
+def _suggest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
+    names = [action.dest for action in parser._actions]
+    name = flag.split("=")[0].lstrip("-").replace("-", "_")
+    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean --{closest[0]}?" if closest else "; --help lists the flags"
+
+
+def join_lines(message: str) -> str:
+    """`message` with every run of white space, line breaks included, as one space."""
+    return " ".join(message.split())
+
+
+# ----------------------------------------------------------------------------------------------- exit status
+
+
+def run_script(main: Callable[[list[str]], Any]) -> None:
+    """Call `main(sys.argv[1:])` and turn bad input into one line on stderr and exit status 2.
+
+    `InputError` ends with `error: ...` and status 2, Ctrl-C with one line and status 130; every other
+    exception is a defect and keeps its traceback. With several processes the main one prints the line;
+    another one prints only if the main process has not failed too (a file that one machine lacks).
+    """
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        _exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        _exit_with_line("interrupted", EXIT_INTERRUPTED)
+
+
+def _exit_with_line(line: str, status: int) -> typing.NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        time.sleep(SECONDS_FOR_MAIN_PROCESS_TO_REPORT)
+        line = f"{line} (process {rank})"
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+# -------------------------------------------------------------------------------------------- output folder
+
+
+def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be written or that holds something else. Creates nothing.
+
+    Args:
+        path: the folder; it need not exist.
+        overwrite: that the folder may hold files (the user asked to overwrite, or the run resumes from it).
+
+    Raises:
+        InputError: not a folder, not writable, or not empty without `overwrite`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the output folder {path} is a file; give another --output_dir")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(
+            f"the output folder {path} is not empty; give another --output_dir or --overwrite_output_dir, "
+            "or resume with --resume_from_checkpoint"
+        )
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the output folder {path} cannot be written ({error.strerror}); give another --output_dir"
+        ) from error
+
+
+def find_checkpoint_to_resume(training_args: TrainingArguments, overwrite: bool) -> str | None:
+    """The checkpoint folder this run continues from, or None for a fresh start; checks the output folder.
+
+    `--resume_from_checkpoint FOLDER` is taken as given and `--resume_from_checkpoint true` means the last
+    checkpoint of the output folder. Without either, an output folder with checkpoints is continued from
+    its last one, unless `overwrite`.
+
+    Raises:
+        InputError: the checkpoint does not exist, or `require_writable_output` refuses the folder.
+    """
+    output_dir = Path(training_args.output_dir)
+    wanted = training_args.resume_from_checkpoint
+    if wanted in ("false", "False", False):
+        wanted = None
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if wanted in ("true", "True", True):
+        if last is None:
+            raise InputError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint-* folder")
+        wanted = last
+    elif wanted is not None and not Path(wanted).is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-* folder, or 'true' "
+            "for the last one of --output_dir"
+        )
+    elif wanted is None and not overwrite:
+        wanted = last
+    require_writable_output(output_dir, overwrite=overwrite or wanted is not None)
+    return wanted
+
+
+def remove_old_checkpoints(output_dir: str | os.PathLike) -> list[str]:
+    """Delete the `checkpoint-*` folders of an earlier run, so that neither resume nor averaging meets them.
+
+    For a fresh run into a folder that the user said may be overwritten; call it on the main process only.
+
+    Returns:
+        The names of the deleted folders, sorted.
+    """
+    output_dir = Path(output_dir)
+    folders = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if output_dir.is_dir() else []
+    folders = [folder for folder in folders if folder.is_dir() and folder.name.split("-")[-1].isdigit()]
+    for folder in folders:
+        shutil.rmtree(folder)
+    return [folder.name for folder in folders]
+
+
+# ---------------------------------------------------------------------------------------------------- logging
+
+
+def start_logging(training_args: TrainingArguments) -> None:
+    """Log to stdout at `--log_level` on the main process and `--log_level_replica` on the others.
+
+    `--log_level passive` (the default) means INFO for the scripts and for transformers, as in transformers'
+    own examples; `datasets` speaks from WARNING on unless a level is given.
+    """
+    if training_args.should_log and training_args.log_level == "passive":
+        transformers_logging.set_verbosity_info()
+    level = training_args.get_process_log_level()
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+        level=level,
+        force=True,
+    )
+    # One handler for everything: transformers' own would write the same lines to stderr.
+    transformers_logging.set_verbosity(level)
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    at_least_warning = max(level, logging.WARNING)
+    datasets_logging.set_verbosity(at_least_warning if training_args.log_level == "passive" else level)
+    for talkative in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(talkative).setLevel(at_least_warning)

@@ -1,0 +1,76 @@
+"""The start values themselves: tensors in, tensors out. Knows no optimizer, no model and no Trainer.
+
+Notation of Abuduweili & Liu, arXiv 2412.02153: g is the gradient of the loss on a sample, v0 the start value of the
+second moment, sigma (here `scale`) its size.
+
+    zeros            v0 = 0                                              stock Adam
+    random           v0 ~ scale / (fan_in + fan_out) * chi^2_1           eq. 11
+    data_driven      v0 = scale * (E[g]^2 + Var[g]) = scale * E[g^2]     eq. 10
+    first_gradient   v0 = scale * g0^2, g0 of the first batch            GI-Adam (Kalra & Barkeshli, 2024)
+"""
+
+import math
+
+import torch
+
+STRATEGIES = ("zeros", "random", "data_driven", "first_gradient")
+
+# The paper's scales (its section 4): 100 for random, 1 for data-driven.
+DEFAULT_SCALE = {"zeros": 0.0, "random": 100.0, "data_driven": 1.0, "first_gradient": 1.0}
+
+
+def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Compute (fan_in, fan_out) as the paper's Algorithm 1 does: size(1) and size(0), times the receptive field.
+
+    The receptive field is prod(shape[2:]), 1 for matrices. A tensor of one dimension, which the paper leaves at zero,
+    acts on each of its n units alone: (1, n). A scalar has (1, 1).
+    """
+    if len(shape) == 0:
+        return 1, 1
+    if len(shape) == 1:
+        return 1, shape[0]
+    receptive_field = math.prod(shape[2:])
+    return shape[1] * receptive_field, shape[0] * receptive_field
+
+
+def compute_random_v0_mean(shape: tuple[int, ...], scale: float, fan_factor: float = 1.0) -> float:
+    """Compute the mean of the random v0 (eq. 11): fan_factor * scale / (fan_in + fan_out), since E[chi^2_1] = 1.
+
+    `fan_factor` 1 is the paper's formula; 2 is the authors' code, which squares a Xavier-normal draw.
+    """
+    fan_in, fan_out = compute_fans(shape)
+    return fan_factor * scale / (fan_in + fan_out)
+
+
+def compute_random_v0_(
+    standard_normal: torch.Tensor, shape: tuple[int, ...], scale: float, fan_factor: float = 1.0
+) -> torch.Tensor:
+    """Turn standard normal draws into a random v0 in place (eq. 11): c * z^2 is c * chi^2_1.
+
+    Args:
+        standard_normal: draws z, floating point, any shape (a whole tensor or a shard of it); overwritten.
+        shape: the shape of the *whole* parameter, from which the fans are taken.
+        scale, fan_factor: see `compute_random_v0_mean`.
+
+    Returns:
+        `standard_normal`, now holding v0 in units of gradient squared.
+    """
+    return standard_normal.square_().mul_(compute_random_v0_mean(shape, scale, fan_factor))
+
+
+def compute_data_driven_v0_(grad_sq_mean: torch.Tensor, scale: float) -> torch.Tensor:
+    """Turn E[g^2] into the data-driven v0 in place (eq. 10): scale * E[g^2]. Returns `grad_sq_mean`."""
+    return grad_sq_mean.mul_(scale)
+
+
+def compute_first_gradient_v0_(first_gradient: torch.Tensor, scale: float) -> torch.Tensor:
+    """Turn the first batch's gradient g0 into v0 in place: scale * g0^2. Returns `first_gradient`."""
+    return first_gradient.square_().mul_(scale)
+
+
+def takes_v0(shape: tuple[int, ...], one_dimensional: bool = False) -> bool:
+    """Whether a parameter of this shape gets a v0: two or more dimensions, or all if `one_dimensional`.
+
+    The paper's text leaves biases and norms at zero; its Algorithm 2 does not.
+    """
+    return one_dimensional or len(shape) >= 2

@@ -1,0 +1,413 @@
+"""The Trainer integration: when v0 is written and when it is not. How it is computed and stored lives elsewhere.
+
+Order in a run: `create_optimizer` checks that the optimizer has a second moment -> accelerate prepares model and optimizer
+-> a checkpoint is loaded -> `on_train_begin` writes v0, once, if this run starts from nothing -> first step.
+
+| at `on_train_begin` | what happens |
+| --- | --- |
+| new run, optimizer without state | v0 is written |
+| resumed, optimizer state loaded | the checkpoint's state stands; differing v0 settings are named in a warning |
+| resumed from a `save_only_model` checkpoint (no optimizer state) | v0 is written anew at the loaded weights, with a warning |
+| second `train()` on the same Trainer (state of the first call) | the state stands, as in the stock Trainer |
+"""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from .arguments import V0InitArguments, read_v0_arguments
+from .errors import InputError
+from .gradient_statistics import PassCounts, StatisticsBatch, visit_gradients
+from .initialization import (
+    measure_ratio_to_gradients,
+    plan_v0,
+    write_data_driven_v0,
+    write_first_gradient_v0,
+    write_random_v0,
+)
+from .model_card import V0_TAGS, add_v0_section
+from .optimizer_state import find_layout, is_untouched
+from .report import V0Report, read_report, write_report
+from .run_preservation import preserve_rng
+from .statistics_batches import (
+    SampledBatches,
+    choose_batch_size,
+    choose_samples,
+    iterate_streamed_batches,
+    require_reiterable,
+)
+
+logger = logging.getLogger("hf_v0init")
+
+FP16_LOSS_SCALE = 1024.0  # keeps fp16 gradients of the pass out of the subnormal range; divided out again
+
+
+class _WriteV0(TrainerCallback):
+    """Calls back into its Trainer when everything is prepared and loaded and no step has been made."""
+
+    def __init__(self, trainer: "V0InitMixin") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin_with_v0(kwargs.get("train_dataloader"))
+
+
+class V0InitMixin:
+    """Gives any `transformers.Trainer` subclass a v0: `class MyTrainer(V0InitMixin, TheirTrainer)`.
+
+    The settings are read from `args` where it has the `v0_...` fields, or from `v0_arguments`.
+
+    Args:
+        v0_arguments: a `V0InitArguments`, for argument classes without the flags.
+
+    Raises:
+        InputError: (a ValueError) on settings or an optimizer that cannot be used, before any training.
+    """
+
+    def __init__(self, *args, v0_arguments: V0InitArguments | None = None, **kwargs) -> None:
+        self._v0_report: dict | None = None
+        self._v0_resumed_from: str | None = None
+        self._v0_given_arguments = v0_arguments
+        super().__init__(*args, **kwargs)
+        _show_messages(self.args)
+        self.add_callback(_WriteV0(self))
+
+    # ---- what users call -------------------------------------------------------------------------------------------
+
+    @property
+    def v0_arguments(self) -> V0InitArguments:
+        """The v0 settings of this Trainer."""
+        return self._v0_given_arguments or read_v0_arguments(self.args)
+
+    def get_v0_report(self) -> dict | None:
+        """Return what was done about v0, as in `v0_init.json`; None before training and for `v0_init=zeros`."""
+        return copy.deepcopy(self._v0_report)
+
+    def get_v0_effective_batch_size(self) -> float:
+        """Return the samples of one optimizer step: per-device batch x accumulation x data-parallel processes."""
+        return float(self.get_total_train_batch_size(self.args))
+
+    # ---- what the Trainer calls --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args, **kwargs):
+        """Create the optimizer as the Trainer does, and refuse it now if no v0 could be written into it later."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.v0_arguments.v0_init != "zeros":
+            self._require_supported_run()
+            find_layout(optimizer)
+            self._require_beta2(optimizer)
+            if self.v0_arguments.v0_init != "random":
+                self._require_readable_data()
+        return optimizer
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train as the Trainer does; v0 is written once before the first step of a new run, and never on resume."""
+        self._v0_resumed_from = (
+            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        ) or None
+        if self._v0_resumed_from is not None and self.args.process_index == 0:
+            read_report(self._v0_resumed_from)  # a damaged record is an error before any time is spent
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the Trainer does, and `v0_init.json` beside it."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self._v0_report is not None and self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            os.makedirs(folder, exist_ok=True)
+            write_report(self._v0_report, folder)
+
+    def create_model_card(self, *args, tags=None, **kwargs) -> None:
+        """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`."""
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(*args, tags=tags + [tag for tag in V0_TAGS if tag not in tags], **kwargs)
+        path = os.path.join(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(add_v0_section(text, self._v0_report))
+
+    # ---- when v0 is written ------------------------------------------------------------------------------------------
+
+    def _begin_with_v0(self, train_dataloader) -> None:
+        """Decide at `on_train_begin`; see the table at the top of this file."""
+        if self.v0_arguments.v0_init == "zeros":
+            return
+        self._require_supported_run()
+        resumed = self.state.global_step > 0
+        if resumed and not is_untouched(self.optimizer):
+            self._take_over_checkpoint()
+            return
+        if not is_untouched(self.optimizer):
+            logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
+            return
+        if resumed:
+            logger.warning(
+                f"the checkpoint at step {self.state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
+                "anew: v0 is written at the loaded weights"
+            )
+        report = self._write_v0(train_dataloader)
+        report.global_step = self.state.global_step
+        report.num_processes = self.args.world_size
+        report.add_expectation(self.state.max_steps)
+        self._v0_report = report.to_dict()
+        for line in report.describe():
+            logger.info(line)
+        warning = report.find_warning()
+        if warning is not None:
+            logger.warning(warning)
+
+    def _take_over_checkpoint(self) -> None:
+        """Keep the loaded state; carry its record along and name the settings that differ from this run's."""
+        stored = read_report(self._v0_resumed_from) if self._v0_resumed_from else None
+        if stored is None:
+            logger.warning(
+                f"the checkpoint {self._v0_resumed_from} has no record of a v0 (v0_init.json): its optimizer state stands as it is, "
+                f"and v0_init={self.v0_arguments.v0_init} has no effect on this resumed run"
+            )
+            return
+        self._v0_report = stored
+        arguments = self.v0_arguments
+        scale = arguments.get_v0_scale(_get_beta2(self.optimizer))
+        now = V0Report(
+            strategy=arguments.v0_init,
+            scale=scale,
+            seed=self._get_v0_seed(),
+            one_dimensional=arguments.v0_one_dimensional,
+            fan_factor=arguments.v0_fan_factor if arguments.v0_init == "random" else 1.0,
+        )
+        if arguments.v0_init == "data_driven":
+            now.statistic, now.num_samples_requested = arguments.v0_statistic, arguments.v0_num_samples
+            now.stats_batch_size = arguments.v0_stats_batch_size or stored.get("stats_batch_size")
+        differences = now.find_differences(stored)
+        if differences:
+            logger.warning(
+                "v0 settings differ from the checkpoint's, whose optimizer state stands: " + "; ".join(differences)
+            )
+
+    def _write_v0(self, train_dataloader) -> V0Report:
+        arguments, seed = self.v0_arguments, self._get_v0_seed()
+        plan = plan_v0(self.optimizer, self.model, arguments.v0_one_dimensional)
+        with self._preserve_bookkeeping():
+            if arguments.v0_init == "random":
+                report = write_random_v0(self.optimizer, plan, arguments, seed)
+                if self._can_measure():
+                    report.measured_ratio = measure_ratio_to_gradients(
+                        self.optimizer,
+                        plan,
+                        lambda named, visit: self._run_statistics_pass(named, visit, num_batches=1),
+                    )
+                return report
+            if arguments.v0_init == "first_gradient":
+                return write_first_gradient_v0(
+                    self.optimizer,
+                    plan,
+                    arguments,
+                    seed,
+                    lambda named, visit: self._run_first_step(named, visit, train_dataloader),
+                    num_processes=self.args.world_size,
+                )
+            report = write_data_driven_v0(
+                self.optimizer, plan, arguments, seed, self._run_statistics_pass, self.get_v0_effective_batch_size()
+            )
+            report.stats_batch_size = self._choose_stats_batch_size()
+            return report
+
+    def _get_v0_seed(self) -> int:
+        return self.args.seed if self.v0_arguments.v0_seed is None else self.v0_arguments.v0_seed
+
+    # ---- the gradients, through the Trainer's own loss ------------------------------------------------------------------
+
+    def _choose_stats_batch_size(self) -> int:
+        arguments = self.v0_arguments
+        num_samples = arguments.v0_num_samples
+        with contextlib.suppress(TypeError):
+            num_samples = min(num_samples, len(self.train_dataset))
+        return choose_batch_size(arguments.v0_stats_batch_size, self._train_batch_size, num_samples)
+
+    def _make_statistics_batches(self, num_batches: int | None):
+        """Make this process's batches of the pass, and say how many there are (None for a stream)."""
+        arguments, seed, dataset = self.v0_arguments, self._get_v0_seed(), self.train_dataset
+        rank, world_size = self.args.process_index, self.args.world_size
+        batch_size = self._choose_stats_batch_size()
+        num_samples = arguments.v0_num_samples
+        if num_batches is not None:
+            num_samples = min(num_samples, batch_size * num_batches * world_size)
+        try:
+            import datasets
+
+            is_arrow = isinstance(dataset, datasets.Dataset)
+        except ImportError:
+            is_arrow = False
+        if is_arrow:
+            dataset, collate = self._remove_unused_columns(dataset, description="training"), self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            return iterate_streamed_batches(dataset, collate, num_samples, batch_size, seed, rank, world_size), None
+        if num_batches is None and num_samples > len(dataset):
+            logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
+        samples = choose_samples(len(dataset), num_samples, seed)
+        batches = SampledBatches(dataset, collate, samples, batch_size, seed, rank, world_size)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
+        return loader, len(batches)
+
+    def _run_statistics_pass(self, named_parameters, visit, num_batches: int | None = None) -> PassCounts:
+        """Run the pass over random training samples through `compute_loss`, on this process's batches."""
+        batches, total = self._make_statistics_batches(num_batches)
+        hidden = self.args.disable_tqdm or self.args.process_index != 0 or num_batches is not None
+        bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
+        with bar, self._count_items_locally():
+            return visit_gradients(
+                self.model,
+                named_parameters,
+                batches,
+                self._compute_statistics_loss,
+                visit,
+                seed=self._get_v0_seed(),
+                loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
+                on_batch=lambda batch: bar.update(1),
+            )
+
+    def _compute_statistics_loss(self, model, batch) -> torch.Tensor:
+        """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
+        num_items = self._get_num_items_in_batch([batch], self.args.device)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items)
+        return loss.mean() if loss.dim() > 0 else loss
+
+    def _run_first_step(self, named_parameters, visit, train_dataloader) -> PassCounts:
+        """Run the micro-batches that the first optimizer step will see, with the dropout it will see."""
+        with preserve_rng():
+            iterator = iter(train_dataloader)
+            try:
+                micro_batches, num_items = self.get_batch_samples(
+                    iterator, self.args.gradient_accumulation_steps, self.args.device
+                )
+                if not micro_batches:
+                    raise InputError("the training data set is empty, so there is no first gradient to take v0 from")
+                scaled = self.loss_is_scaled_for_ga
+                if scaled is None:
+                    scaled = (
+                        self.model_accepts_loss_kwargs and num_items is not None
+                    ) or self.compute_loss_func is not None
+                divisor = 1 if scaled else len(micro_batches)
+
+                def compute_loss(model, inputs) -> torch.Tensor:
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items)
+                    return (loss.mean() if loss.dim() > 0 else loss) / divisor
+
+                return visit_gradients(
+                    self.model,
+                    named_parameters,
+                    (StatisticsBatch(b, _count_samples(b), index) for index, b in enumerate(micro_batches)),
+                    compute_loss,
+                    visit,
+                    seed=None,
+                    loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
+                )
+            finally:
+                iterator.close() if hasattr(iterator, "close") else None
+                if hasattr(train_dataloader, "end"):
+                    train_dataloader.end()  # accelerate: this look is not an iteration of the run
+
+    def _can_measure(self) -> bool:
+        try:
+            self._require_readable_data()
+        except InputError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _count_items_locally(self) -> Iterator[None]:
+        """Count the loss's items a process, not over all: processes may have different numbers of batches."""
+        before = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = before
+
+    @contextlib.contextmanager
+    def _preserve_bookkeeping(self) -> Iterator[None]:
+        """Put back the counters and metric lists that a `compute_loss` of a subclass keeps on the Trainer."""
+        numbers = {k: v for k, v in vars(self).items() if isinstance(v, (int, float)) and not k.startswith("_v0")}
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))
+        try:
+            yield
+        finally:
+            for name, value in numbers.items():
+                setattr(self, name, value)
+            if metrics is not None:
+                self._metrics = metrics
+
+    # ---- refusals ----------------------------------------------------------------------------------------------------
+
+    def _require_supported_run(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise InputError("v0_init under DeepSpeed is not supported yet: run with DDP, or v0_init=zeros")
+        if self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+            raise InputError(
+                "v0_init on sharded parameters (FSDP) is not supported yet: run with DDP, or v0_init=zeros"
+            )
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"v0_init with torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
+                "`accelerate launch` or `torchrun`"
+            )
+
+    def _require_beta2(self, optimizer) -> None:
+        arguments = self.v0_arguments
+        if arguments.v0_warmup_steps is not None:
+            arguments.get_v0_scale(_get_beta2(optimizer))
+
+    def _require_readable_data(self) -> None:
+        dataset = self.train_dataset
+        if dataset is None:
+            raise InputError(
+                f"v0_init={self.v0_arguments.v0_init} takes v0 from training samples: give a train_dataset"
+            )
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise InputError(
+                "the training data set is empty, so v0 has no gradients to be taken from: check the data files"
+            )
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            require_reiterable(dataset)
+
+
+class V0InitTrainer(V0InitMixin, Trainer):
+    """`transformers.Trainer` with a v0; takes `V0InitTrainingArguments`."""
+
+
+class V0InitSeq2SeqTrainer(V0InitMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with a v0; takes `V0InitSeq2SeqTrainingArguments`."""
+
+
+def _count_samples(inputs) -> int:
+    """The samples of a collated batch: the length of its first tensor."""
+    sizes = [value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return sizes[0] if sizes else 1
+
+
+def _get_beta2(optimizer) -> float:
+    return float(next(iter(optimizer.param_groups))["betas"][1])
+
+
+def _show_messages(args) -> None:
+    """Let this package's messages be seen on the main process, without touching a logging set-up the user made."""
+    logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    if args.log_level != "passive" and args.process_index == 0:
+        logger.setLevel(args.get_process_log_level())
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
