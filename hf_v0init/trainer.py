@@ -13,6 +13,7 @@ Order in a run: `create_optimizer` checks that the optimizer has a second moment
 
 import contextlib
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from .initialization import (
     write_first_gradient_v0,
     write_random_v0,
 )
-from .model_card import V0_TAGS, add_v0_section
+from .model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
 from .optimizer_state import find_layout, is_untouched
 from .report import V0Report, read_report, write_report
 from .run_preservation import preserve_rng
@@ -120,18 +121,23 @@ class V0InitMixin:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
         if self._v0_report is not None and self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            os.makedirs(folder, exist_ok=True)
-            write_report(self._v0_report, folder)
+            # Beside a checkpoint and at the top: a push during training takes the top folder.
+            for folder in {self.args.output_dir, output_dir or self.args.output_dir}:
+                os.makedirs(folder, exist_ok=True)
+                write_report(self._v0_report, folder)
 
-    def create_model_card(self, *args, tags=None, **kwargs) -> None:
-        """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        super().create_model_card(*args, tags=tags + [tag for tag in V0_TAGS if tag not in tags], **kwargs)
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`, task and metrics."""
+        write_card = super().create_model_card
+        given = inspect.signature(write_card).bind_partial(*args, **kwargs).arguments
+        tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
+        write_card(**given | {"tags": tags + [tag for tag in V0_TAGS if tag not in tags]})
         path = os.path.join(self.args.output_dir, "README.md")
         if self.is_world_process_zero() and os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 text = file.read()
+            task = given.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
+            text = add_task_and_metrics(text, task, infer_metrics(self.state.log_history))
             with open(path, "w", encoding="utf-8") as file:
                 file.write(add_v0_section(text, self._v0_report))
 

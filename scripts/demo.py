@@ -241,7 +241,9 @@ def run_arm_process(name: str, settings: DemoSettings, connection: Connection) -
     try:
         result = train_arm(name, settings, lambda step, loss: connection.send(("step", step, loss)))
         connection.send(("result", result))
-    except BaseException:
+    except KeyboardInterrupt:
+        pass
+    except Exception:
         connection.send(("error", traceback.format_exc()))
     finally:
         connection.close()

@@ -11,7 +11,6 @@ from hf_v0init.strategies import (
     takes_v0,
 )
 
-
 # Quantiles of chi^2 with one degree of freedom: the squared normal quantiles of (1 + p) / 2.
 CHI2_1_QUANTILES = {0.25: 0.10153, 0.5: 0.45494, 0.75: 1.32330, 0.9: 2.70554, 0.99: 6.63490}
 

@@ -12,10 +12,10 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from translation_models import make_marian
 
 from hf_v0init.data.token_budget import TokenBudgetBatchSampler, TokenBudgetMixin, _EpochForwardingDataset
 from hf_v0init.errors import InputError
-from translation_models import make_marian
 
 RNG = np.random.default_rng(5)
 SOURCE = RNG.integers(1, 40, 501)

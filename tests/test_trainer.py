@@ -58,7 +58,9 @@ class EraseV0(TrainerCallback):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "data_seed": 5}, {"dataloader_num_workers": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "data_seed": 5}, {"dataloader_num_workers": 1}]
+)
 def test_v0_has_no_side_effect_on_the_run(tmp_path, strategy, options):
     """With v0 erased before the first step the run is the stock run bit for bit: same order, same dropout, same weights."""
     stock = train(tmp_path / "a", stock=True, max_steps=8, **options)
@@ -77,7 +79,9 @@ def test_v0_changes_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"optim": "adamw_torch", "adam_beta2": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"optim": "adamw_torch", "adam_beta2": 0.9}]
+)
 def test_first_step_obeys_the_recurrence(tmp_path, strategy, options):
     """v1 = beta2 * v0 + (1 - beta2) * g^2 for tensors with a v0, (1 - beta2) * g^2 for the others."""
     trainer, recorder = record(tmp_path, v0_init=strategy, max_grad_norm=0.0, max_steps=2, **options)
@@ -105,7 +109,9 @@ def loss_alone(model, sample):
     return model(input_ids=sample["input_ids"][None], labels=sample["labels"][None]).loss * 9 / 10
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 4}, {"v0_one_dimensional": True}, {"v0_scale": 7.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 4}, {"v0_one_dimensional": True}, {"v0_scale": 7.0}]
+)
 def test_data_driven_is_scale_times_the_mean_square_of_single_sample_gradients(tmp_path, options):
     data = make_sequences(30)
     model = make_gpt2(dropout=0.0)
@@ -155,11 +161,22 @@ def test_closed_form_on_a_linear_model(tmp_path):
     """Gradients are the inputs, so eq. 10 is scale * mean(x^2), and per_step scale * (mean^2 + var / B - var / N)."""
     x = torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 0.0], [-1.0, 4.0, 0.0], [1.0, 0.0, 0.0]])
     data = [{"x": row, "labels": torch.tensor(0.0)} for row in x]
-    common = {"model": Linear(), "data": data, "v0_init": "data_driven", "v0_scale": 2.0, "max_steps": 1, "remove_unused_columns": False}
+    common = {
+        "model": Linear(),
+        "data": data,
+        "v0_init": "data_driven",
+        "v0_scale": 2.0,
+        "max_steps": 1,
+        "remove_unused_columns": False,
+    }
     _, recorder = record(tmp_path / "a", v0_stats_batch_size=1, **common)
     assert recorder.v0["w"].tolist()[0] == pytest.approx([2 * 12 / 4, 2 * 24 / 4, 0.0], rel=1e-6)
     _, recorder = record(
-        tmp_path / "b", v0_stats_batch_size=1, v0_statistic="per_step", per_device_train_batch_size=2, **common | {"model": Linear()}
+        tmp_path / "b",
+        v0_stats_batch_size=1,
+        v0_statistic="per_step",
+        per_device_train_batch_size=2,
+        **common | {"model": Linear()},
     )
     mean, var = x.mean(0), x.var(0)
     expected = 2 * (mean**2 + var * (1 / 2 - 1 / 4))
@@ -168,7 +185,9 @@ def test_closed_form_on_a_linear_model(tmp_path):
 
 def test_random_v0_has_the_papers_mean_and_does_not_depend_on_data_or_model_state(tmp_path):
     _, a = record(tmp_path / "a", v0_init="random", max_steps=1)
-    _, b = record(tmp_path / "b", v0_init="random", max_steps=1, model=make_gpt2(seed=5), data=make_sequences(20, seed=9))
+    _, b = record(
+        tmp_path / "b", v0_init="random", max_steps=1, model=make_gpt2(seed=5), data=make_sequences(20, seed=9)
+    )
     assert all(torch.equal(a.v0[name], b.v0[name]) for name in a.v0)
     wte = a.v0["transformer.wte.weight"]
     assert wte.mean().item() == pytest.approx(100 / (VOCAB + 16), rel=0.25)  # 640 draws of chi^2_1: 5.6% standard error
@@ -221,7 +240,9 @@ def test_report_holds_what_was_written(tmp_path):
 def test_an_optimizer_of_the_users_gets_v0_too(tmp_path):
     model = make_gpt2()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
-    trainer, recorder = record(tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", max_steps=1)
+    trainer, recorder = record(
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", max_steps=1
+    )
     assert len(recorder.v0) == 10 and trainer.get_v0_report()["strategy"] == "random"
 
 
@@ -229,7 +250,9 @@ def test_an_optimizer_over_some_parameters_gets_v0_for_those(tmp_path):
     model = make_gpt2()
     chosen = model.transformer.h[1].mlp.c_fc.weight
     optimizer = torch.optim.AdamW([chosen], lr=1e-3)
-    _, recorder = record(tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="data_driven", max_steps=1)
+    _, recorder = record(
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="data_driven", max_steps=1
+    )
     assert list(recorder.v0) == ["transformer.h.1.mlp.c_fc.weight"]
 
 
@@ -276,7 +299,13 @@ def test_second_train_call_keeps_the_state(tmp_path, caplog):
 
 
 def test_resume_from_a_model_only_checkpoint_writes_v0_anew_and_says_so(tmp_path, caplog):
-    common = {"v0_init": "data_driven", "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    common = {
+        "v0_init": "data_driven",
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_only_model": True,
+    }
     make_trainer(tmp_path, **common).train()
     recorder = Recorder()
     trainer = make_trainer(tmp_path, callbacks=[recorder], **common)

@@ -25,7 +25,17 @@ def make_arguments(output_dir, v0: bool = True, **overrides):
     return (V0InitTrainingArguments if v0 else TrainingArguments)(**options)
 
 
-def make_trainer(output_dir, *, stock: bool = False, model=None, data=None, callbacks=(), trainer_class=None, kwargs=None, **overrides):
+def make_trainer(
+    output_dir,
+    *,
+    stock: bool = False,
+    model=None,
+    data=None,
+    callbacks=(),
+    trainer_class=None,
+    kwargs=None,
+    **overrides,
+):
     cls = trainer_class or (Trainer if stock else V0InitTrainer)
     return cls(
         model=make_gpt2() if model is None else model,
@@ -72,7 +82,9 @@ class Recorder(TrainerCallback):
             self.v0 = second_moments_of(self.trainer)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n: p.grad.detach().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None})
+        self.gradients.append(
+            {n: p.grad.detach().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        )
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.moments.append(second_moments_of(self.trainer))
