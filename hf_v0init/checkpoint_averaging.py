@@ -71,7 +71,7 @@ def require_enough_checkpoints(training_args, num_checkpoints: int, num_steps: i
         InputError: naming the setting to change.
     """
     remedy = None
-    limit, strategy = training_args.save_total_limit, training_args.save_strategy
+    limit, strategy = training_args.save_total_limit, training_args.save_strategy.value
     num_saves = None
     if strategy == "epoch":
         num_saves = math.ceil(training_args.num_train_epochs) if training_args.max_steps <= 0 else None

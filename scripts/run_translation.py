@@ -269,36 +269,37 @@ def hub_options(model: ModelArguments) -> dict:
 
 
 def choose_languages(data: DataArguments, tokenizer, network) -> None:
-    """Tells multilingual tokenizers and models from what language into what."""
-    is_multilingual = type(tokenizer).__name__.startswith(MULTILINGUAL_TOKENIZERS)
+    """Tells multilingual tokenizers from what language into what, and the model what a translation begins with."""
+    kind = type(tokenizer).__name__
     first_token = data.forced_bos_token
-    if is_multilingual:
+    if kind.startswith(MULTILINGUAL_TOKENIZERS):
         for name in ("source_lang", "target_lang"):
             if getattr(data, name) is None:
-                raise InputError(
-                    f"--{name}: {type(tokenizer).__name__} is multilingual; name the language, such as de_DE"
-                )
-        try:
-            tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
-            first_token_id = (
-                tokenizer.get_lang_id(data.target_lang)
-                if first_token is None and hasattr(tokenizer, "get_lang_id")
-                else tokenizer.convert_tokens_to_ids(first_token or data.target_lang)
-            )
-        except KeyError as error:
-            raise InputError(
-                f"--source_lang, --target_lang: {type(tokenizer).__name__} does not know {error}"
-            ) from error
-        if network.config.decoder_start_token_id is None or type(tokenizer).__name__.startswith("MBartTok"):
-            network.config.decoder_start_token_id = first_token_id
-            network.generation_config.decoder_start_token_id = first_token_id
-    elif first_token is not None:
+                raise InputError(f"--{name} is missing: {kind} is multilingual; give a language code such as de_DE")
+            find_language_id(tokenizer, name, getattr(data, name))
+        tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
+        target_id = find_language_id(tokenizer, "target_lang", data.target_lang)
+        if kind.startswith("MBartTokenizer"):  # unlike MBart50, it starts the decoder with the language
+            network.config.decoder_start_token_id = target_id
+            network.generation_config.decoder_start_token_id = target_id
+        if first_token is None:
+            network.generation_config.forced_bos_token_id = target_id
+    if first_token is not None:
         first_token_id = tokenizer.convert_tokens_to_ids(first_token)
-    else:
-        return
-    if first_token_id is None or first_token_id == tokenizer.unk_token_id:
-        raise InputError(f"--forced_bos_token={first_token or data.target_lang}: is no token of the tokenizer")
-    network.generation_config.forced_bos_token_id = first_token_id
+        if first_token_id in (None, tokenizer.unk_token_id):
+            raise InputError(f"--forced_bos_token={first_token}: is no token of the tokenizer; give one that is")
+        network.generation_config.forced_bos_token_id = first_token_id
+
+
+def find_language_id(tokenizer, flag_name: str, language: str) -> int:
+    try:
+        has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
+        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(language)
+    except KeyError:
+        token_id = None
+    if token_id in (None, tokenizer.unk_token_id):
+        raise InputError(f"--{flag_name}={language}: {type(tokenizer).__name__} does not know it; check its codes")
+    return token_id
 
 
 def require_lengths_fit(data: DataArguments, network) -> None:

@@ -38,7 +38,7 @@ def test_every_sample_once_and_within_the_budget(num_processes, multiple):
     sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 256, num_processes=num_processes, pad_to_multiple_of=multiple)
     for epoch in range(3):
         batches = collect(sampler, epoch)
-        assert sorted(sum(batches, [])) == list(range(501))
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
         assert max(compute_cost(batch, multiple or 1) for batch in batches) <= 256
         assert len(batches) == len(sampler)
         assert len(batches) % num_processes == 0
@@ -127,10 +127,11 @@ def make_trainer(folder, max_steps: int, max_tokens: int = 64, **arguments) -> B
     def collate(rows):
         width = max(len(row["labels"]) for row in rows)
         padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        return {
+        batch = {
             key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
             for key, value in padding.items()
         }
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
 
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder), max_steps=max_steps, report_to="none", use_cpu=True, disable_tqdm=True,

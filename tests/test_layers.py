@@ -1,0 +1,81 @@
+"""Dependencies point one way, and the maths stays alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_v0init"
+
+# A file may import from its own row and from rows further down.
+LAYERS = [
+    ["trainer", "cli"],
+    ["initialization", "arguments", "report", "model_card"],
+    ["strategies", "gradient_statistics", "statistics_batches", "optimizer_state"],
+    ["sharding", "run_preservation", "warmup_equivalence"],
+    ["errors"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What each of these may not know, by top-level package or by word in the source.
+FORBIDDEN = {
+    "strategies": {"transformers", "accelerate", "datasets", "optimizer_state"},
+    "gradient_statistics": {"transformers", "accelerate", "datasets", "optimizer_state"},
+    "optimizer_state": {"transformers", "accelerate", "datasets", "strategies", "gradient_statistics"},
+    "initialization": {"transformers", "accelerate", "trainer"},
+    "warmup_equivalence": {"torch", "numpy", "transformers"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level or module.startswith("hf_v0init"):
+                module = module.removeprefix("hf_v0init").lstrip(".")
+                names |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+            else:
+                names.add(module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_core_files_import_only_downwards(name):
+    ours = imported_modules(PACKAGE / f"{name}.py") & set(LEVEL)
+    upwards = {other for other in ours if LEVEL[other] < LEVEL[name]}
+    assert not upwards, f"{name}.py imports {upwards}, which lies above it"
+
+
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+def test_lower_files_do_not_know_what_they_must_not(name):
+    assert not imported_modules(PACKAGE / f"{name}.py") & FORBIDDEN[name]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_scripts_never_touch_optimizer_state(script):
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    touched = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "state"
+        and isinstance(node.value, (ast.Name, ast.Attribute))
+        and getattr(node.value, "attr", getattr(node.value, "id", "")) == "optimizer"
+    ]
+    assert not touched, f"{script.name} touches optimizer.state in lines {touched}"
+    assert "optimizer_state" not in imported_modules(script)
+
+
+def test_nobody_but_scripts_and_cli_prints():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "cli.py":
+            continue
+        calls = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        ]
+        assert not calls, f"{path.name} prints in lines {calls}"

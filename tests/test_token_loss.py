@@ -1,0 +1,106 @@
+"""Loss a target token: gradients that do not depend on how a step is cut up, and an exact evaluation."""
+
+import math
+
+import pytest
+import torch
+from test_token_budget import make_rows, make_trainer
+from torch.nn import functional
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+from translation_models import make_marian
+
+from hf_v0init.token_loss import ExactEvaluationMixin, TokenCrossEntropy, compute_row_nll
+
+LOGITS = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([[1, 2, 3, -100, -100], [6, -100, -100, -100, -100], [0, 1, 2, 3, 4]])
+NUM_TOKENS = 9
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_that_of_torch_and_of_transformers(smoothing):
+    outputs = {"logits": LOGITS}
+    loss = TokenCrossEntropy(smoothing)(outputs, LABELS)
+    flat = LOGITS.flatten(0, 1), LABELS.flatten()
+    assert loss.item() == pytest.approx(functional.cross_entropy(*flat, label_smoothing=smoothing).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(LabelSmoother(smoothing)(outputs, LABELS).item(), rel=1e-6)
+    parts = [
+        TokenCrossEntropy(smoothing)({"logits": LOGITS[i : i + 1]}, LABELS[i : i + 1], torch.tensor(NUM_TOKENS))
+        for i in range(3)
+    ]
+    assert sum(parts).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_row_nll_by_hand():
+    nll, tokens = compute_row_nll(LOGITS, LABELS)
+    assert tokens.tolist() == [3, 1, 5]
+    for row in range(3):
+        expected = sum(
+            -math.log(torch.softmax(LOGITS[row, i].double(), 0)[label].item())
+            for i, label in enumerate(LABELS[row].tolist())
+            if label != -100
+        )
+        assert nll[row].item() == pytest.approx(expected, rel=1e-5)
+
+
+def compute_first_gradient(folder, **arguments) -> torch.Tensor:
+    """The gradient of the first optimizer step, from a step of plain gradient descent."""
+    model = make_marian()
+    before = model.model.shared.weight.detach().clone()
+    rows = make_rows(8)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+            max_grad_norm=0.0, report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+            save_strategy="no", train_sampling_strategy="sequential", **arguments,
+        ),
+        train_dataset=rows,
+        data_collator=make_trainer(folder, 1).data_collator,
+        compute_loss_func=TokenCrossEntropy(),
+    )  # fmt: skip
+    trainer.train()
+    return before - model.model.shared.weight.detach()
+
+
+def test_accumulation_does_not_change_the_gradient(tmp_path):
+    whole = compute_first_gradient(tmp_path, per_device_train_batch_size=8)
+    pieces = compute_first_gradient(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert (whole - pieces).abs().max() < 1e-5 * whole.abs().max()
+
+
+class ExactTrainer(ExactEvaluationMixin, Seq2SeqTrainer):
+    pass
+
+
+@pytest.mark.parametrize("predict_with_generate", [False, True])
+def test_eval_loss_is_exact_whatever_the_batches(tmp_path, predict_with_generate):
+    model, rows = make_marian().eval(), make_rows(23)
+    total = tokens = 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([row["input_ids"]]),
+                decoder_input_ids=torch.tensor([[0, *row["labels"][:-1]]]),
+            ).logits
+        total += functional.cross_entropy(logits[0].double(), torch.tensor(row["labels"]), reduction="sum").item()
+        tokens += len(row["labels"])
+    model.generation_config.max_length = 8
+    for batch_size in (1, 5, 23):
+        trainer = ExactTrainer(
+            model=model,
+            args=Seq2SeqTrainingArguments(
+                output_dir=str(tmp_path), per_device_eval_batch_size=batch_size, report_to="none", use_cpu=True,
+                disable_tqdm=True, predict_with_generate=predict_with_generate, label_smoothing_factor=0.1,
+            ),
+            eval_dataset=rows,
+            data_collator=make_trainer(tmp_path, 1).data_collator,
+            compute_loss_func=TokenCrossEntropy(0.1),
+            compute_metrics=(lambda evaluation: {"shape": len(evaluation.predictions)})
+            if predict_with_generate
+            else None,
+        )  # fmt: skip
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+        if predict_with_generate:
+            assert metrics["eval_shape"] == 23
