@@ -81,6 +81,14 @@ class V0InitArguments:
             "Excludes --v0_scale. Default: none."
         },
     )
+    v0_floor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Smallest data_driven v0 of an element, as a share of its tensor's mean v0. Rows of an embedding whose tokens no "
+            "sample held have v0 = 0 and take a full step when they first appear, as in stock Adam; a floor damps it. "
+            "Dimensionless, 0 to 1. Default: 0 (no floor)."
+        },
+    )
     v0_fan_factor: float = field(
         default=1.0,
         metadata={
@@ -113,6 +121,9 @@ class V0InitArguments:
             raise InputError(
                 f"v0_fan_factor={self.v0_fan_factor}: must be a finite number > 0; 1 (paper) or 2 (its code)"
             )
+        self.v0_floor = _require_number("v0_floor", self.v0_floor)
+        if not 0.0 <= self.v0_floor <= 1.0:
+            raise InputError(f"v0_floor={self.v0_floor}: must be from 0 (no floor) to 1 (the tensor's mean v0)")
         self._require_count("v0_num_samples", "5000 samples is the paper's number")
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")

@@ -17,7 +17,7 @@ from .gradient_statistics import PassCounts, compute_grad_sq_mean_, make_sum_vis
 from .optimizer_state import create_state, find_layout, is_untouched, read_second_moment, unwrap_optimizer, write_states
 from .report import V0Report, collect_versions
 from .sharding import clean_parameter_name, draw_standard_normal_, find_local_part
-from .strategies import compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
+from .strategies import apply_floor_, compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
 
 RATIO_SAMPLES = 4096  # elements a tensor from which medians are taken
 
@@ -141,6 +141,8 @@ def write_data_driven_v0(
             v0 = compute_data_driven_v0_(mean_sq, scale)
             if not bool(v0.any()):
                 without_gradient.append(name)
+            if arguments.v0_floor > 0.0:
+                apply_floor_(v0, arguments.v0_floor, v0.mean(dtype=torch.float32))
             if v0 is not states[parameter].get(layout.second_moment):
                 states[parameter][layout.second_moment] = v0.to(parameter.dtype)
                 states[parameter][layout.first_moment] = torch.zeros_like(parameter)
@@ -149,6 +151,7 @@ def write_data_driven_v0(
     report = _compose_report(optimizer, plan, arguments, seed, states, scale)
     report.statistic = arguments.v0_statistic
     report.num_samples_requested = arguments.v0_num_samples
+    report.floor = arguments.v0_floor
     report.effective_batch_size = effective_batch_size
     report.measured_ratio = _median(torch.cat(ratios))
     report.without_gradient = without_gradient
@@ -285,17 +288,17 @@ def _compose_report(
     total = 0.0
     for name, parameter, _ in plan.parameters:
         local = find_local_part(states[parameter][key])[0]
-        mean, low, high = (
-            torch.stack([local.mean(dtype=torch.float32), local.min().float(), local.max().float()]).tolist()
-            if local.numel()
-            else (0.0, 0.0, 0.0)
-        )
+        mean, low, high, zeros = (0.0, 0.0, 0.0, 0.0)
+        if local.numel():
+            figures = [local.mean(dtype=torch.float32), local.min(), local.max(), (local == 0).sum()]
+            mean, low, high, zeros = torch.stack([figure.double() for figure in figures]).tolist()
         if not all(abs(value) < float("inf") for value in (mean, low, high)):  # False for NaN as well
             raise InputError(
                 f"v0 of parameter {name!r} is not finite (mean {mean}, max {high}): a gradient of the statistics pass was NaN or "
                 "infinite. Look at the data and the precision (bf16 rather than fp16), or use v0_init=random"
             )
-        report.parameters[name] = {"mean": mean, "min": low, "max": high, "shape": list(parameter.shape)}
+        report.parameters[name] = {"mean": mean, "min": low, "max": high, "zeros": int(zeros), "shape": list(parameter.shape)}
+        report.num_zero_elements += int(zeros)
         total += mean * parameter.numel()
         report.num_elements_with_v0 += parameter.numel()
     report.v0_mean = total / max(1, report.num_elements_with_v0)

@@ -12,7 +12,7 @@ REPORT_FILE = "v0_init.json"
 
 # The settings that must be the same for a resumed run to be the run that was begun.
 SETTINGS = (
-    "strategy", "scale", "statistic", "num_samples_requested", "stats_batch_size", "seed", "one_dimensional", "fan_factor",
+    "strategy", "scale", "statistic", "num_samples_requested", "stats_batch_size", "seed", "one_dimensional", "fan_factor", "floor",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class V0Report:
     effective_batch_size: float | None = None
     one_dimensional: bool = False
     fan_factor: float = 1.0
+    floor: float = 0.0
     warmup_steps: int | None = None
     beta2: float | None = None
     max_steps: int | None = None
@@ -46,6 +47,7 @@ class V0Report:
     num_parameters_without_v0: int = 0
     num_elements_with_v0: int = 0
     num_elements_without_v0: int = 0
+    num_zero_elements: int = 0
     without_gradient: list[str] = field(default_factory=list)
     v0_mean: float | None = None
     v0_min: float | None = None
@@ -80,6 +82,9 @@ class V0Report:
             f"mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max {self.v0_max:.3g}; {self.num_parameters_with_v0} parameter "
             f"tensors with v0, {self.num_parameters_without_v0} without"
         ]
+        if self.num_zero_elements:
+            share = self.num_zero_elements / max(1, self.num_elements_with_v0)
+            lines.append(f"{self.num_zero_elements:,} elements ({share:.2%}) had no gradient on any sample: v0 = 0, as in stock Adam")
         if self.without_gradient:
             shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
             lines.append(

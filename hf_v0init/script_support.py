@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 from datasets.utils import logging as datasets_logging
 from transformers import HfArgumentParser, TrainingArguments
@@ -62,10 +63,13 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
 
     Raises:
         InputError: FILE is missing or not a mapping; an unknown flag (the closest valid one is named); a
-            value of the wrong type or not among the choices; whatever the dataclasses' own checks refuse.
+            value of the wrong type or not among the choices; whatever the dataclasses' own checks refuse;
+            several processes that were started together but are not joined.
     """
     argv = list(argv)
     parser = _OneLineParser(dataclass_types, allow_abbrev=False)
+    # argparse before Python 3.14 takes -1e-3 for a flag
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     path, tokens, keys_in_file = None, [], set()
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
@@ -73,9 +77,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
         tokens = _turn_values_into_flags(parser, dataclass_types, values, path)
         keys_in_file = set(values)
 
-    overridden = {
-        token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")
-    }
+    overridden = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
     try:
         # Warnings of the dataclasses' own checks stay; what they raise about the values is the user's to fix.
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -96,7 +98,23 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
                 f"{flag!r} belongs to no flag: every value follows its --flag (only a file may come first)"
             )
         raise InputError(f"unknown flag {flag.split('=')[0]}{_suggest_flag(parser, flag)}")
+    for arguments in parsed:
+        if isinstance(arguments, TrainingArguments):
+            _require_joined_processes(arguments)
     return tuple(parsed)
+
+
+def _require_joined_processes(training_args: TrainingArguments) -> None:
+    """Refuse processes that a launcher started together but that know nothing of each other.
+
+    It happens on machines without a GPU: each would do the whole training and write over the others' files.
+    """
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_launched > 1 and training_args.world_size == 1:
+        raise InputError(
+            f"the launcher started {num_launched} processes, but each of them would train alone; add --use_cpu to "
+            "the script's flags (no GPU was found), or start one process"
+        )
 
 
 def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -294,7 +312,8 @@ def start_logging(training_args: TrainingArguments) -> None:
     """Log to stdout at `--log_level` on the main process and `--log_level_replica` on the others.
 
     `--log_level passive` (the default) means INFO for the scripts and for transformers, as in transformers'
-    own examples; `datasets` speaks from WARNING on unless a level is given.
+    own examples; `datasets` speaks from WARNING on unless a level is given. Its progress bars are shown on
+    the main process if stderr is a terminal.
     """
     if training_args.should_log and training_args.log_level == "passive":
         transformers_logging.set_verbosity_info()
@@ -312,5 +331,7 @@ def start_logging(training_args: TrainingArguments) -> None:
     transformers_logging.enable_propagation()
     at_least_warning = max(level, logging.WARNING)
     datasets_logging.set_verbosity(at_least_warning if training_args.log_level == "passive" else level)
+    if not (training_args.should_log and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
     for talkative in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(talkative).setLevel(at_least_warning)

@@ -63,6 +63,14 @@ def compute_data_driven_v0_(grad_sq_mean: torch.Tensor, scale: float) -> torch.T
     return grad_sq_mean.mul_(scale)
 
 
+def apply_floor_(v0: torch.Tensor, share: float, mean: float | torch.Tensor) -> torch.Tensor:
+    """Lift every element of `v0` to at least `share` of the tensor's `mean` v0, in place. Returns `v0`.
+
+    Not in the paper: it concerns elements whose gradient was zero on all samples, such as the rows of rare tokens.
+    """
+    return v0.clamp_min_(share * mean)
+
+
 def compute_first_gradient_v0_(first_gradient: torch.Tensor, scale: float) -> torch.Tensor:
     """Turn the first batch's gradient g0 into v0 in place: scale * g0^2. Returns `first_gradient`."""
     return first_gradient.square_().mul_(scale)

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from .arguments import V0InitArguments, read_v0_arguments
@@ -37,6 +36,7 @@ from .model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_met
 from .optimizer_state import find_layout, is_untouched
 from .report import V0Report, read_report, write_report
 from .run_preservation import preserve_rng
+from .safe_resume import SafeResumeMixin
 from .statistics_batches import (
     SampledBatches,
     choose_batch_size,
@@ -60,7 +60,7 @@ class _WriteV0(TrainerCallback):
         self.trainer._begin_with_v0(kwargs.get("train_dataloader"))
 
 
-class V0InitMixin:
+class V0InitMixin(SafeResumeMixin):
     """Gives any `transformers.Trainer` subclass a v0: `class MyTrainer(V0InitMixin, TheirTrainer)`.
 
     The settings are read from `args` where it has the `v0_...` fields, or from `v0_arguments`.
@@ -102,7 +102,10 @@ class V0InitMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.v0_arguments.v0_init != "zeros":
             self._require_supported_run()
-            find_layout(optimizer)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                find_layout(optimizer)  # weights may still be on their way to this process
+            else:
+                plan_v0(optimizer, self.model, self.v0_arguments.v0_one_dimensional)
             self._require_beta2(optimizer)
             if self.v0_arguments.v0_init != "random":
                 self._require_readable_data()
@@ -110,12 +113,10 @@ class V0InitMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train as the Trainer does; v0 is written once before the first step of a new run, and never on resume."""
-        self._v0_resumed_from = (
-            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        ) or None
-        if self._v0_resumed_from is not None and self.args.process_index == 0:
+        self._v0_resumed_from = self.choose_checkpoint(resume_from_checkpoint)
+        if self._v0_resumed_from is not None:
             read_report(self._v0_resumed_from)  # a damaged record is an error before any time is spent
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(self._v0_resumed_from, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
@@ -192,6 +193,7 @@ class V0InitMixin:
         )
         if arguments.v0_init == "data_driven":
             now.statistic, now.num_samples_requested = arguments.v0_statistic, arguments.v0_num_samples
+            now.floor = arguments.v0_floor
             now.stats_batch_size = arguments.v0_stats_batch_size or stored.get("stats_batch_size")
         differences = now.find_differences(stored)
         if differences:

@@ -599,18 +599,18 @@ def main(argv: list[str]) -> None:
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args, data_args, rows, checkpoint)
     block_size = choose_block_size(data_args, config, tokenizer)
+    if training_args.do_train and run_args.average_checkpoints is not None:
+        require_enough_checkpoints(training_args, run_args.average_checkpoints)
+    network = load_model(model_args, config, tokenizer)
     samples = {}
     for role, role_rows in rows.items():
         with training_args.main_process_first(desc=f"tokenizing {role}"):
             samples[role] = prepare_samples(
                 role_rows, role, tokenizer, block_size, data_args, model_args, training_args
             )
-    if training_args.do_train and run_args.average_checkpoints is not None:
-        num_samples = 0 if data_args.streaming else len(samples["train"])
-        num_steps = count_steps(training_args, num_samples, run_args.max_tokens_per_batch)
+    if training_args.do_train and run_args.average_checkpoints is not None and not data_args.streaming:
+        num_steps = count_steps(training_args, len(samples["train"]), run_args.max_tokens_per_batch)
         require_enough_checkpoints(training_args, run_args.average_checkpoints, num_steps)
-    set_seed(training_args.seed)
-    network = load_model(model_args, config, tokenizer)
 
     trainer = CausalTrainer(
         model=network,

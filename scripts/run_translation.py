@@ -12,7 +12,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
@@ -151,6 +158,14 @@ class TranslationTrainer(TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTr
     """With token-budget batches and an exact `eval_loss` (nats a target token, without label smoothing)."""
 
 
+class RemoveOldCheckpoints(TrainerCallback):
+    """Removes an earlier run's checkpoints when nothing stands between this run and its first step any more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            remove_old_checkpoints(args.output_dir)
+
+
 def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
     """Returns the sentence pairs of each role that the run needs."""
     needed = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
@@ -168,7 +183,10 @@ def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str
             getattr(data, f"{role}_target_file"),
         )
         if raw is None:
-            raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
+            raise InputError(
+                f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
+                "or a --dataset_name that has this split"
+            )
         if limits[role] is not None:
             raw = raw.select(range(min(limits[role], len(raw))))
         pairs[role] = select_pairs(
@@ -247,7 +265,10 @@ def build_config(model: ModelArguments, tokenizer):
     if not config.is_encoder_decoder:
         raise InputError(f"a {config.model_type} model is no encoder-decoder; choose one such as marian, bart or t5")
     if model.config_overrides:
-        config.update_from_string(model.config_overrides)
+        try:
+            config.update_from_string(model.config_overrides)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--config_overrides={model.config_overrides}: {error}; write key=value,...") from error
     for name, value in {**special, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}.items():
         setattr(config, name, value)
     if hasattr(config, "decoder_vocab_size"):
@@ -394,6 +415,10 @@ def main(argv: list[str]) -> None:
     pairs = load_pairs(data_args, model_args, training_args)
     tokenizer = load_tokenizer(model_args, pairs, checkpoint)
     network = load_model(model_args, tokenizer)
+    if network.config.model_type == "t5" and model_args.model_name_or_path and not data_args.source_prefix:
+        logger.warning(
+            "T5 was pretrained with a task prefix; give --source_prefix, such as 'translate English to German: '"
+        )
     choose_languages(data_args, tokenizer, network)
     choose_generation(data_args, training_args, network)
     require_lengths_fit(data_args, network)
@@ -447,9 +472,8 @@ def require_trainable(data: DataArguments, training, train_dataset, collator) ->
 
 
 def train(trainer, data: DataArguments, checkpoint: str | None) -> None:
-    if checkpoint is None and data.overwrite_output_dir and trainer.is_world_process_zero():
-        remove_old_checkpoints(trainer.args.output_dir)
-    trainer.accelerator.wait_for_everyone()
+    if checkpoint is None and data.overwrite_output_dir:
+        trainer.add_callback(RemoveOldCheckpoints())  # added last, so called when v0 has been written
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if data.average_checkpoints is not None:
         use_average_of_checkpoints(trainer, data.average_checkpoints)

@@ -73,9 +73,9 @@ def test_unreadable_files_are_named(tmp_path, name, words):
 
 
 def test_tables_come_with_all_their_columns(tmp_path):
-    rows = [{"source": "a,b", "target": "c", "id": 1}, {"source": "ä", "target": "e", "id": 2}]
+    rows = [{"source": "a,b", "target": "null", "id": 1}, {"source": "ä", "target": "NA", "id": 2}]
     jsonl = "\n".join(json.dumps(row) for row in rows) + "\n"
-    csv = 'source,target,id\n"a,b",c,1\nä,e,2\n'
+    csv = 'source,target,id\n"a,b",null,1\nä,NA,2\n'
     files = [
         write(tmp_path / "a.jsonl", jsonl),
         write(tmp_path / "b.json", jsonl),

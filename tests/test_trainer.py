@@ -9,6 +9,7 @@ from conftest import VOCAB, make_gpt2, make_sequences
 from reference import per_sample_gradients
 from torch import nn
 from trainers import (
+    EraseV0,
     Recorder,
     assert_equal_weights,
     make_arguments,
@@ -18,7 +19,7 @@ from trainers import (
     train,
     weights_of,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
 from hf_v0init.optimizer_state import is_untouched
@@ -43,18 +44,6 @@ def test_zeros_is_the_stock_trainer_bit_for_bit(tmp_path, options):
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (stock, ours)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
     assert ours.get_v0_report() is None
-
-
-class EraseV0(TrainerCallback):
-    """Throws the written state away, so that what remains of v0 is its side effects."""
-
-    def __init__(self):
-        self.erased = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 and not self.erased:
-            self.erased = len(self.trainer.optimizer.state)
-            (getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)).state.clear()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

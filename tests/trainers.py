@@ -90,6 +90,18 @@ class Recorder(TrainerCallback):
         self.moments.append(second_moments_of(self.trainer))
 
 
+class EraseV0(TrainerCallback):
+    """Throws the written state away, so that what remains of v0 is its side effects."""
+
+    def __init__(self):
+        self.erased = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and not self.erased:
+            self.erased = len(self.trainer.optimizer.state)
+            (getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)).state.clear()
+
+
 def record(output_dir, **kwargs):
     """Train and return (trainer, recorder)."""
     recorder = Recorder()

@@ -7,6 +7,7 @@ itself. `CausalCollator` makes batches of them.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,7 @@ def _map_with_cache(
     """
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, batched=True, remove_columns=rows.column_names, features=features)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    fingerprint = Hasher.hash((rows._fingerprint, type(tokenizer).__name__, vocabulary, key))
+    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_v0init"
     folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
@@ -183,6 +182,15 @@ def _map_with_cache(
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """What its encodings depend on; not the padding and truncation that its last call left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    parts = json.loads(backend.to_str())
+    return type(tokenizer).__name__, {name: parts[name] for name in parts if name not in ("padding", "truncation")}
 
 
 # --------------------------------------------------------------------------------------------------- windows

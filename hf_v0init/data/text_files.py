@@ -76,8 +76,10 @@ def load_local_files(path, *, role: str) -> datasets.Dataset:
         return _from_json_list(path, lines, role)
     if kind == "json" and path.suffix != ".gz":
         _require_json_lines(path, lines, role)
+    # pandas, which reads CSV, would take the German word "null" and other texts for missing values
+    options = {"keep_default_na": False} if kind == "csv" else {}
     try:
-        data = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train")
+        data = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **options)
     except Exception as error:  # `datasets` wraps what its parsers raise in exceptions of many kinds
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

@@ -1,0 +1,301 @@
+"""Flags from files and command lines, exit status, output folders, logging."""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_v0init import script_support
+from hf_v0init.errors import InputError
+from hf_v0init.script_support import (
+    find_checkpoint_to_resume,
+    parse_arguments,
+    remove_old_checkpoints,
+    require_writable_output,
+    run_script,
+    start_logging,
+)
+
+
+@dataclass
+class ToyArguments:
+    rate: float = field(default=0.5, metadata={"help": "A rate, in nats."})
+    steps: int = 3
+    mode: str = field(default="soft", metadata={"choices": ["soft", "hard", "no"]})
+    keep: bool = True
+    name: str | None = "x"
+    words: list[str] | None = None
+    sizes: list[int] = field(default_factory=lambda: [1])
+    options: dict | str | None = None
+
+    def __post_init__(self):
+        if self.steps == 13:
+            raise ValueError("steps=13:\n  unlucky;\n  take another")
+
+
+@dataclass
+class NeedyArguments:
+    place: str
+
+
+def parse_toy(*argv):
+    return parse_arguments([ToyArguments], list(argv))[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text, name="flags.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_yaml_file_sets_flags_of_every_kind_and_the_command_line_overrides_them(config):
+    path = config(
+        "rate: 1e-3\nsteps: 7\nmode: no\nkeep: false\nname: null\nwords: [a, b]\nsizes: [2, 3]\noptions: {a: {b: -1}}\n"
+    )
+    parsed = parse_toy(path, "--steps", "8")
+    assert parsed == ToyArguments(
+        rate=0.001, steps=8, mode="no", keep=False, name=None, words=["a", "b"], sizes=[2, 3], options={"a": {"b": -1}}
+    )
+    assert isinstance(parsed.rate, float)
+    # `key=value` and lists, too
+    assert parse_toy(path, "--steps=9", "--sizes", "4", "5").sizes == [4, 5]
+
+
+def test_a_json_file_and_hyphens_in_its_keys(config):
+    path = config(json.dumps({"learning-rate": 0.25, "output_dir": "o", "use_cpu": True}), "flags.json")
+    toy, training = parse_arguments([ToyArguments, TrainingArguments], [path, "--rate", "-1e-3"])
+    assert (toy.rate, training.learning_rate, training.output_dir) == (-0.001, 0.25, "o")
+
+
+def test_transformers_flags_in_yaml_keep_their_meaning(config):
+    path = config(
+        "output_dir: o\nuse_cpu: yes\neval_strategy: no\nsave_strategy: no\nlearning_rate: 2e-3\nadam_epsilon: 1e-8\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nlabel_names: [labels]\nwarmup_steps: 200\n"
+    )
+    (training,) = parse_arguments([TrainingArguments], [path])
+    assert training.eval_strategy == "no" and training.save_strategy == "no"
+    assert training.learning_rate == 0.002 and training.adam_epsilon == 1e-8 and training.warmup_steps == 200
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.label_names == ["labels"]
+
+
+def test_a_required_flag_may_come_from_the_file(config):
+    assert parse_arguments([NeedyArguments], [config("place: here")])[0].place == "here"
+
+
+@pytest.mark.parametrize(
+    ("file_text", "argv", "expected"),
+    [
+        (None, ["--stepz", "3"], ["unknown flag --stepz", "did you mean --steps?"]),
+        (None, ["--ste", "3"], ["unknown flag --ste", "did you mean --steps?"]),
+        (None, ["--steps", "many"], ["--steps", "'many'", "int"]),
+        (None, ["--steps"], ["--steps", "expected one argument"]),
+        (None, ["--mode", "firm"], ["--mode", "'firm'", "soft", "hard"]),
+        (None, ["--keep", "perhaps"], ["--keep", "perhaps"]),
+        (None, ["--steps", "13"], ["steps=13: unlucky; take another"]),
+        (None, ["--rate", "1", "stray"], ["'stray'", "every value follows its --flag"]),
+        (None, ["flags.txt"], ["'flags.txt'", ".yaml"]),
+        (None, ["missing.yaml"], ["missing.yaml", "No such file"]),
+        ("setps: 3", [], ["flags.yaml", "unknown key 'setps'", "did you mean --steps?"]),
+        ("steps: 2.5", [], ["flags.yaml", "--steps", "'2.5'"]),
+        ("steps: null", [], ["flags.yaml", "--steps cannot be null"]),
+        ("steps: [1, 2]", [], ["--steps", "a list is no value"]),
+        ("sizes: [one]", [], ["--sizes", "'one'"]),
+        ("mode: {a: 1}", [], ["--mode", "a mapping is no value"]),
+        ("mode: firm", [], ["flags.yaml", "--mode", "'firm'"]),
+        ("- steps", [], ["must be a mapping"]),
+        ("", [], ["must be a mapping"]),
+        ("a: [1", [], ["flags.yaml", "cannot be parsed", "line"]),
+    ],
+)
+def test_bad_flags_are_an_input_error_of_one_line(config, file_text, argv, expected):
+    argv = argv if file_text is None else [config(file_text), *argv]
+    with pytest.raises(InputError) as caught:
+        parse_toy(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_a_file_is_not_blamed_for_what_the_command_line_says(config):
+    path = config("steps: 3")
+    with pytest.raises(InputError) as caught:
+        parse_toy(path, "--steps", "many")
+    assert str(caught.value).startswith("--steps:")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--lr_scheduler_kwargs", "{bad"], "'{bad' cannot be parsed"),
+        (["--optim", "sdg"], "--optim: invalid choice: 'sdg'"),
+        (
+            ["--eval_strategy", "steps", "--save_strategy", "epoch", "--load_best_model_at_end"],
+            "load_best_model_at_end",
+        ),
+    ],
+)
+def test_what_training_arguments_refuse_is_one_line(argv, expected):
+    with pytest.raises(InputError) as caught:
+        parse_arguments([TrainingArguments], ["--output_dir", "o", "--use_cpu", *argv])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_required_flag_and_not_utf8(config, tmp_path):
+    with pytest.raises(InputError, match="place"):
+        parse_arguments([NeedyArguments], [])
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(InputError, match=r"latin.yaml is not UTF-8 \(byte 9\)"):
+        parse_toy(str(tmp_path / "latin.yaml"))
+
+
+def test_help_prints_the_flags_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_toy("--help")
+    assert caught.value.code == 0
+    assert "--rate" in capsys.readouterr().out
+
+
+def test_processes_that_are_not_joined_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script_support._require_joined_processes(SimpleNamespace(world_size=2))
+    with pytest.raises(InputError, match=r"started 2 processes.*--use_cpu"):
+        script_support._require_joined_processes(SimpleNamespace(world_size=1))
+
+
+# ------------------------------------------------------------------------------------------------ exit status
+
+
+def run_with(monkeypatch, raised):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--a", "b"])
+
+    def main(argv):
+        assert argv == ["--a", "b"]
+        if raised is not None:
+            raise raised
+
+    run_script(main)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (InputError("scale=-1:\n must be > 0"), 2, "error: scale=-1: must be > 0\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_bad_input_and_interruption_end_with_one_line(monkeypatch, capsys, raised, status, line):
+    with pytest.raises(SystemExit) as caught:
+        run_with(monkeypatch, raised)
+    assert caught.value.code == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_defects_keep_their_traceback_and_success_returns(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        run_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ValueError, match="a defect"):
+        run_with(monkeypatch, ValueError("a defect"))
+    assert run_with(monkeypatch, None) is None
+
+
+def test_another_process_lets_the_main_one_speak_first(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(script_support.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        run_with(monkeypatch, InputError("no such file"))
+    assert caught.value.code == 2
+    assert waited == [script_support.SECONDS_FOR_MAIN_PROCESS_TO_REPORT]
+    assert capsys.readouterr().err == "error: no such file (process 1)\n"
+
+
+# --------------------------------------------------------------------------------------------- output folder
+
+
+def make_arguments(folder, resume=None):
+    return SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=resume)
+
+
+def test_a_new_output_folder_is_checked_but_not_created(tmp_path):
+    require_writable_output(tmp_path / "a" / "b", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    require_writable_output(tmp_path / "empty", overwrite=False)
+
+
+def test_output_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        require_writable_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(InputError, match=r"not empty.*--overwrite_output_dir"):
+        require_writable_output(tmp_path, overwrite=False)
+    require_writable_output(tmp_path, overwrite=True)
+    with pytest.raises(InputError, match="cannot be written"):
+        require_writable_output("/proc/self/new", overwrite=False)
+    with pytest.raises(InputError, match="cannot be written"):
+        require_writable_output(tmp_path / "file" / "below", overwrite=False)
+
+
+def test_which_checkpoint_a_run_continues_from(tmp_path):
+    folder = tmp_path / "out"
+    assert find_checkpoint_to_resume(make_arguments(folder), overwrite=False) is None
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        find_checkpoint_to_resume(make_arguments(folder, "true"), overwrite=False)
+    for step in (5, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+    last = str(folder / "checkpoint-10")
+    assert find_checkpoint_to_resume(make_arguments(folder), overwrite=False) == last
+    assert find_checkpoint_to_resume(make_arguments(folder, "True"), overwrite=True) == last
+    assert find_checkpoint_to_resume(make_arguments(folder), overwrite=True) is None
+    first = str(folder / "checkpoint-5")
+    assert find_checkpoint_to_resume(make_arguments(folder, first), overwrite=False) == first
+    with pytest.raises(InputError, match="no folder nowhere"):
+        find_checkpoint_to_resume(make_arguments(folder, "nowhere"), overwrite=False)
+    # a checkpoint from elsewhere, into a folder of its own
+    assert find_checkpoint_to_resume(make_arguments(tmp_path / "other", first), overwrite=False) == first
+
+
+def test_files_without_a_checkpoint_are_not_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(InputError, match="not empty"):
+        find_checkpoint_to_resume(make_arguments(tmp_path), overwrite=False)
+
+
+def test_only_checkpoints_are_removed(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-best", "runs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    (tmp_path / "checkpoint-7").write_text("a file, not a folder")
+    assert remove_old_checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7", "checkpoint-best", "runs"]
+    assert remove_old_checkpoints(tmp_path / "missing") == []
+
+
+def test_logging_goes_to_stdout_at_the_level_asked_for(capsys, tmp_path):
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        start_logging(arguments)
+        logging.getLogger("hf_v0init.toy").info("seen")
+        logging.getLogger("transformers.toy").info("seen too")
+        arguments.log_level = "error"
+        start_logging(arguments)
+        logging.getLogger("hf_v0init.toy").warning("hidden")
+        out, err = capsys.readouterr()
+        assert "seen" in out and "seen too" in out and "hidden" not in out
+        assert err == ""
+    finally:
+        from transformers.utils import logging as transformers_logging
+
+        root.handlers[:], root.level = before
+        transformers_logging.set_verbosity_warning()
