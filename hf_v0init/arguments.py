@@ -89,6 +89,14 @@ class V0InitArguments:
             "Dimensionless, 0 to 1. Default: 0 (no floor)."
         },
     )
+    v0_optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer as package:Class, such as pytorch_optimizer:AdaBelief, in place of --optim. It gets the Trainer's "
+            "learning rate, betas and weight decay and, before these, --optim_args 'k=v,...'. `hf-v0init optimizers` lists which "
+            "take a v0. Default: none, --optim decides."
+        },
+    )
     v0_fan_factor: float = field(
         default=1.0,
         metadata={

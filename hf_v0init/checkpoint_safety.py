@@ -30,7 +30,9 @@ _TORCH_FILE = re.compile(
     r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|(.*/)?(pytorch_model|adapter_model|optimizer)\b[^/]*\.bin|"
     r"global_step\d+/.*\.pt"
 )
-_WEIGHTS = re.compile(r".+\.(safetensors|distcp|gguf|h5)|(pytorch_model|adapter_model|model).*\.(bin|pt|pth)|.*mp_rank.*\.pt")
+_WEIGHTS = re.compile(
+    r".+\.(safetensors|distcp|gguf|h5)|(pytorch_model|adapter_model|model).*\.(bin|pt|pth)|.*mp_rank.*\.pt"
+)
 # What people edit by hand or delete without harm: judged, where resuming reads it, by whether it can be read.
 _TEXT = (".json", ".jsonl", ".txt", ".md", ".jinja", ".yaml", ".yml", ".py", ".tmp")
 
@@ -224,7 +226,9 @@ def require_whole(folder: str | os.PathLike, others: Iterable[str], judge: Judge
 def describe_passed_over(passed_over: dict[str, str], newest: str | None) -> str:
     """Say in one line which broken checkpoints were passed over and what the run does instead."""
     broken = ", ".join(f"{folder} ({defect})" for folder, defect in passed_over.items())
-    instead = f"the run resumes from {newest}, the newest whole one" if newest else "none is whole, so the run starts anew"
+    instead = (
+        f"the run resumes from {newest}, the newest whole one" if newest else "none is whole, so the run starts anew"
+    )
     return f"broken checkpoints passed over: {broken}; {instead}. Nothing was deleted"
 
 

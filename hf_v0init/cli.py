@@ -11,10 +11,12 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from .analysis.commands import add_commands
 from .errors import InputError
 from .figures import draw_multiplier, require_figure_path
+from .optimizer_table import make_cells, make_markdown_table
 from .warmup_equivalence import (
     PRINTED_STEPS,
     WASHED_OUT,
@@ -102,6 +104,24 @@ def explain(
             linear_warmup_steps=linear_warmup,
         )
         console.print(f"Figure: {figure_path}", soft_wrap=True)
+
+
+@app.command()
+def optimizers(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Print which optimizers take a v0, where it is written and how exactly, and which are refused and why."""
+    if markdown:
+        print(make_markdown_table())
+        return
+    table = Table("optimizer", Column("--optim", overflow="fold"), "v0", "remark", show_lines=True)
+    for name, optim, second_moment, start, error, remark in make_cells():
+        v0 = f"{start} in {second_moment}; {error}" if error else start
+        table.add_row(*(cell.replace("`", "") for cell in (name, optim, v0, remark)))
+    Console(highlight=False, markup=False).print(table)
+
+
+add_commands(app)
 
 
 def compute_scale_in_force(

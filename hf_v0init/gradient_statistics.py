@@ -18,6 +18,7 @@ Nothing here knows an optimizer or a Trainer: the loss is a callable.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch import nn
 
 from .errors import InputError
 from .run_preservation import preserve_model, preserve_rng, seed_everything
+from .sharding import find_local_part
 
 REDUCTION_BUCKET_NUMEL = 1 << 23  # elements one all-reduce carries, 32 MiB of fp32
 
@@ -45,12 +47,17 @@ class StatisticsBatch:
 
 @dataclass
 class PassCounts:
-    """What a pass saw, over all processes: samples, batches, wall-clock seconds, mean loss."""
+    """What a pass saw: samples, batches, wall-clock seconds, mean loss.
+
+    Of this process alone, or, where `are_global`, of all of them; then the gradients that were visited were already those
+    of the whole batch, too, and nothing is left to reduce.
+    """
 
     num_samples: int = 0
     num_batches: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
+    are_global: bool = False
 
     @property
     def mean_loss(self) -> float:
@@ -133,14 +140,7 @@ def visit_gradients(
 
     def check_losses() -> None:
         for index, num_samples, loss in pending:
-            value = float(loss)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise InputError(
-                    f"the loss is {value} in batch {index} of the gradient statistics ({num_samples} samples): no v0 can be "
-                    "taken from it. Look at that batch (labels all ignored? bad values?), at the learning task's loss "
-                    "scale and precision, or use v0_init=random, which needs no gradients"
-                )
-            counts.loss_sum += value * num_samples
+            counts.loss_sum += require_finite_loss(float(loss), index, num_samples) * num_samples
         pending.clear()
 
     def unscaled_visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
@@ -169,17 +169,35 @@ def visit_gradients(
     return counts
 
 
-def compute_batch_seed(seed: int, index: int) -> int:
-    """Compute the random seed of batch `index` of the pass, the same on whichever process runs it."""
-    return (seed * 1_000_003 + index * 7_919 + 1) % (1 << 63)
+def compute_batch_seed(seed: int, index: int, part: int = 0) -> int:
+    """Compute the random seed of batch `index` of the pass, the same on whichever process runs it.
+
+    `part` is which part of the batch this process computes, where a batch is shared out; 0 for the whole.
+    """
+    return (seed * 1_000_003 + index * 7_919 + part * 104_729 + 1) % (1 << 63)
+
+
+def require_finite_loss(loss: float, index: int, num_samples: int) -> float:
+    """Return `loss`; raise `InputError`, naming the batch, if it is NaN or infinite."""
+    if math.isfinite(loss):
+        return loss
+    raise InputError(
+        f"the loss is {loss} in batch {index} of the gradient statistics ({num_samples} samples): no v0 can be taken from it. "
+        "Look at that batch (labels all ignored? bad values?), at the learning task's loss scale and precision, or use "
+        "v0_init=random, which needs no gradients"
+    )
 
 
 def make_sum_visitor(sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]) -> Visitor:
-    """Make a visitor that adds n*g to the first and n*g^2 to the second tensor of `sums[parameter]`, in their dtype."""
+    """Make a visitor that adds n*g to the first and n*g^2 to the second tensor of `sums[parameter]`, in their dtype.
+
+    Of a sharded parameter only this process's part is touched.
+    """
+    sums = {parameter: tuple(find_local_part(tensor)[0] for tensor in pair) for parameter, pair in sums.items()}
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
         grad_sum, grad_sq_sum = sums[parameter]
-        gradient = gradient.detach().to(grad_sum.dtype)
+        gradient = find_local_part(gradient.detach())[0].to(grad_sum.dtype)
         grad_sum.add_(gradient, alpha=num_samples)
         grad_sq_sum.addcmul_(gradient, gradient, value=num_samples)
 
@@ -197,6 +215,8 @@ def raise_together(error: BaseException | None) -> None:
             raise error
         return
     mine = None if error is None else (isinstance(error, InputError), f"{error}" or type(error).__name__)
+    if getattr(error, "raised_alone", False):  # the others wait elsewhere, see `sharded_pass`
+        raise error
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if error is not None:
@@ -210,9 +230,10 @@ def raise_together(error: BaseException | None) -> None:
 def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
     """Add up `tensors` (in place) and `counts` over all processes: one reduction for the whole pass, in buckets.
 
-    Returns the counts over all processes (seconds: the slowest's). Without a process group nothing happens.
+    Returns the counts over all processes (seconds: the slowest's). Nothing happens without a process group, or if
+    `counts.are_global`.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if counts.are_global or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return counts
     by_kind: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
@@ -234,7 +255,7 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
     seconds = torch.tensor(counts.seconds, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     samples, batches, loss_sum = totals.tolist()
-    return PassCounts(int(samples), int(batches), float(seconds), loss_sum)
+    return PassCounts(int(samples), int(batches), float(seconds), loss_sum, are_global=True)
 
 
 def _all_reduce_bucket(bucket: list[torch.Tensor]) -> None:

@@ -14,9 +14,27 @@ from torch import nn
 from .arguments import V0InitArguments
 from .errors import InputError
 from .gradient_statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, raise_together, reduce_sums
-from .optimizer_state import create_state, find_layout, is_untouched, read_second_moment, unwrap_optimizer, write_states
+from .optimizer_state import (
+    StateDraft,
+    draft_state,
+    find_layout,
+    is_untouched,
+    read_beta2,
+    read_second_moment,
+    unwrap_optimizer,
+    write_states,
+)
 from .report import V0Report, collect_versions
-from .sharding import clean_parameter_name, draw_standard_normal_, find_local_part
+from .sharding import (
+    clean_parameter_name,
+    compute_figures,
+    compute_mean,
+    draw_standard_normal_,
+    find_local_part,
+    find_pieces,
+    gather_values,
+    is_dtensor,
+)
 from .strategies import apply_floor_, compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
 
 RATIO_SAMPLES = 4096  # elements a tensor from which medians are taken
@@ -32,17 +50,17 @@ class V0Plan:
     parameters: list[tuple[str, nn.Parameter, dict]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     skipped_elements: int = 0
+    beta2: float | None = None  # of the first group that gets a v0; None where the closed form does not hold
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds only parts of the parameters."""
+        return any(is_dtensor(parameter) for _, parameter, _ in self.parameters)
 
     @property
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that get a v0, as (clean name, parameter)."""
         return [(name, parameter) for name, parameter, _ in self.parameters]
-
-    @property
-    def beta2(self) -> float | None:
-        """The second-moment decay of the first group that gets a v0."""
-        betas = self.parameters[0][2].get("betas") if self.parameters else None
-        return None if betas is None else float(betas[1])
 
 
 def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Plan:
@@ -75,6 +93,7 @@ def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Pla
             "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a "
             "v0 to; set v0_one_dimensional=True to include vectors, or v0_init=zeros"
         )
+    plan.beta2 = read_beta2(optimizer, plan.parameters[0][2])
     return plan
 
 
@@ -85,17 +104,18 @@ def write_random_v0(optimizer, plan: V0Plan, arguments: V0InitArguments, seed: i
     states = {}
     with torch.no_grad():
         for name, parameter, group in plan.parameters:
-            state = create_state(optimizer, parameter, group)
-            local, full_shape, offset = find_local_part(state[find_layout(optimizer).second_moment])
-            draw_standard_normal_(
-                local,
-                name=name,
-                seed=seed,
-                full_shape=full_shape,
-                offset=offset,
-                transform=lambda z, shape=full_shape: compute_random_v0_(z, shape, scale, arguments.v0_fan_factor),
-            )
-            states[parameter] = state
+            draft = draft_state(optimizer, parameter, group)
+            v0, shape = draft.tensors[-1], tuple(parameter.shape)
+            for piece in find_pieces(v0):
+                draw_standard_normal_(
+                    piece.local,
+                    name=name,
+                    seed=seed,
+                    full_shape=piece.full_shape,
+                    offset=piece.offset,
+                    transform=lambda z, shape=shape: compute_random_v0_(z, shape, scale, arguments.v0_fan_factor),
+                )
+            states[parameter] = draft.finish(v0)
     report = _compose_report(optimizer, plan, arguments, seed, states, scale)
     report.fan_factor = arguments.v0_fan_factor
     write_states(optimizer, states)
@@ -113,8 +133,8 @@ def write_data_driven_v0(
 ) -> V0Report:
     """Estimate E[g^2] and write scale * E[g^2] (eq. 10).
 
-    The sums of the pass live in the future state's own `exp_avg` and `exp_avg_sq`; where these are narrower than fp32, in
-    fp32 buffers instead, since running sums in bf16 lose a fifth over a thousand batches.
+    The sums of the pass live in the future state's own `exp_avg` and `exp_avg_sq`; where these are narrower than fp32 or
+    quantised, in fp32 buffers instead, since running sums in bf16 lose a fifth over a thousand batches.
 
     Args:
         run_pass: see `RunPass`; its counts are this process's.
@@ -125,36 +145,28 @@ def write_data_driven_v0(
     """
     start = time.perf_counter()
     scale = arguments.get_v0_scale(plan.beta2 or 0.0)
-    states, sums = _create_states_and_sums(optimizer, plan)
+    drafts = _draft_states(optimizer, plan, num_tensors=2)
+    sums = {parameter: draft.tensors for parameter, draft in drafts.items()}
     counts = _run_together(run_pass, plan, make_sum_visitor(sums))
     counts = reduce_sums([tensor for pair in sums.values() for tensor in pair], counts)
     batch_size = 1.0 if arguments.v0_statistic == "per_sample" else effective_batch_size
-    layout = find_layout(optimizer)
-    ratios, without_gradient = [], []
+    states, ratios = {}, []
     with torch.no_grad():
-        for name, parameter, _ in plan.parameters:
-            grad_sum, grad_sq_sum = sums.pop(parameter)
-            ratios.append(
-                _sample_ratio_to_step(grad_sum, grad_sq_sum, counts, batch_size, effective_batch_size) * scale
-            )
-            mean_sq = compute_grad_sq_mean_(grad_sum, grad_sq_sum, counts, batch_size)
-            v0 = compute_data_driven_v0_(mean_sq, scale)
-            if not bool(v0.any()):
-                without_gradient.append(name)
+        for _, parameter, _ in plan.parameters:
+            grad_sum, v0 = sums.pop(parameter)
+            ratios.append(_sample_ratio_to_step(grad_sum, v0, counts, batch_size, effective_batch_size) * scale)
+            local_sum, local_v0 = find_local_part(grad_sum)[0], find_local_part(v0)[0]
+            compute_data_driven_v0_(compute_grad_sq_mean_(local_sum, local_v0, counts, batch_size), scale)
             if arguments.v0_floor > 0.0:
-                apply_floor_(v0, arguments.v0_floor, v0.mean(dtype=torch.float32))
-            if v0 is not states[parameter].get(layout.second_moment):
-                states[parameter][layout.second_moment] = v0.to(parameter.dtype)
-                states[parameter][layout.first_moment] = torch.zeros_like(parameter)
-            else:
-                grad_sum.zero_()
+                apply_floor_(local_v0, arguments.v0_floor, compute_mean(v0))
+            states[parameter] = drafts.pop(parameter).finish(v0)
     report = _compose_report(optimizer, plan, arguments, seed, states, scale)
     report.statistic = arguments.v0_statistic
     report.num_samples_requested = arguments.v0_num_samples
     report.floor = arguments.v0_floor
     report.effective_batch_size = effective_batch_size
-    report.measured_ratio = _median(torch.cat(ratios))
-    report.without_gradient = without_gradient
+    report.measured_ratio = _median(ratios, plan)
+    report.without_gradient = _find_all_zero(report)
     report.num_samples, report.num_batches, report.mean_loss = counts.num_samples, counts.num_batches, counts.mean_loss
     write_states(optimizer, states)
     report.seconds = time.perf_counter() - start
@@ -171,23 +183,24 @@ def write_first_gradient_v0(
     """
     start = time.perf_counter()
     scale = arguments.get_v0_scale(plan.beta2 or 0.0)
-    states, sums = _create_states_and_sums(optimizer, plan, square=False)
-    layout = find_layout(optimizer)
+    drafts = _draft_states(optimizer, plan, num_tensors=1)
+    sums = {parameter: draft.tensors[-1] for parameter, draft in drafts.items()}
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        sums[parameter][0].add_(gradient.detach().to(sums[parameter][0].dtype))
+        local = find_local_part(sums[parameter])[0]
+        local.add_(find_local_part(gradient.detach())[0].to(local.dtype))
 
     counts = _run_together(run_pass, plan, visit)
-    counts = reduce_sums([pair[0] for pair in sums.values()], counts)
-    without_gradient = []
+    num_summed = 1 if counts.are_global else num_processes
+    counts = reduce_sums(list(sums.values()), counts)
+    states = {}
     with torch.no_grad():
-        for name, parameter, _ in plan.parameters:
-            v0 = compute_first_gradient_v0_(sums.pop(parameter)[0].div_(num_processes), scale)
-            if not bool(v0.any()):
-                without_gradient.append(name)
-            states[parameter][layout.second_moment] = v0.to(parameter.dtype)
+        for _, parameter, _ in plan.parameters:
+            v0 = sums.pop(parameter)
+            compute_first_gradient_v0_(find_local_part(v0)[0].div_(num_summed), scale)
+            states[parameter] = drafts.pop(parameter).finish(v0)
     report = _compose_report(optimizer, plan, arguments, seed, states, scale)
-    report.without_gradient = without_gradient
+    report.without_gradient = _find_all_zero(report)
     report.num_samples, report.num_batches = counts.num_samples, counts.num_batches
     write_states(optimizer, states)
     report.seconds = time.perf_counter() - start
@@ -202,13 +215,12 @@ def measure_ratio_to_gradients(optimizer, plan: V0Plan, run_pass: RunPass) -> fl
     ratios = []
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        v0 = read_second_moment(optimizer, parameter)
-        taken, squared = _take(find_local_part(v0)[0]), _take(find_local_part(gradient)[0]).square()
+        taken, squared = _take(read_second_moment(optimizer, parameter)), _take(gradient).square()
         nonzero = squared > 0
         ratios.append((taken[nonzero] / squared[nonzero]).cpu())
 
     _run_together(run_pass, plan, visit)
-    return _median(torch.cat(ratios)) if ratios else None
+    return _median(ratios, plan)
 
 
 def require_fresh_optimizer(optimizer) -> None:
@@ -219,21 +231,12 @@ def require_fresh_optimizer(optimizer) -> None:
         )
 
 
-def _create_states_and_sums(optimizer, plan: V0Plan, square: bool = True):
-    layout = find_layout(optimizer)
-    states, sums = {}, {}
-    for _, parameter, group in plan.parameters:
-        state = create_state(optimizer, parameter, group)
-        if parameter.dtype in (torch.float32, torch.float64):
-            # g0 of first_gradient is summed where it will stand; the two sums of data_driven in the two moments.
-            keys = (layout.first_moment, layout.second_moment) if square else (layout.second_moment,)
-            sums[parameter] = tuple(state[key] for key in keys)
-        else:
-            for key in (layout.first_moment, layout.second_moment) if square else ():
-                del state[key]  # comes back in the parameter's dtype when the sums are done
-            sums[parameter] = tuple(torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2 if square else 1))
-        states[parameter] = state
-    return states, sums
+def _draft_states(optimizer, plan: V0Plan, num_tensors: int) -> dict[nn.Parameter, StateDraft]:
+    """Begin the state of every planned parameter, with tensors that can hold the sums of a pass."""
+    return {
+        parameter: draft_state(optimizer, parameter, group, num_tensors=num_tensors, for_sums=True)
+        for _, parameter, group in plan.parameters
+    }
 
 
 def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCounts:
@@ -248,31 +251,39 @@ def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCount
 
 
 def _take(tensor: torch.Tensor) -> torch.Tensor:
-    """Take up to 4,096 evenly spaced elements, in fp32."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // RATIO_SAMPLES)].float()
+    """Take up to about 4,096 evenly spaced elements of the whole tensor, those that this process holds, in fp32."""
+    flat = find_local_part(tensor.detach())[0].reshape(-1)
+    return flat[:: max(1, tensor.numel() // RATIO_SAMPLES)].float()
 
 
 def _sample_ratio_to_step(
     grad_sum: torch.Tensor, grad_sq_sum: torch.Tensor, counts: PassCounts, batch_size: float, step_batch_size: float
 ) -> torch.Tensor:
     """E[g_B^2] of the chosen statistic over that of one optimizer step, for some elements of the tensor."""
-    pairs = [(_take(find_local_part(t)[0]).clone()) for t in (grad_sum, grad_sq_sum)]
+    pairs = [_take(tensor).clone() for tensor in (grad_sum, grad_sq_sum)]
     of_step = compute_grad_sq_mean_(pairs[0].clone(), pairs[1].clone(), counts, step_batch_size)
     chosen = compute_grad_sq_mean_(pairs[0], pairs[1], counts, batch_size)
     nonzero = of_step > 0
     return (chosen[nonzero] / of_step[nonzero]).cpu()
 
 
-def _median(values: torch.Tensor) -> float | None:
-    return float(values.median()) if values.numel() else None
+def _median(values: list[torch.Tensor], plan: V0Plan) -> float | None:
+    """Return the median of all values, of sharded parameters over all processes; None if there is none."""
+    joined = torch.cat(values) if values else torch.empty(0)
+    if plan.is_sharded:
+        joined = gather_values(joined)
+    return float(joined.median()) if joined.numel() else None
+
+
+def _find_all_zero(report: V0Report) -> list[str]:
+    return [name for name, figures in report.parameters.items() if figures["max"] == 0.0]
 
 
 def _compose_report(
     optimizer, plan: V0Plan, arguments: V0InitArguments, seed: int, states: dict, scale: float
 ) -> V0Report:
     """Compute the figures of the states about to be written; refuse any that is not finite."""
-    key = find_layout(optimizer).second_moment
+    layout = find_layout(optimizer)
     report = V0Report(
         strategy=arguments.v0_init,
         scale=scale,
@@ -286,12 +297,8 @@ def _compose_report(
         versions=collect_versions(),
     )
     total = 0.0
-    for name, parameter, _ in plan.parameters:
-        local = find_local_part(states[parameter][key])[0]
-        mean, low, high, zeros = (0.0, 0.0, 0.0, 0.0)
-        if local.numel():
-            figures = [local.mean(dtype=torch.float32), local.min(), local.max(), (local == 0).sum()]
-            mean, low, high, zeros = torch.stack([figure.double() for figure in figures]).tolist()
+    figures = compute_figures([layout.read(states[parameter]) for _, parameter, _ in plan.parameters], plan.is_sharded)
+    for (name, parameter, _), (mean, low, high, zeros) in zip(plan.parameters, figures, strict=True):
         if not all(abs(value) < float("inf") for value in (mean, low, high)):  # False for NaN as well
             raise InputError(
                 f"v0 of parameter {name!r} is not finite (mean {mean}, max {high}): a gradient of the statistics pass was NaN or "

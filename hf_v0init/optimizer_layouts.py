@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .errors import InputError
 from .sharding import find_local_part
 
 State = dict[str, object]
@@ -47,7 +48,8 @@ class PlainLayout:
         parameter_copy: key of a copy of the parameter (the z of schedule-free optimizers).
         fill: group option that says with what the tensors are filled instead of zero; v0 takes its place.
         square_root: whether the tensor holds the root of the second moment (Adamax).
-        read_beta2: beta2 of the closed form m(t) from a parameter group; None where m(t) does not describe the optimizer.
+        unknown_options: group options that add state which is not known here, and so must be off.
+        find_decay: the decay of the second moment from a parameter group; None where it is no decaying mean of g^2.
     """
 
     second_moment: str = "exp_avg_sq"
@@ -58,10 +60,21 @@ class PlainLayout:
     parameter_copy: str | None = None
     fill: str | None = None
     square_root: bool = False
-    read_beta2: Callable[[dict], float | None] = _second_beta
+    unknown_options: tuple[str, ...] = ()
+    find_decay: Callable[[dict], float | None] = _second_beta
 
     def create_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State:
-        """Create the state of `parameter` before the first step; not yet part of the optimizer."""
+        """Create the state of `parameter` before the first step; not yet part of the optimizer.
+
+        Raises:
+            InputError: an option is on whose state is not known here.
+        """
+        for option in self.unknown_options:
+            if group.get(option):
+                raise InputError(
+                    f"{type(optimizer).__name__} with {option}={group[option]!r} keeps state that is not known here; leave "
+                    f"{option} out, or use v0_init=zeros"
+                )
         state: State = {key: _make_scalar(value, parameter, group) for key, value in self.scalars.items()}
         if self.parameter_copy is not None:
             state[self.parameter_copy] = torch.clone(parameter.detach(), memory_format=torch.preserve_format)
@@ -71,6 +84,10 @@ class PlainLayout:
         for key in keys:
             state[key] = torch.full_like(parameter, start, memory_format=torch.preserve_format, requires_grad=False)
         return state
+
+    def read_beta2(self, group: dict) -> float | None:
+        """Read beta2 of the closed form m(t); None where m(t) does not hold, also where the largest v is what counts."""
+        return None if group.get("amsgrad") or group.get("ams_bound") else self.find_decay(group)
 
     def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
         """Find tensors of a fresh state that may hold `num` sums, the last where v0 will stand; None: take another."""
@@ -96,7 +113,7 @@ class PlainLayout:
 
     def find_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State | None:
         """Return the state that steps, a checkpoint or a v0 have left for `parameter`, or None; creates nothing."""
-        return optimizer.state[parameter] if parameter in optimizer.state and optimizer.state[parameter] else None
+        return optimizer.state.get(parameter) or None
 
     def put_state(self, optimizer, parameter: nn.Parameter, group: dict, state: State) -> None:
         """Make a finished state part of the optimizer."""
@@ -162,11 +179,14 @@ class BitsAndBytesLayout(PlainLayout):
             parameter.data = parameter.data.contiguous()
         group_index = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
         index = next(i for i, other in enumerate(group["params"]) if other is parameter)
+        present = optimizer.state.pop(parameter, None)
         try:
             optimizer.init_state(group, parameter, group_index, index)
             return optimizer.state[parameter]
         finally:
             optimizer.state.pop(parameter, None)
+            if present is not None:
+                optimizer.state[parameter] = present
 
     def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
         """None: codes hold no sums, and paged memory is slow."""
@@ -209,7 +229,7 @@ class TorchAOLayout(PlainLayout):
         state["exp_avg_sq"] = optimizer._new_buffer(parameter, False)
         if group["amsgrad"]:
             state["max_exp_avg_sq"] = optimizer._new_buffer(parameter, False)
-        return {key: value.detach() for key, value in state.items()}
+        return state
 
     def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
         """None: codes hold no sums."""
@@ -225,7 +245,7 @@ class TorchAOLayout(PlainLayout):
 
         own = state[self.second_moment]
         local = find_local_part(own)[0]
-        if not hasattr(local, "dequantize"):
+        if type(local) is torch.Tensor:
             return own
         values = local.dequantize(torch.float32)
         if not isinstance(own, DTensor):
@@ -250,24 +270,26 @@ LAYOUTS: dict[str, PlainLayout] = {
     "adam": PlainLayout(scalars=_STEP, conditional=(("amsgrad", "max_exp_avg_sq"),)),
     "nadam": PlainLayout(scalars=_STEP | {"mu_product": 1.0}),
     "radam": PlainLayout(scalars=_STEP),
-    "adamax": PlainLayout("exp_inf", scalars=_STEP, square_root=True, read_beta2=_no_beta),
+    "adamax": PlainLayout("exp_inf", scalars=_STEP, square_root=True, find_decay=_no_beta),
     "rmsprop": PlainLayout(
         "square_avg",
         scratch=None,
         scalars=_STEP,
         conditional=(("momentum", "momentum_buffer"), ("centered", "grad_avg")),
-        read_beta2=_alpha,
+        find_decay=_alpha,
     ),
-    "adadelta": PlainLayout("square_avg", scratch="acc_delta", scalars=_STEP, read_beta2=_no_beta),
-    "adagrad": AdagradLayout("sum", scratch=None, read_beta2=_no_beta),
+    "adadelta": PlainLayout("square_avg", scratch="acc_delta", scalars=_STEP, find_decay=_no_beta),
+    "adagrad": AdagradLayout("sum", scratch=None, find_decay=_no_beta),
     "schedule_free": PlainLayout(scratch=None, parameter_copy="z"),
     "grokadamw": GrokAdamWLayout(),
-    "adabelief": PlainLayout("exp_avg_var", conditional=(("ams_bound", "max_exp_avg_var"),)),
+    "adabelief": PlainLayout(
+        "exp_avg_var", conditional=(("ams_bound", "max_exp_avg_var"),), unknown_options=("adanorm",)
+    ),
     "adabound": PlainLayout(conditional=(("ams_bound", "max_exp_avg_sq"),)),
-    "adopt": PlainLayout(read_beta2=_no_beta),
-    "yogi": PlainLayout(fill="initial_accumulator", read_beta2=_no_beta),
+    "adopt": PlainLayout(find_decay=_no_beta),
+    "yogi": PlainLayout(fill="initial_accumulator", find_decay=_no_beta),
     "bitsandbytes": BitsAndBytesLayout("state2"),
-    "bitsandbytes_rmsprop": BitsAndBytesLayout("state1", read_beta2=_first_beta),
-    "bitsandbytes_adagrad": BitsAndBytesLayout("state1", read_beta2=_no_beta),
+    "bitsandbytes_rmsprop": BitsAndBytesLayout("state1", find_decay=_first_beta),
+    "bitsandbytes_adagrad": BitsAndBytesLayout("state1", find_decay=_no_beta),
     "torchao": TorchAOLayout(),
 }

@@ -1,8 +1,8 @@
-"""Where an optimizer keeps its second moment, and how a start value is written there. Knows no Trainer and no maths of v0.
+"""Writes a start value into an optimizer's second moment and reads it back. Knows no Trainer and no maths of v0.
 
-The state of a parameter is written whole, exactly as the optimizer itself would create it at its first step: a missing
-`exp_avg` is a KeyError in that step, an integer `step` a RuntimeError, and a state created by a dummy step starts the
-bias correction one step late.
+Which optimizer keeps it where is in `optimizer_table`, how it is created and written in `optimizer_layouts`; an optimizer
+that nobody listed is looked at by `optimizer_probe`. A state is written whole, exactly as the optimizer itself would create
+it before its first step, and put into the optimizer only when it is finished.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,13 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .optimizer_layouts import LAYOUTS, PlainLayout, State
+from .optimizer_probe import probe_layout
+from .optimizer_table import find_row
 
+WIDE_DTYPES = (torch.float32, torch.float64)  # wide enough to add up a thousand gradients
 
-@dataclass(frozen=True)
-class SecondMomentLayout:
-    """How one family of optimizers keeps its state.
-
-    Attributes:
-        second_moment: key of the running mean of g^2 in `optimizer.state[p]`.
-        first_moment: key of the running mean of g, starting at zero.
-    """
-
-    second_moment: str
-    first_moment: str
-
-
-_ADAM = SecondMomentLayout(second_moment="exp_avg_sq", first_moment="exp_avg")
-
-# Subclasses are looked at by `type`, not isinstance: a subclass may keep its state elsewhere.
-SUPPORTED: dict[type, SecondMomentLayout] = {torch.optim.AdamW: _ADAM, torch.optim.Adam: _ADAM}
-
-_REMEDY = "use optim=adamw_torch or adamw_torch_fused (torch's AdamW or Adam), or v0_init=zeros"
+_REMEDY = "use an optimizer that `hf-v0init optimizers` lists as supported, such as optim=adamw_torch, or v0_init=zeros"
 
 
 def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
@@ -43,20 +29,23 @@ def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def find_layout(optimizer) -> SecondMomentLayout:
-    """Find where the optimizer keeps its second moment.
+def find_layout(optimizer) -> PlainLayout:
+    """Find how the optimizer keeps its second moment: by the table, or by a dry run on a copy.
 
     Raises:
-        InputError: the optimizer has none, or is not one whose state is known.
+        InputError: it has none, a v0 would have no effect or no meaning, or the dry run did not find out.
     """
     optimizer = unwrap_optimizer(optimizer)
-    layout = SUPPORTED.get(type(optimizer))
-    if layout is not None:
-        return layout
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    if isinstance(optimizer, torch.optim.SGD):
-        raise InputError(f"optimizer {name} has no second moment that a v0 could start; {_REMEDY}")
-    raise InputError(f"optimizer {name}: where it keeps its second moment is not known here; {_REMEDY}")
+    row = find_row(name)
+    if row is not None and row.refusal:
+        raise InputError(f"optimizer {name}: {row.refusal}; {_REMEDY}")
+    if row is not None and row.layout is not None:
+        return LAYOUTS[row.layout]
+    layout, reason = probe_layout(optimizer)
+    if layout is None:
+        raise InputError(f"optimizer {name} is not listed, and a dry run on a copy refused it: {reason}; {_REMEDY}")
+    return layout
 
 
 def find_group(optimizer, parameter: nn.Parameter) -> dict:
@@ -67,65 +56,124 @@ def find_group(optimizer, parameter: nn.Parameter) -> dict:
     raise KeyError("the parameter is in none of the optimizer's groups")
 
 
-def has_state(optimizer, parameter: nn.Parameter) -> bool:
-    """Whether the optimizer already holds state for `parameter` (without creating any)."""
-    state = unwrap_optimizer(optimizer).state
-    return parameter in state and len(state[parameter]) > 0
+def has_state(optimizer, parameter: nn.Parameter, group: dict | None = None) -> bool:
+    """Whether steps, a checkpoint or a v0 have left state for `parameter` (without creating any)."""
+    group = find_group(optimizer, parameter) if group is None else group
+    return find_layout(optimizer).find_state(unwrap_optimizer(optimizer), parameter, group) is not None
 
 
 def is_untouched(optimizer) -> bool:
-    """Whether the optimizer holds no state at all: it has made no step and loaded none."""
-    return not any(len(state) > 0 for state in unwrap_optimizer(optimizer).state.values())
+    """Whether the optimizer has made no step, loaded no state and got no v0."""
+    return not any(
+        has_state(optimizer, parameter, group)
+        for group in unwrap_optimizer(optimizer).param_groups
+        for parameter in group["params"]
+    )
 
 
-def create_state(optimizer, parameter: nn.Parameter, group: dict | None = None) -> dict[str, torch.Tensor]:
-    """Create the state that the optimizer itself would create for `parameter` before its first step, all zero.
+def read_beta2(optimizer, group: dict | None = None) -> float | None:
+    """Read the decay of the second moment that the closed form m(t) takes, of one group (default: the first).
+
+    None for optimizers that m(t) does not describe, such as Adagrad, whose sum never decays.
+    """
+    group = unwrap_optimizer(optimizer).param_groups[0] if group is None else group
+    return find_layout(optimizer).read_beta2(group)
+
+
+def create_state(optimizer, parameter: nn.Parameter, group: dict | None = None) -> State:
+    """Create the state that the optimizer itself would create for `parameter` before its first step.
 
     Returns:
-        `step` (fp32 scalar; on the parameter's device for fused and capturable groups, else on the CPU), `exp_avg`,
-        `exp_avg_sq` and, under amsgrad, `max_exp_avg_sq`, each of the parameter's shape, dtype and device. The dict is
-        not yet part of the optimizer.
+        For torch's Adam: `step` (fp32 scalar; on the parameter's device for fused and capturable groups, else on the CPU),
+        `exp_avg`, `exp_avg_sq` and, under amsgrad, `max_exp_avg_sq`, each zero, of the parameter's shape, dtype and device;
+        for other optimizers what they keep. The dict is not yet part of the optimizer.
     """
-    layout = find_layout(optimizer)
     group = find_group(optimizer, parameter) if group is None else group
-    on_device = bool(group.get("fused") or group.get("capturable"))
-    step = torch.zeros((), dtype=_step_dtype(group), device=parameter.device if on_device else "cpu")
-    state = {"step": step}
-    keys = [layout.first_moment, layout.second_moment]
-    if group.get("amsgrad"):
-        # Stays at zero: the maximum is over the second moments from step 1 on, so step 1 is exact (eq. 12).
-        keys.append("max_exp_avg_sq")
-    for key in keys:
-        state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
+    with torch.no_grad():
+        return find_layout(optimizer).create_state(unwrap_optimizer(optimizer), parameter, group)
 
 
-def _step_dtype(group: dict) -> torch.dtype:
-    # As torch: fp32, or fp64 where that is the default dtype and the kernel is not fused.
-    if group.get("fused"):
-        return torch.float32
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+@dataclass
+class StateDraft:
+    """The state of one parameter while its v0 is being computed.
+
+    Attributes:
+        tensors: zero-filled tensors of the parameter's shape to compute in, the last for v0. Where they can, they are the
+            future state's own tensors, so that the gradient sums of a pass need no memory beyond it.
+    """
+
+    optimizer: torch.optim.Optimizer
+    layout: PlainLayout
+    parameter: nn.Parameter
+    group: dict
+    state: State | None
+    tensors: tuple[torch.Tensor, ...]
+
+    def finish(self, v0: torch.Tensor) -> State:
+        """Write v0 (in units of gradient squared; may be the last of `tensors`) and return the finished state."""
+        if self.state is None:
+            self.state = create_state(self.optimizer, self.parameter, self.group)
+        with torch.no_grad():
+            self.layout.write_(self.state, v0)
+        self.tensors = ()
+        return self.state
 
 
-def write_states(optimizer, states: dict[nn.Parameter, dict[str, torch.Tensor]]) -> None:
+def draft_state(
+    optimizer, parameter: nn.Parameter, group: dict | None = None, *, num_tensors: int = 1, for_sums: bool = False
+) -> StateDraft:
+    """Begin the state of `parameter`, which `StateDraft.finish` completes. The optimizer is not touched.
+
+    Args:
+        num_tensors: 1 (v0 alone) or 2 (the sums of g and of g^2).
+        for_sums: many values will be added up, so the tensors must be fp32 or wider: running sums in bf16 lose a fifth
+            over a thousand batches.
+    """
+    layout, inner = find_layout(optimizer), unwrap_optimizer(optimizer)
+    group = find_group(optimizer, parameter) if group is None else group
+    state: State | None = None
+    found: list[torch.Tensor | None] = [None] * num_tensors
+    if not for_sums or parameter.dtype in WIDE_DTYPES:
+        state = create_state(inner, parameter, group)
+        found = layout.find_sum_tensors(state, num_tensors)
+    if all(tensor is None for tensor in found):
+        state = None  # made when v0 is known, so that sums and state do not lie in memory at once
+    dtype = parameter.dtype if parameter.dtype in WIDE_DTYPES else torch.float32
+    with torch.no_grad():
+        tensors = tuple(
+            torch.zeros_like(parameter, dtype=dtype, requires_grad=False) if tensor is None else tensor
+            for tensor in found
+        )
+    return StateDraft(inner, layout, parameter, group, state, tensors)
+
+
+def write_states(optimizer, states: dict[nn.Parameter, State]) -> None:
     """Put finished states into the optimizer; all of them or, where one is refused, none.
 
     Raises:
         InputError: a parameter already has state (a resumed or running optimizer), which is never overwritten.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    taken = sum(has_state(optimizer, parameter) for parameter in states)
+    layout, optimizer = find_layout(optimizer), unwrap_optimizer(optimizer)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    taken = sum(has_state(optimizer, parameter, groups[id(parameter)]) for parameter in states)
     if taken:
         raise InputError(
             f"{taken} of {len(states)} parameters already have optimizer state: v0 is written only before the first step; "
             "build a new optimizer to start again"
         )
     for parameter, state in states.items():
-        optimizer.state[parameter] = state
+        layout.put_state(optimizer, parameter, groups[id(parameter)], state)
 
 
 def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
-    """Return the live second-moment tensor of `parameter` (its shape and dtype), or None before it has state."""
-    if not has_state(optimizer, parameter):
+    """Return the second moment of `parameter` in units of gradient squared, or None before it has state.
+
+    The live tensor in the parameter's dtype; a new one, in fp32, where the state is quantised or stores the root.
+    """
+    try:
+        group = find_group(optimizer, parameter)
+    except KeyError:
         return None
-    return unwrap_optimizer(optimizer).state[parameter][find_layout(optimizer).second_moment]
+    layout = find_layout(optimizer)
+    state = layout.find_state(unwrap_optimizer(optimizer), parameter, group)
+    return None if state is None else layout.read(state)

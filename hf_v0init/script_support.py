@@ -6,6 +6,7 @@ Nothing here knows a task, a model or the Trainer's internals.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ import datasets
 import yaml
 from datasets.utils import logging as datasets_logging
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint_safety import describe_passed_over, find_newest_whole, list_checkpoints, require_whole
 from .errors import InputError
 
+logger = logging.getLogger("hf_v0init")
+
 CONFIG_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+HUB_ERROR_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -64,7 +71,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
     Raises:
         InputError: FILE is missing or not a mapping; an unknown flag (the closest valid one is named); a
             value of the wrong type or not among the choices; whatever the dataclasses' own checks refuse;
-            several processes that were started together but are not joined.
+            several processes that were started together but are not joined; a tracker that is not installed.
     """
     argv = list(argv)
     parser = _OneLineParser(dataclass_types, allow_abbrev=False)
@@ -101,6 +108,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
     for arguments in parsed:
         if isinstance(arguments, TrainingArguments):
             _require_joined_processes(arguments)
+            _require_installed_trackers(arguments)
     return tuple(parsed)
 
 
@@ -115,6 +123,17 @@ def _require_joined_processes(training_args: TrainingArguments) -> None:
             f"the launcher started {num_launched} processes, but each of them would train alone; add --use_cpu to "
             "the script's flags (no GPU was found), or start one process"
         )
+
+
+def _require_installed_trackers(training_args: TrainingArguments) -> None:
+    available = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(
+                f"--report_to={name}: unknown; choose of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, none"
+            )
+        if name not in available and name != "flyte":  # which is never listed
+            raise InputError(f"--report_to={name}: is not installed (pip install {name}); or use --report_to none")
 
 
 def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -226,6 +245,25 @@ def _exit_with_line(line: str, status: int) -> typing.NoReturn:
     raise SystemExit(status)
 
 
+@contextlib.contextmanager
+def explain_hub_errors(training_args: TrainingArguments) -> Iterator[None]:
+    """Around the making of a Trainer: with `--push_to_hub` it makes the repository, and may not be allowed to.
+
+    Raises:
+        InputError: instead of the errors of the Hub's client and of its connection; others pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        from_hub = type(error).__module__.split(".")[0] in HUB_ERROR_PACKAGES
+        if not (training_args.push_to_hub and from_hub):
+            raise
+        raise InputError(
+            f"--push_to_hub: the repository cannot be made ({join_lines(str(error))}); check the network, --hub_model_id "
+            "and `hf auth login`, or drop the flag and push later"
+        ) from error
+
+
 # -------------------------------------------------------------------------------------------- output folder
 
 
@@ -262,30 +300,34 @@ def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
 def find_checkpoint_to_resume(training_args: TrainingArguments, overwrite: bool) -> str | None:
     """The checkpoint folder this run continues from, or None for a fresh start; checks the output folder.
 
-    `--resume_from_checkpoint FOLDER` is taken as given and `--resume_from_checkpoint true` means the last
-    checkpoint of the output folder. Without either, an output folder with checkpoints is continued from
-    its last one, unless `overwrite`.
+    `--resume_from_checkpoint FOLDER` is taken as given and `--resume_from_checkpoint true` means the newest
+    whole checkpoint of the output folder. Without either, an output folder with checkpoints is continued from
+    its newest whole one, unless `overwrite`. Checkpoints whose save was cut off are passed over with a warning;
+    if there are only such, the run starts anew in the same folder.
 
     Raises:
-        InputError: the checkpoint does not exist, or `require_writable_output` refuses the folder.
+        InputError: the checkpoint does not exist or is not whole, or `require_writable_output` refuses the folder.
     """
     output_dir = Path(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
     if wanted in ("false", "False", False):
         wanted = None
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if wanted in ("true", "True", True):
-        if last is None:
-            raise InputError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint-* folder")
-        wanted = last
-    elif wanted is not None and not Path(wanted).is_dir():
-        raise InputError(
-            f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-* folder, or 'true' "
-            "for the last one of --output_dir"
-        )
-    elif wanted is None and not overwrite:
-        wanted = last
-    require_writable_output(output_dir, overwrite=overwrite or wanted is not None)
+    checkpoints = list_checkpoints(output_dir)
+    continues = wanted is not None or (bool(checkpoints) and not overwrite)
+    if wanted in ("true", "True", True) and not checkpoints:
+        raise InputError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint-* folder")
+    if wanted not in (None, "true", "True", True):
+        if not Path(wanted).is_dir():
+            raise InputError(
+                f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-* folder, or 'true' "
+                "for the last one of --output_dir"
+            )
+        require_whole(wanted, list_checkpoints(Path(wanted).absolute().parent))
+    elif continues:
+        wanted, passed_over = find_newest_whole(checkpoints)
+        if passed_over and training_args.process_index == 0:
+            logger.warning(describe_passed_over(passed_over, wanted))
+    require_writable_output(output_dir, overwrite=overwrite or continues)
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""Random draws that do not depend on how a tensor is spread over processes.
+"""What part of a tensor this process holds, and random draws that do not depend on how it is spread over processes.
 
 A parameter of full shape (R, ...) is drawn in fixed blocks of rows. Each block has its own generator, seeded from
 sha256 of (seed, parameter name, block number), so a process that owns some rows draws the blocks they touch and no
@@ -7,11 +7,15 @@ always drawn whole; a block that a shard covers only in part costs one block of 
 """
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 BLOCK_NUMEL = 1 << 18  # elements a block, 1 MiB of fp32; a block is at least one row
 
@@ -44,6 +48,216 @@ def find_local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, .
 
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(parameter.shape), tuple(offset)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangular piece of a parameter that this process holds.
+
+    Attributes:
+        local: a view of the local tensor; what is written into it is written into the parameter or state.
+        full_shape: the shape of the whole, in as many dimensions as `local` has.
+        offset: where `local` begins in it, one number a dimension.
+    """
+
+    local: torch.Tensor
+    full_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+def find_pieces(tensor: torch.Tensor) -> list[Piece]:
+    """Find the pieces of a tensor that this process holds: one, unless a packed weight is sharded (or none of it)."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return [Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())]
+    local = tensor.to_local()
+    if local.numel() == 0:
+        return []
+    runs = [_find_runs(tensor, dim) for dim in range(tensor.dim())]
+    pieces = []
+    for corner in itertools.product(*runs):  # each (start here, start in the whole, length), one a dimension
+        view = local[tuple(slice(here, here + length) for here, _, length in corner)]
+        pieces.append(Piece(view, tuple(tensor.shape), tuple(there for _, there, _ in corner)))
+    return pieces
+
+
+def find_flat_pieces(flat: torch.Tensor, full_shape: tuple[int, ...], start: int) -> list[Piece]:
+    """Find the pieces that a 1-D tensor is, which holds elements `start`, `start + 1`, ... of a flattened parameter.
+
+    At most three: the end of a row, whole rows, the beginning of a row. They are of shape (rows, elements a row), which is
+    what the blocks of `draw_standard_normal_` depend on.
+    """
+    if flat.numel() == 0:
+        return []
+    if len(full_shape) <= 1:
+        return [Piece(flat.view(full_shape) if not full_shape else flat, full_shape, (start,) * len(full_shape))]
+    width = math.prod(full_shape[1:])
+    shape, stop = (full_shape[0], width), start + flat.numel()
+    first_whole, end_whole = -(-start // width), stop // width
+    if first_whole > end_whole:  # within one row
+        return [Piece(flat.view(1, -1), shape, (start // width, start % width))]
+    head, tail = first_whole * width - start, stop - end_whole * width
+    pieces = []
+    if head:
+        pieces.append(Piece(flat[:head].view(1, -1), shape, (first_whole - 1, width - head)))
+    if end_whole > first_whole:
+        pieces.append(Piece(flat[head : flat.numel() - tail].view(-1, width), shape, (first_whole, 0)))
+    if tail:
+        pieces.append(Piece(flat[flat.numel() - tail :].view(1, -1), shape, (end_whole, 0)))
+    return pieces
+
+
+def _find_runs(tensor, dim: int) -> list[tuple[int, int, int]]:
+    """Find which indices of `dim` the local part of a DTensor holds, as runs (start here, start in the whole, length)."""
+    indices = None
+    coordinate = tensor.device_mesh.get_coordinate()
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if getattr(placement, "dim", None) != dim:
+            continue
+        if indices is None:
+            indices = torch.arange(tensor.shape[dim])
+        # The placement itself says how it splits: a strided shard (FSDP over tensor parallelism) is not one chunk.
+        chunks, _ = placement._split_tensor(
+            indices.view([1] * dim + [-1]), tensor.device_mesh.size(mesh_dim), with_padding=False
+        )
+        indices = chunks[coordinate[mesh_dim]].flatten()
+    if indices is None:
+        return [(0, 0, tensor.shape[dim])]
+    breaks = (torch.diff(indices) != 1).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), len(indices)]
+    return [(here, int(indices[here]), after - here) for here, after in itertools.pairwise(bounds)]
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is (or may be) spread over processes."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def compute_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Compute the mean of a whole tensor in fp32, over all processes that hold a part of it."""
+    if not is_dtensor(tensor):
+        return tensor.mean(dtype=torch.float32)
+    local = tensor.to_local()
+    numbers = torch.stack([local.sum(dtype=torch.float32), torch.tensor(float(local.numel()), device=local.device)])
+    _all_reduce(numbers)
+    return numbers[0] / numbers[1]
+
+
+def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[tuple[float, float, float, float]]:
+    """Compute (mean, smallest, largest, number of zeros) of each tensor, of the whole where it is sharded.
+
+    Args:
+        over_processes: whether any tensor is sharded; all processes must then call this, and it is one reduction in all.
+    """
+    sums, extremes = [], []
+    for tensor in tensors:
+        local = find_local_part(tensor)[0]
+        count = torch.tensor(float(local.numel()), dtype=torch.float64, device=local.device)
+        if local.numel() == 0:
+            sums.append(torch.stack([count, count, count]))
+            extremes.append(torch.full((2,), -math.inf, dtype=torch.float64, device=local.device))
+            continue
+        total = local.mean(dtype=torch.float32).double() * count
+        sums.append(torch.stack([count, total, (local == 0).sum().double()]))
+        extremes.append(torch.stack([-local.min().double(), local.max().double()]))
+    sums, extremes = torch.stack(sums), torch.stack(extremes)
+    if over_processes:
+        # Replicas count alike in sums and counts, so means are right whatever the mesh.
+        _all_reduce(sums)
+        _all_reduce(extremes, dist.ReduceOp.MAX)
+    figures = []
+    for tensor, (count, total, zeros), (low, high) in zip(tensors, sums.tolist(), extremes.tolist(), strict=True):
+        share_of_zeros = zeros / count if count else 0.0
+        mean = total / count if count else 0.0
+        figures.append((mean, -low if count else 0.0, high if count else 0.0, round(share_of_zeros * tensor.numel())))
+    return figures
+
+
+def gather_values(values: torch.Tensor) -> torch.Tensor:
+    """Return the 1-D `values` of all processes, joined, on the CPU."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values.cpu()
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values.cpu())
+    return torch.cat(gathered)
+
+
+def _all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=op)
+
+
+@dataclass(frozen=True)
+class DataShare:
+    """Which part of each batch this process computes, where all processes run every batch together.
+
+    Attributes:
+        part, num_parts: this process has part `part` of `num_parts`; processes of one tensor-parallel group have the same.
+    """
+
+    part: int
+    num_parts: int
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of `model` is spread over processes (a DTensor), so that its passes are collective."""
+    return any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def find_data_share(model: nn.Module) -> DataShare:
+    """Find this process's place among those over which `fully_shard` averages the gradients of `model`.
+
+    Without FSDP2 (tensor parallelism alone) all processes compute the whole batch: part 0 of 1.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for mesh_info in (group.mesh_info for group in groups if group is not None):
+            part, num_parts = 0, 1
+            for kind in ("replicate", "shard"):  # hybrid sharding: replicas outside, shards inside
+                if hasattr(mesh_info, f"{kind}_mesh_size"):
+                    part = part * getattr(mesh_info, f"{kind}_mesh_size") + getattr(mesh_info, f"{kind}_mesh_rank")
+                    num_parts *= getattr(mesh_info, f"{kind}_mesh_size")
+            return DataShare(part, num_parts)
+    return DataShare(0, 1)
+
+
+def match_placements(gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """Return the gradient as a sharded model's optimizer takes it: placed as its parameter, the mean over the processes.
+
+    A parameter that is no DTensor beside sharded ones (an adapter added later) gets its gradient from this process's part
+    alone; averaging one that is already the mean (transformers does so for such parameters) leaves it as it is.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        return gradient
+    if (
+        dist.is_initialized()
+        and dist.get_world_size() > 1
+        and not hasattr(parameter, "_replicated_grad_hook_registered")
+    ):
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 may hold after a pass that was cut off, so that the next starts clean."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def draw_standard_normal_(

@@ -13,10 +13,11 @@ Order in a run: `create_optimizer` checks that the optimizer has a second moment
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
@@ -33,10 +34,13 @@ from .initialization import (
     write_random_v0,
 )
 from .model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
-from .optimizer_state import find_layout, is_untouched
+from .optimizer_choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
+from .optimizer_state import find_layout, is_untouched, read_beta2, unwrap_optimizer
 from .report import V0Report, read_report, write_report
 from .run_preservation import preserve_rng
 from .safe_resume import SafeResumeMixin
+from .sharded_pass import visit_gradients_together
+from .sharding import find_data_share, is_sharded
 from .statistics_batches import (
     SampledBatches,
     choose_batch_size,
@@ -44,6 +48,7 @@ from .statistics_batches import (
     iterate_streamed_batches,
     require_reiterable,
 )
+from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -77,6 +82,7 @@ class V0InitMixin(SafeResumeMixin):
         self._v0_resumed_from: str | None = None
         self._v0_given_arguments = v0_arguments
         super().__init__(*args, **kwargs)
+        self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         _show_messages(self.args)
         self.add_callback(_WriteV0(self))
 
@@ -99,9 +105,17 @@ class V0InitMixin(SafeResumeMixin):
 
     def create_optimizer(self, *args, **kwargs):
         """Create the optimizer as the Trainer does, and refuse it now if no v0 could be written into it later."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        self._choose_optimizer()  # again, since a hyperparameter search changes the learning rate
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (TypeError, ValueError, AssertionError) as error:
+            if self.v0_arguments.v0_optimizer is None or isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"v0_optimizer={self.v0_arguments.v0_optimizer!r} cannot be built with {self.optimizer_cls_and_kwargs[1]}: {error}"
+            ) from error
         if self.v0_arguments.v0_init != "zeros":
-            self._require_supported_run()
+            require_supported_run(self)
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 find_layout(optimizer)  # weights may still be on their way to this process
             else:
@@ -142,13 +156,22 @@ class V0InitMixin(SafeResumeMixin):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(add_v0_section(text, self._v0_report))
 
+    def _choose_optimizer(self, was_passed: bool = False) -> None:
+        """Take the optimizer class and arguments from `v0_optimizer`, if it is set."""
+        spec = self.v0_arguments.v0_optimizer
+        if spec is None:
+            return
+        require_sole_choice(spec, self.args, was_passed)
+        optimizer_class = load_optimizer_class(spec)
+        self.optimizer_cls_and_kwargs = (optimizer_class, compute_optimizer_arguments(optimizer_class, self.args))
+
     # ---- when v0 is written ------------------------------------------------------------------------------------------
 
     def _begin_with_v0(self, train_dataloader) -> None:
         """Decide at `on_train_begin`; see the table at the top of this file."""
         if self.v0_arguments.v0_init == "zeros":
             return
-        self._require_supported_run()
+        require_supported_run(self)
         resumed = self.state.global_step > 0
         if resumed and not is_untouched(self.optimizer):
             self._take_over_checkpoint()
@@ -183,7 +206,7 @@ class V0InitMixin(SafeResumeMixin):
             return
         self._v0_report = stored
         arguments = self.v0_arguments
-        scale = arguments.get_v0_scale(_get_beta2(self.optimizer))
+        scale = arguments.get_v0_scale(read_beta2(self.optimizer) or 0.0)
         now = V0Report(
             strategy=arguments.v0_init,
             scale=scale,
@@ -242,9 +265,9 @@ class V0InitMixin(SafeResumeMixin):
         return choose_batch_size(arguments.v0_stats_batch_size, self._train_batch_size, num_samples)
 
     def _make_statistics_batches(self, num_batches: int | None):
-        """Make this process's batches of the pass, and say how many there are (None for a stream)."""
+        """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream)."""
         arguments, seed, dataset = self.v0_arguments, self._get_v0_seed(), self.train_dataset
-        rank, world_size = self.args.process_index, self.args.world_size
+        rank, world_size = (0, 1) if is_sharded(self.model) else (self.args.process_index, self.args.world_size)
         batch_size = self._choose_stats_batch_size()
         num_samples = arguments.v0_num_samples
         if num_batches is not None:
@@ -274,7 +297,7 @@ class V0InitMixin(SafeResumeMixin):
         hidden = self.args.disable_tqdm or self.args.process_index != 0 or num_batches is not None
         bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
         with bar, self._count_items_locally():
-            return visit_gradients(
+            return self._get_visit_function(count_items=self._count_loss_items)(
                 self.model,
                 named_parameters,
                 batches,
@@ -285,9 +308,25 @@ class V0InitMixin(SafeResumeMixin):
                 on_batch=lambda batch: bar.update(1),
             )
 
-    def _compute_statistics_loss(self, model, batch) -> torch.Tensor:
-        """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
+    def _get_visit_function(self, **options) -> Callable[..., PassCounts]:
+        """Each process alone where it has the whole model, else all processes together."""
+        if not is_sharded(self.model):
+            return visit_gradients
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        is_narrow = self.args.bf16 or self.args.fp16
+        share = find_data_share(self.model)
+        return functools.partial(visit_gradients_together, share=share, is_narrow=is_narrow, **options)
+
+    def _count_loss_items(self, batch):
+        """Count what the loss of a batch is the mean over, as `compute_loss` takes it; None if it takes nothing."""
         num_items = self._get_num_items_in_batch([batch], self.args.device)
+        # The Trainer divides by the processes that see the same batch, expecting the sum over all of them.
+        return None if num_items is None else num_items * self.get_tp_size()
+
+    def _compute_statistics_loss(self, model, batch, num_items=None) -> torch.Tensor:
+        """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
+        if num_items is None:
+            num_items = self._get_num_items_in_batch([batch], self.args.device)
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items)
         return loss.mean() if loss.dim() > 0 else loss
@@ -309,12 +348,12 @@ class V0InitMixin(SafeResumeMixin):
                     ) or self.compute_loss_func is not None
                 divisor = 1 if scaled else len(micro_batches)
 
-                def compute_loss(model, inputs) -> torch.Tensor:
+                def compute_loss(model, inputs, _=None) -> torch.Tensor:
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items)
                     return (loss.mean() if loss.dim() > 0 else loss) / divisor
 
-                return visit_gradients(
+                return self._get_visit_function(own_batches=True)(
                     self.model,
                     named_parameters,
                     (StatisticsBatch(b, _count_samples(b), index) for index, b in enumerate(micro_batches)),
@@ -360,23 +399,17 @@ class V0InitMixin(SafeResumeMixin):
 
     # ---- refusals ----------------------------------------------------------------------------------------------------
 
-    def _require_supported_run(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise InputError("v0_init under DeepSpeed is not supported yet: run with DDP, or v0_init=zeros")
-        if self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
-            raise InputError(
-                "v0_init on sharded parameters (FSDP) is not supported yet: run with DDP, or v0_init=zeros"
-            )
-        if self.args.n_gpu > 1:
-            raise InputError(
-                f"v0_init with torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
-                "`accelerate launch` or `torchrun`"
-            )
-
     def _require_beta2(self, optimizer) -> None:
         arguments = self.v0_arguments
-        if arguments.v0_warmup_steps is not None:
-            arguments.get_v0_scale(_get_beta2(optimizer))
+        if arguments.v0_warmup_steps is None:
+            return
+        beta2 = read_beta2(optimizer)
+        if beta2 is None:
+            raise InputError(
+                f"v0_warmup_steps={arguments.v0_warmup_steps} with {type(unwrap_optimizer(optimizer)).__name__}: its second moment "
+                "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"
+            )
+        arguments.get_v0_scale(beta2)
 
     def _require_readable_data(self) -> None:
         dataset = self.train_dataset
@@ -404,10 +437,6 @@ def _count_samples(inputs) -> int:
     """The samples of a collated batch: the length of its first tensor."""
     sizes = [value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
     return sizes[0] if sizes else 1
-
-
-def _get_beta2(optimizer) -> float:
-    return float(next(iter(optimizer.param_groups))["betas"][1])
 
 
 def _show_messages(args) -> None:

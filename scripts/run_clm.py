@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import torch
-from accelerate.utils import gather_object
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -34,12 +32,14 @@ from transformers.utils import logging
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 from hf_v0init.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
+from hf_v0init.completions import generate_completions
 from hf_v0init.data.language_modeling import (
     CausalCollator,
     StreamedTokenWindows,
     TokenWindows,
     encode_prompts,
     find_first_token,
+    list_columns,
     tokenize_completions,
     tokenize_texts,
 )
@@ -49,6 +49,7 @@ from hf_v0init.data.tokenizer_training import train_bpe_tokenizer, train_on_main
 from hf_v0init.errors import InputError
 from hf_v0init.perplexity import ExactPerplexityMixin
 from hf_v0init.script_support import (
+    explain_hub_errors,
     find_checkpoint_to_resume,
     parse_arguments,
     remove_old_checkpoints,
@@ -288,7 +289,7 @@ def open_stream(path: str) -> datasets.IterableDataset:
         raise InputError(f"{path}: cannot be read as {kind} ({error}); repair the file") from error
     if first is None:
         raise InputError(f"{path}: is empty; give a file with at least one row")
-    return stream if stream.column_names else stream.select_columns(list(first))
+    return stream
 
 
 def split_off_validation(train, data: DataArguments) -> dict:
@@ -307,7 +308,7 @@ def split_off_validation(train, data: DataArguments) -> dict:
 
 
 def require_columns(rows, role: str, data: DataArguments) -> None:
-    names = rows.column_names
+    names = list_columns(rows)
     for flag_name in ("text_column", "prompt_column", "completion_column"):
         column = getattr(data, flag_name)
         if column is not None and column not in names:
@@ -315,7 +316,8 @@ def require_columns(rows, role: str, data: DataArguments) -> None:
 
 
 def choose_text_column(rows, data: DataArguments) -> str:
-    return data.text_column or ("text" if "text" in rows.column_names else rows.column_names[0])
+    names = list_columns(rows)
+    return data.text_column or ("text" if "text" in names else names[0])
 
 
 def iterate_texts(rows, data: DataArguments) -> Iterator[str]:
@@ -497,29 +499,13 @@ def save_results(trainer: CausalTrainer, role: str, metrics: dict) -> None:
         print(f"{role}: {figures} over {metrics[f'{role}_num_tokens']:,} tokens")
 
 
-def generate_completions(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
-    """Continues each prompt; the processes share the work and all return everything, in order."""
-    tokenizer, network = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    completions = []
-    network.eval()
-    with trainer.accelerator.split_between_processes(prompts) as own_prompts:
-        # One by one: padding at the left is not for every model, and this is a sample rather than a service.
-        for prompt in own_prompts:
-            room = max_new_tokens if positions is None else min(max_new_tokens, positions - 1)
-            kept = prompt if positions is None else prompt[-(positions - room) :]
-            input_ids = torch.tensor([kept], device=trainer.args.device)
-            with torch.no_grad():
-                output = network.generate(
-                    input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    max_new_tokens=room,
-                    pad_token_id=pad_token_id or 0,
-                    **options,
-                )
-            completions.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True))
-    return gather_object(completions) if trainer.args.world_size > 1 else completions
+def complete(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    first_token = find_first_token(trainer.processing_class)
+    prompts = [ids or first_token for ids in prompts]
+    return generate_completions(
+        network, trainer.processing_class, prompts, max_new_tokens, trainer.accelerator, **options
+    )
 
 
 def write_test_completions(trainer: CausalTrainer, rows, data: DataArguments, max_new_tokens: int) -> None:
@@ -527,10 +513,7 @@ def write_test_completions(trainer: CausalTrainer, rows, data: DataArguments, ma
     rows = list(limit_rows(rows, data.max_predict_samples))
     prompts = [row[data.prompt_column] for row in rows]
     token_ids = encode_prompts(prompts, trainer.processing_class, data.prompt_prefix)
-    first_token = find_first_token(trainer.processing_class)
-    generated = generate_completions(
-        trainer, [ids or first_token for ids in token_ids], max_new_tokens, do_sample=False
-    )
+    generated = complete(trainer, token_ids, max_new_tokens, do_sample=False)
     if trainer.is_world_process_zero():
         write_lines(
             Path(trainer.args.output_dir, "generated_completions.jsonl"),
@@ -546,11 +529,9 @@ def write_test_completions(trainer: CausalTrainer, rows, data: DataArguments, ma
 
 def write_sample(trainer: CausalTrainer, prompt: str, max_new_tokens: int) -> None:
     """One sampled continuation of `prompt`, printed and to generated_sample.txt."""
-    ids = encode_prompts([prompt], trainer.processing_class)[0] or find_first_token(trainer.processing_class)
-    if not ids:
-        raise InputError(f"--sample_prompt={prompt!r}: has no token; give some text")
     set_seed(trainer.args.seed)
-    text = prompt + generate_completions(trainer, [ids], max_new_tokens, do_sample=True)[0]
+    prompts = encode_prompts([prompt], trainer.processing_class)
+    text = prompt + complete(trainer, prompts, max_new_tokens, do_sample=True)[0]
     if trainer.is_world_process_zero():
         print(f"sample: {text}")
         write_lines(Path(trainer.args.output_dir, "generated_sample.txt"), [text])
@@ -599,6 +580,11 @@ def main(argv: list[str]) -> None:
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args, data_args, rows, checkpoint)
     block_size = choose_block_size(data_args, config, tokenizer)
+    if run_args.max_tokens_per_batch is not None and run_args.max_tokens_per_batch < block_size:
+        raise InputError(
+            f"--max_tokens_per_batch={run_args.max_tokens_per_batch}: is less than the {block_size} tokens that a sample "
+            "may have; raise it, or lower --block_size"
+        )
     if training_args.do_train and run_args.average_checkpoints is not None:
         require_enough_checkpoints(training_args, run_args.average_checkpoints)
     network = load_model(model_args, config, tokenizer)
@@ -612,16 +598,17 @@ def main(argv: list[str]) -> None:
         num_steps = count_steps(training_args, len(samples["train"]), run_args.max_tokens_per_batch)
         require_enough_checkpoints(training_args, run_args.average_checkpoints, num_steps)
 
-    trainer = CausalTrainer(
-        model=network,
-        args=training_args,
-        train_dataset=samples.get("train"),
-        eval_dataset=samples.get("validation"),
-        processing_class=tokenizer,
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        data_collator=CausalCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None),
-        max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
-    )
+    with explain_hub_errors(training_args):
+        trainer = CausalTrainer(
+            model=network,
+            args=training_args,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            processing_class=tokenizer,
+            # A stream's batches are cut and joined across processes, so they must all be of one length.
+            data_collator=CausalCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None),
+            max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
+        )
 
     if training_args.do_train:
         if checkpoint is None and run_args.overwrite_output_dir and trainer.is_world_process_zero():

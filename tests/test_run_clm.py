@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -144,8 +145,9 @@ def compute_perplexity_slowly(folder: Path, lines: list[str], block_size: int) -
 
 def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, data, tmp_path, capsys):
     out = tmp_path / "out"
-    changes = {"do_eval": True, "do_predict": True, "average_checkpoints": 2, "v0_init": "data_driven"}
-    run_clm.main(flags(**changes, v0_num_samples=16, sample_prompt="the cat", max_new_tokens=5))
+    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
+    run_clm.main(flags(**changes, sample_prompt="the cat", max_new_tokens=5))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):
         assert (out / name).is_file(), name
 
@@ -156,16 +158,22 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, d
         assert results[f"{role}_num_tokens"] == num_tokens
         assert results[f"{role}_perplexity"] == pytest.approx(perplexity, rel=1e-5)
         assert results[f"{role}_loss"] == pytest.approx(math.log(perplexity), rel=1e-5)
-    assert results["eval_perplexity"] < 200  # of 280 tokens: it has learned something in 6 steps
+    assert results["eval_perplexity"] < 140  # half the vocabulary: it has learned something
 
     weights = load_file(out / "model.safetensors")
-    checkpoints = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (4, 6)]
+    checkpoints = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (20, 30)]
     assert set(weights) == set(checkpoints[0])
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, (checkpoints[0][name] + checkpoints[1][name]) / 2, rtol=0, atol=1e-7)
 
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "arxiv:2412.02153" in card and "hf_v0init" in card and "data_driven" in card
+    assert (
+        "text-generation" in card
+        and "perplexity" in card
+        and "arxiv:2412.02153" in card
+        and "hf_v0init" in card
+        and "data_driven" in card
+    )
     assert (out / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
     assert "eval: perplexity" in capsys.readouterr().out
 
@@ -335,6 +343,9 @@ BAD_INPUT = {
     "average without saving": ({"average_checkpoints": 2, "save_strategy": "no"}, ["average_checkpoints=2", "save_strategy"]),
     "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
     "missing checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "--resume_from_checkpoint"]),
+    "unknown tracker": ({"report_to": "wanbd"}, ["--report_to=wanbd", "wandb"]),
+    "tracker not installed": ({"report_to": "neptune"}, ["--report_to=neptune", "pip install neptune"]),
+    "Hub out of reach": ({"push_to_hub": True}, ["--push_to_hub", "hf auth login"]),
     "best model": ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
 }  # fmt: skip
 
@@ -347,6 +358,7 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
     changes = {
         key: value.replace("DATA", str(data)) if isinstance(value, str) else value for key, value in changes.items()
     }
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags(**changes)])
     with pytest.raises(SystemExit) as caught:
         run_script(run_clm.main)
@@ -413,7 +425,9 @@ def start(*command) -> subprocess.CompletedProcess:
 def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
     result = start(SCRIPT, *flags(train_file="nowhere.txt"))
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: nowhere.txt")
+    # what third-party packages say while they are imported is not the script's to suppress
+    assert result.stderr.splitlines()[-1].startswith("error: nowhere.txt")
+    assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -421,9 +435,11 @@ def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
 def test_two_processes_evaluate_like_one(flags, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    options |= {"sample_prompt": "the cat", "max_new_tokens": 3}
     result = start(*launcher, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
     assert result.returncode == 0, result.stderr
     both = read_results(tmp_path / "out")
+    assert (tmp_path / "out" / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
     pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "out"}
     run_clm.main(flags(**pretrained, do_train=None, do_eval=True, do_predict=True, output_dir=tmp_path / "one"))
     one = read_results(tmp_path / "one")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from hf_v0init import script_support
@@ -222,7 +224,14 @@ def test_another_process_lets_the_main_one_speak_first(monkeypatch, capsys):
 
 
 def make_arguments(folder, resume=None):
-    return SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=resume)
+    return SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=resume, process_index=0)
+
+
+def make_checkpoint(folder):
+    """The least that a run can be resumed from: weights and the Trainer's state."""
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": int(folder.name.split("-")[1])}))
 
 
 def test_a_new_output_folder_is_checked_but_not_created(tmp_path):
@@ -251,7 +260,7 @@ def test_which_checkpoint_a_run_continues_from(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
         find_checkpoint_to_resume(make_arguments(folder, "true"), overwrite=False)
     for step in (5, 10):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        make_checkpoint(folder / f"checkpoint-{step}")
     last = str(folder / "checkpoint-10")
     assert find_checkpoint_to_resume(make_arguments(folder), overwrite=False) == last
     assert find_checkpoint_to_resume(make_arguments(folder, "True"), overwrite=True) == last
@@ -262,6 +271,24 @@ def test_which_checkpoint_a_run_continues_from(tmp_path):
         find_checkpoint_to_resume(make_arguments(folder, "nowhere"), overwrite=False)
     # a checkpoint from elsewhere, into a folder of its own
     assert find_checkpoint_to_resume(make_arguments(tmp_path / "other", first), overwrite=False) == first
+
+
+def test_broken_checkpoints_are_passed_over_and_named(tmp_path, caplog):
+    for step in (5, 10):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_s')
+    for wanted in (None, "true"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+            found = find_checkpoint_to_resume(make_arguments(tmp_path, wanted), overwrite=False)
+        assert found == str(tmp_path / "checkpoint-5")
+        assert "checkpoint-10 (trainer_state.json is damaged)" in caplog.text
+    with pytest.raises(InputError, match=r"checkpoint-10: trainer_state.json is damaged.*whole.*checkpoint-5$"):
+        find_checkpoint_to_resume(make_arguments(tmp_path, str(tmp_path / "checkpoint-10")), overwrite=False)
+    (tmp_path / "checkpoint-5" / "model.safetensors").unlink()
+    for wanted in (None, "true"):  # a run that was killed in its first save starts anew where it stood
+        assert find_checkpoint_to_resume(make_arguments(tmp_path, wanted), overwrite=False) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
 
 
 def test_files_without_a_checkpoint_are_not_overwritten(tmp_path):
@@ -286,11 +313,11 @@ def test_logging_goes_to_stdout_at_the_level_asked_for(capsys, tmp_path):
     try:
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
         start_logging(arguments)
-        logging.getLogger("hf_v0init.toy").info("seen")
+        logging.getLogger("toy_script").info("seen")
         logging.getLogger("transformers.toy").info("seen too")
         arguments.log_level = "error"
         start_logging(arguments)
-        logging.getLogger("hf_v0init.toy").warning("hidden")
+        logging.getLogger("toy_script").warning("hidden")
         out, err = capsys.readouterr()
         assert "seen" in out and "seen too" in out and "hidden" not in out
         assert err == ""

@@ -142,6 +142,11 @@ def find_first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
+def list_columns(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them, those of its first row."""
+    return rows.column_names if rows.column_names is not None else list(next(iter(rows), {}))
+
+
 def _require_strings(values: list, column: str) -> list[str]:
     for value in values:
         if not isinstance(value, str):
@@ -167,7 +172,7 @@ def _map_with_cache(
     changes when the tokenizer is used.
     """
     if isinstance(rows, datasets.IterableDataset):
-        return rows.map(function, batched=True, remove_columns=rows.column_names, features=features)
+        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
     fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_v0init"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,42 @@
+"""Started by torchrun: one task of `runs.py` on several processes, of which one may kill itself.
+
+    torchrun --nproc_per_node 2 tests/kill/launched.py REQUEST.json
+
+In the request, `dies` = {"rank", "phase", "occurrence"}.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from runs import TASKS
+
+
+def main(path: str) -> None:
+    request = json.loads(Path(path).read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    request["result"] = f"result.rank{rank}.pt"
+    if rank != 0:
+        request["lives"] = f"lives.rank{rank}.jsonl"
+    seen = []
+
+    def report(phase: str) -> None:
+        seen.append(phase)
+        dies = request.get("dies")
+        if dies and dies["rank"] == rank and dies["phase"] == phase and seen.count(phase) == dies["occurrence"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TASKS[request["task"]](request, report)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])

@@ -1,0 +1,224 @@
+"""The runs that are killed: each reports its phases and leaves what a test compares."""
+
+import builtins
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers.modeling_utils
+from conftest import make_gpt2, make_sequences
+from trainers import make_trainer, weights_of
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_v0init import V0InitTrainer
+from hf_v0init.checkpoint_safety import find_defect, list_checkpoints
+from hf_v0init.optimizer_state import is_untouched
+
+PAUSE = 0.004  # seconds a batch of the pass takes at least, so that a kill can meet it
+
+OPTIONS = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "logging_steps": 1,
+    "per_device_eval_batch_size": 8,
+}
+
+
+class ReportsPhases:
+    """Reports `pass` before every batch of the pass, `train`, `evaluate`, `save`, and `saved`."""
+
+    report = staticmethod(lambda phase: None)
+    note_pass = staticmethod(lambda: None)
+    in_pass = False
+
+    def _run_statistics_pass(self, *args, **kwargs):
+        self.in_pass = True
+        try:
+            return super()._run_statistics_pass(*args, **kwargs)
+        finally:
+            self.in_pass = False
+
+    def _write_v0(self, *args, **kwargs):
+        written = super()._write_v0(*args, **kwargs)
+        self.note_pass()
+        return written
+
+    def compute_loss(self, *args, **kwargs):
+        if self.in_pass:
+            self.report("pass")
+            time.sleep(PAUSE)
+        return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        self.report("train")
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        self.report("evaluate")
+        return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self.report("save")
+        super()._save_checkpoint(*args, **kwargs)
+        self.report("saved")
+
+
+class Ours(ReportsPhases, V0InitTrainer):
+    pass
+
+
+class Stock(ReportsPhases, Trainer):
+    pass
+
+
+def build(request: dict, report) -> Trainer:
+    stock = request.get("stock", False)
+    options = OPTIONS | ({} if stock else {"v0_init": "data_driven", "v0_stats_batch_size": 2})
+    trainer = make_trainer(
+        Path(request["folder"]) / "out",
+        stock=stock,
+        trainer_class=Stock if stock else Ours,
+        model=make_gpt2(dropout=request.get("dropout", 0.1)),
+        data=make_sequences(20),  # an epoch ends at step 5
+        kwargs={"eval_dataset": make_sequences(8, seed=4)},
+        **options | request.get("options", {}),
+    )
+    trainer.report = report
+    return trainer
+
+
+def warm_up() -> None:
+    """Import, once for all children, what a Trainer imports only when it is built, evaluates and saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build({"folder": folder}, lambda phase: None)
+        trainer.create_optimizer_and_scheduler(1)
+        trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.evaluate()
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def save_result(request: dict, trainer, **more) -> None:
+    result = {
+        "weights": weights_of(trainer),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "history": trainer.state.log_history,
+        "report": trainer.get_v0_report() if isinstance(trainer, V0InitTrainer) else None,
+    }
+    torch.save(result | more, Path(request["folder"]) / request.get("result", "result.pt"))
+
+
+def train(request: dict, report) -> None:
+    """Train; resume where a user's script would, that is where the output folder has a checkpoint-* folder."""
+    folder = Path(request["folder"])
+    trainer = build(request, report)
+    out = trainer.args.output_dir
+    whole = [os.path.basename(path) for path in list_checkpoints(out) if find_defect(path) is None]
+
+    def note(passes: int) -> None:
+        with open(folder / request.get("lives", "lives.jsonl"), "a") as file:
+            resumed_from = getattr(trainer, "_v0_resumed_from", None)
+            life = {"process": os.getpid(), "passes": passes, "whole": whole, "resumed_from": resumed_from}
+            file.write(json.dumps(life) + "\n")
+
+    note(0)
+    trainer.note_pass = lambda: note(1)
+    resume = request.get("resume") or (os.path.isdir(out) and get_last_checkpoint(out) is not None)
+    if "kill_at" in request:
+        kill_at_file_operation(trainer, report, **request["kill_at"])
+    trainer.train(resume_from_checkpoint=resume)
+    save_result(request, trainer)
+
+
+def kill_at_file_operation(trainer, report, save: int, operation: int) -> None:
+    """Die in the `save`-th save, in its `operation`-th write: halfway through a file, or before an open or rename.
+
+    Reports `write` at each; with `operation=0` nobody dies.
+    """
+    count = {"saves": 0, "operations": 0, "inside": False}
+
+    def count_down() -> bool:
+        if not count["inside"] or count["saves"] != save:
+            return False
+        count["operations"] += 1
+        report("write")
+        return count["operations"] == operation
+
+    def halfway(write):
+        def cut_off(content, path, *args, **kwargs):
+            last = count_down()
+            count["inside"], before = False, count["inside"]
+            write(content, path, *args, **kwargs)
+            count["inside"] = before
+            if last:
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return cut_off
+
+    def before(call, counts):
+        def dying(*args, **kwargs):
+            if counts(*args, **kwargs) and count_down():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return dying
+
+    def writes(file, mode="r", *args, **kwargs) -> bool:
+        return any(letter in mode for letter in "wax+")
+
+    torch.save = halfway(torch.save)
+    transformers.modeling_utils.safe_save_file = halfway(transformers.modeling_utils.safe_save_file)
+    builtins.open = before(builtins.open, writes)
+    os.replace = before(os.replace, lambda *args, **kwargs: True)
+    save_checkpoint = trainer._save_checkpoint
+
+    def counted(*args, **kwargs):
+        count["saves"] += 1
+        count["inside"] = True
+        save_checkpoint(*args, **kwargs)
+        count["inside"] = False
+
+    trainer._save_checkpoint = counted
+
+
+def interrupt(request: dict, report) -> None:
+    """Train and be interrupted (Ctrl-C) in the pass; look at what is left, then train again with the same Trainer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    trainer = build(request, report)
+    before = weights_of(trainer)
+    modes = [module.training for module in trainer.model.modules()]
+    rng = torch.get_rng_state()
+    left = None
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        report("interrupted")
+        left = {
+            "step": trainer.state.global_step,
+            "untouched": is_untouched(trainer.optimizer),
+            "report": trainer.get_v0_report(),
+            "weights": all(torch.equal(before[name], weight) for name, weight in weights_of(trainer).items()),
+            "gradients": sum(parameter.grad is not None for parameter in trainer.model.parameters()),
+            "hooks": sum(
+                len(parameter._post_accumulate_grad_hooks or ())
+                for parameter in trainer.model.parameters()
+                if hasattr(parameter, "_post_accumulate_grad_hooks")
+            ),
+            "rng": torch.equal(rng, torch.get_rng_state()),
+            "modes": modes == [module.training for module in trainer.model.modules()],
+            "files": sorted(str(path) for path in Path(trainer.args.output_dir).rglob("*")),
+        }
+        trainer.train()
+    save_result(request, trainer, left=left)
+
+
+TASKS = {"train": train, "interrupt": interrupt}
