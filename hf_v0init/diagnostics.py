@@ -108,7 +108,7 @@ class V0DiagnosticsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._clear()
         self._watches = args.process_index == 0
-        if self._watches and args.deepspeed_plugin is not None:
+        if self._watches and getattr(args, "deepspeed_plugin", None) is not None:
             logger.warning(
                 f"{self.file_name} is not written: DeepSpeed's optimizers keep no per-parameter tensors to look at"
             )

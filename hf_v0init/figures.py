@@ -122,7 +122,8 @@ def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained")
     for curve, colour, style in zip(curves, COLOURS, LINE_STYLES, strict=False):
         left.plot(curve.loss_steps, curve.losses, color=colour, ls=style, lw=1.8, label=curve.name)
-        right.plot(curve.update_steps, curve.update_sizes, color=colour, ls=style, lw=1.8, label=curve.name)
+        sizes = [size if size > 0 else math.nan for size in curve.update_sizes]  # the axis is logarithmic
+        right.plot(curve.update_steps, sizes, color=colour, ls=style, lw=1.8, label=curve.name)
     left.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Loss", ylim=(0, None))
     right.set(xlabel="optimizer step", title="Size of the first updates")
     right.set_ylabel("RMS update of a weight / peak learning rate")
@@ -131,6 +132,7 @@ def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False)
     figure.suptitle(title)
     _write(figure, path)
@@ -152,6 +154,7 @@ def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
     figure.suptitle(title)
     _write(figure, path)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .sharding import find_local_part
+from .sharding import find_local_part, is_dtensor
 
 State = dict[str, object]
 
@@ -173,7 +173,16 @@ class BitsAndBytesLayout(PlainLayout):
     """
 
     def create_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State:
-        """Let the optimizer create its state, as in its first step, and take it out again."""
+        """Let the optimizer create its state, as in its first step, and take it out again.
+
+        Raises:
+            InputError: the parameter is sharded (a DTensor), which bitsandbytes cannot step.
+        """
+        if is_dtensor(parameter):
+            raise InputError(
+                f"bitsandbytes' {type(optimizer).__name__} cannot step sharded parameters (FSDP2, tensor parallel); use "
+                "optim=adamw_torch_8bit (torchao), which can"
+            )
         optimizer.check_overrides()
         if not parameter.is_contiguous():  # its kernels read memory in order, and so must v0 be written
             parameter.data = parameter.data.contiguous()

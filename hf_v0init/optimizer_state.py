@@ -59,7 +59,11 @@ def find_group(optimizer, parameter: nn.Parameter) -> dict:
 def has_state(optimizer, parameter: nn.Parameter, group: dict | None = None) -> bool:
     """Whether steps, a checkpoint or a v0 have left state for `parameter` (without creating any)."""
     group = find_group(optimizer, parameter) if group is None else group
-    return find_layout(optimizer).find_state(unwrap_optimizer(optimizer), parameter, group) is not None
+    try:
+        layout = find_layout(optimizer)
+    except InputError:
+        layout = PlainLayout()  # refused for a v0: what lies in `optimizer.state` is its state all the same
+    return layout.find_state(unwrap_optimizer(optimizer), parameter, group) is not None
 
 
 def is_untouched(optimizer) -> bool:
@@ -169,6 +173,9 @@ def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | Non
     """Return the second moment of `parameter` in units of gradient squared, or None before it has state.
 
     The live tensor in the parameter's dtype; a new one, in fp32, where the state is quantised or stores the root.
+
+    Raises:
+        InputError: as `find_layout`.
     """
     try:
         group = find_group(optimizer, parameter)

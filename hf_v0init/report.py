@@ -10,6 +10,8 @@ from .warmup_equivalence import compute_multiplier_table, compute_washout_warnin
 
 REPORT_FILE = "v0_init.json"
 
+MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does not decay is worth a warning
+
 # The settings that must be the same for a resumed run to be the run that was begun.
 SETTINGS = (
     "strategy", "scale", "statistic", "num_samples_requested", "stats_batch_size", "seed", "one_dimensional", "fan_factor", "floor",
@@ -106,9 +108,17 @@ class V0Report:
 
     def find_warning(self) -> str | None:
         """Return the warning that v0 will not wash out within this run, with its remedy, or None."""
-        if self.beta2 is None or not self.max_steps:
+        if not self.max_steps:
             return None
         ratio = self.scale if self.measured_ratio is None else self.measured_ratio
+        if self.beta2 is None:
+            if ratio <= MUCH_WITHOUT_DECAY:
+                return None
+            return (
+                f"v0 is {ratio:.3g} times the gradients' square (median over elements), and this optimizer's second moment does not "
+                "decay as Adam's does: v0 may hold the steps back for the whole run. Remedy: a smaller v0_scale, or "
+                "v0_init=data_driven, whose v0 has the gradients' own size"
+            )
         return compute_washout_warning(ratio, self.beta2, self.max_steps)
 
     def find_differences(self, other: dict) -> list[str]:

@@ -89,6 +89,15 @@ class SafeResumeMixin:
         mine = find_defect(folder) if self.args.local_process_index == 0 else None
         return next((defect for defect in _gather(mine) if defect is not None), None)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch the batches of the next step as the Trainer does; none for a run that is resumed at its end.
+
+        The Trainer itself makes one step too many there, unless the end is that of an epoch.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:

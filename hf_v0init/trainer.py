@@ -83,6 +83,8 @@ class V0InitMixin(SafeResumeMixin):
         self._v0_given_arguments = v0_arguments
         super().__init__(*args, **kwargs)
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
+        if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
+            find_layout(self.optimizer)  # create_optimizer is not called for it, and a resume fills its state first
         _show_messages(self.args)
         self.add_callback(_WriteV0(self))
 

@@ -4,7 +4,7 @@
 It learns German to English on a corpus that the package generates, so it needs no network. The runs go side by
 side, one thread each. At the end: a table, a picture of loss and first updates, and what the numbers say.
 
-    python scripts/demo.py [--output_dir outputs/demo] [--steps 600] [--seed 1]
+    python scripts/demo.py [--output_dir outputs/demo] [--steps 500] [--seed 1]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DemoSettings:
     """What the three runs have in common."""
 
     output_dir: str = "outputs/demo"
-    steps: int = 600
+    steps: int = 500
     seed: int = 1
     num_pairs: int = 12_000
     num_test: int = 300

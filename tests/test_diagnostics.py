@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,6 +273,33 @@ def test_watches_no_longer_than_asked(tmp_path):
     assert read["updates"]["step"] == [1, 2] and read["histograms"]["steps"] == {}
     assert read["second_moment"]["step"] == [1, 2, 3, 4, 5]
     assert callback._update_samples is None  # holds on to no memory of the model
+
+
+def test_a_step_that_overflowed_does_not_count(tmp_path):
+    parameter = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    accelerated = SimpleNamespace(optimizer=optimizer, step_was_skipped=False)  # as accelerate wraps it
+    state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(4, 4), "exp_avg_sq": torch.full((4, 4), 2.0)}
+    optimizer.state[parameter] = state
+    args = SimpleNamespace(process_index=0, v0_init="data_driven", v0_scale=2.0, output_dir=str(tmp_path))
+    state = SimpleNamespace(global_step=0)
+    callback = V0DiagnosticsCallback()
+    callback.on_train_begin(args, state, None)
+    for skipped in (True, False, False):
+        callback.on_pre_optimizer_step(args, state, None, optimizer=accelerated)
+        accelerated.step_was_skipped = skipped
+        parameter.grad = torch.ones(4, 4)
+        if not skipped:
+            optimizer.step()
+        callback.on_optimizer_step(args, state, None, optimizer=accelerated)
+        state.global_step += 1
+    read = callback.get_diagnostics()
+    assert read["updates"]["norm"][0] == 0.0 and min(read["updates"]["norm"][1:]) > 0.0
+    assert read["multiplier"]["step"] == read["second_moment"]["step"] == [2, 3]
+    # gradients of 1 and v0 = 2: the closed form holds exactly
+    expected = [compute_multiplier(taken, 2.0, 0.999) for taken in (1, 2)]
+    assert read["multiplier"]["closed_form"] == pytest.approx(expected)
+    assert read["multiplier"]["quantile_0.5"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_settings_out_of_range_are_refused():

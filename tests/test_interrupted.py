@@ -15,7 +15,7 @@ from kill.client import KillServer, choose_kill, read_lives
 
 from hf_v0init.checkpoint_safety import find_defect, find_newest_whole, list_checkpoints
 
-PHASES = ["pass", "train", "save", "evaluate"]
+PHASES = ["pass", "train", "save", "evaluate", "end"]  # the end: after the last save
 TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
 
 
@@ -54,8 +54,9 @@ def count_passes_that_lasted(folder: Path) -> int:
     """The v0 passes whose process left a whole checkpoint; every process that found one must have done none."""
     lives = read_lives(folder)
     for life in lives:
-        assert life["passes"] == (0 if life["whole"] else life["passes"]), lives
-        assert (life["resumed_from"] is not None) == bool(life["whole"]) or life["passes"] == 0
+        assert not (life["whole"] and life["passes"]), lives
+        if life["resumed_from"] != "not yet known":  # killed before that
+            assert life["resumed_from"] == (life["whole"] or [None])[0], lives
     later = [life["whole"] for life in lives[1:]] + [["the end"]]
     return sum(life["passes"] for life, whole in zip(lives, later, strict=True) if whole)
 
@@ -85,13 +86,13 @@ def test_a_run_killed_in_the_pass_a_save_and_an_evaluation_ends_the_same(server,
 
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
-    """Five first kills in every phase, some runs killed again and again; with and without rotation."""
+    """Four first kills in every phase, some runs killed again and again; with and without rotation."""
     generator = random.Random(20)
     record, died = [], Counter()
     for number in range(20):
-        kills = [choose_kill(straight["events"], PHASES[number % 4], generator)]
+        kills = [choose_kill(straight["events"], PHASES[number % 5], generator)]
         while generator.random() < 0.4:
-            kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:]), generator) | {"occurrence": 2})
+            kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:4]), generator) | {"occurrence": 2})
         limit = [None, 1, 2][number % 3]
         folder = tmp_path / str(number)
         answer, died_in = kill_and_resume(server, folder, kills, options={"save_total_limit": limit})
@@ -105,7 +106,7 @@ def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp
     survived = sum(not different and passes == 1 for *_, different, passes in record)
     print(f"\nours: {survived} of 20 the same in the end; {died.total()} kills: {dict(died)}")
     assert survived == 20, record
-    assert all(died[phase] for phase in PHASES), died
+    assert all(died[phase] for phase in PHASES[:4]), died
 
 
 @pytest.mark.slow
@@ -115,12 +116,19 @@ def test_record_of_the_stock_trainer(server, tmp_path):
     generator = random.Random(20)
     survived, failed = 0, []
     for number in range(20):
-        kills = [choose_kill(straight["events"], ["train", *PHASES[1:]][number % 4], generator)]
+        kills = [choose_kill(straight["events"], ["train", *PHASES[1:]][number % 5], generator)]
         answer, died_in = kill_and_resume(server, tmp_path / str(number), kills, may_fail=True, stock=True)
         different = find_differences(straight["result"], answer["result"]) if answer["status"] == 0 else []
         survived += answer["status"] == 0 and not different
         if answer["status"] != 0 or different:
-            failed.append((died_in[0], answer["log"].strip().splitlines()[-1] if answer["status"] else different))
+            failed.append(
+                (
+                    died_in[0],
+                    answer["log"].strip().splitlines()[-1]
+                    if answer["status"]
+                    else f"{len(different)} tensors and figures differ",
+                )
+            )
     print(f"\nstock: {survived} of 20 the same in the end; the others: {failed}")
     assert 0 <= survived <= 20
 
@@ -275,9 +283,9 @@ def test_processes_agree_on_the_newest_whole_checkpoint_and_on_refusals(tmp_path
     launch(2, tmp_path, options=TWO)
     (tmp_path / "out" / "checkpoint-5" / "rng_state_1.pth").write_bytes(b"PK")
     _, results, said = launch(2, tmp_path, options=TWO)
-    assert [Path(life["resumed_from"]).name for life in read_lives(tmp_path)[1:]] == ["checkpoint-4"]
-    lives = [json.loads(line) for line in (tmp_path / "lives.rank1.jsonl").read_text().splitlines()]
-    assert len(results) == 2 and lives[-1]["whole"][0] == "checkpoint-4"
+    assert len(results) == 2
+    for name in ("lives.jsonl", "lives.rank1.jsonl"):
+        assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
     assert said.count("checkpoint-5 (rng_state_1.pth has 2 of its") == 1  # one process speaks
     named = str(tmp_path / "out" / "checkpoint-4")
     (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK")
@@ -288,7 +296,10 @@ def test_processes_agree_on_the_newest_whole_checkpoint_and_on_refusals(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
-    """Same samples a step, no dropout: the resumed run is the straight one but for the order of additions."""
+    """Same samples a step, no dropout: the resumed run is the straight one but for the order of additions.
+
+    Steps are 0.01 wide; the loosest weights are the keys' biases, whose gradient is nothing but rounding.
+    """
 
     def options(num_processes: int, steps: int) -> dict:
         return TWO | {
@@ -304,7 +315,7 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
     assert moved[0]["report"]["num_processes"] == before
     for result in moved:
         for name, weight in straight[0]["weights"].items():
-            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
         for index, state in straight[0]["optimizer"]["state"].items():
             theirs = result["optimizer"]["state"][index]
             assert state["step"] == theirs["step"] == 5

@@ -12,7 +12,9 @@ PACKAGE = ROOT / "hf_v0init"
 LAYERS = [
     ["trainer", "cli"],
     ["initialization", "arguments", "report", "model_card"],
-    ["strategies", "gradient_statistics", "statistics_batches", "optimizer_state"],
+    ["strategies", "gradient_statistics", "statistics_batches", "optimizer_state", "optimizer_choice"],
+    ["optimizer_probe"],
+    ["optimizer_layouts", "optimizer_table"],
     ["sharding", "run_preservation", "warmup_equivalence"],
     ["errors"],
 ]
@@ -22,6 +24,10 @@ FORBIDDEN = {
     "strategies": {"transformers", "accelerate", "datasets", "optimizer_state"},
     "gradient_statistics": {"transformers", "accelerate", "datasets", "optimizer_state"},
     "optimizer_state": {"transformers", "accelerate", "datasets", "strategies", "gradient_statistics"},
+    "optimizer_choice": {"transformers", "accelerate", "datasets", "optimizer_state"},
+    "optimizer_probe": {"transformers", "accelerate", "datasets", "optimizer_table"},
+    "optimizer_layouts": {"transformers", "accelerate", "datasets"},
+    "optimizer_table": {"torch", "numpy", "transformers", "accelerate"},
     "initialization": {"transformers", "accelerate", "trainer"},
     "warmup_equivalence": {"torch", "numpy", "transformers"},
 }

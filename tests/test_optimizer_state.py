@@ -111,8 +111,8 @@ def test_looking_creates_no_state():
     ("optimizer", "words"),
     [
         (lambda p: torch.optim.SGD(p, lr=0.1), "no second moment"),
-        (lambda p: torch.optim.Adadelta(p), "not known here"),
-        (lambda p: type("Mine", (torch.optim.AdamW,), {})(p), "Mine"),
+        (lambda p: torch.optim.ASGD(p), "dry run on a copy refused it"),
+        (lambda p: type("Mine", (torch.optim.SGD,), {})(p), "Mine is not listed"),
     ],
 )
 def test_other_optimizers_are_refused_with_a_remedy(optimizer, words):
@@ -129,3 +129,12 @@ def test_accelerate_wrapper_is_looked_through():
     assert type(wrapped) is not torch.optim.AdamW and unwrap_optimizer(wrapped) is optimizer
     write_states(wrapped, {p: create_state(wrapped, p)})
     assert has_state(optimizer, p)
+
+
+def test_refused_optimizers_still_tell_whether_they_have_made_steps():
+    p, optimizer = make(torch.optim.AdamW, {})
+    optimizer = torch.optim.Adafactor([p])
+    assert is_untouched(optimizer) and not has_state(optimizer, p)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not is_untouched(optimizer) and has_state(optimizer, p)

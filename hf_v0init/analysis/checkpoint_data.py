@@ -86,7 +86,7 @@ def load_model(folder, device: str | None = None) -> nn.Module:
 
 def load_batch_loss(
     folder,
-    is_encoder_decoder: bool,
+    config,
     *,
     file=None,
     source_file=None,
@@ -99,11 +99,12 @@ def load_batch_loss(
 
     Args:
         folder: the checkpoint, for its tokenizer.
+        config: the model's configuration: whether it is an encoder-decoder, and how many positions it has.
         file: for causal language models, a text file, whose tokens are cut into windows of `max_length`; for encoder-decoder
             models, what `load_pair_files` reads.
         source_file, target_file: parallel text files, for encoder-decoder models.
         num_samples: the first so many windows or pairs are used.
-        max_length: in tokens; longer sentences are cut.
+        max_length: in tokens, at most the model's positions; longer sentences are cut.
 
     Raises:
         InputError: no tokenizer, no file, files that do not fit the model, or numbers out of range.
@@ -119,7 +120,8 @@ def load_batch_loss(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: has no tokenizer that can be loaded; save it beside the model") from error
-    if is_encoder_decoder:
+    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    if config.is_encoder_decoder:
         samples = _tokenize_pairs(tokenizer, file, source_file, target_file, num_samples, max_length)
         collate = _make_pair_collator(tokenizer)
     else:

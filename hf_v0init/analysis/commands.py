@@ -33,7 +33,10 @@ SourceFile = Annotated[
 TargetFile = Annotated[str | None, typer.Option("--target_file", help="Their translations, line by line.")]
 NumSamples = Annotated[int, typer.Option("--num_samples", help="Windows of text, or sentence pairs, to measure on.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", help="Samples a forward pass.")]
-MaxLength = Annotated[int, typer.Option("--max_length", help="Tokens of a window; longer sentences are cut.")]
+MaxLength = Annotated[
+    int,
+    typer.Option("--max_length", help="Tokens of a window, at most the model's positions; longer sentences are cut."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: a GPU if there is one]")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all draws, >= 0.")]
 
@@ -173,7 +176,7 @@ def landscape(
     model = load_model(checkpoint, device)
     measure = load_batch_loss(
         checkpoint,
-        model.config.is_encoder_decoder,
+        model.config,
         file=file,
         source_file=source_file,
         target_file=target_file,
@@ -233,7 +236,7 @@ def connectivity(
     model = load_model(pairs[0][1], device)
     measure = load_batch_loss(
         pairs[0][1],
-        model.config.is_encoder_decoder,
+        model.config,
         file=file,
         source_file=source_file,
         target_file=target_file,

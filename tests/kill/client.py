@@ -55,17 +55,24 @@ class KillServer:
         return answer
 
 
-def read_lives(folder: Path) -> list[dict]:
+def read_lives(folder: Path, name: str = "lives.jsonl") -> list[dict]:
     """What every process of a run did: {"whole": checkpoints when it began, "resumed_from", "passes"}, in order."""
     lives = {}
-    for line in (folder / "lives.jsonl").read_text().splitlines():
+    for line in (folder / name).read_text().splitlines():
         life = json.loads(line)
         lives[life["process"]] = life  # a later line of a process holds all of an earlier one
     return list(lives.values())
 
 
 def choose_kill(events: list, phase: str, generator) -> dict:
-    """Choose a moment within one random occurrence of `phase`, by the times of a run that was not killed."""
+    """Choose a moment within one random occurrence of `phase`, by the times of a run that was not killed.
+
+    The phase `end` begins when the last save has ended.
+    """
+    if phase == "end":
+        (start, phase), (end, _) = events[-2:]
+        last = sum(name == phase for _, name in events)
+        return {"phase": phase, "occurrence": last, "delay": generator.uniform(0.0, end - start)}
     spans = [after - now for (now, name), (after, _) in itertools.pairwise(events) if name == phase]
     occurrence = generator.randrange(len(spans))
     return {"phase": phase, "occurrence": occurrence + 1, "delay": generator.uniform(0.0, spans[occurrence])}

@@ -33,10 +33,10 @@ OPTIONS = {
 
 
 class ReportsPhases:
-    """Reports `pass` before every batch of the pass, `train`, `evaluate`, `save`, and `saved`."""
+    """Reports `pass` before every batch of the pass, `train`, `evaluate`, `save`, and `saved` (whatever comes after a save)."""
 
     report = staticmethod(lambda phase: None)
-    note_pass = staticmethod(lambda: None)
+    note = staticmethod(lambda **news: None)
     in_pass = False
 
     def _run_statistics_pass(self, *args, **kwargs):
@@ -48,8 +48,13 @@ class ReportsPhases:
 
     def _write_v0(self, *args, **kwargs):
         written = super()._write_v0(*args, **kwargs)
-        self.note_pass()
+        self.note(passes=1)
         return written
+
+    def choose_checkpoint(self, wanted):
+        chosen = super().choose_checkpoint(wanted)
+        self.note(resumed_from=None if chosen is None else os.path.basename(chosen))
+        return chosen
 
     def compute_loss(self, *args, **kwargs):
         if self.in_pass:
@@ -123,18 +128,20 @@ def train(request: dict, report) -> None:
     out = trainer.args.output_dir
     whole = [os.path.basename(path) for path in list_checkpoints(out) if find_defect(path) is None]
 
-    def note(passes: int) -> None:
+    life = {"process": os.getpid(), "passes": 0, "whole": whole, "resumed_from": "not yet known"}
+
+    def note(**news) -> None:
+        life.update(news)
         with open(folder / request.get("lives", "lives.jsonl"), "a") as file:
-            resumed_from = getattr(trainer, "_v0_resumed_from", None)
-            life = {"process": os.getpid(), "passes": passes, "whole": whole, "resumed_from": resumed_from}
             file.write(json.dumps(life) + "\n")
 
-    note(0)
-    trainer.note_pass = lambda: note(1)
+    note()
+    trainer.note = note
     resume = request.get("resume") or (os.path.isdir(out) and get_last_checkpoint(out) is not None)
     if "kill_at" in request:
         kill_at_file_operation(trainer, report, **request["kill_at"])
     trainer.train(resume_from_checkpoint=resume)
+    report("trained")
     save_result(request, trainer)
 
 
