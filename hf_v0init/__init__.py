@@ -12,6 +12,7 @@ _HOME = {
     "V0InitSeq2SeqTrainingArguments": "arguments",
     "V0InitMixin": "trainer",
     "V0InitTrainer": "trainer",
+    "V0DiagnosticsCallback": "diagnostics",
     "V0InitSeq2SeqTrainer": "trainer",
     "STRATEGIES": "strategies",
     "compute_random_v0_": "strategies",

@@ -1,6 +1,7 @@
 """The command `hf-v0init`: what a start value of the second moment will do, before anything is trained.
 
-It imports neither torch nor transformers, and matplotlib only to draw.
+It imports neither torch nor transformers, and matplotlib only to draw; the commands of `analysis.commands` import torch when
+they run on a checkpoint.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Each `write_...` function builds every state aside and puts them into the optimi
 an interrupt on the way leaves the optimizer as it was.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from .optimizer_state import (
     StateDraft,
     draft_state,
     find_layout,
-    is_untouched,
     read_beta2,
     read_second_moment,
     unwrap_optimizer,
@@ -33,7 +33,8 @@ from .sharding import (
     find_local_part,
     find_pieces,
     gather_values,
-    is_dtensor,
+    get_full_shape,
+    is_sharded,
 )
 from .strategies import apply_floor_, compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
 
@@ -50,12 +51,8 @@ class V0Plan:
     parameters: list[tuple[str, nn.Parameter, dict]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     skipped_elements: int = 0
+    is_sharded: bool = False  # this process holds only parts of the parameters
     beta2: float | None = None  # of the first group that gets a v0; None where the closed form does not hold
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this process holds only parts of the parameters."""
-        return any(is_dtensor(parameter) for _, parameter, _ in self.parameters)
 
     @property
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -83,16 +80,18 @@ def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Pla
                 f"parameter {name!r} is on the meta device, where a v0 written now would be lost; load or materialise the weights "
                 "before building the Trainer"
             )
-        if takes_v0(tuple(parameter.shape), one_dimensional) and parameter.is_floating_point():
+        shape = get_full_shape(parameter)
+        if takes_v0(shape, one_dimensional) and parameter.is_floating_point():
             plan.parameters.append((name, parameter, group))
         else:
             plan.skipped.append(name)
-            plan.skipped_elements += parameter.numel()
+            plan.skipped_elements += math.prod(shape)
     if not plan.parameters:
         raise InputError(
             "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a "
             "v0 to; set v0_one_dimensional=True to include vectors, or v0_init=zeros"
         )
+    plan.is_sharded = is_sharded(model) or getattr(optimizer, "is_partitioned", False)
     plan.beta2 = read_beta2(optimizer, plan.parameters[0][2])
     return plan
 
@@ -105,7 +104,7 @@ def write_random_v0(optimizer, plan: V0Plan, arguments: V0InitArguments, seed: i
     with torch.no_grad():
         for name, parameter, group in plan.parameters:
             draft = draft_state(optimizer, parameter, group)
-            v0, shape = draft.tensors[-1], tuple(parameter.shape)
+            v0, shape = draft.tensors[-1], get_full_shape(parameter)
             for piece in find_pieces(v0):
                 draw_standard_normal_(
                     piece.local,
@@ -215,20 +214,13 @@ def measure_ratio_to_gradients(optimizer, plan: V0Plan, run_pass: RunPass) -> fl
     ratios = []
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        taken, squared = _take(read_second_moment(optimizer, parameter)), _take(gradient).square()
+        v0 = read_second_moment(optimizer, parameter)
+        taken, squared = _take(v0), _take(gradient, v0.numel()).square()
         nonzero = squared > 0
         ratios.append((taken[nonzero] / squared[nonzero]).cpu())
 
     _run_together(run_pass, plan, visit)
     return _median(ratios, plan)
-
-
-def require_fresh_optimizer(optimizer) -> None:
-    """Raise `InputError` if the optimizer already holds state, which a v0 would overwrite."""
-    if not is_untouched(optimizer):
-        raise InputError(
-            "the optimizer already holds state (it has made steps or loaded them): v0 is written only before that"
-        )
 
 
 def _draft_states(optimizer, plan: V0Plan, num_tensors: int) -> dict[nn.Parameter, StateDraft]:
@@ -250,10 +242,10 @@ def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCount
     return counts
 
 
-def _take(tensor: torch.Tensor) -> torch.Tensor:
-    """Take up to about 4,096 evenly spaced elements of the whole tensor, those that this process holds, in fp32."""
-    flat = find_local_part(tensor.detach())[0].reshape(-1)
-    return flat[:: max(1, tensor.numel() // RATIO_SAMPLES)].float()
+def _take(tensor: torch.Tensor, numel: int | None = None) -> torch.Tensor:
+    """Take, of about 4,096 evenly spaced elements of the whole tensor (of `numel`), those that this process holds, in fp32."""
+    flat = find_local_part(tensor)[0].detach().reshape(-1)
+    return flat[:: max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)].float()
 
 
 def _sample_ratio_to_step(
@@ -299,15 +291,16 @@ def _compose_report(
     total = 0.0
     figures = compute_figures([layout.read(states[parameter]) for _, parameter, _ in plan.parameters], plan.is_sharded)
     for (name, parameter, _), (mean, low, high, zeros) in zip(plan.parameters, figures, strict=True):
+        shape = get_full_shape(parameter)
         if not all(abs(value) < float("inf") for value in (mean, low, high)):  # False for NaN as well
             raise InputError(
                 f"v0 of parameter {name!r} is not finite (mean {mean}, max {high}): a gradient of the statistics pass was NaN or "
                 "infinite. Look at the data and the precision (bf16 rather than fp16), or use v0_init=random"
             )
-        report.parameters[name] = {"mean": mean, "min": low, "max": high, "zeros": int(zeros), "shape": list(parameter.shape)}
+        report.parameters[name] = {"mean": mean, "min": low, "max": high, "zeros": int(zeros), "shape": list(shape)}
         report.num_zero_elements += int(zeros)
-        total += mean * parameter.numel()
-        report.num_elements_with_v0 += parameter.numel()
+        total += mean * math.prod(shape)
+        report.num_elements_with_v0 += math.prod(shape)
     report.v0_mean = total / max(1, report.num_elements_with_v0)
     report.v0_min = min(figures["min"] for figures in report.parameters.values())
     report.v0_max = max(figures["max"] for figures in report.parameters.values())

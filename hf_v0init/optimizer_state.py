@@ -36,6 +36,8 @@ def find_layout(optimizer) -> PlainLayout:
         InputError: it has none, a v0 would have no effect or no meaning, or the dry run did not find out.
     """
     optimizer = unwrap_optimizer(optimizer)
+    if getattr(optimizer, "is_partitioned", False):
+        return optimizer.v0_layout  # see `deepspeed_state`
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     row = find_row(name)
     if row is not None and row.refusal:
@@ -134,6 +136,8 @@ def draft_state(
             over a thousand batches.
     """
     layout, inner = find_layout(optimizer), unwrap_optimizer(optimizer)
+    if getattr(inner, "is_partitioned", False):
+        return layout.draft_state(parameter, num_tensors, for_sums)
     group = find_group(optimizer, parameter) if group is None else group
     state: State | None = None
     found: list[torch.Tensor | None] = [None] * num_tensors
@@ -165,6 +169,9 @@ def write_states(optimizer, states: dict[nn.Parameter, State]) -> None:
             f"{taken} of {len(states)} parameters already have optimizer state: v0 is written only before the first step; "
             "build a new optimizer to start again"
         )
+    if getattr(optimizer, "is_partitioned", False):
+        layout.put_states(states)
+        return
     for parameter, state in states.items():
         layout.put_state(optimizer, parameter, groups[id(parameter)], state)
 

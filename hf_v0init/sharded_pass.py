@@ -60,6 +60,7 @@ def visit_gradients_together(
     own_batches: bool = False,
     count_items: Callable[[Any], Any] = lambda inputs: None,
     is_narrow: bool = False,
+    place_gradient: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] = match_placements,
     seed: int | None = 0,
     loss_scale: float = 1.0,
     on_batch: Callable[[StatisticsBatch], None] | None = None,
@@ -72,11 +73,13 @@ def visit_gradients_together(
     Args:
         batches: all batches of the pass, the same on every process.
         compute_loss: see `ComputeLoss`.
-        visit: gets gradients of the parameter's own placement (a DTensor for a DTensor).
+        visit: gets gradients as `place_gradient` returns them.
         share: this process's part of each batch.
         own_batches: `batches` are this process's own instead, as many as on any other, and their losses are taken as they
             are: the gradient is its mean over the processes.
         count_items: counts what the mean loss of a collated batch is over, as `compute_loss` takes it (None: it takes none).
+        place_gradient: maps (gradient, parameter) to the mean over the processes, placed as the optimizer's state is; by
+            default a DTensor of the parameter's own placement.
         is_narrow: whether the forward computes in bf16 or fp16, which decides how exactly losses of parts can add up.
 
     Returns:
@@ -109,7 +112,7 @@ def visit_gradients_together(
                 named_parameters,
                 lockstep.iterate(batches, prepare),
                 compute_part,
-                lambda parameter, gradient, num: visit(parameter, match_placements(gradient, parameter), num),
+                lambda parameter, gradient, num: visit(parameter, place_gradient(gradient, parameter), num),
                 seed=seed,
                 loss_scale=loss_scale,
                 on_batch=on_batch,

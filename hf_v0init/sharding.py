@@ -33,16 +33,39 @@ def compute_block_seed(seed: int, name: str, block: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def find_local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+@dataclass(frozen=True)
+class Fragment:
+    """What this process holds of a tensor that is partitioned flat: elements `start` and on of the flattened whole.
+
+    Attributes:
+        local: 1-D view of them; may be empty.
+        full_shape: the shape of the whole.
+    """
+
+    local: torch.Tensor
+    full_shape: tuple[int, ...]
+    start: int
+
+    def numel(self) -> int:
+        """The number of elements of the whole."""
+        return math.prod(self.full_shape)
+
+
+def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole parameter, also where ZeRO-3 left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def find_local_part(parameter: torch.Tensor | Fragment) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
     """Find what this process owns of a parameter.
 
     Returns:
-        The local tensor (the parameter itself if it is not a DTensor), the full shape, and the offset of the local
-        part in it, one number a dimension.
+        The local tensor (the parameter itself if it is whole), the full shape, and the offset of the local part in it, one
+        number a dimension (none for a `Fragment`).
     """
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
+    if isinstance(parameter, Fragment):
+        return parameter.local, parameter.full_shape, ()
+    if not is_dtensor(parameter):
         return parameter, tuple(parameter.shape), (0,) * parameter.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -66,10 +89,10 @@ class Piece:
 
 
 def find_pieces(tensor: torch.Tensor) -> list[Piece]:
-    """Find the pieces of a tensor that this process holds: one, unless a packed weight is sharded (or none of it)."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
+    """Find the pieces of a tensor that this process holds: one, unless it is packed or flat (or none of it lies here)."""
+    if isinstance(tensor, Fragment):
+        return find_flat_pieces(tensor.local, tensor.full_shape, tensor.start)
+    if not is_dtensor(tensor):
         return [Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())]
     local = tensor.to_local()
     if local.numel() == 0:
@@ -138,9 +161,9 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def compute_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Compute the mean of a whole tensor in fp32, over all processes that hold a part of it."""
-    if not is_dtensor(tensor):
+    local = find_local_part(tensor)[0]
+    if local is tensor:
         return tensor.mean(dtype=torch.float32)
-    local = tensor.to_local()
     numbers = torch.stack([local.sum(dtype=torch.float32), torch.tensor(float(local.numel()), device=local.device)])
     _all_reduce(numbers)
     return numbers[0] / numbers[1]

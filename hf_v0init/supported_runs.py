@@ -1,12 +1,13 @@
 """The kinds of runs in which a v0 cannot be exact, refused in one line before any training. Knows Trainers from outside."""
 
+from .deepspeed_state import require_supported_config
 from .errors import InputError
 
 
 def require_supported_run(trainer) -> None:
     """Raise `InputError` if `trainer` is set up to run in a way in which no v0 can be written, naming what to use instead."""
     if trainer.is_deepspeed_enabled:
-        raise InputError("v0_init under DeepSpeed is not supported yet: run with DDP, or v0_init=zeros")
+        require_supported_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise InputError(

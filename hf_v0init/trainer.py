@@ -24,6 +24,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from .arguments import V0InitArguments, read_v0_arguments
+from .deepspeed_state import adapt_optimizer, visit_partitioned_gradients
 from .errors import InputError
 from .gradient_statistics import PassCounts, StatisticsBatch, visit_gradients
 from .initialization import (
@@ -118,6 +119,8 @@ class V0InitMixin(SafeResumeMixin):
             ) from error
         if self.v0_arguments.v0_init != "zeros":
             require_supported_run(self)
+            if self.is_deepspeed_enabled and type(optimizer).__name__ == "DummyOptim":
+                return optimizer  # DeepSpeed builds its own, of a type that was looked at above
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 find_layout(optimizer)  # weights may still be on their way to this process
             else:
@@ -175,10 +178,11 @@ class V0InitMixin(SafeResumeMixin):
             return
         require_supported_run(self)
         resumed = self.state.global_step > 0
-        if resumed and not is_untouched(self.optimizer):
+        optimizer = adapt_optimizer(self.optimizer)
+        if resumed and not is_untouched(optimizer):
             self._take_over_checkpoint()
             return
-        if not is_untouched(self.optimizer):
+        if not is_untouched(optimizer):
             logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
             return
         if resumed:
@@ -186,7 +190,7 @@ class V0InitMixin(SafeResumeMixin):
                 f"the checkpoint at step {self.state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
                 "anew: v0 is written at the loaded weights"
             )
-        report = self._write_v0(train_dataloader)
+        report = self._write_v0(optimizer, train_dataloader)
         report.global_step = self.state.global_step
         report.num_processes = self.args.world_size
         report.add_expectation(self.state.max_steps)
@@ -208,7 +212,7 @@ class V0InitMixin(SafeResumeMixin):
             return
         self._v0_report = stored
         arguments = self.v0_arguments
-        scale = arguments.get_v0_scale(read_beta2(self.optimizer) or 0.0)
+        scale = arguments.get_v0_scale(read_beta2(adapt_optimizer(self.optimizer)) or 0.0)
         now = V0Report(
             strategy=arguments.v0_init,
             scale=scale,
@@ -226,22 +230,22 @@ class V0InitMixin(SafeResumeMixin):
                 "v0 settings differ from the checkpoint's, whose optimizer state stands: " + "; ".join(differences)
             )
 
-    def _write_v0(self, train_dataloader) -> V0Report:
+    def _write_v0(self, optimizer, train_dataloader) -> V0Report:
         arguments, seed = self.v0_arguments, self._get_v0_seed()
-        plan = plan_v0(self.optimizer, self.model, arguments.v0_one_dimensional)
+        plan = plan_v0(optimizer, self.model, arguments.v0_one_dimensional)
         with self._preserve_bookkeeping():
             if arguments.v0_init == "random":
-                report = write_random_v0(self.optimizer, plan, arguments, seed)
+                report = write_random_v0(optimizer, plan, arguments, seed)
                 if self._can_measure():
                     report.measured_ratio = measure_ratio_to_gradients(
-                        self.optimizer,
+                        optimizer,
                         plan,
                         lambda named, visit: self._run_statistics_pass(named, visit, num_batches=1),
                     )
                 return report
             if arguments.v0_init == "first_gradient":
                 return write_first_gradient_v0(
-                    self.optimizer,
+                    optimizer,
                     plan,
                     arguments,
                     seed,
@@ -249,7 +253,7 @@ class V0InitMixin(SafeResumeMixin):
                     num_processes=self.args.world_size,
                 )
             report = write_data_driven_v0(
-                self.optimizer, plan, arguments, seed, self._run_statistics_pass, self.get_v0_effective_batch_size()
+                optimizer, plan, arguments, seed, self._run_statistics_pass, self.get_v0_effective_batch_size()
             )
             report.stats_batch_size = self._choose_stats_batch_size()
             return report
@@ -269,7 +273,7 @@ class V0InitMixin(SafeResumeMixin):
     def _make_statistics_batches(self, num_batches: int | None):
         """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream)."""
         arguments, seed, dataset = self.v0_arguments, self._get_v0_seed(), self.train_dataset
-        rank, world_size = (0, 1) if is_sharded(self.model) else (self.args.process_index, self.args.world_size)
+        rank, world_size = (0, 1) if self._runs_together() else (self.args.process_index, self.args.world_size)
         batch_size = self._choose_stats_batch_size()
         num_samples = arguments.v0_num_samples
         if num_batches is not None:
@@ -310,14 +314,19 @@ class V0InitMixin(SafeResumeMixin):
                 on_batch=lambda batch: bar.update(1),
             )
 
+    def _runs_together(self) -> bool:
+        """Whether all processes run each batch of the pass together, since none has all parameters or optimizer states."""
+        return is_sharded(self.model) or self.is_deepspeed_enabled
+
     def _get_visit_function(self, **options) -> Callable[..., PassCounts]:
         """Each process alone where it has the whole model, else all processes together."""
-        if not is_sharded(self.model):
+        if not self._runs_together():
             return visit_gradients
         self.accelerator.gradient_state._set_sync_gradients(True)
-        is_narrow = self.args.bf16 or self.args.fp16
-        share = find_data_share(self.model)
-        return functools.partial(visit_gradients_together, share=share, is_narrow=is_narrow, **options)
+        options["is_narrow"] = self.args.bf16 or self.args.fp16
+        if self.is_deepspeed_enabled:
+            return functools.partial(visit_partitioned_gradients, adapt_optimizer(self.optimizer), **options)
+        return functools.partial(visit_gradients_together, share=find_data_share(self.model), **options)
 
     def _count_loss_items(self, batch):
         """Count what the loss of a batch is the mean over, as `compute_loss` takes it; None if it takes nothing."""

@@ -25,7 +25,11 @@ def test_ours_are_theirs_and_the_v0_flags(tmp_path, theirs, ours):
 def test_defaults_are_the_papers_and_leave_adam_alone():
     arguments = V0InitArguments()
     assert (arguments.v0_init, arguments.v0_num_samples, arguments.v0_statistic) == ("zeros", 5000, "per_sample")
-    assert [V0InitArguments(v0_init=s).get_v0_scale(0.999) for s in ("random", "data_driven", "first_gradient")] == [100, 1, 1]
+    assert [V0InitArguments(v0_init=s).get_v0_scale(0.999) for s in ("random", "data_driven", "first_gradient")] == [
+        100,
+        1,
+        1,
+    ]
 
 
 def test_command_line_gives_every_flag_its_type():

@@ -26,7 +26,10 @@ SETTINGS = [
     ({"v0_init": "random", "v0_scale": 0.0}, ["v0_scale=0.0", "> 0"]),
     ({"v0_init": "random", "v0_scale": float("nan")}, ["v0_scale=nan", "finite"]),
     ({"v0_init": "random", "v0_scale": float("inf")}, ["v0_scale=inf", "finite"]),
-    ({"v0_init": "data_driven", "v0_scale": 1.0, "v0_warmup_steps": 10}, ["v0_scale=1.0", "v0_warmup_steps=10", "give one"]),
+    (
+        {"v0_init": "data_driven", "v0_scale": 1.0, "v0_warmup_steps": 10},
+        ["v0_scale=1.0", "v0_warmup_steps=10", "give one"],
+    ),
     ({"v0_init": "random", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
     ({"v0_init": "data_driven", "v0_warmup_steps": 0}, ["v0_warmup_steps=0", ">= 1"]),
     ({"v0_num_samples": 0}, ["v0_num_samples=0", ">= 1"]),
@@ -153,13 +156,21 @@ PARALLEL = "--train_source_file {0}/a.de --train_target_file {0}/a.en"
 SCRIPTS = [
     ("run_translation", "--train_source_file {0}/a.de --train_target_file {0}/short.en", ["3", "1", "short.en"]),
     ("run_translation", "--train_source_file {0}/latin1.de --train_target_file {0}/a.en", ["latin1.de", "UTF-8"]),
-    ("run_translation", "--train_source_file {0}/corrupt.de.gz --train_target_file {0}/a.en", ["corrupt.de.gz", "gzip"]),
+    (
+        "run_translation",
+        "--train_source_file {0}/corrupt.de.gz --train_target_file {0}/a.en",
+        ["corrupt.de.gz", "gzip"],
+    ),
     ("run_translation", "--train_source_file {0}/empty.txt --train_target_file {0}/empty.txt", ["empty.txt", "empty"]),
     ("run_translation", "--train_file {0}/no_columns.jsonl", ["column", "x"]),
     ("run_translation", "--train_source_file {0}/missing.de --train_target_file {0}/a.en", ["missing.de"]),
     ("run_translation", PARALLEL + " --v0_init newton", ["newton", "data_driven"]),
     ("run_translation", PARALLEL + " --v0_init random --v0_scale -3", ["v0_scale=-3.0", "> 0"]),
-    ("run_translation", PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_warmup_steps 3", ["v0_scale=2.0", "give one"]),
+    (
+        "run_translation",
+        PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_warmup_steps 3",
+        ["v0_scale=2.0", "give one"],
+    ),
     ("run_translation", PARALLEL + " --v0_init random --optim sgd", ["SGD", "no second moment"]),
     ("run_translation", PARALLEL + " --v0_inti random", ["--v0_inti", "v0_init"]),
     ("run_translation", PARALLEL + " --output_dir {0}/a_file", ["a_file", "output_dir"]),
@@ -168,7 +179,11 @@ SCRIPTS = [
     ("run_clm", "--model_type gpt2 --train_file {0}/latin1.de", ["latin1.de", "UTF-8"]),
     ("run_clm", "--model_type gpt2 --train_file {0}/corrupt.de.gz", ["corrupt.de.gz", "gzip"]),
     ("run_clm", "--model_type gpt2 --train_file {0}/missing.txt", ["missing.txt"]),
-    ("run_clm", "--model_type gpt2 --train_file {0}/a.de --v0_init data_driven --v0_num_samples 0", ["v0_num_samples=0", ">= 1"]),
+    (
+        "run_clm",
+        "--model_type gpt2 --train_file {0}/a.de --v0_init data_driven --v0_num_samples 0",
+        ["v0_num_samples=0", ">= 1"],
+    ),
     ("run_clm", "--model_type gpt2 --train_file {0}/a.de --output_dir {0}/a_file", ["a_file", "output_dir"]),
 ]
 

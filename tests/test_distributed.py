@@ -64,7 +64,9 @@ def test_zeros_is_the_stock_trainer_bit_for_bit(results, suffix):
         assert all(torch.equal(w, ours["weights"][name]) for name, w in stock["weights"].items())
 
 
-@pytest.mark.parametrize("name", ["random", "data_driven", "data_driven_batches", "first_gradient", "uneven", "one_sample"])
+@pytest.mark.parametrize(
+    "name", ["random", "data_driven", "data_driven_batches", "first_gradient", "uneven", "one_sample"]
+)
 def test_v0_is_the_same_on_every_rank_bit_for_bit(results, name):
     first, second = results[2][name]
     assert len(first["v0"]) == 10

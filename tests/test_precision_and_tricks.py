@@ -117,7 +117,7 @@ def test_fp16_overflow_on_the_first_step_does_not_lose_v0(fused):
 def test_reentrant_checkpointing_of_a_shared_module_is_refused(tmp_path):
     """GPT-2's blocks are each used once, so reentrant is fine there; a block used twice is not."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    trainer, recorder = record(tmp_path / "a", v0_init="data_driven", max_steps=1, max_grad_norm=0.0, **options)
+    _, recorder = record(tmp_path / "a", v0_init="data_driven", max_steps=1, max_grad_norm=0.0, **options)
     assert_recurrence(recorder)
     model = make_gpt2()
     model.transformer.h[1] = model.transformer.h[0]

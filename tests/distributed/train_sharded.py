@@ -6,6 +6,7 @@ Whole tensors are gathered from the live optimizer state just before the first s
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,15 +20,20 @@ from trainers import make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer, read_second_moment
+from hf_v0init.deepspeed_state import adapt_optimizer
+from hf_v0init.sharding import Fragment
 
-WORLD_SIZE_MODES = {
-    "whole": None,
-    "fsdp2": {"fsdp_size": -1},
-    "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2},
-}
+# `DistributedConfig` of a mode; -n stands for the number of processes / n.
+FSDP2_MODES = {"fsdp2": {"fsdp_size": -1}, "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2}}
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
+def gather(tensor: torch.Tensor | Fragment) -> torch.Tensor:
+    """The whole of a tensor that may be spread over the processes."""
+    if isinstance(tensor, Fragment):
+        whole = torch.zeros(tensor.numel(), dtype=tensor.local.dtype)
+        whole[tensor.start : tensor.start + tensor.local.numel()] = tensor.local
+        dist.all_reduce(whole)
+        return whole.view(tensor.full_shape)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -36,15 +42,29 @@ class GatheringRecorder(TrainerCallback):
 
     def __init__(self):
         self.trainer, self.v0, self.gradients, self.moments = None, None, None, None
-        self.weights_after = None
 
     def gather_moments(self):
-        moments = {n: read_second_moment(self.trainer.optimizer, p) for n, p in self.trainer.model.named_parameters()}
+        optimizer = adapt_optimizer(self.trainer.optimizer)
+        moments = {name: read_second_moment(optimizer, p) for name, p in self.trainer.model.named_parameters()}
         return {name: gather(v) for name, v in moments.items() if v is not None}
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.v0 is None:
             self.v0 = self.gather_moments()
+            if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
+                zero = self.trainer.optimizer.optimizer
+                zero.step = self.watch_step(zero.step)
+
+    def watch_step(self, step):
+        from deepspeed.utils import safe_get_full_grad
+
+        def watched(*args, **kwargs):
+            if self.gradients is None:
+                named = self.trainer.model.named_parameters()
+                self.gradients = {name: safe_get_full_grad(p).detach().clone() for name, p in named}
+            return step(*args, **kwargs)
+
+        return watched
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.gradients is None:
@@ -110,23 +130,53 @@ class FailingData(list):
 
 
 def load_model(mode: str, model_dir: str):
-    world_size = int(__import__("os").environ.get("WORLD_SIZE", 1))
-    sizes = WORLD_SIZE_MODES.get(mode)
+    sizes = FSDP2_MODES.get(mode)
     if sizes is None:
         return LlamaForCausalLM.from_pretrained(model_dir)
     from transformers.distributed import DistributedConfig
 
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     sizes = {name: world_size // -size if size < 0 else size for name, size in sizes.items()}
     return LlamaForCausalLM.from_pretrained(model_dir, distributed_config=DistributedConfig(**sizes))
+
+
+def make_deepspeed_options(mode: str, extra: dict) -> dict:
+    """The Trainer options of the modes zero1, zero2 and zero3."""
+    if not mode.startswith("zero"):
+        return {}
+    import deepspeed
+
+    # Its shared-memory collectives for CPUs would first be compiled; gloo's give the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    config = {"zero_optimization": {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 0}, **extra}
+    automatic = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "gradient_clipping",
+    )
+    return {"deepspeed": config | dict.fromkeys(automatic, "auto")}
+
+
+def count_states(trainer) -> int:
+    """The tensors for which the innermost optimizer holds any state."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return sum(len(state) > 0 for state in optimizer.state.values())
 
 
 def train(run: dict, folder: Path, model_dir: str) -> dict:
     run = dict(run)
     recorder = GatheringRecorder()
     data = make_labelled_sequences(run.pop("num_samples", 48))
+    mode = run.pop("mode")
+    model = load_model(mode, model_dir)  # before the arguments: with them, ZeRO-3 would split it while it loads
+    run |= make_deepspeed_options(mode, run.pop("ds_config", {}))
     trainer = make_trainer(
         folder / "out",
-        model=load_model(run.pop("mode"), model_dir),
+        model=model,
         data=FailingData(data) if run.pop("failing_data", False) else data,
         trainer_class=TRAINERS[run.pop("trainer", None)],
         callbacks=[recorder],
@@ -142,12 +192,12 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
         "v0": recorder.v0, "gradients": recorder.gradients, "moments": recorder.moments, "report": trainer.get_v0_report(),
         "error": error, "world_size": trainer.args.world_size, "loss": trainer.state.log_history,
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
-        "num_states": len(getattr(trainer.optimizer, "optimizer", trainer.optimizer).state) if error else None,
+        "num_states": count_states(trainer) if error else None,
     }  # fmt: skip
 
 
 def main(runs_file: str, output_dir: str, model_dir: str) -> None:
-    rank = int(__import__("os").environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
     for name, run in json.loads(Path(runs_file).read_text()).items():
         torch.save(train(run, Path(output_dir) / name, model_dir), Path(output_dir) / f"{name}.rank{rank}.pt")
     if dist.is_initialized():
