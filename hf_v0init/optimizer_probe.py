@@ -81,7 +81,9 @@ def _probe(optimizer: torch.optim.Optimizer) -> tuple[ProbedLayout | None, str]:
 
 def _find_layout(optimizer: torch.optim.Optimizer) -> ProbedLayout:
     if any(len(state) > 0 for state in optimizer.state.values()):
-        raise _Refusal("it already holds state, from its construction or from steps, and what it started from cannot be seen")
+        raise _Refusal(
+            "it already holds state, from its construction or from steps, and what it started from cannot be seen"
+        )
     if any(isinstance(value, nn.Module) for value in vars(optimizer).values()):
         raise _Refusal("it holds a model, of which no small copy can be made")
     option, beta2 = _find_beta2(optimizer)

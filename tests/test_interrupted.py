@@ -265,15 +265,19 @@ def launch(num_processes: int, folder: Path, may_fail: bool = False, **request) 
 TWO = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 5}
 
 
+@pytest.fixture(scope="module")
+def straight_on_two(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "phase"), [(1, "train"), (0, "save"), (1, "save")])
-def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(tmp_path, rank, phase):
-    _, straight, _ = launch(2, tmp_path / "straight", options=TWO)
+def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_two, tmp_path, rank, phase):
     dies = {"rank": rank, "phase": phase, "occurrence": 3}
     status, results, _ = launch(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
     assert status != 0 and results == []
     _, results, _ = launch(2, tmp_path / "killed", options=TWO)
-    for before, after in zip(straight, results, strict=True):
+    for before, after in zip(straight_on_two, results, strict=True):
         assert find_differences(before, after) == []
     assert count_passes_that_lasted(tmp_path / "killed") == 1
 
