@@ -224,7 +224,7 @@ SUPPORTED_ROWS: tuple[OptimizerRow, ...] = (
         second_moment="`state1`, 8-bit signed codes",
         stored_error=0.071,
         error=0.14,
-        note="0.28 stored for elements within 10⁴ of their block's largest; beta2 is `alpha`; "
+        note="0.29 stored for elements within 10⁴ of their block's largest; beta2 is `alpha`; "
         + _FP32
         + ", embeddings too",
     ),

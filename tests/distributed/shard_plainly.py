@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import make_sequences
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,19 +34,19 @@ BATCH_SIZE = 4
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation makes on this process, in elements."""
+    """Records the bytes of the largest tensor that any operation makes on this process."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.num_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # look at the operations on the local tensors instead
         result = func(*args, **(kwargs or {}))
-        self.numel = max(
-            [self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))]
-        )
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):  # a fake one has no memory
+                self.num_bytes = max(self.num_bytes, leaf.numel() * leaf.element_size())
         return result
 
 
@@ -164,14 +165,14 @@ def save_and_load(model_dir: str, folder: Path) -> dict:
 
 
 def draw_large(model: nn.Module) -> dict:
-    """The largest tensor made while drawing for a sharded layer of 4 million elements, and the shares of it held here."""
+    """The bytes of the largest tensor made while drawing for a sharded layer of 4 million elements, and what was drawn."""
     largest = LargestTensor()
     optimizer = make_optimizer(model)
     plan = plan_v0(optimizer, model)
     with largest:
         write_random_v0(optimizer, plan, V0InitArguments(v0_init="random"), seed=5)
     drawn = gather_second_moments(model, optimizer)
-    return {"largest": largest.numel, "drawn": drawn, "whole": max(p.numel() for p in model.parameters())}
+    return {"largest": largest.num_bytes, "drawn": drawn, "whole": max(p.numel() for p in model.parameters()) * 4}
 
 
 def make_large(kind: str) -> nn.Module:
