@@ -16,6 +16,7 @@ class FinishedRun:
     """One run: losses in nats a token against the optimizer step, final metrics by name, and what was done about v0."""
 
     name: str
+    num_steps: int = 0
     train_steps: list[int] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
     eval_steps: list[int] = field(default_factory=list)
@@ -25,8 +26,9 @@ class FinishedRun:
 
     @property
     def final_eval_loss(self) -> float | None:
-        """The last validation loss in nats a token, None if there was no evaluation."""
-        return self.eval_losses[-1] if self.eval_losses else None
+        """The validation loss at the end in nats a token, None if there was no evaluation."""
+        loss = self.metrics.get("eval_loss")
+        return loss if loss is not None else (self.eval_losses[-1] if self.eval_losses else None)
 
     def to_dict(self) -> dict:
         """Return the run as plain JSON types."""
@@ -44,7 +46,7 @@ def read_run(folder: str | Path) -> FinishedRun:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no finished run there ({STATE_FILE} cannot be read: {error})") from error
-    run = FinishedRun(folder.name)
+    run = FinishedRun(folder.name, state.get("global_step", 0))
     for entry in state["log_history"]:
         if "loss" in entry:
             run.train_steps.append(entry["step"])

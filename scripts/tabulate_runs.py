@@ -42,7 +42,7 @@ def tabulate(
         v0 = f"{run.v0['strategy']}, scale {run.v0['scale']:.4g}" if run.v0 else "zeros"
         loss = "-" if run.final_eval_loss is None else f"{run.final_eval_loss:.3f}"
         figures = [f"{run.metrics[key]:.2f}" if key in run.metrics else "-" for key in shown]
-        table.add_row(run.name, v0, str(run.train_steps[-1] if run.train_steps else 0), loss, *figures)
+        table.add_row(run.name, v0, str(run.num_steps), loss, *figures)
     Console(width=140).print(table)
     if figure is not None:
         draw_losses(figure, runs, title=title)

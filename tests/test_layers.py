@@ -11,12 +11,12 @@ PACKAGE = ROOT / "hf_v0init"
 # A file may import from its own row and from rows further down.
 LAYERS = [
     ["trainer", "cli", "diagnostics"],
-    ["initialization", "safe_resume", "arguments", "report", "model_card", "supported_runs", "safe_resume"],
+    ["initialization", "arguments", "report", "model_card", "supported_runs", "safe_resume"],
     ["strategies", "gradient_statistics", "statistics_batches", "sharded_pass", "deepspeed_state"],
     ["optimizer_state", "optimizer_choice", "element_samples"],
     ["optimizer_probe"],
     ["optimizer_layouts", "optimizer_table"],
-    ["sharding", "checkpoint_safety", "run_preservation", "warmup_equivalence", "checkpoint_safety"],
+    ["sharding", "run_preservation", "warmup_equivalence", "checkpoint_safety"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,9 @@ def make_run(folder: Path, v0: dict | None = None) -> Path:
         {"step": 20, "loss": 4.0},
         {"step": 20, "eval_loss": 3.75},
     ]
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [*history, {"step": 20, "train_loss": 4.5}]}))
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"global_step": 23, "log_history": [*history, {"step": 20, "train_loss": 4.5}]})
+    )
     (folder / "all_results.json").write_text(json.dumps({"predict_bleu": 12.5, "eval_runtime": 3.0}))
     if v0 is not None:
         (folder / "v0_init.json").write_text(json.dumps(v0))
@@ -28,6 +30,7 @@ def make_run(folder: Path, v0: dict | None = None) -> Path:
 
 def test_a_run_is_read_from_its_folder(tmp_path):
     run = read_run(make_run(tmp_path / "a", {"strategy": "random", "scale": 100.0}))
+    assert run.num_steps == 23
     assert (run.name, run.train_steps, run.train_losses) == ("a", [10, 20], [5.0, 4.0])
     assert (run.eval_steps, run.eval_losses, run.final_eval_loss) == ([10, 20], [4.5, 3.75], 3.75)
     assert run.metrics == {"predict_bleu": 12.5} and run.v0 == {"strategy": "random", "scale": 100.0}
