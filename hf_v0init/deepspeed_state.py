@@ -50,7 +50,7 @@ def adapt_optimizer(optimizer):
         name = _name_of(candidate)
         if name in (STAGE_1_AND_2, STAGE_3):
             return PartitionedOptimizer(candidate)
-        if name.startswith("deepspeed.runtime.") and name != "deepspeed.runtime.zero.utils.DummyOptim":
+        if name.startswith("deepspeed.runtime."):
             raise InputError(f"v0_init under DeepSpeed's {type(candidate).__name__} is not supported; {_REMEDY}")
     return optimizer
 
@@ -61,7 +61,7 @@ def require_supported_config(config: dict) -> None:
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise InputError(f"v0_init under DeepSpeed with zero_optimization.stage={stage} is not supported; {_REMEDY}")
-    if _is_on(config.get("fp16")):
+    if (config.get("fp16") or {}).get("enabled") is True:
         raise InputError(
             'v0_init under DeepSpeed with fp16 is not supported (v0 of 1e-9 is zero in fp16): use "bf16" instead of the '
             'ds_config key "fp16", or v0_init=zeros'
@@ -273,7 +273,7 @@ class PartitionLayout:
         return {"v0": slot.cut(state[self.optimizer.inner_layout.second_moment], parameter)}
 
     def put_states(self, states: dict[nn.Parameter, State]) -> None:
-        """Make the finished flat states part of the inner optimizer, and link them as ZeRO does after its first step."""
+        """Make the finished flat states part of the inner optimizer."""
         layout, inner = self.optimizer.inner_layout, self.optimizer.inner
         flat_drafts = {state["slot"].flat: state["flat_draft"] for state in states.values()}
         for flat, draft in flat_drafts.items():
@@ -305,7 +305,3 @@ def visit_partitioned_gradients(optimizer: PartitionedOptimizer, *args, **option
 
 def _name_of(instance) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def _is_on(section: dict | None) -> bool:
-    return bool(section) and section.get("enabled") in (True, "auto_on")

@@ -130,7 +130,7 @@ class V0Report:
 def write_report(report: dict, folder: str | os.PathLike) -> Path:
     """Write `v0_init.json` into `folder`, whole or not at all (written aside, then renamed)."""
     path = Path(folder) / REPORT_FILE
-    aside = path.with_suffix(f".json.{os.getpid()}.tmp")
+    aside = path.with_name(f"_{REPORT_FILE}.{os.getpid()}")  # a push leaves out names that begin with _
     aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
     return path

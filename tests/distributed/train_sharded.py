@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_sequences
 from torch.distributed.tensor import DTensor
-from trainers import make_trainer
+from trainers import make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer, read_second_moment
@@ -100,6 +100,30 @@ class FailsOnOneRank(V0InitTrainer):
         return loss * float("nan") if failing and self.args.run_name == "nan" else loss
 
 
+class UnmeasuredTrainer(V0InitTrainer):
+    """Runs no batch beside the training: the random v0 is not compared with a gradient."""
+
+    def _can_measure(self):
+        return False
+
+
+class ShardedByAccelerateTrainer(V0InitTrainer):
+    """Takes accelerate's FSDP2 way on CPU processes, which accelerate itself takes on accelerators only."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
 class RowsMeanTrainer(V0InitTrainer):
     """Its loss ignores the number of items: a mean over each batch as it is given, whatever the processes."""
 
@@ -116,7 +140,8 @@ class SampleMeanTrainer(RowsMeanTrainer):
 
 
 TRAINERS = {
-    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer, None: V0InitTrainer,
+    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer, "unmeasured": UnmeasuredTrainer,
+    "accelerate": ShardedByAccelerateTrainer, None: V0InitTrainer,
 }  # fmt: skip
 
 
@@ -129,15 +154,15 @@ class FailingData(list):
         return super().__getitem__(item)
 
 
-def load_model(mode: str, model_dir: str):
+def load_model(mode: str, model_dir: str, **options):
     sizes = FSDP2_MODES.get(mode)
     if sizes is None:
-        return LlamaForCausalLM.from_pretrained(model_dir)
+        return LlamaForCausalLM.from_pretrained(model_dir, **options)
     from transformers.distributed import DistributedConfig
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     sizes = {name: world_size // -size if size < 0 else size for name, size in sizes.items()}
-    return LlamaForCausalLM.from_pretrained(model_dir, distributed_config=DistributedConfig(**sizes))
+    return LlamaForCausalLM.from_pretrained(model_dir, distributed_config=DistributedConfig(**sizes), **options)
 
 
 def make_deepspeed_options(mode: str, extra: dict) -> dict:
@@ -159,12 +184,20 @@ def make_deepspeed_options(mode: str, extra: dict) -> dict:
     return {"deepspeed": config | dict.fromkeys(automatic, "auto")}
 
 
+def gather_weights(trainer) -> dict[str, torch.Tensor]:
+    if not trainer.is_deepspeed_enabled:
+        return {name: gather(p) for name, p in trainer.model.named_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in trainer.model.named_parameters()}
+
+
 def count_states(trainer) -> int:
     """The tensors for which the innermost optimizer holds any state."""
     optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return sum(len(state) > 0 for state in optimizer.state.values())
+    return sum(len(state) > 0 for state in getattr(optimizer, "state", {}).values())
 
 
 def train(run: dict, folder: Path, model_dir: str) -> dict:
@@ -172,8 +205,11 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     recorder = GatheringRecorder()
     data = make_labelled_sequences(run.pop("num_samples", 48))
     mode = run.pop("mode")
-    model = load_model(mode, model_dir)  # before the arguments: with them, ZeRO-3 would split it while it loads
     run |= make_deepspeed_options(mode, run.pop("ds_config", {}))
+    # Where arguments are there first, ZeRO-3 splits the model while it loads.
+    arguments = make_arguments(folder, deepspeed=run["deepspeed"]) if run.pop("split_while_loading", False) else None
+    model = load_model(mode, model_dir, attention_dropout=run.pop("dropout", 0.0))
+    del arguments
     trainer = make_trainer(
         folder / "out",
         model=model,
@@ -191,7 +227,7 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     return {
         "v0": recorder.v0, "gradients": recorder.gradients, "moments": recorder.moments, "report": trainer.get_v0_report(),
         "error": error, "world_size": trainer.args.world_size, "loss": trainer.state.log_history,
-        "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "weights": None if error else gather_weights(trainer), "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_states": count_states(trainer) if error else None,
     }  # fmt: skip
 
