@@ -19,6 +19,9 @@ PROJECTED = (
 )
 RESET = "it weights the old second moment by 0 at step 1, so a v0 has no effect"
 FACTORED = "it keeps only row and column means of g^2 and weights the old ones by 0 at step 1, so a v0 has no effect"
+FACTORED_IN_BACKWARD = (
+    "it keeps only row and column means of g^2, outside `optimizer.state`, and steps inside the backward pass"
+)
 
 EXACT = 5e-6  # fp32 rounding over two steps, with room
 
@@ -365,7 +368,11 @@ REFUSED_ROWS: tuple[OptimizerRow, ...] = (
         "LOMO", _names("lomo_optim.lomo", "Lomo"), optim=("lomo",), package="lomo-optim", refusal=NO_SECOND_MOMENT
     ),
     OptimizerRow(
-        "AdaLomo", _names("lomo_optim.adalomo", "AdaLomo"), optim=("adalomo",), package="lomo-optim", refusal=FACTORED
+        "AdaLomo",
+        _names("lomo_optim.adalomo", "AdaLomo"),
+        optim=("adalomo",),
+        package="lomo-optim",
+        refusal=FACTORED_IN_BACKWARD,
     ),
     OptimizerRow(
         "GaLore AdamW, AdamW 8-bit, Adafactor",

@@ -129,7 +129,7 @@ def test_refused_rows_raise_their_reason(path, options, words):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [("lomo_optim:Lomo", "no second moment"), ("lomo_optim:AdaLomo", "no effect")]
+    ("path", "words"), [("lomo_optim:Lomo", "no second moment"), ("lomo_optim:AdaLomo", "row and column means")]
 )
 def test_lomo_is_refused(path, words):
     optimizer_class = load(path)  # whose constructor needs a GPU

@@ -237,7 +237,8 @@ def main(runs_file: str, output_dir: str, model_dir: str) -> None:
     for name, run in json.loads(Path(runs_file).read_text()).items():
         torch.save(train(run, Path(output_dir) / name, model_dir), Path(output_dir) / f"{name}.rank{rank}.pt")
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+    os._exit(0)  # all is saved; tearing down several DeepSpeed engines in one process may abort
 
 
 if __name__ == "__main__":
