@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoint_safety import find_defect
 from .errors import InputError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,7 @@ def average_checkpoints(checkpoint_dirs) -> dict[str, torch.Tensor]:
 
 
 def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
-    """Returns the folders of the last `num_checkpoints` checkpoints in `output_dir`, oldest first.
+    """Returns the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first.
 
     Raises:
         InputError: there are fewer.
@@ -49,14 +50,30 @@ def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
     folders = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and folder.is_dir():
+        if step.isdecimal() and folder.is_dir() and find_defect(folder) is None:
             folders[int(step)] = folder
     if len(folders) < num_checkpoints:
         raise InputError(
-            f"average_checkpoints={num_checkpoints}: {output_dir} has only {len(folders)} checkpoints; "
+            f"average_checkpoints={num_checkpoints}: {output_dir} has only {len(folders)} whole checkpoints; "
             "average fewer or save more often"
         )
     return [folders[step] for step in sorted(folders)[-num_checkpoints:]]
+
+
+def load_average_of_last(trainer, num_checkpoints: int) -> list[Path]:
+    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model; return their folders.
+
+    Raises:
+        InputError: there are fewer, or they hold weights that the model lacks.
+    """
+    trainer.accelerator.wait_for_everyone()
+    folders = find_last_checkpoints(trainer.args.output_dir, num_checkpoints)
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    unexpected = network.load_state_dict(average_checkpoints(folders), strict=False).unexpected_keys
+    if unexpected:
+        raise InputError(f"{folders[-1]}: has weights that the model lacks ({unexpected[0]})")
+    network.tie_weights()
+    return folders
 
 
 def require_enough_checkpoints(training_args, num_checkpoints: int, num_steps: int | None = None) -> None:

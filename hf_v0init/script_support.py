@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 import yaml
 from datasets.utils import logging as datasets_logging
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -345,6 +345,18 @@ def remove_old_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     for folder in folders:
         shutil.rmtree(folder)
     return [folder.name for folder in folders]
+
+
+class RemoveOldCheckpoints(TrainerCallback):
+    """Removes an earlier run's checkpoints when nothing stands between this run and its first step any more.
+
+    Add it last, so that it is called when v0 has been written: a run that is refused costs the user nothing.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Remove them, on the main process."""
+        if state.is_world_process_zero:
+            remove_old_checkpoints(args.output_dir)
 
 
 # ---------------------------------------------------------------------------------------------------- logging

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
+from hf_v0init.checkpoint_averaging import load_average_of_last, require_enough_checkpoints
 from hf_v0init.completions import generate_completions
 from hf_v0init.data.language_modeling import (
     CausalCollator,
@@ -49,10 +49,10 @@ from hf_v0init.data.tokenizer_training import train_bpe_tokenizer, train_on_main
 from hf_v0init.errors import InputError
 from hf_v0init.perplexity import ExactPerplexityMixin
 from hf_v0init.script_support import (
+    RemoveOldCheckpoints,
     explain_hub_errors,
     find_checkpoint_to_resume,
     parse_arguments,
-    remove_old_checkpoints,
     require_writable_output,
     run_script,
     start_logging,
@@ -478,18 +478,6 @@ def choose_block_size(data: DataArguments, config, tokenizer) -> int:
 # ----------------------------------------------------------------------------------------------- after training
 
 
-def use_average_of_checkpoints(trainer: CausalTrainer, num_checkpoints: int) -> None:
-    """Puts the mean of the run's last checkpoints into the trainer's model."""
-    trainer.accelerator.wait_for_everyone()
-    folders = find_last_checkpoints(trainer.args.output_dir, num_checkpoints)
-    network = trainer.accelerator.unwrap_model(trainer.model)
-    unexpected = network.load_state_dict(average_checkpoints(folders), strict=False).unexpected_keys
-    if unexpected:
-        raise InputError(f"{folders[-1]}: has weights that the model lacks ({unexpected[0]})")
-    network.tie_weights()
-    logger.info(f"The model is now the average of {', '.join(folder.name for folder in folders)}")
-
-
 def save_results(trainer: CausalTrainer, role: str, metrics: dict) -> None:
     """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
     trainer.log_metrics(role, metrics)
@@ -611,12 +599,12 @@ def main(argv: list[str]) -> None:
         )
 
     if training_args.do_train:
-        if checkpoint is None and run_args.overwrite_output_dir and trainer.is_world_process_zero():
-            remove_old_checkpoints(training_args.output_dir)
-        trainer.accelerator.wait_for_everyone()
+        if checkpoint is None and run_args.overwrite_output_dir:
+            trainer.add_callback(RemoveOldCheckpoints())  # added last, so called when v0 has been written
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if run_args.average_checkpoints is not None:
-            use_average_of_checkpoints(trainer, run_args.average_checkpoints)
+            folders = load_average_of_last(trainer, run_args.average_checkpoints)
+            logger.info(f"The model is now the average of {', '.join(folder.name for folder in folders)}")
         trainer.save_model()
         metrics = dict(result.metrics)
         if not data_args.streaming:

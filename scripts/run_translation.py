@@ -17,13 +17,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    TrainerCallback,
     set_seed,
 )
 from transformers.utils import logging
 
 from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
-from hf_v0init.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
+from hf_v0init.checkpoint_averaging import load_average_of_last, require_enough_checkpoints
 from hf_v0init.data.token_budget import TokenBudgetMixin, build_token_budget_sampler
 from hf_v0init.data.tokenizer_training import train_bpe_tokenizer, train_on_main_process
 from hf_v0init.data.translation_pairs import ROLES, load_pair_files, select_pairs, tokenize_pairs
@@ -31,9 +30,10 @@ from hf_v0init.errors import InputError
 from hf_v0init.metrics import SacreBleu
 from hf_v0init.models.post_norm import apply_xavier_initialization, build_post_norm_config
 from hf_v0init.script_support import (
+    RemoveOldCheckpoints,
+    explain_hub_errors,
     find_checkpoint_to_resume,
     parse_arguments,
-    remove_old_checkpoints,
     require_writable_output,
     run_script,
     start_logging,
@@ -156,14 +156,6 @@ class DataArguments:
 
 class TranslationTrainer(TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
     """With token-budget batches and an exact `eval_loss` (nats a target token, without label smoothing)."""
-
-
-class RemoveOldCheckpoints(TrainerCallback):
-    """Removes an earlier run's checkpoints when nothing stands between this run and its first step any more."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            remove_old_checkpoints(args.output_dir)
 
 
 def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
@@ -433,17 +425,18 @@ def main(argv: list[str]) -> None:
     if training_args.do_train:
         require_trainable(data_args, training_args, tokenized["train"], collator)
     compute_metrics, decode, signatures = build_metrics(tokenizer)
-    trainer = TranslationTrainer(
-        model=network,
-        args=training_args,
-        train_dataset=tokenized.get("train"),
-        eval_dataset=tokenized.get("validation"),
-        processing_class=tokenizer,
-        data_collator=collator,
-        compute_metrics=compute_metrics if training_args.predict_with_generate else None,
-        compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
-        max_tokens_per_batch=data_args.max_tokens_per_batch,
-    )
+    with explain_hub_errors(training_args):
+        trainer = TranslationTrainer(
+            model=network,
+            args=training_args,
+            train_dataset=tokenized.get("train"),
+            eval_dataset=tokenized.get("validation"),
+            processing_class=tokenizer,
+            data_collator=collator,
+            compute_metrics=compute_metrics if training_args.predict_with_generate else None,
+            compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
+            max_tokens_per_batch=data_args.max_tokens_per_batch,
+        )
     if training_args.do_train:
         train(trainer, data_args, checkpoint)
     if training_args.do_eval:
@@ -476,22 +469,11 @@ def train(trainer, data: DataArguments, checkpoint: str | None) -> None:
         trainer.add_callback(RemoveOldCheckpoints())  # added last, so called when v0 has been written
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if data.average_checkpoints is not None:
-        use_average_of_checkpoints(trainer, data.average_checkpoints)
+        folders = load_average_of_last(trainer, data.average_checkpoints)
+        logger.info(f"The model is now the average of {', '.join(folder.name for folder in folders)}")
     trainer.save_model()
     save_results(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)}, {})
     trainer.save_state()
-
-
-def use_average_of_checkpoints(trainer, num_checkpoints: int) -> None:
-    """Puts the mean of the run's last checkpoints into the trainer's model."""
-    trainer.accelerator.wait_for_everyone()
-    folders = find_last_checkpoints(trainer.args.output_dir, num_checkpoints)
-    network = trainer.accelerator.unwrap_model(trainer.model)
-    unexpected = network.load_state_dict(average_checkpoints(folders), strict=False).unexpected_keys
-    if unexpected:
-        raise InputError(f"{folders[-1]}: has weights that the model lacks ({unexpected[0]})")
-    network.tie_weights()
-    logger.info(f"The model is now the average of {', '.join(folder.name for folder in folders)}")
 
 
 def save_results(trainer, role: str, metrics: dict, signatures: dict) -> None:

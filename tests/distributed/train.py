@@ -1,6 +1,6 @@
 """Started by torchrun (or plain python): trains each run of a JSON list and saves what a test compares.
 
-    torchrun --nproc_per_node 2 tests/distributed/train.py RUNS.json OUTPUT_DIR
+torchrun --nproc_per_node 2 tests/distributed/train.py RUNS.json OUTPUT_DIR
 """
 
 import json

@@ -83,6 +83,10 @@ def make_labelled_sequences(num: int) -> list[dict]:
     return rows
 
 
+def _raise_in_forward(*_):
+    raise RuntimeError("out of memory on this one")
+
+
 class FailsOnOneRank(V0InitTrainer):
     """Fails in the statistics pass on the last process only; `run_name` says where."""
 
@@ -92,8 +96,8 @@ class FailsOnOneRank(V0InitTrainer):
         mine = self.args.process_index == self.args.world_size - 1
         self.calls += mine and model.training
         failing = mine and self.calls == 3
-        if failing and self.args.run_name == "before_forward":
-            raise RuntimeError("bad sample on this one")
+        if failing and self.args.run_name == "in_forward":
+            self.model.model.layers[1].register_forward_pre_hook(_raise_in_forward)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if failing and self.args.run_name == "after_forward":
             raise RuntimeError("disk full on this one")
@@ -223,6 +227,8 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     try:
         trainer.train()
     except Exception as exception:
+        if getattr(exception, "raised_alone", False):
+            raise  # as a script does that catches nothing
         error = f"{type(exception).__name__}: {exception}"
     return {
         "v0": recorder.v0, "gradients": recorder.gradients, "moments": recorder.moments, "report": trainer.get_v0_report(),
