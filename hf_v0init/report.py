@@ -86,7 +86,9 @@ class V0Report:
         ]
         if self.num_zero_elements:
             share = self.num_zero_elements / max(1, self.num_elements_with_v0)
-            lines.append(f"{self.num_zero_elements:,} elements ({share:.2%}) had no gradient on any sample: v0 = 0, as in stock Adam")
+            lines.append(
+                f"{self.num_zero_elements:,} elements ({share:.2%}) had no gradient on any sample: v0 = 0, as in stock Adam"
+            )
         if self.without_gradient:
             shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
             lines.append(

@@ -72,7 +72,7 @@ def test_checkpoints_that_do_not_match_are_refused(tmp_path):
 def test_last_checkpoints_are_by_step_not_by_name_and_whole(tmp_path):
     for name in ("checkpoint-900", "checkpoint-1000", "checkpoint-80", "checkpoint-1100", "checkpoint-best", "other"):
         write_checkpoint(tmp_path / name, w=torch.ones(3))
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
     weights = tmp_path / "checkpoint-1100" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a save that was cut off
     assert [f.name for f in find_last_checkpoints(tmp_path, 2)] == ["checkpoint-900", "checkpoint-1000"]

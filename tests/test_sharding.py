@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from hf_v0init.sharding import BLOCK_NUMEL, clean_parameter_name, compute_block_seed, draw_standard_normal_
+from hf_v0init.sharding import (
+    BLOCK_NUMEL,
+    Fragment,
+    clean_parameter_name,
+    compute_block_seed,
+    compute_figures,
+    draw_standard_normal_,
+    find_pieces,
+)
 
 SHAPES = [(), (1,), (5,), (3, 7), (513, 1024), (700, 3, 5, 7), (2, BLOCK_NUMEL + 3)]
 
@@ -80,3 +88,28 @@ def test_block_seed_is_a_fixed_function():
 def test_wrapper_prefixes_do_not_count(name):
     assert clean_parameter_name(name) == "a.weight"
     assert clean_parameter_name("submodule.weight") == "submodule.weight"
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (513, 1024), (70, 3, 5, 7)])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
+def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
+    """As ZeRO cuts: in equal numbers of elements, through the middle of rows."""
+    whole = draw(shape).flatten()
+    size = -(-whole.numel() // num_parts)
+    for start in range(0, whole.numel(), size):
+        part = torch.full((min(size, whole.numel() - start),), float("nan"))
+        pieces = find_pieces(Fragment(part, shape, start))
+        assert 1 <= len(pieces) <= 3
+        for piece in pieces:
+            draw_standard_normal_(piece.local, name="w", seed=1, full_shape=piece.full_shape, offset=piece.offset)
+        assert torch.equal(part, whole[start : start + len(part)])
+
+
+def test_a_process_without_any_element_has_no_piece():
+    assert find_pieces(Fragment(torch.empty(0), (3, 7), 21)) == []
+
+
+def test_figures_of_whole_tensors_and_fragments():
+    values = torch.tensor([[0.0, 2.0], [4.0, 0.0]])
+    fragment = Fragment(values.flatten()[1:3], (2, 2), 1)
+    assert compute_figures([values, fragment], over_processes=False) == [(1.5, 0.0, 4.0, 2), (3.0, 2.0, 4.0, 0)]
