@@ -66,6 +66,11 @@ def require_supported_config(config: dict) -> None:
             'v0_init under DeepSpeed with fp16 is not supported (v0 of 1e-9 is zero in fp16): use "bf16" instead of the '
             'ds_config key "fp16", or v0_init=zeros'
         )
+    if (config.get("torch_autocast") or {}).get("enabled") is True:
+        raise InputError(
+            'v0_init under DeepSpeed with torch_autocast is not supported: use "bf16" instead of the ds_config key '
+            '"torch_autocast", or v0_init=zeros'
+        )
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device") or "none"
         if device != "none":

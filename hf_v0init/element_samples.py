@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .optimizer_state import read_second_moment, unwrap_optimizer
-from .sharding import find_local_part
+from .sharding import get_local_part
 
 MAX_PER_TENSOR = 4096
 
@@ -65,7 +65,7 @@ class ElementSamples:
         self._devices: dict[torch.device, _Device] = {}
         weights: dict[torch.device, list[torch.Tensor]] = {}
         for group, parameter in parameters:
-            local = find_local_part(parameter)[0]
+            local = get_local_part(parameter)
             flat = _flatten(local)
             if flat is None or flat.numel() == 0:
                 self.num_left_out += flat is None
@@ -137,10 +137,8 @@ class ElementSamples:
         moment = read_second_moment(self.optimizer, one.parameter)
         if moment is None:
             return torch.zeros(one.count, device=device)
-        local = find_local_part(one.parameter)[0]
-        return (
-            find_local_part(moment)[0].detach().permute(_order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
-        )
+        local = get_local_part(one.parameter)
+        return get_local_part(moment).detach().permute(_order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
 
 
 def compute_weighted_quantiles(values: np.ndarray, weights: np.ndarray, quantiles: tuple[float, ...]) -> list[float]:
@@ -176,7 +174,7 @@ def _choose_spacing(numel: int, row_length: int, limit: int) -> int:
 
 def _find_view(one: _Sampled) -> torch.Tensor:
     """Find the view of the elements looked at; kept until the parameter's memory is another."""
-    local = find_local_part(one.parameter)[0]
+    local = get_local_part(one.parameter)
     if one.view is None or local.data_ptr() != one.pointer:
         one.view, one.pointer = _flatten(local)[:: one.spacing], local.data_ptr()
     return one.view

@@ -30,7 +30,7 @@ from torch import nn
 
 from .errors import InputError
 from .run_preservation import preserve_model, preserve_rng, seed_everything
-from .sharding import find_local_part
+from .sharding import get_local_part
 
 REDUCTION_BUCKET_NUMEL = 1 << 23  # elements one all-reduce carries, 32 MiB of fp32
 
@@ -193,11 +193,11 @@ def make_sum_visitor(sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]
 
     Of a sharded parameter only this process's part is touched.
     """
-    sums = {parameter: tuple(find_local_part(tensor)[0] for tensor in pair) for parameter, pair in sums.items()}
+    sums = {parameter: tuple(get_local_part(tensor) for tensor in pair) for parameter, pair in sums.items()}
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
         grad_sum, grad_sq_sum = sums[parameter]
-        gradient = find_local_part(gradient.detach())[0].to(grad_sum.dtype)
+        gradient = get_local_part(gradient.detach()).to(grad_sum.dtype)
         grad_sum.add_(gradient, alpha=num_samples)
         grad_sq_sum.addcmul_(gradient, gradient, value=num_samples)
 

@@ -30,10 +30,10 @@ from .sharding import (
     compute_figures,
     compute_mean,
     draw_standard_normal_,
-    find_local_part,
     find_pieces,
     gather_values,
     get_full_shape,
+    get_local_part,
     is_sharded,
 )
 from .strategies import apply_floor_, compute_data_driven_v0_, compute_first_gradient_v0_, compute_random_v0_, takes_v0
@@ -154,7 +154,7 @@ def write_data_driven_v0(
         for _, parameter, _ in plan.parameters:
             grad_sum, v0 = sums.pop(parameter)
             ratios.append(_sample_ratio_to_step(grad_sum, v0, counts, batch_size, effective_batch_size) * scale)
-            local_sum, local_v0 = find_local_part(grad_sum)[0], find_local_part(v0)[0]
+            local_sum, local_v0 = get_local_part(grad_sum), get_local_part(v0)
             compute_data_driven_v0_(compute_grad_sq_mean_(local_sum, local_v0, counts, batch_size), scale)
             if arguments.v0_floor > 0.0:
                 apply_floor_(local_v0, arguments.v0_floor, compute_mean(v0))
@@ -164,7 +164,7 @@ def write_data_driven_v0(
     report.num_samples_requested = arguments.v0_num_samples
     report.floor = arguments.v0_floor
     report.effective_batch_size = effective_batch_size
-    report.measured_ratio = _median(ratios, plan)
+    report.measured_ratio = _median(ratios, plan.is_sharded)
     report.without_gradient = _find_all_zero(report)
     report.num_samples, report.num_batches, report.mean_loss = counts.num_samples, counts.num_batches, counts.mean_loss
     write_states(optimizer, states)
@@ -186,8 +186,8 @@ def write_first_gradient_v0(
     sums = {parameter: draft.tensors[-1] for parameter, draft in drafts.items()}
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        local = find_local_part(sums[parameter])[0]
-        local.add_(find_local_part(gradient.detach())[0].to(local.dtype))
+        local = get_local_part(sums[parameter])
+        local.add_(get_local_part(gradient.detach()).to(local.dtype))
 
     counts = _run_together(run_pass, plan, visit)
     num_summed = 1 if counts.are_global else num_processes
@@ -196,7 +196,7 @@ def write_first_gradient_v0(
     with torch.no_grad():
         for _, parameter, _ in plan.parameters:
             v0 = sums.pop(parameter)
-            compute_first_gradient_v0_(find_local_part(v0)[0].div_(num_summed), scale)
+            compute_first_gradient_v0_(get_local_part(v0).div_(num_summed), scale)
             states[parameter] = drafts.pop(parameter).finish(v0)
     report = _compose_report(optimizer, plan, arguments, seed, states, scale)
     report.without_gradient = _find_all_zero(report)
@@ -220,7 +220,7 @@ def measure_ratio_to_gradients(optimizer, plan: V0Plan, run_pass: RunPass) -> fl
         ratios.append((taken[nonzero] / squared[nonzero]).cpu())
 
     _run_together(run_pass, plan, visit)
-    return _median(ratios, plan)
+    return _median(ratios, over_processes=True)
 
 
 def _draft_states(optimizer, plan: V0Plan, num_tensors: int) -> dict[nn.Parameter, StateDraft]:
@@ -244,7 +244,7 @@ def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCount
 
 def _take(tensor: torch.Tensor, numel: int | None = None) -> torch.Tensor:
     """Take, of about 4,096 evenly spaced elements of the whole tensor (of `numel`), those that this process holds, in fp32."""
-    flat = find_local_part(tensor)[0].detach().reshape(-1)
+    flat = get_local_part(tensor).detach().reshape(-1)
     return flat[:: max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)].float()
 
 
@@ -259,10 +259,10 @@ def _sample_ratio_to_step(
     return (chosen[nonzero] / of_step[nonzero]).cpu()
 
 
-def _median(values: list[torch.Tensor], plan: V0Plan) -> float | None:
-    """Return the median of all values, of sharded parameters over all processes; None if there is none."""
+def _median(values: list[torch.Tensor], over_processes: bool) -> float | None:
+    """Return the median of all values, of this process or over all of them; None if there is none."""
     joined = torch.cat(values) if values else torch.empty(0)
-    if plan.is_sharded:
+    if over_processes:
         joined = gather_values(joined)
     return float(joined.median()) if joined.numel() else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .sharding import find_local_part, is_dtensor
+from .sharding import get_local_part, is_dtensor
 
 State = dict[str, object]
 
@@ -139,7 +139,7 @@ class AdagradLayout(PlainLayout):
         state = super().find_state(optimizer, parameter, group)
         if state is None or state["step"] > 0:
             return state
-        own = find_local_part(state[self.second_moment])[0]
+        own = get_local_part(state[self.second_moment])
         return state if bool((own != optimizer.defaults["initial_accumulator_value"]).any()) else None
 
 
@@ -246,14 +246,14 @@ class TorchAOLayout(PlainLayout):
 
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""
-        find_local_part(state[self.second_moment])[0].copy_(find_local_part(v0)[0].float())
+        get_local_part(state[self.second_moment]).copy_(get_local_part(v0).float())
 
     def read(self, state: State) -> torch.Tensor:
         """Return the second moment in fp32 (a DTensor where the state is one); the live tensor where it is plain."""
         from torch.distributed.tensor import DTensor
 
         own = state[self.second_moment]
-        local = find_local_part(own)[0]
+        local = get_local_part(own)
         if type(local) is torch.Tensor:
             return own
         values = local.dequantize(torch.float32)

@@ -56,21 +56,11 @@ def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def find_local_part(parameter: torch.Tensor | Fragment) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Find what this process owns of a parameter.
-
-    Returns:
-        The local tensor (the parameter itself if it is whole), the full shape, and the offset of the local part in it, one
-        number a dimension (none for a `Fragment`).
-    """
-    if isinstance(parameter, Fragment):
-        return parameter.local, parameter.full_shape, ()
-    if not is_dtensor(parameter):
-        return parameter, tuple(parameter.shape), (0,) * parameter.dim()
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(parameter.shape), tuple(offset)
+def get_local_part(tensor: torch.Tensor | Fragment) -> torch.Tensor:
+    """Return what this process holds of a tensor, as a view: the tensor itself if it is whole, 1-D of a `Fragment`."""
+    if isinstance(tensor, Fragment):
+        return tensor.local
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def compute_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Compute the mean of a whole tensor in fp32, over all processes that hold a part of it."""
-    local = find_local_part(tensor)[0]
+    local = get_local_part(tensor)
     if local is tensor:
         return tensor.mean(dtype=torch.float32)
     numbers = torch.stack([local.sum(dtype=torch.float32), torch.tensor(float(local.numel()), device=local.device)])
@@ -177,7 +167,7 @@ def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[t
     """
     sums, extremes = [], []
     for tensor in tensors:
-        local = find_local_part(tensor)[0]
+        local = get_local_part(tensor)
         count = torch.tensor(float(local.numel()), dtype=torch.float64, device=local.device)
         if local.numel() == 0:
             sums.append(torch.stack([count, count, count]))

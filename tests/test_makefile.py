@@ -1,5 +1,6 @@
 """The set-up that `make` does: every direct dependency pinned, nothing installed twice or into another environment."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -57,7 +58,10 @@ def checkout(tmp_path):
 def plan(checkout: Path, *arguments: str) -> str:
     """What make would run."""
     command = ["make", "--no-print-directory", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+    # These tests may run under a make of their own, whose settings it hands down.
+    handed_down = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON"}
+    env = {name: value for name, value in os.environ.items() if name not in handed_down}
+    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("target", ["test", "demo"])

@@ -194,7 +194,8 @@ def assert_equal_v0(ranks: list[dict], expected: dict[str, torch.Tensor], exact:
     """fp32 sums in another order: 1e-6 relative, of the tensor's largest v0 for those much smaller."""
     assert [saved["error"] for saved in ranks] == [None] * len(ranks)
     for saved in ranks:
-        assert saved["v0"].keys() == expected.keys()
+        # A flat partition of ZeRO holds vectors beside matrices: they start at zero, as without state.
+        assert not any(v0.any() for name, v0 in saved["v0"].items() if name not in expected)
         for name, v0 in expected.items():
             if exact:
                 assert torch.equal(saved["v0"][name], v0), name
