@@ -334,6 +334,25 @@ def test_accelerates_fsdp2_plugin_and_bf16(tmp_path, model_folder, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"mode": "zero2"}, id="zero2", marks=needs_deepspeed),
+        pytest.param({"mode": "zero3"}, id="zero3", marks=needs_deepspeed),
+        pytest.param({"mode": "whole", "trainer": "accelerate"}, id="accelerates-fsdp2"),
+    ],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one_and_takes_no_v0_again(tmp_path, model_folder, how):
+    run = DATA_DRIVEN | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | how
+    runs = {"through": run, "resumed": run | {"resume_from": "through/out/checkpoint-2"}}
+    saved = launch(2, runs, tmp_path / "runs", model_folder)
+    for through, resumed in zip(saved["through"], saved["resumed"], strict=True):
+        assert all(torch.equal(w, resumed["weights"][name]) for name, w in through["weights"].items())
+        assert resumed["report"] == saved["through"][0]["report"]  # the main process's, with its seconds
+        assert not torch.equal(resumed["v0"]["lm_head.weight"], through["v0"]["lm_head.weight"])
+
+
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_configurations(tmp_path, model_folder, alone, stage):

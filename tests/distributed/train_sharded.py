@@ -211,6 +211,7 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     mode = run.pop("mode")
     run |= make_deepspeed_options(mode, run.pop("ds_config", {}))
     # Where arguments are there first, ZeRO-3 splits the model while it loads.
+    run_before = str(folder.parent / run.pop("resume_from")) if "resume_from" in run else None
     arguments = make_arguments(folder, deepspeed=run["deepspeed"]) if run.pop("split_while_loading", False) else None
     model = load_model(mode, model_dir, attention_dropout=run.pop("dropout", 0.0))
     del arguments
@@ -225,7 +226,7 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     recorder.trainer = trainer
     error = None
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=run_before)
     except Exception as exception:
         if getattr(exception, "raised_alone", False):
             raise  # as a script does that catches nothing
