@@ -8,6 +8,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import InputError
 from .strategies import DEFAULT_SCALE, STRATEGIES
+from .untuned_warmup import UNTUNED_WARMUPS
 from .warmup_equivalence import compute_scale_for_warmup, require_scale
 
 STATISTICS = ("per_sample", "per_step")
@@ -104,6 +105,22 @@ class V0InitArguments:
             "Dimensionless. Default: 1."
         },
     )
+    untuned_warmup: str | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the schedule's learning rate by a warmup whose length follows from beta2 (Ma & Yarats, 2021), a baseline "
+            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t). Excludes --warmup_steps. "
+            "Default: none.",
+            "choices": list(UNTUNED_WARMUPS),
+        },
+    )
+    v0_record_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Write run_log.jsonl, fingerprint.json (initial weights, first batches, random state) and v0_diagnostics.json "
+            "into the output folder, as `hf-v0init compare` needs them. The run is the same. Default: False."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check every value, then let the next class of the inheritance order check its own."""
@@ -142,6 +159,8 @@ class V0InitArguments:
                     f"v0_warmup_steps={self.v0_warmup_steps} with v0_init={self.v0_init}: the closed form relates v0 to E[g^2], "
                     "which only data_driven and first_gradient do; use one of them, or v0_scale"
                 )
+        if self.untuned_warmup is not None and self.untuned_warmup not in UNTUNED_WARMUPS:
+            raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {', '.join(UNTUNED_WARMUPS)}")
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arguments import V0InitArguments, read_v0_arguments
 from .deepspeed_state import adapt_optimizer, visit_partitioned_gradients
+from .diagnostics import V0DiagnosticsCallback
 from .errors import InputError
 from .gradient_statistics import PassCounts, StatisticsBatch, visit_gradients
 from .initialization import (
@@ -39,6 +40,7 @@ from .optimizer_choice import compute_optimizer_arguments, load_optimizer_class,
 from .optimizer_state import find_layout, is_untouched, read_beta2, unwrap_optimizer
 from .report import V0Report, read_report, write_report
 from .run_preservation import preserve_rng
+from .run_record import RunRecordCallback
 from .safe_resume import SafeResumeMixin
 from .sharded_pass import visit_gradients_together
 from .sharding import find_data_share, is_sharded
@@ -50,6 +52,7 @@ from .statistics_batches import (
     require_reiterable,
 )
 from .supported_runs import require_supported_run
+from .untuned_warmup import add_untuned_warmup
 
 logger = logging.getLogger("hf_v0init")
 
@@ -82,12 +85,19 @@ class V0InitMixin(SafeResumeMixin):
         self._v0_report: dict | None = None
         self._v0_resumed_from: str | None = None
         self._v0_given_arguments = v0_arguments
+        self._v0_looks_ahead = False  # at the first step's batches, before that step
         super().__init__(*args, **kwargs)
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
             find_layout(self.optimizer)  # create_optimizer is not called for it, and a resume fills its state first
+        self._require_sole_warmup()
         _show_messages(self.args)
         self.add_callback(_WriteV0(self))
+        self._run_record = None
+        if self.v0_arguments.v0_record_run:
+            V0DiagnosticsCallback().attach(self)
+            self._run_record = RunRecordCallback()
+            self.callback_handler.callbacks.insert(0, self._run_record)
 
     # ---- what users call -------------------------------------------------------------------------------------------
 
@@ -129,6 +139,30 @@ class V0InitMixin(SafeResumeMixin):
             if self.v0_arguments.v0_init != "random":
                 self._require_readable_data()
         return optimizer
+
+    def create_scheduler(self, *args, **kwargs):
+        """Create the schedule as the Trainer does, times the untuned warmup if one is asked for."""
+        exists = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(*args, **kwargs)
+        shape = self.v0_arguments.untuned_warmup
+        if shape is not None and not exists:
+            beta2 = None
+            with contextlib.suppress(InputError):
+                beta2 = read_beta2(self.optimizer)
+            if beta2 is None:
+                name = type(unwrap_optimizer(self.optimizer)).__name__
+                raise InputError(
+                    f"untuned_warmup={shape} takes its length from beta2, and {name} has none; use --warmup_steps"
+                )
+            add_untuned_warmup(scheduler, beta2, shape)
+        return scheduler
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Fetch the batches of an optimizer step as the Trainer does."""
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self._run_record is not None and not self._v0_looks_ahead:
+            self._run_record.record_batches(batches[0])
+        return batches
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Train as the Trainer does; v0 is written once before the first step of a new run, and never on resume."""
@@ -346,6 +380,7 @@ class V0InitMixin(SafeResumeMixin):
         """Run the micro-batches that the first optimizer step will see, with the dropout it will see."""
         with preserve_rng():
             iterator = iter(train_dataloader)
+            self._v0_looks_ahead = True
             try:
                 micro_batches, num_items = self.get_batch_samples(
                     iterator, self.args.gradient_accumulation_steps, self.args.device
@@ -374,6 +409,7 @@ class V0InitMixin(SafeResumeMixin):
                     loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
                 )
             finally:
+                self._v0_looks_ahead = False
                 iterator.close() if hasattr(iterator, "close") else None
                 if hasattr(train_dataloader, "end"):
                     train_dataloader.end()  # accelerate: this look is not an iteration of the run
@@ -409,6 +445,18 @@ class V0InitMixin(SafeResumeMixin):
                 self._metrics = metrics
 
     # ---- refusals ----------------------------------------------------------------------------------------------------
+
+    def _require_sole_warmup(self) -> None:
+        shape = self.v0_arguments.untuned_warmup
+        if shape is None:
+            return
+        num_steps = self.args.get_warmup_steps(1000)
+        if num_steps:
+            raise InputError(
+                f"untuned_warmup={shape} and warmup_steps={self.args.warmup_steps} are two warmups: give one"
+            )
+        if self.lr_scheduler is not None:
+            raise InputError(f"untuned_warmup={shape} and a schedule that was passed in: give one")
 
     def _require_beta2(self, optimizer) -> None:
         arguments = self.v0_arguments

@@ -4,7 +4,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from hf_v0init import InputError, V0InitArguments, V0InitSeq2SeqTrainingArguments, V0InitTrainingArguments
 from hf_v0init.arguments import read_v0_arguments
 
-FLAGS = [name for name in V0InitArguments.__dataclass_fields__ if name.startswith("v0_")]
+FLAGS = list(V0InitArguments.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(

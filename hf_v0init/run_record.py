@@ -1,0 +1,128 @@
+"""Records a run so that it can be compared with others: its log as JSON lines, and fingerprints of how it began.
+
+`--v0_record_run` writes into the output folder, on the main process:
+
+| file | what |
+| --- | --- |
+| `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and two clocks in seconds since `train()` began, the v0 pass included: `seconds`, and `train_seconds` without the evaluations |
+| `fingerprint.json` | SHA-256 of the initial weights, of the batches of the first four optimizer steps and of torch's random state before the first step |
+| `v0_diagnostics.json` | see `diagnostics` |
+
+Runs that are to differ in the optimizer alone must have equal fingerprints: the same weights, the same data in the same
+order, the same dropout. Of sharded weights and distributed data the main process's own part is taken. The run itself is
+not touched: no random number is drawn, nothing is added to `log_history`.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+LOG_FILE = "run_log.jsonl"
+FINGERPRINT_FILE = "fingerprint.json"
+NUM_BATCHES = 4
+
+
+class RunRecordCallback(TrainerCallback):
+    """Writes `run_log.jsonl` and `fingerprint.json`; see the top of the file.
+
+    Must be the first callback, so that its clock starts before v0 is computed. `record_batches` is called by the Trainer.
+    """
+
+    def __init__(self) -> None:
+        self._watches = False
+        self._began, self._evaluating, self._earlier = 0.0, 0.0, (0.0, 0.0)
+        self._fingerprint: dict | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._watches = args.process_index == 0
+        if not self._watches:
+            return
+        self._folder = Path(args.output_dir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._began, self._evaluating = time.perf_counter(), 0.0
+        self._earlier = _keep_log_until(self._folder / LOG_FILE, state.global_step)
+        self._fingerprint = None
+        if state.global_step == 0:
+            self._fingerprint = {"initial_weights": hash_tensors(model.named_parameters()), "batches": [], "rng": None}
+
+    def record_batches(self, micro_batches: list) -> None:
+        """Add the fingerprint of the batches of one optimizer step, up to the first four, and then write the file."""
+        if self._fingerprint is None or len(self._fingerprint["batches"]) == NUM_BATCHES:
+            return
+        named = [
+            (f"{i}.{name}", value) for i, batch in enumerate(micro_batches) for name, value in _list_tensors(batch)
+        ]
+        self._fingerprint["batches"].append(hash_tensors(named))
+        if len(self._fingerprint["batches"]) == NUM_BATCHES:
+            self._write_fingerprint()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._fingerprint is not None and self._fingerprint["rng"] is None:
+            states = [("cpu", torch.get_rng_state())]
+            if args.device.type == "cuda":
+                states.append(("cuda", torch.cuda.get_rng_state(args.device)))
+            self._fingerprint["rng"] = hash_tensors(states)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self._watches or not logs:
+            return
+        self._evaluating += sum(value for name, value in logs.items() if _is_evaluation_time(name))
+        seconds = self._earlier[0] + time.perf_counter() - self._began
+        clocks = {"seconds": seconds, "train_seconds": self._earlier[1] + seconds - self._earlier[0] - self._evaluating}
+        figures = {name: value for name, value in logs.items() if isinstance(value, int | float | str)}
+        with open(self._folder / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures | {"step": state.global_step} | clocks) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._fingerprint is not None and len(self._fingerprint["batches"]) < NUM_BATCHES:
+            self._write_fingerprint()  # a run of fewer steps
+        self._fingerprint = None
+
+    def _write_fingerprint(self) -> None:
+        path = self._folder / FINGERPRINT_FILE
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps(self._fingerprint, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+
+def hash_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Compute the SHA-256, as hex, of names, dtypes, shapes and values of tensors, in their order; of DTensors the local part."""
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors:
+        tensor = tensor.detach()
+        tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _list_tensors(batch) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(batch, torch.Tensor):
+        return [("", batch)]
+    items = sorted(batch.items()) if isinstance(batch, Mapping) else enumerate(batch)
+    return [(str(name), value) for name, value in items if isinstance(value, torch.Tensor)]
+
+
+def _is_evaluation_time(name: str) -> bool:
+    return name.endswith("_runtime") and name != "train_runtime"
+
+
+def _keep_log_until(path: Path, step: int) -> tuple[float, float]:
+    """Drop what a continued run will log again, or a new run's predecessor logged; return the clocks reached."""
+    kept = []
+    if step > 0 and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the line that a killed run did not finish
+            if entry["step"] <= step:
+                kept.append(entry)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    return (kept[-1]["seconds"], kept[-1]["train_seconds"]) if kept else (0.0, 0.0)
