@@ -68,7 +68,7 @@ def test_fingerprints_are_equal_for_arms_of_one_seed_and_for_these_only(tmp_path
 
 def test_fingerprint_is_the_sha256_of_what_it_says():
     tensor = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
-    header = "w torch.bfloat16 (1, 2)".encode()
+    header = b"w torch.bfloat16 (1, 2)"
     expected = hashlib.sha256(header + tensor.view(torch.int16).numpy().tobytes()).hexdigest()
     assert hash_tensors([("w", tensor)]) == expected
     assert hash_tensors([("w", tensor.T)]) != expected
