@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .analysis.commands import add_commands
+from .comparison.command import add_commands as add_comparison
+from .cost_command import add_commands as add_cost
 from .errors import InputError
 from .figures import draw_multiplier, require_figure_path
 from .optimizer_table import make_cells, make_markdown_table
@@ -123,6 +125,8 @@ def optimizers(
 
 
 add_commands(app)
+add_comparison(app)
+add_cost(app)
 
 
 def compute_scale_in_force(

@@ -7,13 +7,12 @@ FILE.yaml or FILE.json holds flags; flags on the command line override it; --hel
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 from transformers import (
-    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -22,22 +21,29 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
-from hf_v0init.checkpoint_averaging import load_average_of_last, require_enough_checkpoints
+from hf_v0init.checkpoint_averaging import require_enough_checkpoints
 from hf_v0init.data.token_budget import TokenBudgetMixin, build_token_budget_sampler
 from hf_v0init.data.tokenizer_training import train_bpe_tokenizer, train_on_main_process
 from hf_v0init.data.translation_pairs import ROLES, load_pair_files, select_pairs, tokenize_pairs
 from hf_v0init.errors import InputError
 from hf_v0init.metrics import SacreBleu
 from hf_v0init.models.post_norm import apply_xavier_initialization, build_post_norm_config
-from hf_v0init.script_support import (
-    RemoveOldCheckpoints,
-    explain_hub_errors,
-    find_checkpoint_to_resume,
-    parse_arguments,
-    require_writable_output,
-    run_script,
-    start_logging,
+from hf_v0init.script_stages import (
+    DatasetArguments,
+    HubArguments,
+    count_steps,
+    describe_for_card,
+    find_needed_roles,
+    flag,
+    load_config,
+    override_config,
+    publish_card,
+    require_positive_counts,
+    require_possible_run,
+    require_sole_model_source,
+    train_and_save,
 )
+from hf_v0init.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from hf_v0init.token_loss import ExactEvaluationMixin, TokenCrossEntropy
 
 logger = logging.get_logger("run_translation")
@@ -46,12 +52,8 @@ POST_NORM = "post_norm"
 MULTILINGUAL_TOKENIZERS = ("MBart", "M2M100", "Nllb", "SeamlessM4T")
 
 
-def flag(default, text: str, **metadata):
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass
-class ModelArguments:
+class ModelArguments(HubArguments):
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
     )
@@ -72,15 +74,9 @@ class ModelArguments:
     vocab_size: int = flag(
         10000, "From scratch without a tokenizer: entries of the joint BPE trained on the training set. Default: 10000."
     )
-    cache_dir: str | None = flag(None, "Folder for what comes from the Hub and for tokenized data.")
-    model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
-    token: str | None = flag(None, "Access token for the Hub. Default: that of `hf auth login`.")
-    trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
 
     def __post_init__(self):
-        ways = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
-        if len(ways) > 1:
-            raise InputError(f"--{ways[0]} and --{ways[1]}: give one source of the model, not both")
+        require_sole_model_source(self)
         if self.model_name_or_path and (self.config_overrides or self.weight_initialization):
             raise InputError(
                 "--config_overrides and --weight_initialization are for training from scratch; "
@@ -89,10 +85,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    dataset_name: str | None = flag(None, "Data set by Hub name or folder.")
-    dataset_config_name: str | None = flag(None, "Configuration of that data set.")
-    dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
+class DataArguments(DatasetArguments):
     train_file: str | None = flag(
         None, "Local training data: .json, .jsonl, .csv, or text with source<TAB>target lines; also .gz."
     )
@@ -139,9 +132,7 @@ class DataArguments:
     overwrite_output_dir: bool = flag(False, "Start afresh in an output folder that has checkpoints or files.")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise InputError(f"--{name}={value}: must be 1 or more")
+        require_positive_counts(self)
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise InputError(f"--length_penalty={self.length_penalty}: must be a finite number")
@@ -160,14 +151,10 @@ class TranslationTrainer(TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTr
 
 def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
     """Returns the sentence pairs of each role that the run needs."""
-    needed = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    needed["validation"] |= training.do_train and training.eval_strategy != "no"
     limits = dict(zip(ROLES, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True))
-    hub = {}
-    if data.dataset_name:
-        hub = load_hub_dataset(data, model)
+    hub = data.load_dataset(model) if data.dataset_name else {}
     pairs = {}
-    for role in (role for role in ROLES if needed[role]):
+    for role in find_needed_roles(training):
         raw = hub.get(role) or load_pair_files(
             role,
             getattr(data, f"{role}_file"),
@@ -192,21 +179,6 @@ def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str
     return pairs
 
 
-def load_hub_dataset(data: DataArguments, model: ModelArguments) -> datasets.DatasetDict:
-    try:
-        return datasets.load_dataset(
-            data.dataset_name,
-            data.dataset_config_name,
-            revision=data.dataset_revision,
-            cache_dir=model.cache_dir,
-            token=model.token,
-        )
-    except Exception as error:  # of many kinds: no network, no such name, no such configuration
-        raise InputError(
-            f"--dataset_name={data.dataset_name}: cannot be loaded ({error}); check name and network"
-        ) from error
-
-
 def load_tokenizer(model: ModelArguments, pairs, checkpoint: str | None):
     """The tokenizer named, or that of the checkpoint resumed, or a joint BPE trained on the training pairs."""
     name = model.tokenizer_name or model.model_name_or_path
@@ -219,7 +191,7 @@ def load_tokenizer(model: ModelArguments, pairs, checkpoint: str | None):
         texts = (text for rows in train.iter(1000) for column in ("source", "target") for text in rows[column])
         return train_on_main_process(lambda: train_bpe_tokenizer(texts, model.vocab_size, for_translation=True))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(model))
+        tokenizer = AutoTokenizer.from_pretrained(name, **model.get_hub_options())
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer of {name!r} cannot be loaded ({error}); check the name") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
@@ -231,7 +203,7 @@ def load_model(model: ModelArguments, tokenizer):
     """The pretrained model named, or one from scratch that fits the tokenizer."""
     try:
         if model.model_name_or_path:
-            network = AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, **hub_options(model))
+            network = AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, **model.get_hub_options())
             if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
                 network.resize_token_embeddings(len(tokenizer))
             return network
@@ -248,19 +220,14 @@ def load_model(model: ModelArguments, tokenizer):
 
 def build_config(model: ModelArguments, tokenizer):
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if model.model_type:
-        config = AutoConfig.for_model(model.model_type)
-    elif model.config_name in (None, POST_NORM):
+    if model.model_type is None and model.config_name in (None, POST_NORM):
         config = build_post_norm_config(len(tokenizer), **special)
     else:
-        config = AutoConfig.from_pretrained(model.config_name, **hub_options(model))
+        config = load_config(model.model_type, model.config_name, None, model)
     if not config.is_encoder_decoder:
         raise InputError(f"a {config.model_type} model is no encoder-decoder; choose one such as marian, bart or t5")
     if model.config_overrides:
-        try:
-            config.update_from_string(model.config_overrides)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"--config_overrides={model.config_overrides}: {error}; write key=value,...") from error
+        override_config(config, model.config_overrides)
     for name, value in {**special, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}.items():
         setattr(config, name, value)
     if hasattr(config, "decoder_vocab_size"):
@@ -270,15 +237,6 @@ def build_config(model: ModelArguments, tokenizer):
     config.decoder_start_token_id = tokenizer.pad_token_id
     config.name_or_path = ""  # it is a new model
     return config
-
-
-def hub_options(model: ModelArguments) -> dict:
-    return {
-        "cache_dir": model.cache_dir,
-        "revision": model.model_revision,
-        "token": model.token,
-        "trust_remote_code": model.trust_remote_code,
-    }
 
 
 def choose_languages(data: DataArguments, tokenizer, network) -> None:
@@ -343,16 +301,6 @@ def build_metrics(tokenizer):
     return compute_metrics, decode, signatures
 
 
-def count_steps(training, num_samples: int, max_tokens_per_batch: int | None) -> int | None:
-    """Optimizer steps of the run, where they are known before the Trainer exists."""
-    if training.max_steps > 0:
-        return training.max_steps
-    if max_tokens_per_batch is not None:
-        return None
-    batches = math.ceil(num_samples / (training.train_batch_size * training.world_size))
-    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
-
-
 def tokenize_roles(pairs, tokenizer, data: DataArguments, training, cache_dir) -> dict[str, datasets.Dataset]:
     tokenized = {}
     for role, role_pairs in pairs.items():
@@ -384,24 +332,12 @@ def choose_generation(data: DataArguments, training, network) -> None:
         generation.length_penalty = data.length_penalty
 
 
-def require_possible_run(model: ModelArguments, data: DataArguments, training) -> str | None:
-    """Refuses what can be refused before any data is read. Returns the checkpoint to resume from, if any."""
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
-    if training.do_train:
-        return find_checkpoint_to_resume(training, data.overwrite_output_dir)
-    if model.model_name_or_path is None:
-        raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
-    require_writable_output(training.output_dir, overwrite=True)
-    return None
-
-
 def main(argv: list[str]) -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, V0InitSeq2SeqTrainingArguments), argv
     )
     start_logging(training_args)
-    checkpoint = require_possible_run(model_args, data_args, training_args)
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, data_args.overwrite_output_dir)
     set_seed(training_args.seed)
 
     pairs = load_pairs(data_args, model_args, training_args)
@@ -438,7 +374,9 @@ def main(argv: list[str]) -> None:
             max_tokens_per_batch=data_args.max_tokens_per_batch,
         )
     if training_args.do_train:
-        train(trainer, data_args, checkpoint)
+        overwrite, average = data_args.overwrite_output_dir, data_args.average_checkpoints
+        save_results(trainer, "train", train_and_save(trainer, checkpoint, overwrite, average), {})
+        trainer.save_state()
     if training_args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval")
         save_results(trainer, "eval", {**metrics, "eval_samples": len(tokenized["validation"])}, signatures)
@@ -448,32 +386,20 @@ def main(argv: list[str]) -> None:
         metrics = {**prediction.metrics, "predict_samples": len(tokenized["test"])}
         save_results(trainer, "predict", metrics, signatures)
         write_predictions(trainer, decode(prediction.predictions))
-    card = describe_for_card(model_args, data_args)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    files = [file for file in (data_args.train_file, data_args.train_source_file, data_args.train_target_file) if file]
+    card = describe_for_card("translation", model_args.model_name_or_path, data_args, files)
+    languages = [lang.split("_")[0] for lang in (data_args.source_lang, data_args.target_lang) if lang]
+    publish_card(trainer, card | ({"language": languages} if languages else {}))
 
 
 def require_trainable(data: DataArguments, training, train_dataset, collator) -> None:
     """Refuses what would only show during or after training."""
     if data.average_checkpoints is not None:
-        num_steps = count_steps(training, len(train_dataset), data.max_tokens_per_batch)
+        num_samples = len(train_dataset) if data.max_tokens_per_batch is None else None
+        num_steps = count_steps(training, num_samples)
         require_enough_checkpoints(training, data.average_checkpoints, num_steps)
     if data.max_tokens_per_batch is not None:
         build_token_budget_sampler(train_dataset, training, collator, data.max_tokens_per_batch)
-
-
-def train(trainer, data: DataArguments, checkpoint: str | None) -> None:
-    if checkpoint is None and data.overwrite_output_dir:
-        trainer.add_callback(RemoveOldCheckpoints())  # added last, so called when v0 has been written
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if data.average_checkpoints is not None:
-        folders = load_average_of_last(trainer, data.average_checkpoints)
-        logger.info(f"The model is now the average of {', '.join(folder.name for folder in folders)}")
-    trainer.save_model()
-    save_results(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)}, {})
-    trainer.save_state()
 
 
 def save_results(trainer, role: str, metrics: dict, signatures: dict) -> None:
@@ -492,22 +418,6 @@ def write_predictions(trainer, texts: list[str]) -> None:
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir, "generated_predictions.txt")
         path.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
-
-
-def describe_for_card(model: ModelArguments, data: DataArguments) -> dict:
-    """What the model card is told: arguments of the Trainer's `create_model_card`."""
-    card = {"tasks": "translation", "finetuned_from": model.model_name_or_path}
-    if data.dataset_name:
-        card |= {"dataset_tags": data.dataset_name, "dataset": data.dataset_name}
-        if data.dataset_config_name:
-            card["dataset_args"] = data.dataset_config_name
-    else:
-        files = (data.train_file, data.train_source_file, data.train_target_file)
-        card["dataset"] = ", ".join(Path(file).name for file in files if file) or "local"
-    languages = [lang.split("_")[0] for lang in (data.source_lang, data.target_lang) if lang]
-    if languages:
-        card["language"] = languages
-    return card
 
 
 if __name__ == "__main__":

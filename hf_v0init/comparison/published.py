@@ -124,8 +124,22 @@ PUBLISHED: dict[str, PublishedTable] = {
             "AdaBelief": (61.33, 61.29, 60.70),
         },
     ),
+    "table_9": _make(
+        "Table 9",
+        "CIFAR-10, ResNet-34, Adam",
+        "test accuracy (%)",
+        "higher",
+        {"Adam": (95.25, 95.87, 96.02), "Adam, with warmup": (95.31, None, None)},
+    ),
     "table_10": _make(
         "Table 10", "Penn Treebank, LSTM, Adam", "test perplexity", "lower", {"Adam, with warmup": (67.12, None, None)}
+    ),
+    "table_11": _make(
+        "Table 11",
+        "CIFAR-10, DCGAN, Adam",
+        "FID",
+        "lower",
+        {"Adam": (54.22, 48.60, 47.02), "Adam, with warmup": (55.87, None, None)},
     ),
     "table_12": _make(
         "Table 12",
