@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from hf_v0init.comparison.launch import make_command, make_flags
 from hf_v0init.comparison.plan import read_plan
 from hf_v0init.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = {"script": "run_clm", "grids": [{"v0": ["zeros"]}]}
 
 
@@ -229,6 +231,31 @@ def test_betas_of_the_run_reach_optimizers_that_name_them_otherwise(plan_of):
     assert [run.arguments["optim_args"] for run in runs] == expected
 
 
+def test_the_pocket_scale_stands_in_for_the_full_one(tmp_path):
+    path = tmp_path / "grid.yaml"
+    pocket = {"arguments": {"max_steps": 10}, "seed": [7, 8]}
+    content = {**MINIMAL, "arguments": {"max_steps": 1000, "fp16": True}, "pocket": pocket}
+    path.write_text(json.dumps({**content, "grids": [{"v0": ["zeros", "random"], "seed": [1, 2, 3]}]}))
+    full, small = read_plan(path), read_plan(path, pocket=True)
+    assert (full.pocket, small.pocket) == (False, True)
+    assert [(run.arm, run.seed) for run in small.runs] == list(
+        zip(["zeros", "random 100"] * 2, [7, 7, 8, 8], strict=True)
+    )
+    assert {run.seed for run in full.runs} == {1, 2, 3} and {run.arguments["max_steps"] for run in full.runs} == {1000}
+    assert small.arguments["max_steps"] == 10 and "fp16" not in small.arguments
+    assert small.command.endswith("--pocket") and not full.command.endswith("--pocket")
+    path.write_text(json.dumps(MINIMAL))
+    with pytest.raises(InputError, match="no pocket scale"):
+        read_plan(path, pocket=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare/*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(path)
+    assert len(plan.runs) > 1 and {run.arguments["eval_strategy"] for run in plan.runs} <= {"steps", "epoch"}
+
+
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -262,7 +289,8 @@ def test_betas_of_the_run_reach_optimizers_that_name_them_otherwise(plan_of):
         ({"launch": "no_such_launcher x"}, "no program"),
         ({"launch": "python 'x"}, "cannot be read"),
         ({"launch": ""}, "no program"),
-        ({"pocket": "yes"}, "pocket: 'yes' must be true or false"),
+        ({"pocket": "yes"}, "pocket: 'yes' must be true, false or a mapping"),
+        ({"pocket": {"seeds": [1]}}, "pocket: unknown key 'seeds'; did you mean seed"),
         ({"test_metrics": 3}, "test_metrics: 3"),
         ({"stop_hopeless": {"after": 3}}, "stop_hopeless"),
         ({"stop_hopeless": {"after_step": 0, "above": 2}}, "after_step=0"),
