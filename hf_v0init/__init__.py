@@ -13,6 +13,7 @@ _HOME = {
     "V0InitMixin": "trainer",
     "V0InitTrainer": "trainer",
     "V0DiagnosticsCallback": "diagnostics",
+    "initialize_v0": "plain_loop",
     "V0InitSeq2SeqTrainer": "trainer",
     "STRATEGIES": "strategies",
     "compute_random_v0_": "strategies",

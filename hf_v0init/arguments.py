@@ -6,12 +6,22 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .enough_samples import MAX_NUM_SAMPLES
 from .errors import InputError
 from .strategies import DEFAULT_SCALE, STRATEGIES
 from .untuned_warmup import UNTUNED_WARMUPS
 from .warmup_equivalence import compute_scale_for_warmup, require_scale
 
 STATISTICS = ("per_sample", "per_step")
+AUTO = "auto"  # of v0_num_samples
+
+
+class SampleCount(int):
+    """A number of samples or "auto", as the type of a flag: turns text into an int where it is one, else leaves it."""
+
+    def __new__(cls, value):
+        """Return an int or what was given, never an instance of this class."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 @dataclass
@@ -38,11 +48,12 @@ class V0InitArguments:
             "first_gradient. Excludes --v0_warmup_steps."
         },
     )
-    v0_num_samples: int = field(
+    v0_num_samples: SampleCount = field(
         default=5000,
         metadata={
             "help": "Number of random training samples from which data_driven estimates E[g^2] (eq. 10), counted over all "
-            "processes. More than the data set has: all are used. Default: 5000 samples."
+            "processes. More than the data set has: all are used. 'auto': 128 and twice as many again until two halves of them "
+            "agree within a tenth (median over elements), 5000 at most. Default: 5000 samples."
         },
     )
     v0_statistic: str = field(
@@ -58,7 +69,8 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "Samples a forward-backward of the statistics pass. E[g^2] is mean^2 + b*Var over batches of size b, exact at 1. "
-            "Default: per_device_train_batch_size, at most v0_num_samples / 64."
+            "Default: per_device_train_batch_size, at most v0_num_samples / 64; with v0_num_samples auto at most 8; times the "
+            "data-parallel processes where parameters are sharded."
         },
     )
     v0_seed: int | None = field(
@@ -149,7 +161,8 @@ class V0InitArguments:
         self.v0_floor = _require_number("v0_floor", self.v0_floor)
         if not 0.0 <= self.v0_floor <= 1.0:
             raise InputError(f"v0_floor={self.v0_floor}: must be from 0 (no floor) to 1 (the tensor's mean v0)")
-        self._require_count("v0_num_samples", "5000 samples is the paper's number")
+        if self.v0_num_samples != AUTO:
+            self._require_count("v0_num_samples", "5000 samples is the paper's number", f", or {AUTO}")
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")
         if self.v0_warmup_steps is not None:
@@ -164,10 +177,14 @@ class V0InitArguments:
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
 
-    def _require_count(self, name: str, remedy: str) -> None:
+    def _require_count(self, name: str, remedy: str, or_else: str = "") -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}={value}: must be a whole number >= 1; {remedy}")
+            raise InputError(f"{name}={value}: must be a whole number >= 1{or_else}; {remedy}")
+
+    def get_max_num_samples(self) -> int:
+        """Return the most samples that the statistics may take: `v0_num_samples`, or 5,000 for "auto"."""
+        return MAX_NUM_SAMPLES if self.v0_num_samples == AUTO else self.v0_num_samples
 
     def get_v0_scale(self, beta2: float) -> float:
         """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default."""

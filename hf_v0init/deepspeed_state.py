@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .errors import InputError
-from .gradient_statistics import PassCounts
+from .gradient_statistics import CAST_BLOCK_NUMEL, PassCounts
 from .optimizer_layouts import PlainLayout, State
 from .sharded_pass import visit_gradients_together
 from .sharding import DataShare, Fragment, get_full_shape
@@ -130,14 +130,21 @@ class PartitionedOptimizer:
         return self.inner.param_groups[self._group_numbers[flat]]
 
     def place_gradient(self, gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """Return this process's part of the gradient's mean over the processes: 1-D, fp32, where the state lies."""
-        whole = gradient.detach().reshape(-1).float()
-        if self.share.num_parts > 1:
-            whole = whole.clone() if whole.data_ptr() == gradient.data_ptr() else whole
-            dist.all_reduce(whole, group=self.zero.dp_process_group)
-            whole /= self.share.num_parts
-        slot = self.find_slot(parameter)
-        return whole[slot.start : slot.start + slot.numel].to(slot.flat.device)
+        """Return this process's part of the gradient's mean over the processes: 1-D, fp32, where the state lies.
+
+        The whole is reduced block by block, so that no second whole gradient is made.
+        """
+        flat, slot = gradient.detach().reshape(-1), self.find_slot(parameter)
+        part = torch.empty(slot.numel, dtype=torch.float32, device=slot.flat.device)
+        for first in range(0, flat.numel(), CAST_BLOCK_NUMEL):
+            block = flat[first : first + CAST_BLOCK_NUMEL].to(torch.float32, copy=True)
+            if self.share.num_parts > 1:
+                dist.all_reduce(block, group=self.zero.dp_process_group)
+                block /= self.share.num_parts
+            low, high = max(first, slot.start), min(first + block.numel(), slot.start + slot.numel)
+            if low < high:
+                part[low - slot.start : high - slot.start] = block[low - first : high - first]
+        return part
 
     @contextlib.contextmanager
     def take_off_gradient_hooks(self) -> Iterator[None]:
@@ -283,6 +290,8 @@ class PartitionLayout:
         flat_drafts = {state["slot"].flat: state["flat_draft"] for state in states.values()}
         for flat, draft in flat_drafts.items():
             with torch.no_grad():
+                for lent in draft.tensors[:-1]:
+                    lent.zero_()
                 layout.write_(draft.state, draft.tensors[-1])
             inner.state[flat] = draft.state
         self.drafts.clear()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .optimizer_state import read_second_moment, unwrap_optimizer
-from .sharding import get_local_part
+from .sharding import get_local_part, order_of_memory, view_flat
 
 MAX_PER_TENSOR = 4096
 
@@ -66,7 +66,7 @@ class ElementSamples:
         weights: dict[torch.device, list[torch.Tensor]] = {}
         for group, parameter in parameters:
             local = get_local_part(parameter)
-            flat = _flatten(local)
+            flat = view_flat(local)
             if flat is None or flat.numel() == 0:
                 self.num_left_out += flat is None
                 continue
@@ -138,7 +138,7 @@ class ElementSamples:
         if moment is None:
             return torch.zeros(one.count, device=device)
         local = get_local_part(one.parameter)
-        return get_local_part(moment).detach().permute(_order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
+        return get_local_part(moment).detach().permute(order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
 
 
 def compute_weighted_quantiles(values: np.ndarray, weights: np.ndarray, quantiles: tuple[float, ...]) -> list[float]:
@@ -149,19 +149,6 @@ def compute_weighted_quantiles(values: np.ndarray, weights: np.ndarray, quantile
     cumulated = np.cumsum(weights[order])
     positions = np.searchsorted(cumulated, np.asarray(quantiles) * cumulated[-1])
     return values[order][np.minimum(positions, values.size - 1)].tolist()
-
-
-def _order_of_memory(tensor: torch.Tensor) -> list[int]:
-    """The dimensions from the farthest apart in memory to the closest."""
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
-
-
-def _flatten(tensor: torch.Tensor) -> torch.Tensor | None:
-    """View a tensor as one dimension, in the order of its memory; None if it is not dense."""
-    try:
-        return tensor.detach().permute(_order_of_memory(tensor)).view(-1)
-    except RuntimeError:
-        return None
 
 
 def _choose_spacing(numel: int, row_length: int, limit: int) -> int:
@@ -176,7 +163,7 @@ def _find_view(one: _Sampled) -> torch.Tensor:
     """Find the view of the elements looked at; kept until the parameter's memory is another."""
     local = get_local_part(one.parameter)
     if one.view is None or local.data_ptr() != one.pointer:
-        one.view, one.pointer = _flatten(local)[:: one.spacing], local.data_ptr()
+        one.view, one.pointer = view_flat(local)[:: one.spacing], local.data_ptr()
     return one.view
 
 

@@ -30,9 +30,11 @@ from torch import nn
 
 from .errors import InputError
 from .run_preservation import preserve_model, preserve_rng, seed_everything
-from .sharding import get_local_part
+from .sharding import get_local_part, split_rows, view_flat
 
-REDUCTION_BUCKET_NUMEL = 1 << 23  # elements one all-reduce carries, 32 MiB of fp32
+DIRECT_NUMEL = 1 << 18  # elements from which on an all-reduce of a tensor alone costs no more than its bytes
+REDUCTION_BUCKET_NUMEL = 1 << 23  # elements that smaller tensors are joined to, 32 MiB of fp32
+CAST_BLOCK_NUMEL = 1 << 23  # elements of a narrow gradient that are widened at a time
 
 
 @dataclass
@@ -63,6 +65,16 @@ class PassCounts:
     def mean_loss(self) -> float:
         """Mean loss over the samples, in the loss's own unit."""
         return self.loss_sum / max(1, self.num_samples)
+
+    def __add__(self, later: "PassCounts") -> "PassCounts":
+        """What this pass and a later part of it saw together."""
+        return PassCounts(
+            self.num_samples + later.num_samples,
+            self.num_batches + later.num_batches,
+            self.seconds + later.seconds,
+            self.loss_sum + later.loss_sum,
+            later.are_global,
+        )
 
 
 Visitor = Callable[[nn.Parameter, torch.Tensor, int], None]  # parameter, its gradient, the batch's samples
@@ -144,7 +156,7 @@ def visit_gradients(
         pending.clear()
 
     def unscaled_visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
-        visit(parameter, gradient if loss_scale == 1.0 else gradient / loss_scale, num_samples)
+        visit(parameter, gradient if loss_scale == 1.0 else gradient.div_(loss_scale), num_samples)
 
     with preserve_rng(), preserve_model(model):
         model.train()
@@ -191,17 +203,39 @@ def require_finite_loss(loss: float, index: int, num_samples: int) -> float:
 def make_sum_visitor(sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]) -> Visitor:
     """Make a visitor that adds n*g to the first and n*g^2 to the second tensor of `sums[parameter]`, in their dtype.
 
-    Of a sharded parameter only this process's part is touched.
+    Of a sharded parameter only this process's part is touched. A gradient in another dtype is cast block by block, so that no
+    copy of it is made.
     """
     sums = {parameter: tuple(get_local_part(tensor) for tensor in pair) for parameter, pair in sums.items()}
 
     def visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
         grad_sum, grad_sq_sum = sums[parameter]
-        gradient = get_local_part(gradient.detach()).to(grad_sum.dtype)
-        grad_sum.add_(gradient, alpha=num_samples)
-        grad_sq_sum.addcmul_(gradient, gradient, value=num_samples)
+        gradient = get_local_part(gradient.detach())
+        for part, total, total_sq in _pair_blocks(gradient, grad_sum, grad_sq_sum):
+            total.add_(part, alpha=num_samples)
+            total_sq.addcmul_(part, part, value=num_samples)
 
     return visit
+
+
+def make_gradient_visitor(sums: dict[nn.Parameter, torch.Tensor]) -> Visitor:
+    """Make a visitor that adds g to `sums[parameter]`, in its dtype, as `make_sum_visitor` does."""
+    sums = {parameter: get_local_part(tensor) for parameter, tensor in sums.items()}
+
+    def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
+        for part, total in _pair_blocks(get_local_part(gradient.detach()), sums[parameter]):
+            total.add_(part)
+
+    return visit
+
+
+def _pair_blocks(gradient: torch.Tensor, *sums: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the gradient in the dtype of the sums, with the sums: whole if it has that dtype, else in blocks of rows."""
+    if gradient.dtype == sums[0].dtype:
+        yield gradient, *sums
+        return
+    for part, *totals in zip(*(split_rows(tensor, CAST_BLOCK_NUMEL) for tensor in (gradient, *sums)), strict=True):
+        yield part.to(sums[0].dtype), *totals
 
 
 def raise_together(error: BaseException | None) -> None:
@@ -228,16 +262,22 @@ def raise_together(error: BaseException | None) -> None:
 
 
 def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
-    """Add up `tensors` (in place) and `counts` over all processes: one reduction for the whole pass, in buckets.
+    """Add up `tensors` (in place) and `counts` over all processes: one reduction for the whole pass.
+
+    Tensors of `DIRECT_NUMEL` elements or more are reduced where they lie, all under way at once; smaller ones in buckets.
 
     Returns the counts over all processes (seconds: the slowest's). Nothing happens without a process group, or if
     `counts.are_global`.
     """
     if counts.are_global or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return counts
-    by_kind: dict[tuple, list[torch.Tensor]] = {}
+    under_way, by_kind = [], {}
     for tensor in tensors:
-        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        flat = view_flat(tensor) if tensor.numel() >= DIRECT_NUMEL else None
+        if flat is None:
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        else:
+            under_way.append(dist.all_reduce(flat, async_op=True))
     for same_kind in by_kind.values():
         bucket: list[torch.Tensor] = []
         numel = 0
@@ -249,6 +289,8 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
             numel += tensor.numel()
         if bucket:
             _all_reduce_bucket(bucket)
+    for reduction in under_way:
+        reduction.wait()
     device = tensors[0].device if tensors else torch.device("cpu")
     totals = torch.tensor([counts.num_samples, counts.num_batches, counts.loss_sum], dtype=torch.float64, device=device)
     dist.all_reduce(totals)
@@ -259,9 +301,6 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
 
 
 def _all_reduce_bucket(bucket: list[torch.Tensor]) -> None:
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        dist.all_reduce(bucket[0])
-        return
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
     dist.all_reduce(flat)
     start = 0

@@ -6,15 +6,23 @@ an interrupt on the way leaves the optimizer as it was.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .arguments import V0InitArguments
+from .enough_samples import TOLERANCE, compute_relative_errors, see_sums
 from .errors import InputError
-from .gradient_statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, raise_together, reduce_sums
+from .gradient_statistics import (
+    PassCounts,
+    compute_grad_sq_mean_,
+    make_gradient_visitor,
+    make_sum_visitor,
+    raise_together,
+    reduce_sums,
+)
 from .optimizer_state import (
     StateDraft,
     draft_state,
@@ -127,7 +135,7 @@ def write_data_driven_v0(
     plan: V0Plan,
     arguments: V0InitArguments,
     seed: int,
-    run_pass: RunPass,
+    run_pass: RunPass | Sequence[RunPass],
     effective_batch_size: float,
 ) -> V0Report:
     """Estimate E[g^2] and write scale * E[g^2] (eq. 10).
@@ -136,7 +144,8 @@ def write_data_driven_v0(
     quantised, in fp32 buffers instead, since running sums in bf16 lose a fifth over a thousand batches.
 
     Args:
-        run_pass: see `RunPass`; its counts are this process's.
+        run_pass: see `RunPass`; its counts are this process's. Or several, the stages of one pass, which ends after the first
+            at which enough samples have been seen (`enough_samples`).
         effective_batch_size: samples of one optimizer step over all processes, B of `v0_statistic="per_step"`.
 
     Raises:
@@ -146,9 +155,10 @@ def write_data_driven_v0(
     scale = arguments.get_v0_scale(plan.beta2 or 0.0)
     drafts = _draft_states(optimizer, plan, num_tensors=2)
     sums = {parameter: draft.tensors for parameter, draft in drafts.items()}
-    counts = _run_together(run_pass, plan, make_sum_visitor(sums))
-    counts = reduce_sums([tensor for pair in sums.values() for tensor in pair], counts)
     batch_size = 1.0 if arguments.v0_statistic == "per_sample" else effective_batch_size
+    stages = [run_pass] if callable(run_pass) else run_pass
+    counts = _run_until_enough(stages, plan, sums, batch_size)
+    counts = reduce_sums([tensor for pair in sums.values() for tensor in pair], counts)
     states, ratios = {}, []
     with torch.no_grad():
         for _, parameter, _ in plan.parameters:
@@ -185,11 +195,7 @@ def write_first_gradient_v0(
     drafts = _draft_states(optimizer, plan, num_tensors=1)
     sums = {parameter: draft.tensors[-1] for parameter, draft in drafts.items()}
 
-    def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        local = get_local_part(sums[parameter])
-        local.add_(get_local_part(gradient.detach()).to(local.dtype))
-
-    counts = _run_together(run_pass, plan, visit)
+    counts = _run_together(run_pass, plan, make_gradient_visitor(sums))
     num_summed = 1 if counts.are_global else num_processes
     counts = reduce_sums(list(sums.values()), counts)
     states = {}
@@ -242,10 +248,37 @@ def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCount
     return counts
 
 
+def _run_until_enough(
+    stages: Sequence[RunPass],
+    plan: V0Plan,
+    sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]],
+    batch_size: float,
+) -> PassCounts:
+    """Run the stages into `sums` until two halves of the samples agree; see `enough_samples`. Returns the counts of them all."""
+    counts, visit, earlier = PassCounts(), make_sum_visitor(sums), None
+    for number, run_stage in enumerate(stages, start=1):
+        counts = counts + _run_together(run_stage, plan, visit)
+        if number == len(stages):
+            break
+        now = see_sums(*([_take(pair[i]) for pair in sums.values()] for i in (0, 1)), counts)
+        if earlier is not None:
+            if now.counts.num_samples < 2 * earlier.counts.num_samples:
+                break  # the data have ended
+            error = _median([compute_relative_errors(earlier, now, batch_size)], plan.is_sharded)
+            if error is None or error <= TOLERANCE:
+                break
+        earlier = now
+    return counts
+
+
 def _take(tensor: torch.Tensor, numel: int | None = None) -> torch.Tensor:
     """Take, of about 4,096 evenly spaced elements of the whole tensor (of `numel`), those that this process holds, in fp32."""
-    flat = get_local_part(tensor).detach().reshape(-1)
-    return flat[:: max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)].float()
+    local = get_local_part(tensor).detach()
+    spacing = max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)
+    if local.is_contiguous():
+        return local.view(-1)[::spacing].float()
+    places = torch.arange(0, local.numel(), spacing, device=local.device)
+    return local[torch.unravel_index(places, local.shape)].float()
 
 
 def _sample_ratio_to_step(

@@ -97,11 +97,9 @@ class PlainLayout:
         return [scratch, state[self.second_moment]][-num:]
 
     def write_(self, state: State, v0: torch.Tensor) -> None:
-        """Write v0 (in units of gradient squared), which may be the state's own tensor; clears what was lent."""
+        """Write v0 (in units of gradient squared), which may be the state's own tensor."""
         own = state[self.second_moment]
-        if v0 is own and self.scratch is not None and self.fill is None:
-            state[self.scratch].zero_()
-        elif v0 is not own:
+        if v0 is not own:
             own.copy_(v0)
         if self.square_root:
             own.sqrt_()

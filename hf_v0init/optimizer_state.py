@@ -106,6 +106,7 @@ class StateDraft:
     Attributes:
         tensors: zero-filled tensors of the parameter's shape to compute in, the last for v0. Where they can, they are the
             future state's own tensors, so that the gradient sums of a pass need no memory beyond it.
+        lent: those of the state's own that v0 will not stand in; cleared at the end.
     """
 
     optimizer: torch.optim.Optimizer
@@ -114,14 +115,17 @@ class StateDraft:
     group: dict
     state: State | None
     tensors: tuple[torch.Tensor, ...]
+    lent: tuple[torch.Tensor, ...] = ()
 
     def finish(self, v0: torch.Tensor) -> State:
         """Write v0 (in units of gradient squared; may be the last of `tensors`) and return the finished state."""
         if self.state is None:
             self.state = create_state(self.optimizer, self.parameter, self.group)
         with torch.no_grad():
+            for tensor in self.lent:
+                tensor.zero_()
             self.layout.write_(self.state, v0)
-        self.tensors = ()
+        self.tensors = self.lent = ()
         return self.state
 
 
@@ -152,7 +156,8 @@ def draft_state(
             torch.zeros_like(parameter, dtype=dtype, requires_grad=False) if tensor is None else tensor
             for tensor in found
         )
-    return StateDraft(inner, layout, parameter, group, state, tensors)
+    lent = tuple(tensor for tensor in found[:-1] if tensor is not None)
+    return StateDraft(inner, layout, parameter, group, state, tensors, lent)
 
 
 def write_states(optimizer, states: dict[nn.Parameter, State]) -> None:

@@ -12,20 +12,23 @@ from torch.nn import functional
 from transformers.trainer_utils import EvalLoopOutput
 
 
-def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor, is_shifted: bool = False) -> torch.Tensor:
     """Sum over each row what its tokens cost: position i of `logits` is the forecast of token i + 1 of `labels`.
 
     Args:
         logits: shape (rows, positions, vocabulary), any floating dtype.
         labels: shape (rows, positions), the tokens; -100 where a token is no target.
+        is_shifted: position i of `labels` is already the token after i.
 
     Returns:
         Shape (rows, 3), float32: the sum of negative log-likelihoods in nats, the number of target tokens,
         and how many of them were the most likely token.
     """
     sums = torch.zeros(labels.shape[0], 3, dtype=torch.float32, device=logits.device)
+    if not is_shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     # Row by row: a float32 copy of a whole batch's logits is the largest tensor of many an evaluation.
-    for row, (row_logits, row_labels) in enumerate(zip(logits[:, :-1], labels[:, 1:], strict=True)):
+    for row, (row_logits, row_labels) in enumerate(zip(logits, labels, strict=True)):
         row_labels = row_labels.to(logits.device)
         is_target = row_labels != -100
         sums[row, 0] = functional.cross_entropy(row_logits.float(), row_labels, reduction="sum")
@@ -68,8 +71,12 @@ class ExactPerplexityMixin:
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # of contiguous streams, where the last position has a target, too
+        shift_labels = inputs.get("shift_labels")
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         logits = logits[0] if isinstance(logits, tuple | list) else logits
-        sums = self.accelerator.gather_for_metrics(sum_token_losses(logits, labels))
+        is_shifted = shift_labels is not None
+        sums = sum_token_losses(logits, shift_labels if is_shifted else labels, is_shifted)
+        sums = self.accelerator.gather_for_metrics(sums)
         self._evaluation_sums += sums.double().sum(dim=0).cpu()
         return loss, None, None

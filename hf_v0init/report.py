@@ -30,7 +30,7 @@ class V0Report:
     scale: float
     seed: int
     statistic: str | None = None
-    num_samples_requested: int | None = None
+    num_samples_requested: int | str | None = None
     num_samples: int = 0
     num_batches: int = 0
     stats_batch_size: int | None = None

@@ -7,8 +7,8 @@ batch, as one process would have it:
     loss_r = num_parts * (sum over the items of part r) / (items of the whole batch).
 
 A process without rows (fewer rows than processes) runs a row of another with weight 0. A batch that cannot be cut into rows,
-or a loss that is no such sum (it couples rows, or ignores the number of items), is found out by a look at losses alone; then
-every process runs the whole batch, which is exact for any loss and costs `num_parts` times as much.
+or a loss that is no such sum (it couples rows, or ignores the number of items), is found out by a look at the losses of three
+rows; then every process runs the whole batch, which is exact for any loss and costs `num_parts` times as much.
 
 Two agreements a batch, of two numbers each, keep the processes in step: on having the next batch, and after its forward.
 So an error on one process is raised on all. Only an error in the middle of a forward, where the others wait in a collective
@@ -233,18 +233,23 @@ class _Splitter:
         part, kind = self._cut(whole, batch.num_samples)
         if part is None:
             return whole
-        if kind in self.checked or self._adds_up(whole, part):
-            self.checked.add(kind)
-            return part
-        if whole.num_items is None and self.skipped_labels == 0:
-            self.skipped_labels = 1
-            return self.split(batch)
-        self.only_whole = True
-        logger.info(
-            "the loss of a batch is not the sum of its rows' losses, so each process runs the whole batches of the gradient "
-            f"statistics, {self.share.num_parts} times the work"
-        )
-        return whole
+        if kind not in self.checked:
+            adds_up = self._adds_up(batch.inputs, batch.num_samples, whole.num_items is not None)
+            if adds_up is None:
+                return whole
+            if adds_up:
+                self.checked.add(kind)
+            elif whole.num_items is None and self.skipped_labels == 0:
+                self.skipped_labels = 1
+                return self.split(batch)
+            else:
+                self.only_whole = True
+                logger.info(
+                    "the loss of a batch is not the sum of its rows' losses, so each process runs the whole batches of the gradient "
+                    f"statistics, {self.share.num_parts} times the work; where memory is short, lower v0_stats_batch_size"
+                )
+                return whole
+        return part
 
     def _cut(self, whole: _Part, num_rows: int) -> tuple[_Part | None, tuple[bool, bool]]:
         """Cut out this process's rows. All processes see the whole batch, so they decide alike."""
@@ -253,7 +258,7 @@ class _Splitter:
         bounds = [part * num_rows // num_parts for part in range(num_parts + 1)]
         parts = [row_items[low:high] for low, high in itertools.pairwise(bounds)]
         items = [sum(part) for part in parts]
-        kind = (len({len(part) for part in parts}) > 1, len(set(items)) > 1)
+        kind = (num_rows > 2, len(set(row_items)) > 1)
         if whole.num_items is None and any(part and not sum(part) for part in parts):
             return None, kind  # a mean over no items
         low, high = bounds[self.share.part], bounds[self.share.part + 1]
@@ -267,16 +272,31 @@ class _Splitter:
         rows = cut_rows(whole.inputs, num_rows, low, high)
         return None if rows is None else _Part(rows, whole.num_items, weight, self.share.part), kind
 
-    def _adds_up(self, whole: _Part, part: _Part) -> bool:
+    def _adds_up(self, inputs: Any, num_rows: int, with_items: bool) -> bool | None:
+        """Whether the losses of two parts of a few rows add up to the loss of these rows; None where these rows do not tell.
+
+        Every process looks at the same two or three rows, so that it needs no more memory than for its part of a batch.
+        """
+        row_items = count_row_items(inputs, num_rows, self.skipped_labels)
+        low, high, cut = _choose_probe(row_items)
+        if not (with_items or (sum(row_items[low:cut]) and sum(row_items[cut:high]))):
+            return None
+        rows = cut_rows(inputs, num_rows, low, high)
+        num_items = self.count_items(rows) if with_items else None
+        total = sum(row_items[low:high])
+        whole, parts = _Part(rows, num_items, 1.0, 0), []
+        for first, end in ((low, cut), (cut, high)):
+            weight = 1.0 if with_items else sum(row_items[first:end]) / total
+            parts.append(_Part(cut_rows(inputs, num_rows, first, end), num_items, weight, 0))
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             with torch.no_grad(), preserve_rng():
                 self.model.eval()
-                value, of_parts = self._compute(whole), self._compute(part)
+                value, of_parts = self._compute(whole), sum(map(self._compute, parts))
                 exact = math.isclose(value, of_parts, rel_tol=self.tolerance)
-                if exact and whole.num_items is not None:
+                if exact and with_items:
                     # Twice the items must halve the loss: a loss that ignores `num_items` may add up by chance.
-                    half = self._compute(_Part(whole.inputs, 2 * whole.num_items, 1.0, 0))
+                    half = self._compute(_Part(rows, 2 * num_items, 1.0, 0))
                     exact = math.isclose(2 * half, value, rel_tol=SPLIT_TOLERANCE)
         finally:
             for module, training in modes:
@@ -288,6 +308,24 @@ class _Splitter:
         return self.lockstep.compute(lambda: self.compute_loss(self.model, part.inputs, part.num_items) * part.weight)[
             1
         ]
+
+
+def _choose_probe(row_items: list[int]) -> tuple[int, int, int]:
+    """Choose three rows that lie together (two, if there are no more), and where to cut them: (first, end, cut).
+
+    A mean over rows and a mean over items differ where the parts' shares of the items are not their shares of the rows. Such a
+    cut is chosen, if the rows have different numbers of items.
+    """
+    num_rows = len(row_items)
+    size = min(3, num_rows)
+
+    def rate(probe: tuple[int, int, int]) -> tuple[bool, bool]:
+        first, end, cut = probe
+        left, right = sum(row_items[first:cut]), sum(row_items[cut:end])
+        return left > 0 and right > 0, left * (end - cut) != right * (cut - first)
+
+    starts = range(num_rows - size + 1)
+    return max(((first, first + size, first + cut) for first in starts for cut in range(size - 1, 0, -1)), key=rate)
 
 
 def count_row_items(inputs: Any, num_rows: int, num_skipped: int = 0) -> list[int]:

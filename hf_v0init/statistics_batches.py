@@ -6,6 +6,7 @@ run's data loader nor its sampler is used. A random collator (masking, augmentat
 """
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +47,7 @@ class SampledBatches(torch.utils.data.Dataset):
         samples: the chosen sample numbers of all processes, see `choose_samples`.
         batch_size: samples a batch; the last batch may be smaller.
         seed, rank, world_size: the v0 seed, this process, the number of processes.
+        batch_range: only the batches of these numbers, the second not included; by default all.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class SampledBatches(torch.utils.data.Dataset):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        batch_range: tuple[int, int] | None = None,
     ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
         batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-        self.batches = list(enumerate(batches))[rank::world_size]
+        first, end = batch_range or (0, len(batches))
+        self.batches = [(k, batch) for k, batch in enumerate(batches[:end]) if k >= first and k % world_size == rank]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -98,15 +102,19 @@ def iterate_streamed_batches(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    batch_range: tuple[int, int] | None = None,
 ) -> Iterator[StatisticsBatch]:
     """Yield this process's batches of the first `num_samples` samples of an iterable data set, read from its start.
+
+    With `batch_range` only the batches of these numbers, the second not included.
 
     Raises:
         InputError: the data set can be read only once, or is empty.
     """
     require_reiterable(dataset)
-    stream = itertools.islice(iter(dataset), num_samples)
-    for index in itertools.count():
+    first, end = batch_range or (0, math.ceil(num_samples / batch_size))
+    stream = itertools.islice(iter(dataset), first * batch_size, min(end * batch_size, num_samples))
+    for index in itertools.count(first):
         features = list(itertools.islice(stream, batch_size))
         if not features:
             if index == 0:

@@ -23,9 +23,10 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from .arguments import V0InitArguments, read_v0_arguments
+from .arguments import AUTO, V0InitArguments, read_v0_arguments
 from .deepspeed_state import adapt_optimizer, visit_partitioned_gradients
 from .diagnostics import V0DiagnosticsCallback
+from .enough_samples import BATCH_SIZE, list_stages
 from .errors import InputError
 from .gradient_statistics import PassCounts, StatisticsBatch, visit_gradients
 from .initialization import (
@@ -274,7 +275,9 @@ class V0InitMixin(SafeResumeMixin):
                     report.measured_ratio = measure_ratio_to_gradients(
                         optimizer,
                         plan,
-                        lambda named, visit: self._run_statistics_pass(named, visit, num_batches=1),
+                        functools.partial(
+                            self._run_statistics_pass, batch_range=(0, self._count_parts()), show_progress=False
+                        ),
                     )
                 return report
             if arguments.v0_init == "first_gradient":
@@ -286,10 +289,14 @@ class V0InitMixin(SafeResumeMixin):
                     lambda named, visit: self._run_first_step(named, visit, train_dataloader),
                     num_processes=self.args.world_size,
                 )
+            run_pass, batch_size = self._run_statistics_pass, self._choose_stats_batch_size()
+            if arguments.v0_num_samples == AUTO:
+                stages = list_stages(batch_size, self._count_statistics_samples())
+                run_pass = [functools.partial(self._run_statistics_pass, batch_range=stage) for stage in stages]
             report = write_data_driven_v0(
-                optimizer, plan, arguments, seed, self._run_statistics_pass, self.get_v0_effective_batch_size()
+                optimizer, plan, arguments, seed, run_pass, self.get_v0_effective_batch_size()
             )
-            report.stats_batch_size = self._choose_stats_batch_size()
+            report.stats_batch_size = batch_size
             return report
 
     def _get_v0_seed(self) -> int:
@@ -297,21 +304,34 @@ class V0InitMixin(SafeResumeMixin):
 
     # ---- the gradients, through the Trainer's own loss ------------------------------------------------------------------
 
-    def _choose_stats_batch_size(self) -> int:
-        arguments = self.v0_arguments
-        num_samples = arguments.v0_num_samples
+    def _count_statistics_samples(self) -> int:
+        """The most samples that the pass takes: as asked for, or all there are."""
+        num_samples = self.v0_arguments.get_max_num_samples()
         with contextlib.suppress(TypeError):
             num_samples = min(num_samples, len(self.train_dataset))
-        return choose_batch_size(arguments.v0_stats_batch_size, self._train_batch_size, num_samples)
+        return num_samples
 
-    def _make_statistics_batches(self, num_batches: int | None):
-        """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream)."""
-        arguments, seed, dataset = self.v0_arguments, self._get_v0_seed(), self.train_dataset
-        rank, world_size = (0, 1) if self._runs_together() else (self.args.process_index, self.args.world_size)
-        batch_size = self._choose_stats_batch_size()
-        num_samples = arguments.v0_num_samples
-        if num_batches is not None:
-            num_samples = min(num_samples, batch_size * num_batches * world_size)
+    def _choose_stats_batch_size(self) -> int:
+        at_once = self._train_batch_size
+        if self.v0_arguments.v0_num_samples == AUTO:
+            at_once = min(at_once, BATCH_SIZE)
+        if self._runs_together():  # a batch is shared out: each process gets its training batch's part of it
+            at_once = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+        return choose_batch_size(self.v0_arguments.v0_stats_batch_size, at_once, self._count_statistics_samples())
+
+    def _count_parts(self) -> int:
+        """Among how many processes the batches of the pass are dealt out: 1, where it is run together."""
+        return 1 if self._runs_together() else self.args.world_size
+
+    def _make_statistics_batches(self, batch_range: tuple[int, int] | None):
+        """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream).
+
+        With `batch_range` only those of these numbers: from the first to the one before the second.
+        """
+        seed, dataset = self._get_v0_seed(), self.train_dataset
+        world_size = self._count_parts()
+        rank = self.args.process_index % world_size
+        batch_size, num_samples = self._choose_stats_batch_size(), self.v0_arguments.get_max_num_samples()
         try:
             import datasets
 
@@ -322,19 +342,22 @@ class V0InitMixin(SafeResumeMixin):
             dataset, collate = self._remove_unused_columns(dataset, description="training"), self.data_collator
         else:
             collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        place = {"seed": seed, "rank": rank, "world_size": world_size, "batch_range": batch_range}
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
-            return iterate_streamed_batches(dataset, collate, num_samples, batch_size, seed, rank, world_size), None
-        if num_batches is None and num_samples > len(dataset):
+            return iterate_streamed_batches(dataset, collate, num_samples, batch_size, **place), None
+        if batch_range is None and num_samples > len(dataset):
             logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
         samples = choose_samples(len(dataset), num_samples, seed)
-        batches = SampledBatches(dataset, collate, samples, batch_size, seed, rank, world_size)
+        batches = SampledBatches(dataset, collate, samples, batch_size, **place)
         loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
         return loader, len(batches)
 
-    def _run_statistics_pass(self, named_parameters, visit, num_batches: int | None = None) -> PassCounts:
+    def _run_statistics_pass(
+        self, named_parameters, visit, batch_range: tuple[int, int] | None = None, show_progress: bool = True
+    ) -> PassCounts:
         """Run the pass over random training samples through `compute_loss`, on this process's batches."""
-        batches, total = self._make_statistics_batches(num_batches)
-        hidden = self.args.disable_tqdm or self.args.process_index != 0 or num_batches is not None
+        batches, total = self._make_statistics_batches(batch_range)
+        hidden = self.args.disable_tqdm or self.args.process_index != 0 or not show_progress
         bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
         with bar, self._count_items_locally():
             return self._get_visit_function(count_items=self._count_loss_items)(

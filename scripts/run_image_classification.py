@@ -127,7 +127,7 @@ class DataArguments(DatasetArguments):
     random_crop: str = flag(
         "none",
         "How training images are cut at random: 'pad' (black pixels around the image, then its own size out of that; usual "
-        "for CIFAR), 'resize' (8% to 100% of the area at an aspect ratio of 3/4 to 4/3; usual for ImageNet), 'none'.",
+        "for CIFAR), 'resize' (8 to 100 percent of the area at an aspect ratio of 3/4 to 4/3; usual for ImageNet), 'none'.",
         choices=list(RANDOM_CROPS),
     )
     crop_padding: int = flag(4, "With --random_crop pad: black pixels on each side. Default: 4.")

@@ -44,6 +44,7 @@ from hf_v0init.script_stages import (
     train_and_save,
 )
 from hf_v0init.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from hf_v0init.sorted_evaluation import LengthSortedEvaluationMixin
 from hf_v0init.token_loss import ExactEvaluationMixin, TokenCrossEntropy
 
 logger = logging.get_logger("run_translation")
@@ -145,8 +146,9 @@ class DataArguments(DatasetArguments):
             )
 
 
-class TranslationTrainer(TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
-    """With token-budget batches and an exact `eval_loss` (nats a target token, without label smoothing)."""
+class TranslationTrainer(TokenBudgetMixin, LengthSortedEvaluationMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
+    """With token-budget batches, evaluation in batches of like length, and an exact `eval_loss` (nats a target token, without
+    label smoothing)."""
 
 
 def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:

@@ -27,7 +27,7 @@ from hf_v0init.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-CONFIGS = sorted((ROOT / "configs" / "language_modeling").glob("*.yaml"))
+CONFIGS = [p for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml")) if "awd_lstm" not in p.stem]
 
 
 def load_script():
@@ -281,7 +281,7 @@ BAD_INPUT = {
     "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
     "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
     "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
-    "unknown override": ({"config_overrides": "n_layers=3"}, ["n_layers=3", "n_layer=4"]),
+    "unknown override": ({"config_overrides": "n_layers=3"}, ["n_layers=3", "key=value"]),
     "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
     "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
     "missing model": (
@@ -397,7 +397,7 @@ def test_shipped_configurations_differ_only_in_what_they_compare(path):
     kinds = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
     *parsed, training = parse_arguments(kinds, [str(path), "--use_cpu"])
     *others, zeros = parse_arguments(kinds, [str(path.with_name("ptb_zeros.yaml")), "--use_cpu"])
-    run_clm.require_possible(parsed[1], parsed[2], parsed[0], training)
+    run_clm.require_possible(parsed[1], parsed[2], training)
     assert parsed == others
     arm = path.stem.removeprefix("ptb_")
     assert training.output_dir == f"runs/ptb_{arm}"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_v0init.gradient_statistics import StatisticsBatch, make_sum_visitor, visit_gradients
-from hf_v0init.sharded_pass import _Part, _Splitter, count_row_items, cut_rows, visit_gradients_together
+from hf_v0init.sharded_pass import _choose_probe, _Part, _Splitter, count_row_items, cut_rows, visit_gradients_together
 from hf_v0init.sharding import DataShare
 
 VOCAB, WIDTH = 11, 5
@@ -77,6 +77,62 @@ def test_a_part_whose_labels_are_all_ignored_has_no_mean_so_the_batch_stays_whol
         assert make_splitter(make_model(), token_loss, number, 2)._cut(_Part(inputs, None, 1.0, 0), 4)[0] is None
         part, _ = make_splitter(make_model(), token_loss, number, 2)._cut(_Part(inputs, 13, 1.0, 0), 4)
         assert part.num_items == 13
+
+
+class AloneInStep:
+    """The lockstep of a single process."""
+
+    def compute(self, compute_loss):
+        loss = compute_loss()
+        return loss, float(loss)
+
+
+def mean_of_rows(model, inputs, num_items=None):
+    """Each row's own mean, then the mean over rows: adds up only while all rows have as many items."""
+    single = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(len(inputs["labels"]))]
+    return torch.stack([token_loss(model, row) for row in single]).mean()
+
+
+def coupled(model, inputs, num_items=None):
+    """Depends on which rows are in a batch together."""
+    return token_loss(model, inputs, num_items) * (1 + model(inputs["input_ids"]).mean(0).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("loss", "with_items", "is_split", "skipped"),
+    [
+        (token_loss, True, True, 0),
+        (token_loss, False, True, 0),
+        (lambda model, inputs, num_items=None: token_loss(model, inputs, num_items, 1), False, True, 1),
+        (mean_of_rows, False, False, 1),
+        (lambda model, inputs, num_items=None: token_loss(model, inputs), True, False, 0),
+        (coupled, True, False, 0),
+        (coupled, False, False, 1),
+    ],
+    ids=["sum", "mean", "mean_but_the_first", "mean_of_rows", "ignores_items", "coupled", "coupled_mean"],
+)
+def test_whether_a_loss_adds_up_is_seen_from_three_rows(loss, with_items, is_split, skipped):
+    """Wherever they lie: a process must not need the memory of a whole batch that is shared out over thousands."""
+    model, inputs, sizes = make_model().double(), make_inputs(16), []
+
+    def watched(model, inputs, num_items=None):
+        sizes.append(len(inputs["labels"]))
+        return loss(model, inputs, num_items)
+
+    count = (lambda inputs: int(inputs["labels"].ne(-100).sum())) if with_items else (lambda inputs: None)
+    splitter = _Splitter(model, watched, count, DataShare(1, 8), AloneInStep(), 1e-9)
+    part = splitter.split(StatisticsBatch(inputs, 16, 0))
+    assert len(part.inputs["labels"]) == (2 if is_split else 16)
+    assert (splitter.only_whole, splitter.skipped_labels) == (not is_split, skipped)
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize("row_items", [[5, 5, 5, 6], [5, 7, 6], [1, 2, 3], [0, 4, 0, 3], [2, 3], [4, 2, 0, 0]])
+def test_the_rows_looked_at_tell_means_over_rows_from_means_over_items(row_items):
+    first, end, cut = _choose_probe(row_items)
+    left, right = row_items[first:cut], row_items[cut:end]
+    assert 2 <= end - first <= 3 and left and right
+    assert sum(left) / sum(left + right) != len(left) / (end - first)
 
 
 def test_rows_are_cut_out_of_nested_batches():

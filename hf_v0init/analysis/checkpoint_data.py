@@ -13,10 +13,12 @@ from ..data.language_modeling import CausalCollator
 from ..data.text_files import read_lines
 from ..data.translation_pairs import load_pair_files, select_pairs
 from ..errors import InputError
+from ..models.awd_lstm import AwdLstmForCausalLM
 from .batch_loss import NO_TARGET, make_batch_loss
 from .weights import INDEX_FILE, WEIGHTS_FILE
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_OUR_MODELS = {AwdLstmForCausalLM.__name__: AwdLstmForCausalLM}
 
 
 def holds_weights(folder) -> bool:
@@ -74,7 +76,7 @@ def load_model(folder, device: str | None = None) -> nn.Module:
     if not (folder / "config.json").is_file() or not holds_weights(folder):
         raise InputError(f"{folder}: has no config.json with {WEIGHTS_FILE}; give a folder that save_pretrained wrote")
     names = AutoConfig.from_pretrained(folder).architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    model_class = _OUR_MODELS.get(names[0], getattr(transformers, names[0], None)) if names else None
     if model_class is None:
         raise InputError(f"{folder}: config.json names the architecture {names}, which transformers does not have")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,246 @@
+"""The statistics pass: its time and memory, how it grows, and how many samples it needs."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..arguments import V0InitArguments
+from ..enough_samples import TOLERANCE, SumsSeen, compute_relative_errors, list_stages, see_sums
+from ..gradient_statistics import PassCounts, StatisticsBatch, make_sum_visitor, visit_gradients
+from ..initialization import plan_v0, write_data_driven_v0
+from ..optimizer_state import draft_state
+from ..trainer import V0InitTrainer
+from .measuring import BYTES, Conditions, Row, fit_exponent, measure_memory, measure_pairs, measure_times
+from .tasks import load_translation_task, make_arguments, make_gpt2, make_random_sequences, read_penn_treebank
+
+BATCH_SIZE = 8
+LOOKED_AT = 512  # elements a tensor for the error of v0
+REFERENCE_SAMPLES = 5000
+
+
+def _stack(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _make_batches(rows: Sequence[dict]) -> list[StatisticsBatch]:
+    starts = range(0, len(rows), BATCH_SIZE)
+    cut = [rows[start : start + BATCH_SIZE] for start in starts]
+    return [StatisticsBatch(_stack(part), len(part), number) for number, part in enumerate(cut)]
+
+
+def _compute_loss(model: nn.Module, inputs: dict) -> torch.Tensor:
+    return model(**inputs).loss
+
+
+def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]:
+    return {
+        p: draft_state(optimizer, p, group, num_tensors=2, for_sums=True).tensors for _, p, group in plan.parameters
+    }
+
+
+def measure_pass_time(conditions: Conditions) -> Row:
+    """The Trainer's own pass, data loader and collator included, beside forward and backward of the same batches."""
+    per_pair, num_pairs = 4, conditions.choose(16, 156)
+    data = make_random_sequences(BATCH_SIZE * per_pair)
+    model = make_gpt2()
+    settings = {"v0_init": "data_driven", "v0_num_samples": len(data), "v0_stats_batch_size": BATCH_SIZE}
+    arguments = make_arguments(conditions.work_dir, per_device_train_batch_size=BATCH_SIZE, **settings)
+    trainer = V0InitTrainer(model=model, args=arguments, train_dataset=data)
+    optimizer = trainer.create_optimizer()
+    plan = plan_v0(optimizer, model)
+    visit = make_sum_visitor(_draft_sums(optimizer, plan))
+    inputs = [batch.inputs for batch in trainer._make_statistics_batches(None)[0]]
+
+    def run_pass() -> None:
+        trainer._run_statistics_pass(plan.named_parameters, visit)
+
+    def run_plainly() -> None:
+        model.train()
+        for batch in inputs:
+            model(**batch).loss.backward()
+            model.zero_grad()
+
+    return Row(
+        "pass time",
+        f"statistics pass, {BATCH_SIZE * per_pair * num_pairs:,} samples in pairs of {BATCH_SIZE * per_pair}",
+        "forward + backward of the same batches",
+        measure_pairs(run_pass, run_plainly, num_pairs),
+        aim=1.03,
+        note="GPT-2, 4 layers of 128, 8 x 128 tokens a batch",
+    )
+
+
+def measure_pass_memory(conditions: Conditions) -> Row:
+    """Everything from an empty optimizer to a written v0, beside two training steps from an empty optimizer."""
+    batches = _make_batches(make_random_sequences(4 * BATCH_SIZE))
+
+    def start_v0():
+        optimizer = torch.optim.AdamW(model.parameters())
+        plan = plan_v0(optimizer, model)
+
+        def run_pass(named_parameters, visit) -> PassCounts:
+            return visit_gradients(model, named_parameters, batches, _compute_loss, visit)
+
+        write_data_driven_v0(optimizer, plan, V0InitArguments(v0_init="data_driven"), 0, run_pass, BATCH_SIZE)
+        return optimizer
+
+    def train():
+        optimizer = torch.optim.AdamW(model.parameters())
+        for batch in batches[:2]:
+            _compute_loss(model, batch.inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    model = make_gpt2()
+    _compute_loss(model, batches[0].inputs).backward()  # what is made once
+    model.zero_grad()
+    ours, theirs = measure_memory(start_v0), measure_memory(train)
+    elements = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    scalars = sum(4 for p in model.parameters() if p.dim() > 1)
+    return Row(
+        "pass memory",
+        "peak of the pass and the write of v0",
+        "peak of a training step",
+        [ours.peak / theirs.peak],
+        aim=1.0,
+        clock=BYTES,
+        note="every allocation of torch's allocator; left beyond Adam's state: the `figures`",
+        figures={
+            "peak_bytes": ours.peak,
+            "peak_bytes_of_a_step": theirs.peak,
+            "bytes_left_beyond_the_state": ours.left - 8 * elements - scalars,
+        },
+    )
+
+
+def _time_pass(model: nn.Module, batches: Sequence[StatisticsBatch]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters())
+    plan = plan_v0(optimizer, model)
+    visit = make_sum_visitor(_draft_sums(optimizer, plan))
+    return lambda: visit_gradients(model, plan.named_parameters, batches, _compute_loss, visit) and None
+
+
+def _fit_row(
+    name: str, what: str, expected: float, sizes: Sequence[float], passes: Sequence[Callable], rounds: int
+) -> Row:
+    best = [min(seconds) for seconds in zip(*measure_times(passes, rounds), strict=True)]
+    figures = {f"seconds_at_{size:g}": value for size, value in zip(sizes, best, strict=True)}
+    exponent = fit_exponent(sizes, best)
+    note = f"fitted exponent {exponent:.3f}"
+    return Row(name, what, f"an exponent of {expected:g}", [exponent / expected], note=note, figures=figures)
+
+
+def measure_growth(conditions: Conditions) -> list[Row]:
+    """How the pass's time grows with samples, with parameters (by depth), and with processes among which it is dealt out."""
+    rounds = conditions.choose(2, 5)
+    model = make_gpt2(2, 64, vocabulary=256)
+    batches = _make_batches(make_random_sequences(16 * BATCH_SIZE, 256))
+    counts = (2, 4, 8, 16)
+    by_samples = [_time_pass(model, batches[:count]) for count in counts]
+    by_processes = [_time_pass(model, batches[::processes]) for processes in (1, 2, 4, 8)]
+    deep = {depth: make_gpt2(depth, 64, vocabulary=256) for depth in (2, 4, 8, 16)}
+    by_depth = [_time_pass(one, batches[:2]) for one in deep.values()]
+    sizes = [sum(p.numel() for p in one.parameters() if p.dim() > 1) for one in deep.values()]
+    samples = [count * BATCH_SIZE for count in counts]
+    return [
+        _fit_row("growth with samples", "pass time against samples", 1.0, samples, by_samples, rounds),
+        _fit_row("growth with parameters", "pass time against parameters, by depth", 1.0, sizes, by_depth, rounds),
+        _fit_row(
+            "growth with processes",
+            "time of a process's share of the batches, alone",
+            -1.0,
+            (1, 2, 4, 8),
+            by_processes,
+            rounds,
+        ),
+    ]
+
+
+def measure_model_of_cost(conditions: Conditions) -> Row:
+    """The pass beside what the cost model says at the speed of this machine's matrix products."""
+    model, data = make_gpt2(4, 256, vocabulary=256, dropout=0.0), make_random_sequences(2 * BATCH_SIZE, 256)
+    batches = _make_batches(data)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "wpe" not in n)
+    tokens = sum(row["input_ids"].numel() for row in data)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def multiply() -> float:
+        begin = time.process_time()
+        for _ in range(4):
+            a @ b
+        per_flop = (time.process_time() - begin) / (4 * 2 * 1024**3)
+        return per_flop * 6 * parameters * tokens
+
+    return Row(
+        "cost model",
+        "statistics pass, GPT-2 of 4 layers of 256",
+        "6 FLOPs a parameter and token at the speed of a 1,024 x 1,024 matrix product",
+        measure_pairs(_time_pass(model, batches), multiply, conditions.choose(4, 12)),
+        note="1 / ratio is the utilization of the cost model on this machine",
+    )
+
+
+# ---- how many samples ------------------------------------------------------------------------------------------------
+
+
+def measure_sample_counts(conditions: Conditions) -> list[Row]:
+    """The error of v0 from fewer samples against that from 5,000, and what `--v0_num_samples auto` takes."""
+    task = load_translation_task(conditions.data_dir, conditions.work_dir, 29_000)
+    model = task.make_model()
+    collate = task.make_collator(model)
+    rows = [_find_errors(task.name, model, list(task.tokenized.select(_choose(len(task.tokenized)))), collate)]
+    treebank = read_penn_treebank(conditions.data_dir, length=32, num=28_000)
+    if treebank is not None:
+        data, vocabulary = treebank
+        chosen = [data[index] for index in _choose(len(data))]
+        rows.append(_find_errors("Penn Treebank", make_gpt2(2, 64, vocabulary), chosen, _stack))
+    return rows
+
+
+def _choose(num_available: int) -> list[int]:
+    order = torch.randperm(num_available, generator=torch.Generator().manual_seed(0))
+    return order[:REFERENCE_SAMPLES].tolist()
+
+
+def _find_errors(name: str, model: nn.Module, data: Sequence, collate: Callable) -> Row:
+    """One pass, which is looked at after so many samples as each stage has."""
+    plan = plan_v0(torch.optim.AdamW(model.parameters()), model)
+    sums = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, p in plan.named_parameters}
+    spacing = {p: max(1, p.numel() // LOOKED_AT) for p in sums}
+    visit, counts, seen = make_sum_visitor(sums), PassCounts(), []
+    for first, end in list_stages(BATCH_SIZE, len(data)):
+        starts = range(first * BATCH_SIZE, min(end * BATCH_SIZE, len(data)), BATCH_SIZE)
+        parts = ((start, data[start : start + BATCH_SIZE]) for start in starts)
+        batches = (StatisticsBatch(collate(part), len(part), start // BATCH_SIZE) for start, part in parts)
+        counts = counts + visit_gradients(model, plan.named_parameters, batches, _compute_loss, visit)
+        taken = ([pair[i].detach().reshape(-1)[:: spacing[p]] for p, pair in sums.items()] for i in (0, 1))
+        seen.append(see_sums(*taken, counts))
+    errors = {one.counts.num_samples: _compare(one, seen[-1]) for one in seen[:-1]}
+    own = {
+        now.counts.num_samples: float(compute_relative_errors(earlier, now, 1.0).median())
+        for earlier, now in itertools.pairwise(seen[:-1])
+    }
+    chosen = next((count for count, error in own.items() if error <= TOLERANCE), len(data))
+    fewest = next((count for count, error in errors.items() if error <= TOLERANCE), len(data))
+    figures = {f"error_at_{count}": error for count, error in errors.items()}
+    figures |= {f"disagreement_at_{count}": error for count, error in own.items()}
+    return Row(
+        f"samples, {name}",
+        f"median error of v0 from the {chosen:,} samples that `auto` takes, against v0 from {len(data):,}",
+        f"{TOLERANCE:.0%}",
+        [errors.get(chosen, 0.0) / TOLERANCE],
+        aim=1.0,
+        clock="error",
+        note=f"fewest of the stages within {TOLERANCE:.0%}: {fewest:,}; batches of {BATCH_SIZE}",
+        figures=figures | {"auto": chosen, "fewest": fewest},
+    )
+
+
+def _compare(some: SumsSeen, reference: SumsSeen) -> float:
+    exact, estimate = reference.estimate(1.0), some.estimate(1.0)
+    nonzero = exact > 0
+    return float(((estimate - exact).abs()[nonzero] / exact[nonzero]).median())
