@@ -255,7 +255,7 @@ def choose_statistics_batch_size(training, network, num_samples: int) -> None:
     """With batch normalization the gradient of an image depends on its batch: v0 is taken from batches like training's."""
     if training.v0_init != "data_driven" or training.v0_stats_batch_size is not None or not has_batch_norm(network):
         return
-    num_samples = min(num_samples, training.v0_num_samples)
+    num_samples = min(num_samples, training.get_max_num_samples())
     training.v0_stats_batch_size = max(1, min(training.per_device_train_batch_size, num_samples // 2))
     logger.info(
         f"Batch normalization: v0 is taken from batches of {training.v0_stats_batch_size}, as training sees them"
@@ -282,7 +282,7 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
             f"--per_device_train_batch_size={batch_size}: leaves a batch of one of the {len(samples)} training images, which "
             f"the model cannot take ({reason}); change it, or give --dataloader_drop_last"
         )
-    size, num_samples = training.v0_stats_batch_size, min(training.v0_num_samples, len(samples))
+    size, num_samples = training.v0_stats_batch_size, min(training.get_max_num_samples(), len(samples))
     if training.v0_init == "data_driven" and (size == 1 or num_samples % size == 1):
         raise InputError(
             f"--v0_num_samples={training.v0_num_samples} in batches of --v0_stats_batch_size={size}: leaves a batch of one "

@@ -167,7 +167,7 @@ def test_a_trainer_with_auto_takes_a_prefix_of_what_all_samples_are(tmp_path):
     """Stops early, or ends as the fixed number does, bit for bit."""
     data = make_sequences(600)
     options = {"data": data, "v0_init": "data_driven", "max_steps": 1, "v0_stats_batch_size": 1}
-    auto, seen = record(tmp_path / "auto", v0_num_samples="auto", **options)
+    auto, _ = record(tmp_path / "auto", v0_num_samples="auto", **options)
     report = auto.get_v0_report()
     assert report["num_samples_requested"] == "auto"
     assert report["num_samples"] in (256, 512, 600) and report["num_batches"] == report["num_samples"]

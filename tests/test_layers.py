@@ -12,11 +12,11 @@ PACKAGE = ROOT / "hf_v0init"
 LAYERS = [
     ["trainer", "cli", "diagnostics"],
     ["initialization", "arguments", "report", "model_card", "supported_runs", "safe_resume"],
-    ["strategies", "gradient_statistics", "statistics_batches", "sharded_pass", "deepspeed_state"],
+    ["strategies", "gradient_statistics", "statistics_batches", "sharded_pass", "deepspeed_state", "enough_samples"],
     ["optimizer_state", "optimizer_choice", "element_samples"],
     ["optimizer_probe"],
     ["optimizer_layouts", "optimizer_table"],
-    ["sharding", "run_preservation", "warmup_equivalence", "checkpoint_safety"],
+    ["sharding", "run_preservation", "warmup_equivalence", "checkpoint_safety", "cost_model"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -31,6 +31,8 @@ FORBIDDEN = {
     "optimizer_table": {"torch", "numpy", "transformers", "accelerate"},
     "initialization": {"transformers", "accelerate", "trainer"},
     "warmup_equivalence": {"torch", "numpy", "transformers"},
+    "cost_model": {"torch", "numpy", "transformers", "typer"},
+    "enough_samples": {"transformers", "accelerate", "datasets", "optimizer_state"},
     "checkpoint_safety": {"torch", "numpy", "transformers"},
 }
 

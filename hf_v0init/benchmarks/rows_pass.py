@@ -73,9 +73,17 @@ def measure_pass_time(conditions: Conditions) -> Row:
     )
 
 
-def measure_pass_memory(conditions: Conditions) -> Row:
+def measure_pass_memory(conditions: Conditions) -> list[Row]:
     """Everything from an empty optimizer to a written v0, beside two training steps from an empty optimizer."""
-    batches = _make_batches(make_random_sequences(4 * BATCH_SIZE))
+    return [
+        _compare_memory("pass memory", make_gpt2(), BATCH_SIZE, "most of it is activations"),
+        _compare_memory("pass memory, few tokens", make_gpt2(6, 512), 1, "most of it is weights and state"),
+    ]
+
+
+def _compare_memory(name: str, model: nn.Module, batch_size: int, what_it_is: str) -> Row:
+    rows = make_random_sequences(4 * batch_size)
+    batches = [StatisticsBatch(_stack(rows[k::4]), batch_size, k) for k in range(4)]
 
     def start_v0():
         optimizer = torch.optim.AdamW(model.parameters())
@@ -84,7 +92,7 @@ def measure_pass_memory(conditions: Conditions) -> Row:
         def run_pass(named_parameters, visit) -> PassCounts:
             return visit_gradients(model, named_parameters, batches, _compute_loss, visit)
 
-        write_data_driven_v0(optimizer, plan, V0InitArguments(v0_init="data_driven"), 0, run_pass, BATCH_SIZE)
+        write_data_driven_v0(optimizer, plan, V0InitArguments(v0_init="data_driven"), 0, run_pass, batch_size)
         return optimizer
 
     def train():
@@ -95,25 +103,20 @@ def measure_pass_memory(conditions: Conditions) -> Row:
             optimizer.zero_grad()
         return optimizer
 
-    model = make_gpt2()
     _compute_loss(model, batches[0].inputs).backward()  # what is made once
     model.zero_grad()
     ours, theirs = measure_memory(start_v0), measure_memory(train)
-    elements = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    scalars = sum(4 for p in model.parameters() if p.dim() > 1)
+    matrices = [p.numel() for p in model.parameters() if p.dim() > 1]
+    state = 8 * sum(matrices) + 4 * len(matrices)  # two moments in fp32 and a step count
     return Row(
-        "pass memory",
-        "peak of the pass and the write of v0",
+        name,
+        f"peak of the pass and the write of v0, {ours.peak / 2**20:.0f} MiB",
         "peak of a training step",
         [ours.peak / theirs.peak],
         aim=1.0,
         clock=BYTES,
-        note="every allocation of torch's allocator; left beyond Adam's state: the `figures`",
-        figures={
-            "peak_bytes": ours.peak,
-            "peak_bytes_of_a_step": theirs.peak,
-            "bytes_left_beyond_the_state": ours.left - 8 * elements - scalars,
-        },
+        note=f"all that torch allocates; {what_it_is}; {ours.left - state} bytes are left beyond Adam's own state",
+        figures={"bytes_left_beyond_the_state": ours.left - state},
     )
 
 

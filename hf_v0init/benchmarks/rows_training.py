@@ -51,7 +51,7 @@ def measure_optimizer_steps(conditions: Conditions) -> Row:
 
 def measure_trainer_steps(conditions: Conditions) -> list[Row]:
     """Steps of the Trainer after a v0, without and with the diagnostics, beside those of the stock Trainer."""
-    num_steps, rounds = conditions.choose(20, 60), conditions.choose(4, 8)
+    num_steps, rounds = conditions.choose(15, 60), conditions.choose(3, 8)
     data = make_random_sequences(BATCH_SIZE * (num_steps + FIRST_STEPS))
 
     def train(stock: bool, watch: bool = False) -> float:

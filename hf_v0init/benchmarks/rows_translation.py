@@ -158,7 +158,7 @@ def measure_preprocessing(conditions: Conditions) -> list[Row]:
     def pass_two_seconds() -> float:
         return 2.0
 
-    pairs = measure_pairs(tokenize_pairs, tokenize_texts, conditions.choose(3, 8))
+    pairs = measure_pairs(tokenize_pairs, tokenize_texts, conditions.choose(2, 8))
     second = measure_pairs(start_again, pass_two_seconds, conditions.choose(2, 5))
     return [
         Row(
@@ -199,7 +199,7 @@ class _EndLikeSource(LogitsProcessor):
 
 def measure_generation(conditions: Conditions) -> Row:
     """Translating a test set with run_translation's Trainer, beside transformers' `generate` in batches sorted by length."""
-    num_sentences, batch_size = conditions.choose(192, 1000), 32
+    num_sentences, batch_size = conditions.choose(128, 1000), 32
     task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
     order = np.random.default_rng(0).permutation(len(task.tokenized))[:num_sentences]
     test = task.tokenized.select(order)
