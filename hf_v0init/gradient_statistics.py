@@ -292,12 +292,12 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
     for reduction in under_way:
         reduction.wait()
     device = tensors[0].device if tensors else torch.device("cpu")
-    totals = torch.tensor([counts.num_samples, counts.num_batches, counts.loss_sum], dtype=torch.float64, device=device)
+    totals = torch.zeros(3 + dist.get_world_size(), dtype=torch.float64, device=device)
+    totals[:3] = torch.tensor([counts.num_samples, counts.num_batches, counts.loss_sum], dtype=torch.float64)
+    totals[3 + dist.get_rank()] = counts.seconds
     dist.all_reduce(totals)
-    seconds = torch.tensor(counts.seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    samples, batches, loss_sum = totals.tolist()
-    return PassCounts(int(samples), int(batches), float(seconds), loss_sum, are_global=True)
+    samples, batches, loss_sum, *seconds = totals.tolist()
+    return PassCounts(int(samples), int(batches), max(seconds), loss_sum, are_global=True)
 
 
 def _all_reduce_bucket(bucket: list[torch.Tensor]) -> None:

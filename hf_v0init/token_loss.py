@@ -12,6 +12,7 @@ In evaluation, the Trainer averages the means of batches, which weighs tokens by
 import torch
 from torch.nn import functional
 from transformers import Seq2SeqTrainer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 
@@ -48,8 +49,8 @@ def compute_row_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     Returns:
         The rows' sums in nats and their numbers of tokens, both float32 of shape (batch,).
     """
-    token_nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return token_nll.sum(dim=1), labels.ne(-100).sum(dim=1).float()
+    token_nll = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return token_nll.view_as(labels).sum(dim=1), labels.ne(-100).sum(dim=1).float()
 
 
 class ExactEvaluationMixin(Seq2SeqTrainer):
@@ -73,13 +74,16 @@ class ExactEvaluationMixin(Seq2SeqTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        if "labels" not in inputs:
+        if inputs.get("labels") is None:
+            inputs = {k: v for k, v in inputs.items() if v is not None}  # transformers' collator leaves an entry None
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
+        # with decoder inputs at hand the labels would only have the model compute a loss of its own
+        given = {k: v for k, v in inputs.items() if k != "labels"} if "decoder_input_ids" in inputs else inputs
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-        row_nll, row_tokens = compute_row_nll(logits, labels)
+            outputs = model(**given)
+        row_nll, row_tokens = compute_row_nll(outputs.logits, labels)
         # gather_for_metrics leaves out what was repeated to fill the last batch of every process
         gathered = self.accelerator.gather_for_metrics(torch.stack((row_nll, row_tokens), dim=1))
         self._evaluation_totals += gathered.cpu().double().sum(dim=0)
@@ -88,5 +92,10 @@ class ExactEvaluationMixin(Seq2SeqTrainer):
             return loss, None, None
         # without labels the model generates freely; decoder inputs made from the labels would force it
         inputs = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
+        encoded = getattr(outputs, "encoder_last_hidden_state", None)
+        if encoded is not None and not (
+            self.args.bf16 or self.args.fp16
+        ):  # `generate` runs the encoder without autocast
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
         _, generated, _ = super().prediction_step(model, inputs, False, ignore_keys, **gen_kwargs)
         return loss, generated, labels

@@ -166,7 +166,7 @@ def test_the_committed_record_has_every_row_and_says_why_a_miss_stays():
 def test_the_pass_needs_no_more_memory_than_a_step_and_leaves_adams_state(tmp_path):
     rows = rows_pass.measure_pass_memory(Conditions(True, tmp_path, tmp_path))
     assert [measured.verdict for measured in rows] == [MET, MET]
-    assert rows[0].median <= 1.0 and rows[1].median < 0.9
+    assert rows[0].median <= 1.0 and rows[1].median < 0.95
     assert [measured.figures["bytes_left_beyond_the_state"] for measured in rows] == [0, 0]
 
 

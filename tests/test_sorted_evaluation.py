@@ -93,3 +93,9 @@ def test_other_data_are_left_as_they_are(make, dataset):
     rows = list(dataset)
     output = make(Sorted).predict(rows)
     assert np.array_equal(output.label_ids[:, 0], 2 + np.arange(len(rows)))
+
+
+def test_sentences_without_references_are_translated_too(make, dataset):
+    expected = make(Plain).predict(dataset).predictions
+    output = make(Sorted).predict(dataset.remove_columns("labels"))
+    assert output.label_ids is None and np.array_equal(output.predictions, expected)

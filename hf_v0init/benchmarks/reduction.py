@@ -20,7 +20,9 @@ def main(path: str, num_pairs: str) -> None:
     """Measure, and write the ratios on the main process."""
     use_one_thread()
     dist.init_process_group("gloo")
-    sums = [torch.zeros_like(p) for p in make_gpt2(6, 512).parameters() if p.dim() > 1 for _ in range(2)]
+    sums = [
+        torch.zeros_like(p) for p in make_gpt2(2, 1024, vocabulary=20_000).parameters() if p.dim() > 1 for _ in range(2)
+    ]
     flat = torch.zeros(sum(tensor.numel() for tensor in sums))
 
     def reduce() -> float:

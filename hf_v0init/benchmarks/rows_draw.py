@@ -130,5 +130,6 @@ def measure_reduction(conditions: Conditions) -> Row:
         measured["ratios"],
         aim=1.1,
         clock=WALL,
-        note="gloo; once a run",
+        note="gloo; once a run; GPT-2, 2 layers of 1,024: with matrices of under a million elements each all-reduce of its own costs "
+        "about as much again as a tenth of its bytes",
     )

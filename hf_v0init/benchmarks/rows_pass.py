@@ -43,7 +43,7 @@ def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]
 
 def measure_pass_time(conditions: Conditions) -> Row:
     """The Trainer's own pass, data loader and collator included, beside forward and backward of the same batches."""
-    per_pair, num_pairs = 4, conditions.choose(16, 156)
+    per_pair, num_pairs = 4, conditions.choose(12, 156)
     data = make_random_sequences(BATCH_SIZE * per_pair)
     model = make_gpt2()
     settings = {"v0_init": "data_driven", "v0_num_samples": len(data), "v0_stats_batch_size": BATCH_SIZE}
@@ -193,7 +193,8 @@ def measure_model_of_cost(conditions: Conditions) -> Row:
 def measure_sample_counts(conditions: Conditions) -> list[Row]:
     """The error of v0 from fewer samples against that from 5,000, and what `--v0_num_samples auto` takes."""
     task = load_translation_task(conditions.data_dir, conditions.work_dir, 29_000)
-    model = task.make_model()
+    num_layers = conditions.choose(3, 6)
+    model = task.make_model(num_layers)
     collate = task.make_collator(model)
     rows = [_find_errors(task.name, model, list(task.tokenized.select(_choose(len(task.tokenized)))), collate)]
     treebank = read_penn_treebank(conditions.data_dir, length=32, num=28_000)

@@ -24,7 +24,7 @@ from ..data.tokenizer_training import train_bpe_tokenizer
 from ..data.translation_pairs import load_pair_files, select_pairs, tokenize_pairs
 from ..models.post_norm import apply_xavier_initialization, build_post_norm_config
 
-VOCABULARY, LENGTH = 10_000, 128
+VOCABULARY, LENGTH = 4_000, 128
 MULTI30K, PENN_TREEBANK = "multi30k", "ptb"
 
 
@@ -83,12 +83,13 @@ class TranslationTask:
     tokenizer: PreTrainedTokenizerFast
     tokenized: datasets.Dataset
 
-    def make_model(self, width: int = 96) -> nn.Module:
-        """Make the pocket-size post-norm Transformer of 6+6 layers, the same each time."""
+    def make_model(self, num_layers: int = 6) -> nn.Module:
+        """Make the pocket-size post-norm Transformer of 6+6 layers (or fewer) of 96, the same each time."""
         set_seed(0)
         tokenizer = self.tokenizer
         special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        config = build_post_norm_config(len(tokenizer), **special, d_model=width, ffn_dim=2 * width, dropout=0.1)
+        sizes = {"d_model": 96, "ffn_dim": 192, "num_layers": num_layers, "dropout": 0.1}
+        config = build_post_norm_config(len(tokenizer), **special, **sizes)
         config.decoder_start_token_id = tokenizer.pad_token_id
         model = AutoModelForSeq2SeqLM.from_config(config)
         apply_xavier_initialization(model)
