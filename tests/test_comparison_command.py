@@ -37,7 +37,7 @@ def start_command(comparison, *options) -> subprocess.Popen:
         import sys, types
         from pathlib import Path
         report = types.ModuleType("hf_v0init.comparison.report")
-        def write_report(folder):
+        def write_report(folder, summary_dir):
             (folder / "report.html").write_text("reported")
             return folder / "report.html"
         report.write_report = write_report
@@ -97,7 +97,13 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(("--jobs", "0"), "jobs=0: must be"), (("--job", "2"), "--job"), (("--jobs", "x"), "--jobs")],
+    [
+        (("--jobs", "0"), "jobs=0: must be"),
+        (("--job", "2"), "--job"),
+        (("--jobs", "x"), "--jobs"),
+        (("--dry_run", "--report_only"), "give one"),
+        (("--report_only",), "holds no run of this plan"),
+    ],
 )
 def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words):
     comparison.write(behave("plain"))
@@ -105,6 +111,25 @@ def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
     assert not comparison.folder.exists()
+
+
+def test_report_only_writes_the_report_and_starts_nothing(comparison):
+    comparison.write(behave("plain"))
+    assert run_command(comparison)[0] == 0
+    journal = comparison.read_journal()
+    (comparison.folder / "report.html").unlink()
+    comparison.write(behave("plain", "fail"))  # another run has been planned since
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 finished, 1 pending." in out
+    assert (comparison.folder / "report.html").exists() and comparison.read_journal() == journal
+
+
+def test_the_exit_status_is_1_when_every_run_failed(comparison):
+    comparison.write(behave("plain"))
+    assert run_command(comparison)[0] == 0
+    comparison.write(behave("fail", "fail"))
+    code, out, _ = run_command(comparison)
+    assert code == 1 and "failed" in out and "finished" not in out.splitlines()[-2]
 
 
 def test_a_refused_first_run_is_the_command_s_error(comparison, capfd):

@@ -20,7 +20,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from .plan import Plan
 
-EXIT_INTERRUPTED = 130
+EXIT_ALL_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 def compare(
@@ -35,23 +35,39 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the runs and the first command; start none.")
     ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report_only", help="Write the report on what the folder holds; start no run.")
+    ] = False,
+    summary_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--summary_dir", help="Also a copy of the report that is light enough for a repository: tables, three figures."
+        ),
+    ] = None,
 ) -> None:
     """Train a grid of runs (v0 x warmup x optimizer x learning rate x seed) and report whether v0 beats the warmup.
 
-    A second call with the same folder continues: runs that are over are not repeated, interrupted ones start anew.
+    A second call with the same folder continues: runs that are over are not repeated, interrupted ones start anew. The exit status
+    is 0 when every run is over and at least one did not fail, 1 when all failed, 130 when the comparison was stopped.
     """
     from .folder import end_left_runs, find_waiting_runs, lock_folder, require_usable_folder, write_plan
     from .plan import read_plan
     from .progress import ProgressDisplay
+    from .results import FAILED
     from .runs import RunQueue
 
     if jobs < 1:
         raise InputError(f"jobs={jobs}: must be a whole number >= 1, the runs side by side")
+    if dry_run and report_only:
+        raise InputError("dry_run and report_only both start no run: give one")
     console = Console(highlight=False, markup=False)
     plan = read_plan(config, pocket)
     require_usable_folder(plan, output_dir)
     if dry_run:
         _print_plan(console, plan, output_dir)
+        return
+    if report_only:
+        _report_only(console, plan, output_dir, summary_dir)
         return
     interrupted = False
     with lock_folder(output_dir), _stop_on_signals():
@@ -70,10 +86,12 @@ def compare(
                 RunQueue(plan, output_dir, waiting, jobs, progress).run()
         except KeyboardInterrupt:
             interrupted = True
-        _print_outcome(console, plan, output_dir)
+        states = _print_outcome(console, plan, output_dir, summary_dir)
     if interrupted:
         console.print("Stopped. The same command continues; runs that were cut off start anew.", soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED)
+    if set(states) == {FAILED}:
+        raise typer.Exit(EXIT_ALL_FAILED)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -144,7 +162,18 @@ def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int) -> N
         console.print(line, soft_wrap=True)
 
 
-def _print_outcome(console: Console, plan: Plan, folder: Path) -> None:
+def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path | None) -> None:
+    """Write the report beside runs that are there, those going on included; the runs of another plan stay out of it."""
+    from .folder import read_run_record, write_plan
+    from .results import PENDING
+
+    if not any(read_run_record(folder, run).get("state", PENDING) != PENDING for run in plan.runs):
+        raise InputError(f"{folder} holds no run of this plan: call without report_only first")
+    write_plan(plan, folder)
+    _print_outcome(console, plan, folder, summary_dir)
+
+
+def _print_outcome(console: Console, plan: Plan, folder: Path, summary_dir: Path | None) -> Counter[str]:
     """Count the states; write the report if a run is over, and say where it is."""
     from .folder import read_run_record
     from .results import INTERRUPTED, PENDING, RUNNING
@@ -154,4 +183,5 @@ def _print_outcome(console: Console, plan: Plan, folder: Path) -> None:
     if set(states) - {INTERRUPTED, PENDING, RUNNING}:
         from .report import write_report
 
-        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+        console.print(f"Report: {write_report(folder, summary_dir)}", soft_wrap=True)
+    return states

@@ -10,6 +10,7 @@ LOSS_DIGITS = 3
 MISSING = "–"
 
 TEST_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+GAN_SCRIPT = "run_dcgan"
 OWN_SCRIPTS = ("run_translation", "run_clm", "run_embedded_translation")  # whose losses are in nats a token
 
 
@@ -70,7 +71,16 @@ def name_loss(metric: str, script: str) -> str:
     """Name the validation loss, with its unit where the script is one of this project."""
     if metric != "eval_loss":
         return f"validation {metric.removeprefix('eval_').replace('_', ' ')}"
+    if script == GAN_SCRIPT:
+        return "Frechet distance"
     return "validation loss (nats a token)" if script in OWN_SCRIPTS else "validation loss"
+
+
+def explain_loss(metric: str, script: str) -> str:
+    """Say what the report's words for the loss stand for, where they are not what the script measures."""
+    if metric == "eval_loss" and script == GAN_SCRIPT:
+        return " “Validation loss” stands here for the Frechet distance of generated images to training images; there is no other."
+    return ""
 
 
 def count_of(number: int, singular: str, plural: str | None = None) -> str:

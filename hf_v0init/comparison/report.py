@@ -5,12 +5,13 @@ It can be written at any time, also while runs are going on, and says how far th
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from .conclusion import Conclusion, compose_conclusion
 from .fingerprints import FingerprintCheck, check_fingerprints
-from .formats import count_of, format_rate, name_loss
+from .formats import count_of, explain_loss, format_rate, name_loss
 from .published import PUBLISHED, SOURCE
 from .report_figures import DrawnFigure, draw_figures
 from .report_html import render_html
@@ -33,11 +34,16 @@ from .tables import (
 
 MARKDOWN_FILE, HTML_FILE, RESULTS_FILE, ARMS_FILE = "report.md", "report.html", "results.csv", "arms.csv"
 FIGURES_FOLDER = "figures"
+SUMMARY_FIGURES = ("final_losses", "gap_to_warmup", "learning_rates")  # of the copy for a repository
 FOLDED = ("Every arm at every learning rate", "Runs")  # sections that the HTML shows on a click
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
     """Read the runs of a comparison, as far as they have come, and write the report into the same folder.
+
+    Args:
+        folder: of the comparison.
+        summary_dir: a folder for a copy that is light enough for a repository: `report.md`, the two tables and three figures.
 
     Returns the path of `report.html`.
 
@@ -56,7 +62,18 @@ def write_report(folder: str | Path) -> Path:
     (folder / MARKDOWN_FILE).write_text(markdown, encoding="utf-8")
     html = render_html(markdown, comparison.title, folder, FOLDED)
     (folder / HTML_FILE).write_text(html, encoding="utf-8")
+    if summary_dir is not None:
+        kept = [figure for figure in figures if figure.name in SUMMARY_FIGURES]
+        _write_copy(folder, Path(summary_dir), compose_markdown(summary, check, conclusion, kept), kept)
     return folder / HTML_FILE
+
+
+def _write_copy(folder: Path, destination: Path, markdown: str, figures: Sequence[DrawnFigure]) -> None:
+    (destination / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
+    files = [RESULTS_FILE, ARMS_FILE, *(f"{FIGURES_FOLDER}/{figure.name}.svg" for figure in figures)]
+    for name in files:
+        shutil.copyfile(folder / name, destination / name)
+    (destination / MARKDOWN_FILE).write_text(markdown, encoding="utf-8")
 
 
 def compose_markdown(
@@ -178,7 +195,7 @@ def _list_rules(summary: Summary) -> list[str]:
     return [
         "Runs of one seed have the same initial weights, data order and dropout in every arm; fingerprints of each run check it.",
         f"Arms and learning rates are selected by the final {name_loss(comparison.metric, comparison.script)} alone. Test data are "
-        "touched once a run, at its end.",
+        f"touched once a run, at its end.{explain_loss(comparison.metric, comparison.script)}",
         "Every arm is judged at its own best learning rate: that of the lowest mean among those with results on the most seeds. An arm "
         "that was run at more learning rates had more chances; the tables show how many.",
         "The best warmup is the arm with a warmup and without a v0 that has the lowest mean, whatever its optimizer.",
