@@ -30,8 +30,10 @@ from .gan_checkpoints import load_gan_checkpoint, save_gan_checkpoint
 from .gan_v0 import find_setting_differences, write_gan_v0
 from .gradient_statistics import raise_together
 from .image_quality import ImageQuality
+from .model_card import add_v0_section
 from .models.dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .network_optimizers import build_optimizer, build_schedule
+from .report import write_report
 from .run_preservation import preserve_rng, seed_everything
 from .run_record import RunRecordCallback
 
@@ -324,10 +326,17 @@ class GanTrainer:
             self.state.save_to_json(str(Path(self.training.output_dir, "trainer_state.json")))
 
     def save_networks(self) -> None:
-        """Write both networks into folders of their names, on the main process."""
-        if self.accelerator.is_main_process:
-            for name, network in self.networks.items():
-                network.save_pretrained(Path(self.training.output_dir, name))
+        """Write both networks into folders of their names, each with a model card that names its v0, on the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        reports = (self.v0_report or {}).get("networks", {})
+        for name, network in self.networks.items():
+            folder = Path(self.training.output_dir, name)
+            network.save_pretrained(folder)
+            card = folder / "README.md"
+            card.write_text(add_v0_section(card.read_text(encoding="utf-8"), reports.get(name)), encoding="utf-8")
+            if name in reports:
+                write_report(reports[name], folder)
 
     @contextlib.contextmanager
     def on_main_process(self) -> Iterator[bool]:
