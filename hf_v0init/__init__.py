@@ -15,7 +15,7 @@ _HOME = {
     "V0DiagnosticsCallback": "diagnostics",
     "initialize_v0": "plain_loop",
     "V0InitSeq2SeqTrainer": "trainer",
-    "STRATEGIES": "strategies",
+    "STRATEGIES": "scales",
     "compute_random_v0_": "strategies",
     "compute_data_driven_v0_": "strategies",
     "compute_first_gradient_v0_": "strategies",

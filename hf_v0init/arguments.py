@@ -8,12 +8,22 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .enough_samples import MAX_NUM_SAMPLES
 from .errors import InputError
-from .strategies import DEFAULT_SCALE, STRATEGIES
+from .scales import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
 from .untuned_warmup import UNTUNED_WARMUPS
 from .warmup_equivalence import compute_scale_for_warmup, require_scale
 
 STATISTICS = ("per_sample", "per_step")
 AUTO = "auto"  # of v0_num_samples
+PRESETS = ("paper",)
+# What the paper has beside its scales; eq. 10 over 5,000 samples, eq. 11, tensors of two or more dimensions.
+PAPER_SETTINGS = {
+    "v0_statistic": "per_sample",
+    "v0_num_samples": 5000,
+    "v0_one_dimensional": False,
+    "v0_floor": 0.0,
+    "v0_fan_factor": 1.0,
+    "v0_warmup_steps": None,
+}
 
 
 class SampleCount(int):
@@ -46,6 +56,14 @@ class V0InitArguments:
         metadata={
             "help": "sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven and "
             "first_gradient. Excludes --v0_warmup_steps."
+        },
+    )
+    v0_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'paper': the settings of arXiv 2412.02153 whatever the defaults of this version are, scale 1 for data_driven and "
+            "100 for random; other flags must not contradict it. Default: none.",
+            "choices": list(PRESETS),
         },
     )
     v0_num_samples: SampleCount = field(
@@ -174,8 +192,24 @@ class V0InitArguments:
                 )
         if self.untuned_warmup is not None and self.untuned_warmup not in UNTUNED_WARMUPS:
             raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {', '.join(UNTUNED_WARMUPS)}")
+        if self.v0_preset is not None:
+            self._require_preset()
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
+
+    def _require_preset(self) -> None:
+        if self.v0_preset not in PRESETS:
+            raise InputError(f"v0_preset={self.v0_preset!r}: choose {', '.join(PRESETS)}, or leave it out")
+        if self.v0_init not in ("zeros", *PAPER_SCALE):
+            raise InputError(
+                f"v0_preset={self.v0_preset} with v0_init={self.v0_init}, which the paper does not have: choose "
+                f"{' or '.join(PAPER_SCALE)}, or drop v0_preset"
+            )
+        wanted = PAPER_SETTINGS | {"v0_scale": PAPER_SCALE.get(self.v0_init)}
+        for name, value in wanted.items():
+            given = getattr(self, name)
+            if given != value and not (name == "v0_scale" and given is None):
+                raise InputError(f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two")
 
     def _require_count(self, name: str, remedy: str, or_else: str = "") -> None:
         value = getattr(self, name)
@@ -190,7 +224,9 @@ class V0InitArguments:
         """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default."""
         if self.v0_warmup_steps is not None:
             return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
-        return DEFAULT_SCALE[self.v0_init] if self.v0_scale is None else self.v0_scale
+        if self.v0_scale is not None:
+            return self.v0_scale
+        return (DEFAULT_SCALE if self.v0_preset is None else DEFAULT_SCALE | PAPER_SCALE)[self.v0_init]
 
 
 def _require_number(name: str, value: Any) -> float:

@@ -18,6 +18,7 @@ from .analysis.commands import add_commands
 from .comparison.command import add_commands as add_comparison
 from .cost_command import add_commands as add_cost
 from .errors import InputError
+from .scales import DEFAULT_SCALE, SCALED_BY_GRADIENTS, STRATEGIES
 from .figures import draw_multiplier, require_figure_path
 from .optimizer_table import make_cells, make_markdown_table
 from .warmup_equivalence import (
@@ -33,9 +34,6 @@ from .warmup_equivalence import (
     require_scale,
 )
 
-STRATEGIES = ("zeros", "random", "data_driven", "first_gradient")
-SCALED_BY_GRADIENTS = ("data_driven", "first_gradient")
-DEFAULT_SCALE = 1.0  # of data_driven and first_gradient
 TARGETS = (0.5, 0.9, 0.99)
 RATIOS = (1.0, 1e2, 1e4, 1e6)
 EXIT_BAD_INPUT = 2
@@ -154,7 +152,7 @@ def compute_scale_in_force(
         return scale
     if v0_init not in SCALED_BY_GRADIENTS:
         return None
-    return DEFAULT_SCALE if v0_scale is None else v0_scale
+    return DEFAULT_SCALE[v0_init] if v0_scale is None else v0_scale
 
 
 def _print_multiplier(

@@ -43,6 +43,7 @@ from .arguments import read_v0_arguments
 from .element_samples import MAX_PER_TENSOR, ElementSamples, compute_weighted_quantiles
 from .errors import InputError
 from .optimizer_state import read_beta2
+from .scales import SCALED_BY_GRADIENTS
 from .warmup_equivalence import compute_multiplier
 
 logger = logging.get_logger(__name__)
@@ -55,7 +56,6 @@ MOMENT_STEPS_PER_DECADE = 10
 MAX_MOMENTS = 65536
 MULTIPLIER_QUANTILES = (0.1, 0.5, 0.9)
 SECONDS_BETWEEN_WRITES = 30.0
-SCALED_BY_GRADIENTS = ("data_driven", "first_gradient")
 
 
 class V0DiagnosticsCallback(TrainerCallback):

@@ -13,12 +13,6 @@ import math
 
 import torch
 
-STRATEGIES = ("zeros", "random", "data_driven", "first_gradient")
-
-# The paper's scales (its section 4): 100 for random, 1 for data-driven.
-DEFAULT_SCALE = {"zeros": 0.0, "random": 100.0, "data_driven": 1.0, "first_gradient": 1.0}
-
-
 def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Compute (fan_in, fan_out) as the paper's Algorithm 1 does: size(1) and size(0), times the receptive field.
 

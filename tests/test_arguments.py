@@ -32,6 +32,14 @@ def test_defaults_are_the_papers_and_leave_adam_alone():
     ]
 
 
+def test_the_papers_preset_is_its_settings():
+    scales = {s: V0InitArguments(v0_init=s, v0_preset="paper").get_v0_scale(0.999) for s in ("random", "data_driven")}
+    assert scales == {"random": 100.0, "data_driven": 1.0}
+    V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_scale=1)  # says the same twice
+    given = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(["--v0_preset", "paper"])[0]
+    assert given == V0InitArguments(v0_preset="paper")
+
+
 def test_command_line_gives_every_flag_its_type():
     parsed = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
         "--v0_init data_driven --v0_scale 2.5 --v0_num_samples 100 --v0_statistic per_step --v0_stats_batch_size 8 "

@@ -38,6 +38,13 @@ SETTINGS = [
     ({"v0_statistic": "median"}, ["v0_statistic='median'", "per_sample, per_step"]),
     ({"v0_seed": -1}, ["v0_seed=-1", "2^63"]),
     ({"v0_fan_factor": 0.0}, ["v0_fan_factor=0.0", "> 0"]),
+    ({"v0_preset": "article"}, ["v0_preset='article'", "paper"]),
+    ({"v0_preset": "paper", "v0_init": "first_gradient"}, ["v0_init=first_gradient", "random or data_driven"]),
+    ({"v0_preset": "paper", "v0_init": "data_driven", "v0_scale": 3.0}, ["v0_scale=1.0", "3.0", "drop one"]),
+    (
+        {"v0_preset": "paper", "v0_init": "data_driven", "v0_statistic": "per_step"},
+        ["v0_statistic=per_sample", "per_step"],
+    ),
 ]
 
 

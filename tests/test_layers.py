@@ -17,7 +17,7 @@ LAYERS = [
     ["optimizer_probe"],
     ["optimizer_layouts", "optimizer_table"],
     ["sharding", "run_preservation", "warmup_equivalence", "checkpoint_safety", "cost_model"],
-    ["errors"],
+    ["errors", "scales"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What each of these may not know, by top-level package or by word in the source.
@@ -34,6 +34,7 @@ FORBIDDEN = {
     "cost_model": {"torch", "numpy", "transformers", "typer"},
     "enough_samples": {"transformers", "accelerate", "datasets", "optimizer_state"},
     "checkpoint_safety": {"torch", "numpy", "transformers"},
+    "scales": {"torch", "numpy", "transformers"},
 }
 
 

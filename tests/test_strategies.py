@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from hf_v0init.strategies import (
-    DEFAULT_SCALE,
     compute_data_driven_v0_,
     compute_fans,
     compute_first_gradient_v0_,
@@ -54,10 +53,6 @@ def test_data_driven_and_first_gradient_are_their_formulas():
     g = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
     assert torch.equal(compute_data_driven_v0_(g.square(), 3.0), 3.0 * g**2)
     assert torch.equal(compute_first_gradient_v0_(g.clone(), 3.0), 3.0 * g**2)
-
-
-def test_default_scales_are_the_papers():
-    assert DEFAULT_SCALE == {"zeros": 0.0, "random": 100.0, "data_driven": 1.0, "first_gradient": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
+from ..scales import DEFAULT_SCALE, STRATEGIES
 
-DEFAULT_SCALES = {"random": 100.0, "data_driven": 1.0, "first_gradient": 1.0}
-STRATEGIES = ("zeros", *DEFAULT_SCALES)
 UNTUNED = {"untuned_linear": "linear", "untuned_exponential": "exponential"}
 NO_WARMUP, DEFAULT_OPTIMIZER, NO_V0 = "none", "adamw", "zeros"
 
@@ -125,7 +124,7 @@ def _name_v0(flags: dict[str, Any]) -> AxisValue:
     if "v0_warmup_steps" in flags:
         words.append(f"warmup {flags['v0_warmup_steps']}")
     elif strategy != NO_V0:
-        scale = flags.setdefault("v0_scale", DEFAULT_SCALES[strategy])
+        scale = flags.setdefault("v0_scale", DEFAULT_SCALE[strategy])
         if not is_number(scale) or scale <= 0:
             raise InputError(f"v0: v0_scale={scale!r}: must be a number > 0")
         flags["v0_scale"] = float(scale)

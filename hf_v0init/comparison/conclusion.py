@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .axes import DEFAULT_SCALES, UNTUNED
+from ..scales import DEFAULT_SCALE
+from .axes import UNTUNED
 from .decision import (
     ALL_DIVERGED,
     FEW_SEEDS,
@@ -272,7 +273,7 @@ def needs_no_choice(arm: Arm) -> bool:
     """Whether the arm's v0 or warmup is a default that nobody has to tune: a strategy at its default scale, an untuned warmup."""
     if arm.kind == WARMUP:
         return arm.warmup in UNTUNED
-    return not arm.other and arm.v0 in {f"{strategy} {scale:g}" for strategy, scale in DEFAULT_SCALES.items()}
+    return not arm.other and arm.v0 in {f"{strategy} {scale:g}" for strategy, scale in DEFAULT_SCALE.items()}
 
 
 def _compose_sensitivity(summary: Summary, v0: Arm, warmup: Arm | None, plain: Arm | None) -> str:
