@@ -8,6 +8,7 @@ import math
 import re
 import weakref
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -322,6 +323,12 @@ def test_the_table_and_the_words():
 def test_impossible_constants_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name}=.*must be a finite number > 0"):
         CostConstants(**{name: value})
+
+
+def test_the_readme_has_the_model_s_table():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- cost: begin -->\n", "\n<!-- cost: end -->"
+    assert readme[readme.index(begin) + len(begin) : readme.index(end)] == make_markdown_table(CostConstants())
 
 
 def test_every_constant_says_where_it_is_from():

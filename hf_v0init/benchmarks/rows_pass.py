@@ -43,7 +43,7 @@ def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]
 
 def measure_pass_time(conditions: Conditions) -> Row:
     """The Trainer's own pass, data loader and collator included, beside forward and backward of the same batches."""
-    per_pair, num_pairs = 32, conditions.choose(8, 20)  # batches: the pass that is to be known has 625
+    per_pair, num_pairs = 8, conditions.choose(7, 78)  # batches: the pass that is to be known has 625
     data = make_random_sequences(BATCH_SIZE * per_pair)
     model = make_gpt2()
     settings = {"v0_init": "data_driven", "v0_num_samples": len(data), "v0_stats_batch_size": BATCH_SIZE}
