@@ -209,7 +209,9 @@ class V0InitArguments:
         for name, value in wanted.items():
             given = getattr(self, name)
             if given != value and not (name == "v0_scale" and given is None):
-                raise InputError(f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two")
+                raise InputError(
+                    f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two"
+                )
 
     def _require_count(self, name: str, remedy: str, or_else: str = "") -> None:
         value = getattr(self, name)

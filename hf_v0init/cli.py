@@ -18,9 +18,9 @@ from .analysis.commands import add_commands
 from .comparison.command import add_commands as add_comparison
 from .cost_command import add_commands as add_cost
 from .errors import InputError
-from .scales import DEFAULT_SCALE, SCALED_BY_GRADIENTS, STRATEGIES
 from .figures import draw_multiplier, require_figure_path
 from .optimizer_table import make_cells, make_markdown_table
+from .scales import DEFAULT_SCALE, SCALED_BY_GRADIENTS, STRATEGIES
 from .warmup_equivalence import (
     PRINTED_STEPS,
     WASHED_OUT,

@@ -13,6 +13,7 @@ import math
 
 import torch
 
+
 def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Compute (fan_in, fan_out) as the paper's Algorithm 1 does: size(1) and size(0), times the receptive field.
 

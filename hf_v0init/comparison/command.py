@@ -41,7 +41,8 @@ def compare(
     summary_dir: Annotated[
         Path | None,
         typer.Option(
-            "--summary_dir", help="Also a copy of the report that is light enough for a repository: tables, three figures."
+            "--summary_dir",
+            help="Also a copy of the report that is light enough for a repository: tables, three figures.",
         ),
     ] = None,
 ) -> None:
