@@ -25,7 +25,7 @@ from rich.table import Table
 
 from hf_v0init.errors import InputError
 from hf_v0init.figures import TrainingCurve, draw_training_curves
-from hf_v0init.script_support import require_writable_output, run_script
+from hf_v0init.tasks.script_support import require_writable_output, run_script
 from hf_v0init.warmup_equivalence import compute_similar_linear_warmup, describe_multiplier
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
@@ -111,9 +111,9 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
 
     from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
     from hf_v0init.data.embedded_corpus import generate_embedded_corpus
-    from hf_v0init.metrics import SacreBleu
     from hf_v0init.models.post_norm import apply_xavier_initialization, build_post_norm_config
-    from hf_v0init.token_loss import ExactEvaluationMixin, TokenCrossEntropy
+    from hf_v0init.tasks.metrics import SacreBleu
+    from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
 
     class DemoTrainer(ExactEvaluationMixin, V0InitSeq2SeqTrainer):
         """Evaluates the loss exactly, per token over the whole set."""

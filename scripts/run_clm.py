@@ -18,8 +18,6 @@ from pathlib import Path
 from transformers import set_seed
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.checkpoint_averaging import require_enough_checkpoints
-from hf_v0init.completions import generate_completions
 from hf_v0init.data.language_modeling import (
     CausalCollator,
     StreamedTokenWindows,
@@ -42,8 +40,10 @@ from hf_v0init.data.token_streams import SegmentCollator, TokenStreams
 from hf_v0init.errors import InputError
 from hf_v0init.models.awd_lstm import AwdLstmConfig
 from hf_v0init.models.causal_language_model import ModelArguments, choose_block_size, load_model, load_tokenizer
-from hf_v0init.perplexity import ExactPerplexityMixin
-from hf_v0init.script_stages import (
+from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
+from hf_v0init.tasks.completions import generate_completions
+from hf_v0init.tasks.perplexity import ExactPerplexityMixin
+from hf_v0init.tasks.script_stages import (
     count_steps,
     describe_for_card,
     flag,
@@ -52,9 +52,9 @@ from hf_v0init.script_stages import (
     require_possible_run,
     train_and_save,
 )
-from hf_v0init.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
-from hf_v0init.step_decay import StepDecayArguments, StepDecayMixin
-from hf_v0init.stream_training import ContiguousStreamsMixin, require_possible_streams
+from hf_v0init.tasks.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from hf_v0init.tasks.step_decay import StepDecayArguments, StepDecayMixin
+from hf_v0init.tasks.stream_training import ContiguousStreamsMixin, require_possible_streams
 
 
 @dataclass

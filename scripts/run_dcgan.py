@@ -24,12 +24,12 @@ from hf_v0init.data.image_folders import LabelledImages, choose_some
 from hf_v0init.data.image_format import IMAGE_MODES, choose_format
 from hf_v0init.data.image_tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
 from hf_v0init.errors import InputError
-from hf_v0init.gan_training import DivergedError, GanTrainer
-from hf_v0init.image_quality import ImageQuality, InceptionFeatures, train_classifier
 from hf_v0init.models.dcgan import Discriminator, Generator, count_doublings
 from hf_v0init.report import write_report
-from hf_v0init.script_stages import DatasetArguments, HubArguments, flag, require_positive_counts
-from hf_v0init.script_support import (
+from hf_v0init.tasks.gan_training import DivergedError, GanTrainer
+from hf_v0init.tasks.image_quality import ImageQuality, InceptionFeatures, train_classifier
+from hf_v0init.tasks.script_stages import DatasetArguments, HubArguments, flag, require_positive_counts
+from hf_v0init.tasks.script_support import (
     find_checkpoint_to_resume,
     parse_arguments,
     remove_old_checkpoints,

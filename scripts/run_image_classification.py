@@ -42,7 +42,7 @@ from hf_v0init.data.image_samples import ImageDrawsMixin, ImageSamples, stack_sa
 from hf_v0init.errors import InputError
 from hf_v0init.models.cifar_resnet import CifarResNetConfig
 from hf_v0init.run_preservation import preserve_model, preserve_rng
-from hf_v0init.script_stages import (
+from hf_v0init.tasks.script_stages import (
     DatasetArguments,
     HubArguments,
     describe_for_card,
@@ -55,10 +55,10 @@ from hf_v0init.script_stages import (
     require_sole_model_source,
     train_and_save,
 )
-from hf_v0init.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
-from hf_v0init.step_decay import StepDecayArguments, StepDecayMixin
-from hf_v0init.token_loss import TokenCrossEntropy
-from hf_v0init.top_k_accuracy import ExactAccuracyMixin
+from hf_v0init.tasks.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from hf_v0init.tasks.step_decay import StepDecayArguments, StepDecayMixin
+from hf_v0init.tasks.token_loss import TokenCrossEntropy
+from hf_v0init.tasks.top_k_accuracy import ExactAccuracyMixin
 
 logger = logging.get_logger("run_image_classification")
 

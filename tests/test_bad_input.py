@@ -14,7 +14,7 @@ from trainers import make_trainer
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
 from hf_v0init.optimizer_state import is_untouched
-from hf_v0init.script_support import run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from transformers import MarianMTModel, TrainingArguments
 from translation_models import make_marian
 
-from hf_v0init.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
 from hf_v0init.errors import InputError
+from hf_v0init.tasks.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
 
 
 def write_checkpoint(folder, **tensors):

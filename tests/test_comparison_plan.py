@@ -338,7 +338,7 @@ def test_a_package_without_its_scripts_says_so(plan_of, monkeypatch, tmp_path):
 def test_flags_are_written_so_that_scripts_read_them_back():
     from transformers import TrainingArguments
 
-    from hf_v0init.script_support import parse_arguments
+    from hf_v0init.tasks.script_support import parse_arguments
 
     flags = {
         "learning_rate": 1e-05, "max_steps": 7, "bf16": False, "do_eval": True, "eval_strategy": "no", "adam_beta2": 0.98,
@@ -378,7 +378,7 @@ EXPECTED_OPTIMIZERS = {
 def make_trainer(run, tmp_path, gpt2, sequences):
     """The Trainer that a script would make of a run's flags."""
     from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-    from hf_v0init.script_support import parse_arguments
+    from hf_v0init.tasks.script_support import parse_arguments
 
     flags = make_flags({**run.arguments, "output_dir": str(tmp_path), "use_cpu": True, "max_steps": 20})
     (arguments,) = parse_arguments((V0InitTrainingArguments,), flags)

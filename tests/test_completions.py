@@ -6,7 +6,7 @@ from conftest import VOCAB, make_gpt2
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_v0init.completions import generate_completions
+from hf_v0init.tasks.completions import generate_completions
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

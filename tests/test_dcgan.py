@@ -14,8 +14,6 @@ from torch import nn
 from hf_v0init import read_second_moment
 from hf_v0init.data.image_tensors import round_to_pixels, scale_pixels
 from hf_v0init.errors import InputError
-from hf_v0init.gan_training import GanTrainer, ImageOrder
-from hf_v0init.gan_v0 import find_setting_differences, join_reports
 from hf_v0init.gradient_statistics import compute_batch_seed
 from hf_v0init.models.dcgan import (
     IMAGE_SIZES,
@@ -26,6 +24,8 @@ from hf_v0init.models.dcgan import (
     draw_noise,
 )
 from hf_v0init.statistics_batches import choose_samples
+from hf_v0init.tasks.gan_training import GanTrainer, ImageOrder
+from hf_v0init.tasks.gan_v0 import find_setting_differences, join_reports
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 

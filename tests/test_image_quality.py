@@ -12,7 +12,7 @@ from hf_v0init.errors import InputError
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
-from hf_v0init.image_quality import ClassifierFeatures, ImageQuality, InceptionFeatures, train_classifier
+from hf_v0init.tasks.image_quality import ClassifierFeatures, ImageQuality, InceptionFeatures, train_classifier
 
 
 class PixelFeatures(nn.Module):

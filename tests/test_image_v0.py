@@ -17,7 +17,7 @@ from hf_v0init.data.image_format import choose_format, measure_mean_and_std
 from hf_v0init.data.image_samples import ImageDrawsMixin, ImageSamples, stack_samples
 from hf_v0init.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.statistics_batches import choose_samples
-from hf_v0init.token_loss import TokenCrossEntropy
+from hf_v0init.tasks.token_loss import TokenCrossEntropy
 
 SEED, SMOOTHING, BATCH = 11, 0.1, 6
 CROP = Augmentation("pad", 1, True)

@@ -60,6 +60,11 @@ def test_core_files_import_only_downwards(name):
     assert not upwards, f"{name}.py imports {upwards}, which lies above it"
 
 
+@pytest.mark.parametrize("name", sorted(set(LEVEL) - {"cli"}))
+def test_core_files_do_not_know_what_is_built_on_them(name):
+    assert not imported_modules(PACKAGE / f"{name}.py") & {"tasks", "comparison", "analysis", "benchmarks"}
+
+
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_lower_files_do_not_know_what_they_must_not(name):
     assert not imported_modules(PACKAGE / f"{name}.py") & FORBIDDEN[name]

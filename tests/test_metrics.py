@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 
 from hf_v0init.errors import InputError
-from hf_v0init.metrics import SacreBleu
+from hf_v0init.tasks.metrics import SacreBleu
 
 PREDICTIONS = ["The cat sat on the mat.", "There is a dog in the garden, and it barks.", "Two young men walk."]
 REFERENCES = ["The cat sat on a mat.", "A dog is in the garden and barks.", "Two young men are walking outside."]

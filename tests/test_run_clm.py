@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init import V0InitTrainingArguments
-from hf_v0init.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_clm.py"

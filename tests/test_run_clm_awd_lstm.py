@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_v0init import V0InitTrainingArguments
 from hf_v0init.analysis.checkpoint_data import load_model
 from hf_v0init.models.awd_lstm import AwdLstmForCausalLM
-from hf_v0init.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_clm.py"

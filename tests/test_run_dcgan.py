@@ -23,7 +23,7 @@ from hf_v0init.comparison.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.models.dcgan import Generator
 from hf_v0init.run_table import read_run
-from hf_v0init.script_support import parse_arguments
+from hf_v0init.tasks.script_support import parse_arguments
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 

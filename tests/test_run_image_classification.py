@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_v0init.data.image_folders import load_image_folder
-from hf_v0init.script_support import run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "run_image_classification.py"

@@ -19,8 +19,8 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
-from hf_v0init.checkpoint_averaging import average_checkpoints
-from hf_v0init.script_support import run_script
+from hf_v0init.tasks.checkpoint_averaging import average_checkpoints
+from hf_v0init.tasks.script_support import run_script
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_translation.py"
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]

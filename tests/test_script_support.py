@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
-from hf_v0init import script_support
 from hf_v0init.errors import InputError
-from hf_v0init.script_support import (
+from hf_v0init.tasks import script_support
+from hf_v0init.tasks.script_support import (
     find_checkpoint_to_resume,
     parse_arguments,
     remove_old_checkpoints,

@@ -8,8 +8,8 @@ from transformers import BartConfig, BartForConditionalGeneration, DataCollatorF
 
 from hf_v0init.arguments import V0InitSeq2SeqTrainingArguments
 from hf_v0init.data.tokenizer_training import train_bpe_tokenizer
-from hf_v0init.sorted_evaluation import LengthSortedEvaluationMixin, find_length_order
-from hf_v0init.token_loss import ExactEvaluationMixin
+from hf_v0init.tasks.sorted_evaluation import LengthSortedEvaluationMixin, find_length_order
+from hf_v0init.tasks.token_loss import ExactEvaluationMixin
 
 LENGTHS = [3, 9, 1, 5, 9, 2, 7, 4, 8, 6, 1]
 

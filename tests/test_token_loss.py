@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from translation_models import make_marian
 
-from hf_v0init.token_loss import ExactEvaluationMixin, TokenCrossEntropy, compute_row_nll
+from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy, compute_row_nll
 
 LOGITS = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([[1, 2, 3, -100, -100], [6, -100, -100, -100, -100], [0, 1, 2, 3, 4]])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 
 from ..data.token_budget import TokenBudgetBatchSampler
-from ..token_loss import TokenCrossEntropy
+from ..tasks.token_loss import TokenCrossEntropy
 from .measuring import Conditions, Row, measure_pairs, measure_times
 from .rows_training import FIRST_STEPS, StepClock
 from .tasks import TranslationTask, load_translation_task, make_arguments, tokenize

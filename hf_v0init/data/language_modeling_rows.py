@@ -11,7 +11,7 @@ import datasets
 from transformers import TrainingArguments
 
 from ..errors import InputError
-from ..script_stages import DatasetArguments, HubArguments, find_needed_roles, flag, require_positive_counts
+from ..tasks.script_stages import DatasetArguments, HubArguments, find_needed_roles, flag, require_positive_counts
 from .language_modeling import list_columns
 from .text_files import load_local_files
 

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 from sacrebleu.metrics import BLEU, CHRF
 
-from .errors import InputError
+from ..errors import InputError
 
 _DESCRIPTION = "Corpus BLEU and chrF of detokenised text, computed by sacrebleu, with its signatures."
 

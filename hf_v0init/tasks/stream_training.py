@@ -27,8 +27,8 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
-from .data.token_streams import SegmentCollator, SegmentsWithContext, TokenStreams
-from .errors import InputError
+from ..data.token_streams import SegmentCollator, SegmentsWithContext, TokenStreams
+from ..errors import InputError
 
 logger = logging.getLogger("hf_v0init")
 

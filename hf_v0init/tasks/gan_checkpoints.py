@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerState
 
-from .checkpoint_safety import begin_save, complete_save, delete_old_checkpoints
-from .errors import InputError
-from .report import read_report, write_report
-from .run_preservation import read_rng_states, write_rng_states
+from ..checkpoint_safety import begin_save, complete_save, delete_old_checkpoints
+from ..errors import InputError
+from ..report import read_report, write_report
+from ..run_preservation import read_rng_states, write_rng_states
 
 STATE_FILE, PROCESS_FILE = "training_state.pt", "process_state_{}.pt"
 

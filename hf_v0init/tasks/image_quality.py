@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .errors import InputError
-from .run_preservation import preserve_rng, seed_everything
+from ..errors import InputError
+from ..run_preservation import preserve_rng, seed_everything
 
 logger = logging.getLogger("hf_v0init")
 

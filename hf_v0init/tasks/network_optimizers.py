@@ -5,10 +5,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, get_scheduler
 
-from .errors import InputError
-from .optimizer_choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from .optimizer_state import read_beta2
-from .untuned_warmup import add_untuned_warmup
+from ..errors import InputError
+from ..optimizer_choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
+from ..optimizer_state import read_beta2
+from ..untuned_warmup import add_untuned_warmup
 
 
 def build_optimizer(network: nn.Module, training) -> torch.optim.Optimizer:

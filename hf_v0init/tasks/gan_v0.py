@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .arguments import AUTO
-from .models.dcgan import compute_discriminator_loss, compute_generator_loss
-from .plain_loop import initialize_v0
-from .statistics_batches import choose_samples
+from ..arguments import AUTO
+from ..models.dcgan import compute_discriminator_loss, compute_generator_loss
+from ..plain_loop import initialize_v0
+from ..statistics_batches import choose_samples
 
 SETTINGS = ("init", "scale", "num_samples", "statistic", "stats_batch_size", "seed", "one_dimensional", "warmup_steps")
 SETTINGS += ("floor", "fan_factor")

@@ -23,19 +23,19 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
-from .data.image_tensors import round_to_pixels, scale_pixels, write_image_grid
-from .diagnostics import DIAGNOSTICS_FILE, V0DiagnosticsCallback
-from .errors import InputError
+from ..data.image_tensors import round_to_pixels, scale_pixels, write_image_grid
+from ..diagnostics import DIAGNOSTICS_FILE, V0DiagnosticsCallback
+from ..errors import InputError
+from ..gradient_statistics import raise_together
+from ..model_card import add_v0_section
+from ..models.dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
+from ..report import write_report
+from ..run_preservation import preserve_rng, seed_everything
+from ..run_record import RunRecordCallback
 from .gan_checkpoints import load_gan_checkpoint, save_gan_checkpoint
 from .gan_v0 import find_setting_differences, write_gan_v0
-from .gradient_statistics import raise_together
 from .image_quality import ImageQuality
-from .model_card import add_v0_section
-from .models.dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .network_optimizers import build_optimizer, build_schedule
-from .report import write_report
-from .run_preservation import preserve_rng, seed_everything
-from .run_record import RunRecordCallback
 
 logger = logging.getLogger("hf_v0init")
 

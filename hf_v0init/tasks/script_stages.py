@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TrainingArguments
 
+from ..errors import InputError
 from .checkpoint_averaging import load_average_of_last
-from .errors import InputError
 from .script_support import RemoveOldCheckpoints, find_checkpoint_to_resume, require_writable_output
 
 logger = logging.getLogger("hf_v0init")

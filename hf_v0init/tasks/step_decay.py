@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .errors import InputError
-from .untuned_warmup import multiply_schedule
+from ..errors import InputError
+from ..untuned_warmup import multiply_schedule
 
 
 @dataclass
