@@ -43,9 +43,11 @@ def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]
 
 def measure_pass_time(conditions: Conditions) -> Row:
     """The Trainer's own pass, data loader and collator included, beside forward and backward of the same batches."""
-    per_pair, num_pairs = 8, conditions.choose(7, 78)  # batches: the pass that is to be known has 625
-    data = make_random_sequences(BATCH_SIZE * per_pair)
-    model = make_gpt2()
+    per_pair, num_pairs = 4, conditions.choose(11, 156)
+    # So many logits that they get new memory from the system in every batch, whoever computes them: smaller ones come from the heap,
+    # and then what ran before, and what it freed, makes differences of 5% between runs of one and the same function.
+    data = make_random_sequences(BATCH_SIZE * per_pair, 10_000)
+    model = make_gpt2(vocabulary=10_000)
     settings = {"v0_init": "data_driven", "v0_num_samples": len(data), "v0_stats_batch_size": BATCH_SIZE}
     arguments = make_arguments(conditions.work_dir, per_device_train_batch_size=BATCH_SIZE, **settings)
     trainer = V0InitTrainer(model=model, args=arguments, train_dataset=data)
@@ -194,7 +196,7 @@ def measure_model_of_cost(conditions: Conditions) -> Row:
 def measure_sample_counts(conditions: Conditions) -> list[Row]:
     """The error of v0 from fewer samples against that from 5,000, and what `--v0_num_samples auto` takes."""
     task = load_translation_task(conditions.data_dir, conditions.work_dir, 29_000)
-    num_layers = conditions.choose(3, 6)
+    num_layers = conditions.choose(2, 6)
     model = task.make_model(num_layers)
     collate = task.make_collator(model)
     rows = [_find_errors(task.name, model, list(task.tokenized.select(_choose(len(task.tokenized)))), collate)]

@@ -68,14 +68,14 @@ def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callback
 
 def measure_trainer_steps(conditions: Conditions) -> list[Row]:
     """Steps of the Trainer after a v0 beside those of the stock Trainer; and what the diagnostics add to them."""
-    num_steps, num_watched = conditions.choose(12, 60), conditions.choose(60, 200)
+    num_steps, num_watched = conditions.choose(10, 60), conditions.choose(40, 200)
     v0 = {"v0_init": "data_driven", "v0_num_samples": 16}
     times = measure_times(
         [
             lambda: _train(conditions, V0InitTrainer, num_steps, **v0),
             lambda: _train(conditions, Trainer, num_steps),
         ],
-        conditions.choose(4, 8),
+        conditions.choose(3, 8),
     )
     watching = V0DiagnosticsCallback()
     _train(conditions, V0InitTrainer, num_watched, [watching], **v0)

@@ -246,7 +246,7 @@ def measure_generation(conditions: Conditions) -> list[Row]:
             with torch.no_grad():
                 model.generate(**inputs, max_length=65, num_beams=NUM_BEAMS)
 
-    times = measure_times([predict, generate_sorted, predict_with_loss], conditions.choose(2, 5))
+    times = measure_times([predict, generate_sorted, predict_with_loss], conditions.choose(3, 5))
     what = f"sentences a second of run_translation's Trainer, beam {NUM_BEAMS}, {num_sentences} sentences"
     against = "transformers' `generate` in batches sorted by length"
     return [
