@@ -85,7 +85,7 @@ def draw_multiplier(
         markers: {m: step} to mark on the first curve.
         linear_warmup_steps: length of a linear warmup to draw beside the curves.
     """
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     last = max(max_steps, 2)
     steps = [math.exp(math.log(last) * i / (POINTS_PER_CURVE - 1)) for i in range(POINTS_PER_CURVE)]
@@ -113,12 +113,12 @@ def draw_multiplier(
     axes.set_ylabel("m(t), factor on Adam's step")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve], *, title: str) -> None:
     """Draw training loss (left) and update size of the first steps (right) of several runs into `path`."""
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained")
     for curve, colour, style in zip(curves, COLOURS, LINE_STYLES, strict=False):
         left.plot(curve.loss_steps, curve.losses, color=colour, ls=style, lw=1.8, label=curve.name)
@@ -135,7 +135,7 @@ def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False)
     figure.suptitle(title)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
@@ -144,7 +144,7 @@ def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
     Args:
         runs: objects with `name`, `train_steps`, `train_losses`, `eval_steps`, `eval_losses` (nats a token).
     """
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained", sharey=True)
     for run, colour in zip(runs, COLOURS, strict=False):
         left.plot(run.train_steps, run.train_losses, color=colour, lw=1.6, label=run.name)
@@ -157,10 +157,11 @@ def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
     figure.suptitle(title)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _import_pyplot():
+def import_pyplot():
+    """Return `matplotlib.pyplot` with a backend that draws into files; imported late, since it takes its time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,7 +170,8 @@ def _import_pyplot():
     return plt
 
 
-def _write(figure, path: str | os.PathLike) -> None:
+def write_figure(figure, path: str | os.PathLike) -> None:
+    """Write the figure, in the format of the name's ending, and forget it."""
     import matplotlib.pyplot as plt
 
     try:

@@ -209,7 +209,8 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         add("fan factor", "fan_factor", _format_exact)
     add("seed", "seed", _format_exact)
     add("one-dimensional tensors", "one_dimensional", lambda wanted: "get a v0" if wanted else "start at zero")
-    add("Adam's beta2", "beta2", _format_exact)
+    add("optimizer", "optimizer", "`{}`".format)
+    add("its beta2", "beta2", _format_exact)
     return rows
 
 

@@ -29,6 +29,12 @@ def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def name_optimizer(optimizer) -> str:
+    """Return the class name of the optimizer that makes the steps, such as "AdamW"."""
+    optimizer = unwrap_optimizer(optimizer)
+    return type(optimizer.inner if getattr(optimizer, "is_partitioned", False) else optimizer).__name__
+
+
 def find_layout(optimizer) -> PlainLayout:
     """Find how the optimizer keeps its second moment: by the table, or by a dry run on a copy.
 

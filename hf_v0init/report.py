@@ -39,6 +39,7 @@ class V0Report:
     fan_factor: float = 1.0
     floor: float = 0.0
     warmup_steps: int | None = None
+    optimizer: str | None = None
     beta2: float | None = None
     max_steps: int | None = None
     global_step: int = 0

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..figures import COLOURS, LINE_STYLES, _import_pyplot, _write
+from ..figures import COLOURS, LINE_STYLES, import_pyplot, write_figure
 
 if TYPE_CHECKING:
     from .linear_loss import LinearLoss, LinearLossRun
@@ -19,7 +19,7 @@ def draw_saddle(path: str | os.PathLike, runs: Sequence[SaddleRun]) -> None:
     """Draw the saddle loss (left), and x (middle) and its size (right) over the steps of each run, into the file `path`."""
     from .saddle import SADDLE, compute_saddle_loss
 
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, (loss_axes, path_axes, size_axes) = plt.subplots(1, 3, figsize=(14.0, 4.2), layout="constrained")
     grid = [-1.8 + 3.6 * i / 400 for i in range(401)]
     loss_axes.plot(grid, [compute_saddle_loss(x) for x in grid], color="0.3", lw=1.8)
@@ -39,14 +39,14 @@ def draw_saddle(path: str | os.PathLike, runs: Sequence[SaddleRun]) -> None:
     for axes in (loss_axes, path_axes, size_axes):
         axes.grid(alpha=0.3)
     figure.legend(*path_axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(runs))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[LinearLossRun]) -> None:
     """Draw E[v_t] (left) and RMSprop's step (right) over the steps: closed forms as lines, the simulation as dots."""
     from .linear_loss import choose_measured_steps, compute_expected_second_moment, compute_rmsprop_step
 
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     steps = choose_measured_steps(runs[0].steps[-1], per_decade=20)
     for run, colour, style in _with_looks(runs):
@@ -68,14 +68,14 @@ def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[L
         "simulation",
         fontsize=10,
     )
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_landscape(path: str | os.PathLike, landscape: LossLandscape, *, title: str, num_levels: int = 20) -> None:
     """Draw the contours of a loss landscape into the file `path`; points whose loss is not finite are left white."""
     import numpy as np
 
-    plt = _import_pyplot()
+    plt = import_pyplot()
     figure, axes = plt.subplots(figsize=(6.2, 5.0), layout="constrained")
     losses = np.ma.masked_invalid(landscape.losses)
     x = landscape.coordinates
@@ -89,12 +89,12 @@ def draw_landscape(path: str | os.PathLike, landscape: LossLandscape, *, title: 
     axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
     axes.set_title(title, fontsize=10, wrap=True)
     figure.colorbar(filled, ax=axes, label="loss", format=lambda value, _: f"{value:.4g}")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_connectivity(path: str | os.PathLike, curves: Mapping[int, Connectivity], *, title: str) -> None:
     """Draw the error along the line of each pair (left) and, of several pairs, the barriers over the steps (right)."""
-    plt = _import_pyplot()
+    plt = import_pyplot()
     several = len(curves) > 1
     figure, panels = plt.subplots(1, 2 if several else 1, figsize=(11.0 if several else 6.0, 4.2), layout="constrained")
     left = panels[0] if several else panels
@@ -120,7 +120,7 @@ def draw_connectivity(path: str | os.PathLike, curves: Mapping[int, Connectivity
         right.grid(alpha=0.3)
         right.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _with_looks(runs: Sequence) -> list[tuple]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..figures import PIXELS_PER_INCH, _import_pyplot
+from ..figures import PIXELS_PER_INCH, import_pyplot
 from .formats import format_rate, name_loss
 from .summary import OTHER_OPTIMIZER, V0, V0_AND_WARMUP, Arm, Summary
 
@@ -73,7 +73,7 @@ class Canvas:
 
     def __init__(self, summary: Summary, folder: Path) -> None:
         self.summary, self.folder = summary, folder
-        self.plt = _import_pyplot()
+        self.plt = import_pyplot()
         comparison = summary.comparison
         self.loss = name_loss(comparison.metric, comparison.script)
         self.unit = self.loss.removeprefix("validation ")
