@@ -116,7 +116,7 @@ def measure_reduction(conditions: Conditions) -> Row:
     """The reduction of the pass's sums over two gloo processes, beside one all-reduce of as many bytes."""
     path = Path(conditions.work_dir) / "reduction.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_PROCESSES)]
-    command += ["-m", "hf_v0init.benchmarks.reduction", str(path), str(conditions.choose(6, 20))]
+    command += ["-m", "hf_v0init.benchmarks.reduction", str(path), str(conditions.choose(4, 20))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     if done.returncode != 0:
         raise RuntimeError(

@@ -43,7 +43,7 @@ def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]
 
 def measure_pass_time(conditions: Conditions) -> Row:
     """The Trainer's own pass, data loader and collator included, beside forward and backward of the same batches."""
-    per_pair, num_pairs = 4, conditions.choose(11, 156)
+    per_pair, num_pairs = 4, conditions.choose(9, 156)
     # So many logits that they get new memory from the system in every batch, whoever computes them: smaller ones come from the heap,
     # and then what ran before, and what it freed, makes differences of 5% between runs of one and the same function.
     data = make_random_sequences(BATCH_SIZE * per_pair, 10_000)

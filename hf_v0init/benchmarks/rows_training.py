@@ -75,7 +75,7 @@ def measure_trainer_steps(conditions: Conditions) -> list[Row]:
             lambda: _train(conditions, V0InitTrainer, num_steps, **v0),
             lambda: _train(conditions, Trainer, num_steps),
         ],
-        conditions.choose(3, 8),
+        conditions.choose(4, 8),
     )
     watching = V0DiagnosticsCallback()
     _train(conditions, V0InitTrainer, num_watched, [watching], **v0)

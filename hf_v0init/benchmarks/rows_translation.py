@@ -25,7 +25,7 @@ LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.98), 1e-4
 def measure_translation(conditions: Conditions) -> list[Row]:
     """Steps of run_translation's Trainer with token-budget batches, beside a hand-written loop over the same batches; and how long
     the statistics pass is beside 1/20 of a training of the paper's length."""
-    num_steps, rounds = conditions.choose(15, 60), conditions.choose(4, 8)
+    num_steps, rounds = conditions.choose(15, 60), conditions.choose(3, 8)
     task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
     rows = [task.tokenized[index] for index in range(len(task.tokenized))]
     lengths = [[len(row[name]) for row in rows] for name in ("input_ids", "labels")]
