@@ -10,12 +10,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processor time is then what the work takes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import json
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -82,10 +83,10 @@ def benchmark(
     if write and rows:
         raise InputError(f"--write_record with --rows={rows}: a record has all rows; drop one of the two")
     before = read_rows(read_record()) if compare else []
-    _be_quiet()
     use_one_thread()
     console, begin = Console(width=170, highlight=False, markup=False), time.perf_counter()
-    measured = measure(names, quick, data_dir, console)
+    with _quiet():
+        measured = measure(names, quick, data_dir, console)
     seconds = time.perf_counter() - begin
     print_table(measured, console, seconds)
     record = compose_record(measured, "scripts/benchmark.py" + (" --quick" if quick else ""), quick, seconds)
@@ -133,11 +134,23 @@ def print_table(measured: list[Row], console: Console, seconds: float) -> None:
             console.print(f"{row.name}: {'; '.join(part for part in (row.note, figures) if part)}", soft_wrap=True)
 
 
-def _be_quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the measured code from talking; afterwards all is as before."""
+    ours, silent = logging.getLogger("hf_v0init"), logging.NullHandler()
+    verbosity, shows_bars = transformers_logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("hf_v0init").addHandler(logging.NullHandler())
-    logging.getLogger("hf_v0init").propagate = False
+    ours.addHandler(silent)
+    propagates, ours.propagate = ours.propagate, False
     datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        ours.removeHandler(silent)
+        ours.propagate = propagates
+        if shows_bars:
+            datasets.enable_progress_bars()
 
 
 if __name__ == "__main__":
