@@ -27,7 +27,14 @@ from hf_v0init.data.language_modeling import (
     tokenize_completions,
     tokenize_texts,
 )
-from hf_v0init.data.language_modeling_rows import (
+from hf_v0init.data.token_budget import TokenBudgetMixin
+from hf_v0init.data.token_streams import SegmentCollator, TokenStreams
+from hf_v0init.errors import InputError
+from hf_v0init.models.awd_lstm import AwdLstmConfig
+from hf_v0init.tasks.causal_language_model import ModelArguments, choose_block_size, load_model, load_tokenizer
+from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
+from hf_v0init.tasks.completions import generate_completions
+from hf_v0init.tasks.language_modeling_rows import (
     DataArguments,
     choose_text_column,
     choose_text_suffix,
@@ -35,13 +42,6 @@ from hf_v0init.data.language_modeling_rows import (
     limit_rows,
     load_rows,
 )
-from hf_v0init.data.token_budget import TokenBudgetMixin
-from hf_v0init.data.token_streams import SegmentCollator, TokenStreams
-from hf_v0init.errors import InputError
-from hf_v0init.models.awd_lstm import AwdLstmConfig
-from hf_v0init.models.causal_language_model import ModelArguments, choose_block_size, load_model, load_tokenizer
-from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
-from hf_v0init.tasks.completions import generate_completions
 from hf_v0init.tasks.perplexity import ExactPerplexityMixin
 from hf_v0init.tasks.script_stages import (
     count_steps,

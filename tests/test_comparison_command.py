@@ -124,6 +124,21 @@ def test_report_only_writes_the_report_and_starts_nothing(comparison):
     assert (comparison.folder / "report.html").exists() and comparison.read_journal() == journal
 
 
+def test_report_only_while_another_call_is_at_work_reports_its_plan_and_no_other(comparison):
+    comparison.write(behave("plain", "hang_once"))
+    first = start_command(comparison)
+    wait_until(lambda: "finished" in comparison.read_states().values() and count_ready(comparison) == 1)
+    plan = (comparison.folder / "plan.json").read_bytes()
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 finished, 1 running." in out
+    comparison.write(behave("plain"))
+    code, _, err = run_command(comparison, "--report_only")
+    assert code == 2 and f"another compare (process {first.pid}) is at work there" in err
+    assert (comparison.folder / "plan.json").read_bytes() == plan
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+
+
 def test_the_exit_status_is_1_when_every_run_failed(comparison):
     comparison.write(behave("plain"))
     assert run_command(comparison)[0] == 0

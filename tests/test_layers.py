@@ -65,6 +65,11 @@ def test_core_files_do_not_know_what_is_built_on_them(name):
     assert not imported_modules(PACKAGE / f"{name}.py") & {"tasks", "comparison", "analysis", "benchmarks"}
 
 
+@pytest.mark.parametrize("path", [*PACKAGE.glob("data/*.py"), *PACKAGE.glob("models/*.py")], ids=lambda p: p.stem)
+def test_data_and_models_do_not_know_the_tasks_they_serve(path):
+    assert not imported_modules(path) & {"tasks", "trainer", "comparison", "benchmarks"}
+
+
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_lower_files_do_not_know_what_they_must_not(name):
     assert not imported_modules(PACKAGE / f"{name}.py") & FORBIDDEN[name]

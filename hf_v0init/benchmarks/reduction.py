@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..gradient_statistics import PassCounts, reduce_sums
 from .measuring import measure_pairs, use_one_thread
@@ -20,9 +21,16 @@ def main(path: str, num_pairs: str) -> None:
     """Measure, and write the ratios on the main process."""
     use_one_thread()
     dist.init_process_group("gloo")
-    sums = [
-        torch.zeros_like(p) for p in make_gpt2(2, 1024, vocabulary=20_000).parameters() if p.dim() > 1 for _ in range(2)
-    ]
+    wide, num_bytes = _measure(make_gpt2(2, 1024, vocabulary=20_000), int(num_pairs))
+    narrow, _ = _measure(make_gpt2(6, 512), int(num_pairs))
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps({"ratios": wide, "narrow": narrow, "bytes": num_bytes}), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _measure(model: nn.Module, num_pairs: int) -> tuple[list[float], int]:
+    """Ratios of the reduction of the model's sums to one all-reduce, and the bytes of either."""
+    sums = [torch.zeros_like(p) for p in model.parameters() if p.dim() > 1 for _ in range(2)]
     flat = torch.zeros(sum(tensor.numel() for tensor in sums))
 
     def reduce() -> float:
@@ -31,10 +39,7 @@ def main(path: str, num_pairs: str) -> None:
     def reduce_flat() -> float:
         return _time_together(lambda: dist.all_reduce(flat))
 
-    ratios = measure_pairs(reduce, reduce_flat, int(num_pairs))
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps({"ratios": ratios, "bytes": flat.numel() * 4}), encoding="utf-8")
-    dist.destroy_process_group()
+    return measure_pairs(reduce, reduce_flat, num_pairs), flat.numel() * 4
 
 
 def _time_together(function) -> float:

@@ -164,13 +164,18 @@ def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int) -> N
 
 
 def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path | None) -> None:
-    """Write the report beside runs that are there, those going on included; the runs of another plan stay out of it."""
-    from .folder import read_run_record, write_plan
+    """Write the report on the runs that are there, those going on included.
+
+    A plan that differs from the folder's takes its place, but not while another call is at work there.
+    """
+    from .folder import PLAN_FILE, lock_folder, read_json, read_run_record, write_plan
     from .results import PENDING
 
     if not any(read_run_record(folder, run).get("state", PENDING) != PENDING for run in plan.runs):
         raise InputError(f"{folder} holds no run of this plan: call without report_only first")
-    write_plan(plan, folder)
+    if read_json(folder / PLAN_FILE) != plan.to_dict():
+        with lock_folder(folder):
+            write_plan(plan, folder)
     _print_outcome(console, plan, folder, summary_dir)
 
 

@@ -47,12 +47,14 @@ def _time(draw: random.Random) -> time:
 
 
 def number_words(draw: random.Random) -> Draw:
+    """A number, in words."""
     number = draw.randrange(10 ** draw.choice((3, 4, 4, 5)))
     de, en = phrases.cardinal(number)
     return (number,), de, en
 
 
 def sum_of_numbers(draw: random.Random) -> Draw:
+    """A plus b equals c."""
     a, b = draw.randint(2, 99), draw.randint(2, 99)
     (a_de, a_en), (b_de, b_en), (sum_de, sum_en) = map(phrases.cardinal, (a, b, a + b))
     return (
@@ -63,11 +65,13 @@ def sum_of_numbers(draw: random.Random) -> Draw:
 
 
 def plain_date(draw: random.Random) -> Draw:
+    """A date alone."""
     day = _day(draw)
     return (day.isoformat(),), *phrases.full_date(day)
 
 
 def birthday(draw: random.Random) -> Draw:
+    """Someone was born on a date."""
     person, day = draw.choice(phrases.PEOPLE), _day(draw)
     de, en = phrases.long_date(day)
     return (
@@ -78,6 +82,7 @@ def birthday(draw: random.Random) -> Draw:
 
 
 def appointment(draw: random.Random) -> Draw:
+    """An event takes place on a date."""
     event, day = draw.choice(phrases.EVENTS), _day(draw)
     (weekday_de, _), (date_de, _), (_, en) = (
         phrases.weekday(day),
@@ -93,6 +98,7 @@ def appointment(draw: random.Random) -> Draw:
 
 
 def postponement(draw: random.Random) -> Draw:
+    """An event was moved to another day and time."""
     event, day, clock = draw.choice(phrases.EVENTS), _day(draw), _time(draw)
     other = day + timedelta(days=draw.randint(1, 6))
     (from_de, from_en), (to_de, to_en) = phrases.weekday(day), phrases.weekday(other)
@@ -105,6 +111,7 @@ def postponement(draw: random.Random) -> Draw:
 
 
 def departure(draw: random.Random) -> Draw:
+    """A train leaves on a day at a time."""
     city, day, clock = draw.choice(phrases.CITIES), _day(draw), _time(draw)
     day_de, day_en = phrases.weekday(day)
     time_de, time_en = phrases.digital_time(clock)
@@ -116,6 +123,7 @@ def departure(draw: random.Random) -> Draw:
 
 
 def reported_arrival(draw: random.Random) -> Draw:
+    """Someone says that a bus arrives at a time."""
     person, city, hour, minute = (
         draw.choice(phrases.PEOPLE),
         draw.choice(phrases.CITIES),
@@ -131,6 +139,7 @@ def reported_arrival(draw: random.Random) -> Draw:
 
 
 def purchase(draw: random.Random) -> Draw:
+    """Someone has bought so many things."""
     person, number, noun = draw.choice(phrases.PEOPLE), _count(draw, 999), draw.choice(phrases.THINGS)
     adjective = draw.choice(phrases.ADJECTIVES)
     de, en = phrases.counted_object(number, noun, adjective)
@@ -142,6 +151,7 @@ def purchase(draw: random.Random) -> Draw:
 
 
 def price_of_things(draw: random.Random) -> Draw:
+    """A thing costs a price."""
     noun, adjective, currency = (
         draw.choice(phrases.THINGS),
         draw.choice(phrases.ADJECTIVES),
@@ -158,6 +168,7 @@ def price_of_things(draw: random.Random) -> Draw:
 
 
 def invoice(draw: random.Random) -> Draw:
+    """The invoice of a date comes to a price."""
     day, cents = _day(draw), draw.randrange(50, 500_000, 50)
     (date_de, date_en), (price_de, price_en) = phrases.long_date(day), phrases.price(cents, "EUR")
     return (
@@ -168,6 +179,7 @@ def invoice(draw: random.Random) -> Draw:
 
 
 def sleeping_animals(draw: random.Random) -> Draw:
+    """Animals have been sleeping for a span of time."""
     number, animal, adjective = (
         _count(draw),
         draw.choice(phrases.ANIMALS),
@@ -187,12 +199,14 @@ def sleeping_animals(draw: random.Random) -> Draw:
 
 
 def time_ahead(draw: random.Random) -> Draw:
+    """An event begins in a span of time."""
     event, number, span = draw.choice(phrases.EVENTS), _count(draw), draw.choice(phrases.SPANS)
     de, en = phrases.span_of_time(number, span)
     return (event[1], number, span[2]), f"{event[0]} beginnt in {de}.", f"{event[1]} begins in {en}."
 
 
 def time_ago(draw: random.Random) -> Draw:
+    """Someone moved to a city a span of time ago."""
     person, number, span, city = (
         draw.choice(phrases.PEOPLE),
         _count(draw),
@@ -208,6 +222,7 @@ def time_ago(draw: random.Random) -> Draw:
 
 
 def repetition(draw: random.Random) -> Draw:
+    """Someone visits a city for the nth time."""
     person, number, city = draw.choice(phrases.PEOPLE), draw.randint(2, 150), draw.choice(phrases.CITIES)
     de, en = phrases.ordinal(number)
     return (
@@ -218,6 +233,7 @@ def repetition(draw: random.Random) -> Draw:
 
 
 def village(draw: random.Random) -> Draw:
+    """In a year a village had so many inhabitants."""
     year, inhabitants = draw.randint(1200, 2030), draw.randint(100, 99_999)
     (year_de, year_en), (number_de, number_en) = (
         phrases.year_in_words(year),
@@ -231,6 +247,7 @@ def village(draw: random.Random) -> Draw:
 
 
 def age_and_month(draw: random.Random) -> Draw:
+    """Someone turns an age in a month."""
     person, age, day = draw.choice(phrases.PEOPLE), draw.randint(2, 99), _day(draw)
     (age_de, age_en), (month_de, month_en) = phrases.cardinal(age), phrases.month(day)
     return (
@@ -241,6 +258,7 @@ def age_and_month(draw: random.Random) -> Draw:
 
 
 def measured_quantity(draw: random.Random) -> Draw:
+    """A measurement gave a quantity."""
     unit, tenths = draw.choice(phrases.UNITS), draw.randint(2, 9999)
     de, en = phrases.measure(tenths, unit)
     return (unit, tenths), f"Die Messung ergab {de}.", f"The measurement gave {en}."

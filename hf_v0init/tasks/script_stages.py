@@ -48,8 +48,10 @@ class DatasetArguments:
     dataset_config_name: str | None = flag(None, "Configuration of that data set.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
 
-    def load_dataset(self, hub: HubArguments) -> datasets.DatasetDict:
-        """Load all splits of `dataset_name`.
+    def load_dataset(
+        self, hub: HubArguments, streaming: bool = False
+    ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+        """Load all splits of `dataset_name`, as streams if asked.
 
         Raises:
             InputError: it cannot be loaded, for whatever reason.
@@ -61,6 +63,7 @@ class DatasetArguments:
                 revision=self.dataset_revision,
                 cache_dir=hub.cache_dir,
                 token=hub.token,
+                streaming=streaming,
             )
         except Exception as error:  # of many kinds: no network, no such name, no such configuration
             raise InputError(

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..data.tokenizer_training import train_bpe_tokenizer, train_on_main_process, train_word_tokenizer
 from ..errors import InputError
-from ..tasks.script_stages import HubArguments, flag, load_config, require_sole_model_source
-from .awd_lstm import AwdLstmConfig
+from ..models.awd_lstm import AwdLstmConfig
+from .script_stages import HubArguments, flag, load_config, require_sole_model_source
 
 logger = logging.getLogger("hf_v0init")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import datasets
 from transformers import TrainingArguments
 
+from ..data.language_modeling import list_columns
+from ..data.text_files import load_local_files
 from ..errors import InputError
-from ..tasks.script_stages import DatasetArguments, HubArguments, find_needed_roles, flag, require_positive_counts
-from .language_modeling import list_columns
-from .text_files import load_local_files
+from .script_stages import DatasetArguments, HubArguments, find_needed_roles, flag, require_positive_counts
 
 TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
@@ -110,7 +110,7 @@ def load_rows(data: DataArguments, hub: HubArguments, training: TrainingArgument
         InputError: data that is missing, cannot be read, has no rows or not the columns named.
     """
     needed = find_needed_roles(training)
-    from_hub = load_hub_dataset(data, hub) if data.dataset_name else {}
+    from_hub = data.load_dataset(hub, streaming=data.streaming) if data.dataset_name else {}
     rows = {}
     for role in needed:
         path = getattr(data, f"{role}_file")
@@ -129,23 +129,6 @@ def load_rows(data: DataArguments, hub: HubArguments, training: TrainingArgument
     if "train" in rows and data.shuffle_buffer_size:
         rows["train"] = rows["train"].shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
     return rows
-
-
-def load_hub_dataset(data: DataArguments, hub: HubArguments):
-    """Load all splits of `dataset_name`, as streams if asked; raise `InputError` if that fails, for whatever reason."""
-    try:
-        return datasets.load_dataset(
-            data.dataset_name,
-            data.dataset_config_name,
-            revision=data.dataset_revision,
-            cache_dir=hub.cache_dir,
-            token=hub.token,
-            streaming=data.streaming,
-        )
-    except Exception as error:  # of many kinds: no network, no such name, no such configuration
-        raise InputError(
-            f"--dataset_name={data.dataset_name}: cannot be loaded ({error}); check name and network"
-        ) from error
 
 
 def open_stream(path: str) -> datasets.IterableDataset:
