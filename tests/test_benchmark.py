@@ -109,6 +109,14 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert read_rows(record) == rows
 
 
+def test_a_row_on_the_edge_of_its_aim_comes_back_with_its_verdict(tmp_path):
+    path, edge = tmp_path / "record.json", row([1.03503, 1.03497, 1.0352], aim=1.03)
+    write_record(compose_record([edge], "benchmark", True, 1.0), path)
+    (back,) = read_rows(read_record(path))
+    assert (back.ratios, back.verdict) == (edge.ratios, edge.verdict)
+    assert read_record(path)["rows"][0]["verdict"] == edge.verdict
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": 3}'])
 def test_a_record_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "record.json"

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 PROCESSOR, WALL, BYTES = "processor time", "wall clock", "bytes"
 
+DIGITS = 4  # of every figure
 MET, MISSED, PRINTED, SKIPPED = "met", "MISSED", "-", "skipped"
 
 
@@ -42,6 +43,10 @@ class Row:
     clock: str = PROCESSOR
     note: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Round the ratios as the record keeps them, so that a row read from it has the verdict that it was written with."""
+        self.ratios = [float(f"{ratio:.{DIGITS}g}") for ratio in self.ratios]
 
     @property
     def median(self) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..comparison.machine import describe_hardware, list_versions
 from ..errors import InputError
-from .measuring import MET, MISSED, Row
+from .measuring import DIGITS, MET, MISSED, Row
 
 RECORD_PATH = Path(__file__).resolve().parents[2] / "configs" / "benchmark" / "record.json"
 SMALLEST_CHANGE = 0.03  # of a ratio, below which it is not called worse
@@ -31,14 +31,13 @@ def compose_record(rows: Sequence[Row], command: str, quick: bool, seconds: floa
 def _describe(row: Row) -> dict:
     first, third = row.quartiles
     described = asdict(row) | {"median": row.median, "quartiles": [first, third], "verdict": row.verdict}
-    described["ratios"] = [float(f"{ratio:.4g}") for ratio in row.ratios]
-    described["figures"] = {name: float(f"{value:.4g}") for name, value in row.figures.items()}
+    described["figures"] = {name: float(f"{value:.{DIGITS}g}") for name, value in row.figures.items()}
     return {name: _round(value) for name, value in described.items()}
 
 
 def _round(value):
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return [_round(one) for one in value] if isinstance(value, list) else value
 
 
