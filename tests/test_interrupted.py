@@ -84,6 +84,12 @@ def test_a_run_killed_in_the_pass_a_save_and_an_evaluation_ends_the_same(server,
     assert count_passes_that_lasted(tmp_path) == 1
 
 
+def test_a_run_killed_while_it_draws_a_bar_does_not_stop_the_next(server, tmp_path):
+    """Of the tests themselves: their children fork from one process, and killed ones leave no lock behind."""
+    assert server.run(tmp_path, task="die_drawing")["status"] == -signal.SIGKILL
+    assert server.run(tmp_path, options=SHORT, time_limit=60)["status"] == 0
+
+
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
     """Four first kills in every phase, some runs killed again and again; with and without rotation."""

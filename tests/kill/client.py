@@ -48,6 +48,7 @@ class KillServer:
         assert line, "the server has ended"
         answer = json.loads(line)
         answer["log"] = (folder / "log.txt").read_text()
+        assert answer["in_time"], f"stopped after its time limit; where it stood:\n{answer['log']}"
         if answer["status"] != -signal.SIGKILL:
             assert answer["status"] == 0 or may_fail, answer["log"]
         if answer["status"] == 0:
