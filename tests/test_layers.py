@@ -11,6 +11,7 @@ PACKAGE = ROOT / "hf_v0init"
 # A file may import from its own row and from rows further down.
 LAYERS = [
     ["trainer", "cli", "diagnostics"],
+    ["trainer_gradients"],
     ["initialization", "arguments", "report", "model_card", "supported_runs", "safe_resume"],
     ["strategies", "gradient_statistics", "statistics_batches", "sharded_pass", "deepspeed_state", "enough_samples"],
     ["optimizer_state", "optimizer_choice", "element_samples"],
@@ -29,7 +30,8 @@ FORBIDDEN = {
     "optimizer_probe": {"transformers", "accelerate", "datasets", "optimizer_table"},
     "optimizer_layouts": {"transformers", "accelerate", "datasets"},
     "optimizer_table": {"torch", "numpy", "transformers", "accelerate"},
-    "initialization": {"transformers", "accelerate", "trainer"},
+    "trainer_gradients": {"strategies", "initialization", "optimizer_state"},
+    "initialization": {"transformers", "accelerate", "trainer", "trainer_gradients"},
     "warmup_equivalence": {"torch", "numpy", "transformers"},
     "cost_model": {"torch", "numpy", "transformers", "typer"},
     "enough_samples": {"transformers", "accelerate", "datasets", "optimizer_state"},
