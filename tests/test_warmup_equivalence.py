@@ -75,9 +75,13 @@ def test_warning_only_when_not_washed_out_and_its_remedies_hold():
     text = compute_washout_warning(1.0, 0.98, 82)
     assert "0.9" in text and "83 steps" in text
     divisor = float(text.split("divided by ")[1].split(" ")[0])
-    assert compute_multiplier(82, 1.0 / (divisor * 1.01), 0.98) >= 0.9
+    assert compute_multiplier(27, 1.0 / divisor, 0.98) == pytest.approx(0.9, abs=0.002)
+    assert "v0_warmup_steps=27)" in text
+    assert compute_scale_for_warmup(27, 0.98) == pytest.approx(1.0 / divisor, rel=0.01)
     beta2 = float(text.split("adam_beta2 <= ")[1].split(",")[0])
-    assert compute_multiplier(82, 1.0, beta2) >= 0.9
+    assert 0.9 <= compute_multiplier(27, 1.0, beta2) < 0.902
+    times = int(text.split(", or ")[1].split(" ")[0])
+    assert compute_multiplier(82 * times / 3, 1.0, 0.98) >= 0.9
 
 
 @pytest.mark.parametrize("beta2", [0.0, 1.0, -1.0, float("nan")])
