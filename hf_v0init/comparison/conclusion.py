@@ -37,6 +37,7 @@ from .formats import (
     format_number,
     format_rate,
     format_seconds,
+    format_test,
     name_loss,
     name_test_metric,
 )
@@ -312,7 +313,7 @@ def _compose_tests(summary: Summary, v0: Arm, warmup: Arm | None) -> str:
     parts = []
     for name in summary.comparison.test_metrics:
         figures = [
-            f"`{arm.name}` {format_estimate(arm.best.tests[name], 2)} (n = {arm.best.tests[name].n})"
+            f"`{arm.name}` {format_test(arm.best.tests[name])} (n = {arm.best.tests[name].n})"
             for arm in (v0, warmup)
             if arm is not None and name in arm.best.tests
         ]

@@ -33,6 +33,12 @@ def format_estimate(estimate: Estimate | None, digits: int = LOSS_DIGITS) -> str
     return f"{format_number(estimate.mean, digits)} ± {format_number(estimate.std, digits)}"
 
 
+def format_test(estimate: Estimate | None) -> str:
+    """Write a test figure: BLEU, perplexities and distances with two decimals, shares such as an accuracy with three."""
+    is_share = estimate is not None and abs(estimate.mean) <= 1.0
+    return format_estimate(estimate, 3 if is_share else 2)
+
+
 def format_interval(interval: Interval | None, digits: int = LOSS_DIGITS) -> str:
     """Write 'mean (low to high)' with signs; the mean alone where there is no interval."""
     if interval is None:

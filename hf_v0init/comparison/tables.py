@@ -18,6 +18,7 @@ from .formats import (
     format_number,
     format_rate,
     format_seconds,
+    format_test,
     name_loss,
     name_test_metric,
 )
@@ -113,8 +114,8 @@ def _make_rate_cells(rate: ArmAtRate, summary: Summary) -> list[str]:
 def _format_test(estimate: Estimate | None, rate: ArmAtRate) -> str:
     """The mean over runs that have the figure; their number where it is not that of the losses."""
     if estimate is None or estimate.n == rate.final.n:
-        return format_estimate(estimate, 2)
-    return f"{format_estimate(estimate, 2)} (n = {estimate.n})"
+        return format_test(estimate)
+    return f"{format_test(estimate)} (n = {estimate.n})"
 
 
 def _count_bad(runs: Sequence[RunResult]) -> str:
@@ -245,7 +246,7 @@ def make_table_beside(table: PublishedTable, summary: Summary) -> Table | None:
                     None,
                 )
                 estimate = arm.best.tests.get(metric) if arm else None
-                cells.append(f"{format_estimate(estimate, 2)} (n = {estimate.n}; {arm.name})" if estimate else MISSING)
+                cells.append(f"{format_test(estimate)} (n = {estimate.n}; {arm.name})" if estimate else MISSING)
             if set(cells) != {MISSING}:
                 rows.append(["measured here", f"{optimizer}, {warmup}", *cells])
     return Table(["source", "", *table.columns], rows, num_left=2)
