@@ -212,6 +212,17 @@ def test_the_conclusion_comes_first_and_the_rest_is_complete(folder):
     assert "agree within each seed" in markdown
 
 
+def test_what_arms_without_a_named_optimizer_have_is_said_where_others_name_one(folder, tmp_path, without_figures):
+    said = "Arms that name no optimizer have adamw."
+    entries = [make_entry("zeros", "none", 1e-3, 1, optimizer) for optimizer in ("adamw", "radam")]
+    write_plan(tmp_path, entries)
+    for entry in entries:
+        write_run(tmp_path, entry, 2.0)
+    write_report(tmp_path)
+    assert said in (tmp_path / "report.md").read_text()
+    assert said not in (folder / "report.md").read_text()  # where all have the same
+
+
 def test_pocket_scale_keeps_the_papers_figures_apart(folder):
     markdown = (folder / "report.md").read_text()
     section = markdown[markdown.index("## Published figures, of another task or scale") :].split("\n## ")[0]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from .axes import DEFAULT_OPTIMIZER
 from .conclusion import Conclusion, compose_conclusion
 from .fingerprints import FingerprintCheck, check_fingerprints
 from .formats import count_of, explain_loss, format_rate, name_loss
@@ -118,6 +119,16 @@ def _describe_progress(comparison: Comparison) -> str:
     return f"{text}{count_of(len(comparison.learning_rates), 'learning rate')}: {', '.join(counts)}."
 
 
+def _explain_names(summary: Summary) -> str:
+    """Say what arms are trained with that name no optimizer, where others do."""
+    optimizers = {arm.optimizer for arm in summary.arms}
+    return (
+        f" Arms that name no optimizer have {DEFAULT_OPTIMIZER}."
+        if DEFAULT_OPTIMIZER in optimizers and len(optimizers) > 1
+        else ""
+    )
+
+
 def _compose_results(summary: Summary, figures: dict[str, DrawnFigure]) -> list[str]:
     without = [arm.name for arm in summary.arms if arm.best is None]
     blocks = ["## Arms at their best learning rate", make_arm_table(summary).to_markdown()]
@@ -126,6 +137,7 @@ def _compose_results(summary: Summary, figures: dict[str, DrawnFigure]) -> list[
         "first comes down to the final loss of the best warmup on the same seed; “with the pass” adds the samples of the statistics "
         "pass as steps; means over the runs that come down to it. The last column counts runs at all learning rates."
         + (f" Without a result: {', '.join(without)}." if without else "")
+        + _explain_names(summary)
     )
     blocks += _show(figures, "final_losses")
     blocks += ["## Differences over seeds", make_difference_table(summary).to_markdown()]
