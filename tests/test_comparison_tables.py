@@ -1,6 +1,6 @@
 from comparison_folders import make_entry, write_plan, write_run
 
-from hf_v0init.comparison.formats import format_estimate, format_number, format_seconds, format_test
+from hf_v0init.comparison.formats import format_estimate, format_number, format_seconds, format_test, name_test_metric
 from hf_v0init.comparison.results import read_comparison
 from hf_v0init.comparison.summary import Estimate, compute_summary
 from hf_v0init.comparison.tables import Table, describe_settings, make_group_table
@@ -15,6 +15,10 @@ def test_numbers_are_written_alike_everywhere():
     )
     assert format_test(Estimate(0.9756, 0.0062, 3)) == "0.976 ± 0.006" and format_test(None) == "–"
     assert format_test(Estimate(33.456, 0.25, 3)) == "33.46 ± 0.25"
+    names = ["predict_bleu", "test_perplexity", "eval_fid", "eval_frechet_distance_classifier"]
+    assert [name_test_metric(name) for name in names] == [
+        "test BLEU", "test perplexity", "FID", "Frechet distance in a classifier's features",
+    ]  # fmt: skip
     assert [format_seconds(s) for s in (3.21, 600.0, 9000.0)] == ["3.2 s", "10.0 min", "2.5 h"]
 
 

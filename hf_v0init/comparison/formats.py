@@ -9,7 +9,9 @@ from .summary import Estimate, Interval
 LOSS_DIGITS = 3
 MISSING = "–"
 
-TEST_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+TEST_NAMES = {
+    "bleu": "BLEU", "chrf": "chrF", "fid": "FID", "frechet distance classifier": "Frechet distance in a classifier's features",
+}  # fmt: skip
 GAN_SCRIPT = "run_dcgan"
 OWN_SCRIPTS = ("run_translation", "run_clm", "run_embedded_translation")  # whose losses are in nats a token
 
@@ -68,9 +70,10 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def name_test_metric(name: str) -> str:
-    """Name a test metric as people do: predict_bleu is 'test BLEU'."""
-    words = name.removeprefix("predict_").removeprefix("test_").replace("_", " ")
-    return f"test {TEST_NAMES.get(words, words)}"
+    """Name a test metric as people do: predict_bleu is 'test BLEU'. What generated images are measured by is of no test data."""
+    words = name.removeprefix("predict_").removeprefix("test_").removeprefix("eval_").replace("_", " ")
+    words = TEST_NAMES.get(words, words)
+    return words if name.startswith("eval_") else f"test {words}"
 
 
 def name_loss(metric: str, script: str) -> str:
