@@ -16,6 +16,7 @@ import math
 from .errors import InputError
 
 PRINTED_STEPS = (1, 10, 100, 1000)
+SMALLEST_USUAL_BETA2 = 0.9  # nothing smaller is advised to anyone
 WASHED_OUT = 0.9  # m(t) from which on v0 is said to have washed out
 
 
@@ -135,9 +136,13 @@ def compute_washout_warning(scale: float, beta2: float, max_steps: int) -> str |
     k = 1.0 / WASHED_OUT**2 - 1.0
     fitting_beta2 = (k / (scale + k)) ** (1.0 / third)
     fitting_scale = k * math.expm1(min(700.0, -third * math.log(beta2)))
+    remedies = [
+        f"v0_scale divided by {scale / fitting_scale:.3g} (for data_driven the same as v0_warmup_steps={third})"
+    ]
+    if fitting_beta2 >= SMALLEST_USUAL_BETA2:
+        remedies.append(f"adam_beta2 <= {math.floor(fitting_beta2 * 1e4) / 1e4:g}")
+    remedies.append(f"{math.ceil(needed / third):,} times as many steps")
     return (
         f"v0 will not have washed out: the closed-form multiplier is {at_end:.3g} at the last step ({max_steps:,}) and "
-        f"reaches {WASHED_OUT} only after {needed:,} steps. Remedy, so that it does after a third of the run: v0_scale divided "
-        f"by {scale / fitting_scale:.3g} (for data_driven the same as v0_warmup_steps={third}), adam_beta2 <= "
-        f"{math.floor(fitting_beta2 * 1e4) / 1e4:g}, or {math.ceil(needed / third):,} times as many steps"
+        f"reaches {WASHED_OUT} only after {needed:,} steps. Remedy: {', or '.join(remedies)}; then it does after a third of the run"
     )

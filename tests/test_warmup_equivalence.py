@@ -80,8 +80,9 @@ def test_warning_only_when_not_washed_out_and_its_remedies_hold():
     assert compute_scale_for_warmup(27, 0.98) == pytest.approx(1.0 / divisor, rel=0.01)
     beta2 = float(text.split("adam_beta2 <= ")[1].split(",")[0])
     assert 0.9 <= compute_multiplier(27, 1.0, beta2) < 0.902
-    times = int(text.split(", or ")[1].split(" ")[0])
+    times = int(text.split(", or ")[2].split(" ")[0])
     assert compute_multiplier(82 * times / 3, 1.0, 0.98) >= 0.9
+    assert "adam_beta2" not in compute_washout_warning(1e6, 0.98, 82)  # it would have to be 0.56
 
 
 @pytest.mark.parametrize("beta2", [0.0, 1.0, -1.0, float("nan")])
