@@ -293,6 +293,7 @@ def _find_loader_parts(batches: Any) -> list:
 
 
 def get_rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; (0, 1) without a process group."""
     joined = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 

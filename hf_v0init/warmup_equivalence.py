@@ -125,7 +125,7 @@ def describe_multiplier(scale: float, beta2: float, max_steps: int) -> str:
 def compute_washout_warning(scale: float, beta2: float, max_steps: int) -> str | None:
     """Return a warning if m(`max_steps`) < 0.9, with remedies that bring it to 0.9 after a third of the run; else None.
 
-    A third, since that is where v0 was seen to do most good on runs of 600 steps (configs/compare/results).
+    A third, since v0 of that length came close to the best warmup at both beta2 (configs/compare/results/ptb_pocket, 600 steps).
     """
     at_end = compute_multiplier(max_steps, scale, beta2)
     if at_end >= WASHED_OUT:

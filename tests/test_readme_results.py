@@ -59,7 +59,7 @@ def write_estimate(row: dict[str, str], figure: str, digits: int) -> str:
     return " ± ".join(re.sub(r"^0\.", ".", number) for number in numbers)
 
 
-def pick(cell: str) -> str:
+def without_bold(cell: str) -> str:
     return cell.replace("*", "")
 
 
@@ -79,10 +79,10 @@ def test_the_main_table_shows_every_arm_at_its_best_learning_rate(column):
             and json.loads(arm["other"] or "{}") == other
         ]
         best = min(found, key=lambda arm: float(arm["final_mean"]), default=None)
-        assert pick(row[column]) == ("-" if best is None else write_estimate(best, "final", 3)), row["arm"]
+        assert without_bold(row[column]) == ("-" if best is None else write_estimate(best, "final", 3)), row["arm"]
         if column == "Multi30k, beta2 .98":
             sensitivity = best["lr_sensitivity"]
-            assert pick(row["sensitivity"]) == (f"{float(sensitivity):.2f}" if sensitivity else "-"), row["arm"]
+            assert without_bold(row["sensitivity"]) == (f"{float(sensitivity):.2f}" if sensitivity else "-"), row["arm"]
 
 
 def test_the_table_of_the_papers_tasks_shows_every_run_arm():
