@@ -37,8 +37,8 @@ def start_command(comparison, *options) -> subprocess.Popen:
         import sys, types
         from pathlib import Path
         report = types.ModuleType("hf_v0init.comparison.report")
-        def write_report(folder, summary_dir):
-            (folder / "report.html").write_text("reported")
+        def write_report(folder, summary_dir, at_step):
+            (folder / "report.html").write_text("reported" + (f" at step {at_step}" if at_step is not None else ""))
             return folder / "report.html"
         report.write_report = write_report
         sys.modules["hf_v0init.comparison.report"] = report
@@ -103,6 +103,7 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--jobs", "x"), "--jobs"),
         (("--dry_run", "--report_only"), "give one"),
         (("--report_only",), "holds no run of this plan"),
+        (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words):
@@ -122,6 +123,20 @@ def test_report_only_writes_the_report_and_starts_nothing(comparison):
     code, out, err = run_command(comparison, "--report_only")
     assert (code, err) == (0, "") and "1 finished, 1 pending." in out
     assert (comparison.folder / "report.html").exists() and comparison.read_journal() == journal
+
+
+def test_a_report_at_a_step_is_written_although_no_run_is_over(comparison):
+    comparison.write(behave("hang_once"))
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert list(comparison.read_states().values()) == ["interrupted"]
+    report = comparison.folder / "report.html"
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 interrupted." in out and "Report" not in out and not report.exists()
+    code, out, err = run_command(comparison, "--report_only", "--at_step", "20")
+    assert (code, err) == (0, "") and f"Report: {report}" in out and report.read_text() == "reported at step 20"
 
 
 def test_report_only_while_another_call_is_at_work_reports_its_plan_and_no_other(comparison):

@@ -38,6 +38,13 @@ def compare(
     report_only: Annotated[
         bool, typer.Option("--report_only", help="Write the report on what the folder holds; start no run.")
     ] = False,
+    at_step: Annotated[
+        int | None,
+        typer.Option(
+            "--at_step",
+            help="With report_only: on every run as it stood after this optimizer step, those under way or cut off included.",
+        ),
+    ] = None,
     summary_dir: Annotated[
         Path | None,
         typer.Option(
@@ -61,6 +68,8 @@ def compare(
         raise InputError(f"jobs={jobs}: must be a whole number >= 1, the runs side by side")
     if dry_run and report_only:
         raise InputError("dry_run and report_only both start no run: give one")
+    if at_step is not None and not report_only:
+        raise InputError(f"at_step={at_step} is for a report on runs that are there: give report_only too")
     console = Console(highlight=False, markup=False)
     plan = read_plan(config, pocket)
     require_usable_folder(plan, output_dir)
@@ -68,7 +77,7 @@ def compare(
         _print_plan(console, plan, output_dir)
         return
     if report_only:
-        _report_only(console, plan, output_dir, summary_dir)
+        _report_only(console, plan, output_dir, summary_dir, at_step)
         return
     interrupted = False
     with lock_folder(output_dir), _stop_on_signals():
@@ -163,7 +172,7 @@ def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int) -> N
         console.print(line, soft_wrap=True)
 
 
-def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path | None) -> None:
+def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path | None, at_step: int | None) -> None:
     """Write the report on the runs that are there, those going on included.
 
     A plan that differs from the folder's takes its place, but not while another call is at work there.
@@ -176,18 +185,20 @@ def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path |
     if read_json(folder / PLAN_FILE) != plan.to_dict():
         with lock_folder(folder):
             write_plan(plan, folder)
-    _print_outcome(console, plan, folder, summary_dir)
+    _print_outcome(console, plan, folder, summary_dir, at_step)
 
 
-def _print_outcome(console: Console, plan: Plan, folder: Path, summary_dir: Path | None) -> Counter[str]:
-    """Count the states; write the report if a run is over, and say where it is."""
+def _print_outcome(
+    console: Console, plan: Plan, folder: Path, summary_dir: Path | None, at_step: int | None = None
+) -> Counter[str]:
+    """Count the states; write the report if a run is over or a step is asked about, and say where it is."""
     from .folder import read_run_record
     from .results import INTERRUPTED, PENDING, RUNNING
 
     states = Counter(read_run_record(folder, run).get("state", PENDING) for run in plan.runs)
     console.print(", ".join(f"{count} {state}" for state, count in states.items()) + ".", soft_wrap=True)
-    if set(states) - {INTERRUPTED, PENDING, RUNNING}:
+    if at_step is not None or set(states) - {INTERRUPTED, PENDING, RUNNING}:
         from .report import write_report
 
-        console.print(f"Report: {write_report(folder, summary_dir)}", soft_wrap=True)
+        console.print(f"Report: {write_report(folder, summary_dir, at_step)}", soft_wrap=True)
     return states

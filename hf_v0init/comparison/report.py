@@ -13,6 +13,7 @@ from .axes import DEFAULT_OPTIMIZER
 from .conclusion import Conclusion, compose_conclusion
 from .fingerprints import FingerprintCheck, check_fingerprints
 from .formats import count_of, explain_loss, format_rate, name_loss
+from .interim import knows_no_end, take_back
 from .published import PUBLISHED, SOURCE
 from .report_figures import DrawnFigure, draw_figures
 from .report_html import render_html
@@ -39,20 +40,23 @@ SUMMARY_FIGURES = ("final_losses", "gap_to_warmup", "learning_rates")  # of the 
 FOLDED = ("Every arm at every learning rate", "Runs")  # sections that the HTML shows on a click
 
 
-def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_step: int | None = None) -> Path:
     """Read the runs of a comparison, as far as they have come, and write the report into the same folder.
 
     Args:
         folder: of the comparison.
         summary_dir: a folder for a copy that is light enough for a repository: `report.md`, the two tables and three figures.
+        at_step: an optimizer step; the report is then on every run as it stood at its evaluation after that step.
 
     Returns the path of `report.html`.
 
     Raises:
-        InputError: there is no whole `plan.json` in `folder`.
+        InputError: there is no whole `plan.json` in `folder`; no run was evaluated after `at_step`.
     """
     folder = Path(folder)
     comparison = read_comparison(folder)
+    if at_step is not None:
+        take_back(comparison, at_step)
     summary = compute_summary(comparison)
     check = check_fingerprints(comparison.runs)
     conclusion = compose_conclusion(summary, check)
@@ -86,6 +90,7 @@ def compose_markdown(
     blocks = [
         f"# {_plain(comparison.title)}" + (" (pocket scale)" if comparison.pocket else ""),
         _describe_progress(comparison),
+        _describe_step(comparison),
     ]
     if check.violations:
         blocks.append("## Runs that did not begin alike")
@@ -117,6 +122,25 @@ def _describe_progress(comparison: Comparison) -> str:
     counts = [f"{number} {state.replace('_', ' ')}" for state in STATES if (number := comparison.count(state))]
     text = f"{count_of(len(comparison.runs), 'run')} of {count_of(arms, 'arm')}, {count_of(len(comparison.seeds), 'seed')} and "
     return f"{text}{count_of(len(comparison.learning_rates), 'learning rate')}: {', '.join(counts)}."
+
+
+def _describe_step(comparison: Comparison) -> str:
+    """Say what an interim report is worth; empty for one on whole runs."""
+    if comparison.at_step is None:
+        return ""
+    text = (
+        f"**Interim: every run as it stood at its evaluation after optimizer step {comparison.at_step:,}, not at its end.** "
+        "No test data were touched by then. "
+    )
+    if knows_no_end(comparison):
+        return (
+            text
+            + "The learning rate's schedule does not depend on the length of a run, so runs of that length would have come here too."
+        )
+    return text + (
+        "The learning rate's schedule depends on the length of a run and was under way, so runs of that length would have ended "
+        "elsewhere: judge by whole runs."
+    )
 
 
 def _explain_names(summary: Summary) -> str:
@@ -241,6 +265,8 @@ def _compose_origin(comparison: Comparison) -> list[str]:
         f"Script: `{script}`, started by `{launch}`. The command, which does not repeat finished runs and writes this report anew:",
         f"```\n{command}\n```",
     ]
+    if comparison.at_step is not None:
+        texts.append(f"with `--report_only --at_step {comparison.at_step}` after it for this interim report.")
     started = [run for run in comparison.runs if run.versions or run.hardware]
     if started:
         texts.append(f"Versions: {describe_settings([run.versions for run in started])}.")

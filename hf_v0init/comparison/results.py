@@ -23,8 +23,9 @@ LOG_FILE, FINGERPRINT_FILE, DIAGNOSTICS_FILE = "run_log.jsonl", "fingerprint.jso
 
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
 FAILED, INTERRUPTED, STOPPED_EARLY = "failed", "interrupted", "stopped_early"
-STATES = (FINISHED, DIVERGED, STOPPED_EARLY, FAILED, INTERRUPTED, RUNNING, PENDING)
-COUNTED = (FINISHED, DIVERGED, STOPPED_EARLY)  # runs whose outcome is known and due to the arm
+REACHED = "reached_step"  # in a comparison that was taken back to one step: `interim.take_back`
+STATES = (FINISHED, REACHED, DIVERGED, STOPPED_EARLY, FAILED, INTERRUPTED, RUNNING, PENDING)
+COUNTED = (FINISHED, REACHED, DIVERGED, STOPPED_EARLY)  # runs whose outcome is known and due to the arm
 
 START_SOURCES = {
     "evaluation": "validation loss before the first step",
@@ -76,7 +77,7 @@ class RunResult:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the run has an outcome: it finished, diverged or was stopped early."""
+        """Whether the run has an outcome: it finished (or reached the step asked about), diverged or was stopped early."""
         return self.state in COUNTED and self.scored_loss is not None
 
     @property
@@ -104,7 +105,7 @@ class RunResult:
 
 @dataclass
 class Comparison:
-    """A plan and what has come of its runs, in the plan's order."""
+    """A plan and what has come of its runs, in the plan's order; at the end of each, or all `at_step`."""
 
     folder: Path
     title: str
@@ -115,6 +116,7 @@ class Comparison:
     published: list[str]
     runs: list[RunResult]
     plan: dict
+    at_step: int | None = None
 
     @property
     def learning_rates(self) -> list[float]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .axes import NO_V0, NO_WARMUP
-from .results import DIVERGED, FAILED, FINISHED, STOPPED_EARLY, Comparison, RunResult
+from .results import DIVERGED, FAILED, FINISHED, REACHED, STOPPED_EARLY, Comparison, RunResult
 
 CONFIDENCE = 0.95
 PLAIN, WARMUP, V0, V0_AND_WARMUP, OTHER_OPTIMIZER = "plain", "warmup", "v0", "v0 + warmup", "other optimizer"
@@ -110,7 +110,7 @@ class Arm:
 
     def share(self, *states: str) -> tuple[int, int]:
         """Count the runs in these states among those that have ended."""
-        ended = [r for r in self.runs if r.state in (FINISHED, DIVERGED, STOPPED_EARLY, FAILED)]
+        ended = [r for r in self.runs if r.state in (FINISHED, REACHED, DIVERGED, STOPPED_EARLY, FAILED)]
         return sum(run.state in states for run in ended), len(ended)
 
 
@@ -213,7 +213,9 @@ def compute_summary(comparison: Comparison) -> Summary:
                 if (estimate := compute_estimate(values)) is not None:
                     rate.tests[name] = estimate
             rate.train_seconds = compute_estimate(
-                run.train_seconds for run in rate.runs if run.state == FINISHED and run.train_seconds is not None
+                run.train_seconds
+                for run in rate.runs
+                if run.state in (FINISHED, REACHED) and run.train_seconds is not None
             )
         arm.best = choose_learning_rate(arm.rates.values())
         _add_sensitivity(arm, comparison)
