@@ -108,3 +108,15 @@ def test_the_table_of_the_papers_tasks_shows_every_run_arm():
         for table in tables:
             for arm in read_arms("paper", table):
                 assert arm["v0"] == "zeros" or (task, arm["optimizer"]) in shown
+
+
+def test_the_table_of_the_papers_model_shows_the_arms_of_table_12():
+    arms = {(row["v0"], row["warmup"]): row for row in read_arms("compare", "multi30k_paper_model")}
+    rows = read_table("| the arms of the paper's Table 12")
+    v0s = {"v0 = 0": "zeros", "`random` 100": "random 100", "`data_driven` 1": "data_driven 1"}
+    columns = {"no warmup": "none", "warmup of 390 steps": "390"}
+    assert len(rows) == len(v0s) and len(arms) == len(v0s) * len(columns)
+    for row in rows:
+        for column, warmup in columns.items():
+            arm = arms[v0s[row["the arms of the paper's Table 12"]], warmup]
+            assert without_bold(row[column]) == write_estimate(arm, "final", 3) and arm["final_n"] == "3"
