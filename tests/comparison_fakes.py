@@ -23,10 +23,11 @@ if "stubborn" in flags:
 with open(flags["journal"], "a") as journal:
     journal.write(json.dumps({"arm": flags["v0_init"], "warmup": flags["warmup_steps"], "seed": flags["seed"],
         "behaviour": behaviour, "time": time.time(), "pid": os.getpid(), "folder": os.path.exists(output),
+        "checkpoint": flags.get("resume_from_checkpoint"),
         "env": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")}}) + "\\n")
 if behaviour == "refuse":
     sys.exit(print("error: --behaviour=refuse: choose another", file=sys.stderr) or 2)
-os.makedirs(output)
+os.makedirs(output, exist_ok="resume_from_checkpoint" in flags)
 weights = {"other_weights": "w2"}.get(behaviour, "w1") + flags["seed"]
 batches = ["b1", "b2", "b9" if behaviour == "other_data" else "b3", "b4"]
 json.dump({"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"},
@@ -92,14 +93,14 @@ class Comparison:
         self.config.write_text(yaml.safe_dump(content))
         return self
 
-    def run(self, jobs=1, retry_failed=False) -> Recorder:
+    def run(self, jobs=1, retry_failed=False, resume=False) -> Recorder:
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
         with lock_folder(self.folder):
             write_plan(plan, self.folder)
             waiting = find_waiting_runs(plan, self.folder, retry_failed)
             try:
-                RunQueue(plan, self.folder, waiting, jobs, recorder).run()
+                RunQueue(plan, self.folder, waiting, jobs, recorder, resume).run()
             finally:
                 self.last = recorder
         return recorder

@@ -3,19 +3,27 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, wait_until
+from safetensors.torch import save_file
 
 from hf_v0init.comparison import runs as runs_module
 from hf_v0init.comparison.folder import lock_folder
 from hf_v0init.comparison.launch import count_cores, make_environment
+from hf_v0init.comparison.results import read_comparison
 from hf_v0init.comparison.run_state import LossTrace, find_error_line, judge_run, remove_models
 from hf_v0init.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -247,6 +255,98 @@ def test_a_run_that_was_cut_off_starts_anew_in_an_emptied_folder(comparison):
         assert not (folder / "output" / "left.txt").exists() and comparison.read_states() == {
             "behaviour=plain 42": "finished"
         }
+
+
+def write_checkpoint(output: Path, step: int, *left_out: str) -> Path:
+    """A checkpoint as the stock Trainer leaves it, of one weight."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir()
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in left_out:
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted"])
+def test_a_run_that_was_cut_off_goes_on_from_its_newest_whole_checkpoint_if_asked(comparison, state):
+    comparison.write(behave("plain")).run()
+    (record,) = comparison.read_records().values()
+    folder = comparison.folder / "runs" / record["name"]
+    (folder / "record.json").write_text(json.dumps({**record, "state": state, "seconds": 1000.0}))
+    (folder / "log.txt").write_text("before\n")
+    newest = write_checkpoint(folder / "output", 20)
+    write_checkpoint(folder / "output", 10)
+    write_checkpoint(folder / "output", 30, "trainer_state.json")  # its save was cut off
+    write_checkpoint(folder / "output", 40, "optimizer.pt", "scheduler.pt")  # a model only: the run would be another
+    assert len(comparison.run(resume=True).ends) == 1
+    assert comparison.read_journal()[-1]["checkpoint"] == str(newest) and comparison.read_journal()[-1]["folder"]
+    (record,) = comparison.read_records().values()
+    assert record["state"] == "finished" and record["resumed_from"] == ["checkpoint-20"] and record["seconds"] > 1000.0
+    assert (folder / "log.txt").read_text() == "before\ndone\n" and newest.exists()
+    assert "resume_from_checkpoint" not in record["arguments"]
+
+
+def test_a_run_with_nothing_to_go_on_from_starts_anew(comparison):
+    comparison.write(behave("plain")).run()
+    (record,) = comparison.read_records().values()
+    folder = comparison.folder / "runs" / record["name"]
+    for left_out in (("trainer_state.json",), ("optimizer.pt", "scheduler.pt")):
+        (folder / "record.json").write_text(json.dumps({**record, "state": "interrupted"}))
+        write_checkpoint(folder / "output", 20, *left_out)
+        comparison.run(resume=True)
+        last = comparison.read_journal()[-1]
+        assert last["checkpoint"] is None and not last["folder"]
+        assert "resumed_from" not in next(iter(comparison.read_records().values()))
+
+
+def test_a_log_that_a_continued_run_has_cut_back_is_read_from_its_start(tmp_path):
+    path, trace = tmp_path / "run_log.jsonl", LossTrace()
+    lines = [json.dumps({"eval_loss": 9.0 - step, "step": step}) + "\n" for step in range(5)]
+    path.write_text("".join(lines))
+    assert trace.read_new(path) and trace.step == 4
+    path.write_text("".join(lines[:3]))
+    assert trace.read_new(path)
+    with path.open("a") as file:
+        file.write("".join(lines[3:]) + json.dumps({"eval_loss": 2.5, "step": 5}) + "\n")
+    assert trace.read_new(path)
+    assert trace.eval_losses == {0: 9.0, 1: 8.0, 2: 7.0, 3: 6.0, 4: 5.0, 5: 2.5} and trace.step == 5
+
+
+@pytest.mark.slow
+def test_a_continued_run_ends_as_the_straight_one_bit_for_bit(tmp_path):
+    """The script of the tiny comparison, cut off after its second of three checkpoints."""
+    config = tmp_path / "grid.yaml"
+    content = yaml.safe_load((ROOT / "configs" / "compare" / "tiny.yaml").read_text())
+    content["arguments"] |= {"save_strategy": "steps", "save_steps": 10, "eval_on_start": True}
+    config.write_text(yaml.safe_dump(content | {"grids": [{"v0": ["data_driven 1"], "seed": [1]}]}))
+    command = [sys.executable, "-m", "hf_v0init.cli", "compare", str(config), "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    output, record = folder / "output", json.loads((folder / "record.json").read_text())
+
+    def read():
+        log = [json.loads(line) for line in (output / "run_log.jsonl").read_text().splitlines()]
+        losses = [(e["step"], e.get("loss"), e.get("eval_loss")) for e in log if "loss" in e or "eval_loss" in e]
+        results = json.loads((output / "all_results.json").read_text())
+        return set(losses), {k: results[k] for k in ("eval_loss", "predict_bleu", "predict_loss")}
+
+    straight, fingerprint = read(), (output / "fingerprint.json").read_text()
+    (folder / "record.json").write_text(json.dumps(record | {"state": "interrupted"}))
+    for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
+        (output / name).unlink()
+    shutil.rmtree(output / "checkpoint-30")
+    log = (output / "run_log.jsonl").read_text().splitlines(keepends=True)
+    cut = [line for line in log if json.loads(line)["step"] <= 25]
+    (output / "run_log.jsonl").write_text("".join(cut) + log[-1][:20])
+    subprocess.run([*command, "--resume_runs"], cwd=ROOT, check=True, capture_output=True)
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["state"], record["resumed_from"]) == ("finished", ["checkpoint-20"])
+    assert read() == straight and (output / "fingerprint.json").read_text() == fingerprint
+    run = read_comparison(tmp_path / "out").runs[0]
+    assert run.eval_steps == [0, 10, 20, 30] and run.train_seconds > 0 and not run.problems
 
 
 # ---------------------------------------------------------------------------------------------- bad input, hopeless

@@ -32,6 +32,12 @@ def compare(
         typer.Option("--pocket", help="The file's pocket scale: the same arms, small and short enough for a laptop."),
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry_failed", help="Start failed runs again.")] = False,
+    resume_runs: Annotated[
+        bool,
+        typer.Option(
+            "--resume_runs", help="Go on with interrupted runs from their newest whole checkpoint, if they saved one."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the runs and the first command; start none.")
     ] = False,
@@ -55,8 +61,9 @@ def compare(
 ) -> None:
     """Train a grid of runs (v0 x warmup x optimizer x learning rate x seed) and report whether v0 beats the warmup.
 
-    A second call with the same folder continues: runs that are over are not repeated, interrupted ones start anew. The exit status
-    is 0 when every run is over and at least one did not fail, 1 when all failed, 130 when the comparison was stopped.
+    A second call with the same folder continues: runs that are over are not repeated, interrupted ones start anew or, with
+    --resume_runs, go on from their last checkpoint. The exit status is 0 when every run is over and at least one did not fail, 1
+    when all failed, 130 when the comparison was stopped.
     """
     from .folder import end_left_runs, find_waiting_runs, lock_folder, require_usable_folder, write_plan
     from .plan import read_plan
@@ -93,12 +100,15 @@ def compare(
             )
         try:
             with ProgressDisplay(console, len(plan.runs), len(plan.runs) - len(waiting), jobs) as progress:
-                RunQueue(plan, output_dir, waiting, jobs, progress).run()
+                RunQueue(plan, output_dir, waiting, jobs, progress, resume_runs).run()
         except KeyboardInterrupt:
             interrupted = True
         states = _print_outcome(console, plan, output_dir, summary_dir)
     if interrupted:
-        console.print("Stopped. The same command continues; runs that were cut off start anew.", soft_wrap=True)
+        console.print(
+            "Stopped. The same command continues; runs that were cut off start anew, or with --resume_runs from their last checkpoint.",
+            soft_wrap=True,
+        )
         raise typer.Exit(EXIT_INTERRUPTED)
     if set(states) == {FAILED}:
         raise typer.Exit(EXIT_ALL_FAILED)

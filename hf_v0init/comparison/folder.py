@@ -7,7 +7,8 @@
 | stopped_early | keeps it while `stop_hopeless` is in force, else repeats it |
 | interrupted, running (the call that started it is gone), nothing | starts it anew in an emptied folder |
 
-An interrupted run starts anew also if its script saves checkpoints: its clock and its curve are then those of one run.
+An interrupted run starts anew also if its script saves checkpoints: its clock and its curve are then those of one process. With
+`resume_runs` it goes on from the newest whole checkpoint that holds the optimizer's state, if there is one.
 """
 
 from __future__ import annotations

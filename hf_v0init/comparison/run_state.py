@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_safety import find_defect, find_newest_whole, list_checkpoints
 from ..run_table import RESULTS_FILE, STATE_FILE
 from .fingerprints import PARTS
 from .results import DIVERGED, FAILED, FINISHED, LOG_FILE
@@ -23,6 +24,7 @@ RANK = re.compile(
     r"^\[rank\d+\]:\s|\s\(process \d+\)$"
 )  # by which torch and this package's scripts tell processes apart
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+OPTIMIZER_STATE = ("optimizer", "global_step")  # the Trainer's and FSDP's, DeepSpeed's
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -78,6 +80,8 @@ class LossTrace:
         """Take in the new whole lines of the file; say whether there were any."""
         try:
             with path.open("rb") as file:
+                if path.stat().st_size < self._position:
+                    self._position = 0  # a continued run has dropped what it will log again
                 file.seek(self._position)
                 content = file.read()
         except OSError:
@@ -171,6 +175,19 @@ def find_error_line(log: Path) -> str:
     lines = [RANK.sub("", line).strip() for line in lines if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line) and not LAUNCHER_LINE.match(line)]
     return (errors or lines or [""])[-1][:500]
+
+
+def find_checkpoint(output: Path) -> Path | None:
+    """Return the newest whole checkpoint with the optimizer's state: what a cut-off run can go on from; None if there is none."""
+    newest, _ = find_newest_whole(list_checkpoints(output), _find_obstacle)
+    return None if newest is None else Path(newest)
+
+
+def _find_obstacle(folder: str) -> str | None:
+    defect = find_defect(folder)
+    if defect is None and not any(name.startswith(OPTIMIZER_STATE) for name in os.listdir(folder)):
+        return "it holds no optimizer state"
+    return defect
 
 
 def remove_models(output: Path) -> None:

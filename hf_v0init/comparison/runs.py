@@ -38,6 +38,7 @@ from .results import (
 )
 from .run_state import (
     LossTrace,
+    find_checkpoint,
     find_difference,
     find_error_line,
     find_missing_metrics,
@@ -90,7 +91,7 @@ class ActiveRun:
 
     @property
     def seconds(self) -> float:
-        """Seconds since it was started."""
+        """Seconds it has taken, those before it was cut off included."""
         return time.monotonic() - self.started
 
     @property
@@ -116,10 +117,18 @@ class ActiveRun:
 
 
 class RunQueue:
-    """Starts the waiting runs, `jobs` at a time, in order."""
+    """Starts the waiting runs, `jobs` at a time, in order; with `resume`, cut-off ones from their newest checkpoint."""
 
-    def __init__(self, plan: Plan, folder: Path, waiting: Sequence[PlannedRun], jobs: int, progress: Progress) -> None:
-        self.plan, self.folder, self.jobs, self.progress = plan, folder, jobs, progress
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        waiting: Sequence[PlannedRun],
+        jobs: int,
+        progress: Progress,
+        resume: bool = False,
+    ) -> None:
+        self.plan, self.folder, self.jobs, self.progress, self.resume = plan, folder, jobs, progress, resume
         self.waiting = list(waiting)
         self.active: list[ActiveRun] = []
         # Until a run has ended well, the first one is looked at: if the script refuses it, it would refuse all.
@@ -155,11 +164,14 @@ class RunQueue:
 
     def _start(self, run: PlannedRun) -> None:
         folder = self.folder / RUNS_FOLDER / run.name
-        if folder.exists():
+        checkpoint = self._find_checkpoint(run, folder)
+        earlier = {} if checkpoint is None else read_json(folder / RECORD_FILE) or {}
+        if checkpoint is None and folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
-        command = make_command(self.plan.launch, self.plan.script, run.arguments, folder / OUTPUT_FOLDER, self.jobs)
+        arguments = run.arguments | ({} if checkpoint is None else {"resume_from_checkpoint": str(checkpoint)})
+        command = make_command(self.plan.launch, self.plan.script, arguments, folder / OUTPUT_FOLDER, self.jobs)
         environment = make_environment(self.plan.launch, self.jobs, slot)
         names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
         set_names = {name: environment[name] for name in names if name in environment}
@@ -174,7 +186,9 @@ class RunQueue:
             "versions": list_versions(),
             "hardware": {**describe_hardware(), "jobs": self.jobs, **set_names},
         }
-        with (folder / SCRIPT_LOG_FILE).open("wb") as log:
+        if checkpoint is not None:
+            record["resumed_from"] = [*earlier.get("resumed_from", []), checkpoint.name]
+        with (folder / SCRIPT_LOG_FILE).open("wb" if checkpoint is None else "ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -183,9 +197,16 @@ class RunQueue:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches it through `stop` alone, and `stop` reaches what it starts
             )
-        active = ActiveRun(run, folder, process, slot, record, time.monotonic())
+        active = ActiveRun(run, folder, process, slot, record, time.monotonic() - (earlier.get("seconds") or 0.0))
         self.active.append(active)
         write_json(folder / RECORD_FILE, {**record, "pid": process.pid})
+
+    def _find_checkpoint(self, run: PlannedRun, folder: Path) -> Path | None:
+        """Return the checkpoint from which to go on with a run that was cut off; None: it starts anew."""
+        state = (read_json(folder / RECORD_FILE) or {}).get("state")
+        if not self.resume or state not in (INTERRUPTED, RUNNING):
+            return None
+        return find_checkpoint(folder / OUTPUT_FOLDER)
 
     def _follow_runs(self) -> None:
         for active in list(self.active):
