@@ -36,7 +36,8 @@ from .tables import (
 
 MARKDOWN_FILE, HTML_FILE, RESULTS_FILE, ARMS_FILE = "report.md", "report.html", "results.csv", "arms.csv"
 FIGURES_FOLDER = "figures"
-SUMMARY_FIGURES = ("final_losses", "gap_to_warmup", "learning_rates")  # of the copy for a repository
+# Of the copy for a repository: the first three of these that there are (one learning rate has no figure of its own).
+SUMMARY_FIGURES, NUM_SUMMARY_FIGURES = ("final_losses", "gap_to_warmup", "learning_rates", "loss_curves"), 3
 FOLDED = ("Every arm at every learning rate", "Runs")  # sections that the HTML shows on a click
 
 
@@ -68,7 +69,8 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
     html = render_html(markdown, comparison.title, folder, FOLDED)
     (folder / HTML_FILE).write_text(html, encoding="utf-8")
     if summary_dir is not None:
-        kept = [figure for figure in figures if figure.name in SUMMARY_FIGURES]
+        by_name = {figure.name: figure for figure in figures}
+        kept = [by_name[name] for name in SUMMARY_FIGURES if name in by_name][:NUM_SUMMARY_FIGURES]
         _write_copy(folder, Path(summary_dir), compose_markdown(summary, check, conclusion, kept), kept)
     return folder / HTML_FILE
 
