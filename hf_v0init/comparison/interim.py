@@ -40,7 +40,7 @@ def knows_no_end(comparison: Comparison) -> bool:
 
 def _take_run_back(run: RunResult, step: int) -> None:
     reached = step in run.eval_steps
-    if not reached and run.state in (DIVERGED, FAILED, STOPPED_EARLY) and (run.num_steps or 0) < step:
+    if not reached and run.state in (DIVERGED, FAILED, STOPPED_EARLY) and (run.num_steps or 0) <= step:
         return
     num_train = sum(s <= step for s in run.train_steps)
     num_eval = sum(s <= step for s in run.eval_steps)
