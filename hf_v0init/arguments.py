@@ -1,7 +1,7 @@
 """The flags. `V0InitArguments` alone for people with their own argument classes, or joined to transformers' own."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -10,7 +10,7 @@ from .enough_samples import MAX_NUM_SAMPLES
 from .errors import InputError
 from .scales import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
 from .untuned_warmup import UNTUNED_WARMUPS
-from .warmup_equivalence import compute_scale_for_warmup, require_scale
+from .warmup_equivalence import compute_scale_for_warmup, require_scale, require_warmup_steps, resolve_warmup_steps
 
 STATISTICS = ("per_sample", "per_step")
 AUTO = "auto"  # of v0_num_samples
@@ -104,12 +104,12 @@ class V0InitArguments:
             "two or more dimensions get one. Default: False."
         },
     )
-    v0_warmup_steps: int | None = field(
+    v0_warmup_steps: float | None = field(
         default=None,
         metadata={
             "help": "Choose the scale so that the closed-form multiplier m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)) reaches "
-            "0.9 at this optimizer step: scale = 0.2346 * (beta2^-t - 1). For data_driven and first_gradient. "
-            "Excludes --v0_scale. Default: none."
+            "0.9 at this optimizer step: scale = 0.2346 * (beta2^-t - 1). Below 1, as with --warmup_steps, a share of the run's "
+            "steps. For data_driven and first_gradient. Excludes --v0_scale. Default: none."
         },
     )
     v0_floor: float = field(
@@ -184,7 +184,7 @@ class V0InitArguments:
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")
         if self.v0_warmup_steps is not None:
-            self._require_count("v0_warmup_steps", "for no v0 use v0_init=zeros")
+            self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
             if self.v0_init in ("random", "zeros"):
                 raise InputError(
                     f"v0_warmup_steps={self.v0_warmup_steps} with v0_init={self.v0_init}: the closed form relates v0 to E[g^2], "
@@ -222,8 +222,25 @@ class V0InitArguments:
         """Return the most samples that the statistics may take: `v0_num_samples`, or 5,000 for "auto"."""
         return MAX_NUM_SAMPLES if self.v0_num_samples == AUTO else self.v0_num_samples
 
+    def resolve(self, max_steps: int | None) -> "V0InitArguments":
+        """Return these settings with `v0_warmup_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
+        known (None, 0 or less), or where nothing is a share."""
+        if self.v0_warmup_steps is None or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
+            return self
+        settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
+        return V0InitArguments(**settings | {"v0_warmup_steps": resolve_warmup_steps(self.v0_warmup_steps, max_steps)})
+
     def get_v0_scale(self, beta2: float) -> float:
-        """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default."""
+        """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default.
+
+        Raises:
+            InputError: `v0_warmup_steps` is a share of a run whose length has not been given (`resolve`), or needs too large a scale.
+        """
+        if self.v0_warmup_steps is not None and self.v0_warmup_steps < 1:
+            raise InputError(
+                f"v0_warmup_steps={self.v0_warmup_steps} is a share of the run, whose length is not known here: give max_steps, or "
+                "v0_warmup_steps as a number of optimizer steps"
+            )
         if self.v0_warmup_steps is not None:
             return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
         if self.v0_scale is not None:

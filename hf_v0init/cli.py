@@ -32,6 +32,8 @@ from .warmup_equivalence import (
     compute_washout_warning,
     require_beta2,
     require_scale,
+    require_warmup_steps,
+    resolve_warmup_steps,
 )
 
 TARGETS = (0.5, 0.9, 0.99)
@@ -56,8 +58,11 @@ def explain(
         typer.Option("--v0_scale", help="sigma, > 0. [default: 1; for random, where it is 100, without effect here]"),
     ] = None,
     v0_warmup_steps: Annotated[
-        int | None,
-        typer.Option("--v0_warmup_steps", help="Choose the scale so that m reaches 0.9 at this step."),
+        float | None,
+        typer.Option(
+            "--v0_warmup_steps",
+            help="Choose the scale so that m reaches 0.9 at this step; below 1, a share of max_steps.",
+        ),
     ] = None,
     adam_beta2: Annotated[float, typer.Option("--adam_beta2", help="Adam's beta2, in (0, 1).")] = 0.999,
     max_steps: Annotated[int, typer.Option("--max_steps", help="Optimizer steps of the run.")] = 10_000,
@@ -71,9 +76,11 @@ def explain(
     m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)): a warmup set by beta2 and scale.
     The flags are those of training.
     """
-    scale = compute_scale_in_force(v0_init, v0_scale, v0_warmup_steps, adam_beta2)
     if max_steps < 1:
         raise InputError(f"max_steps={max_steps}: must be a whole number >= 1, the optimizer steps of the run")
+    if v0_warmup_steps is not None:
+        v0_warmup_steps = resolve_warmup_steps(require_warmup_steps(v0_warmup_steps), max_steps)
+    scale = compute_scale_in_force(v0_init, v0_scale, v0_warmup_steps, adam_beta2)
     figure_path = require_figure_path(figure) if figure else None
     console = Console(highlight=False, markup=False)
     settings = {"v0_init": v0_init, "v0_warmup_steps": v0_warmup_steps, "v0_scale": scale}

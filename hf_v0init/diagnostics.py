@@ -114,7 +114,9 @@ class V0DiagnosticsCallback(TrainerCallback):
             )
             self._watches = False
         self._resumed_at = state.global_step
-        self._arguments = getattr(self._trainer, "v0_arguments", None) or read_v0_arguments(args)
+        self._arguments = getattr(self._trainer, "v0_arguments", None) or read_v0_arguments(args).resolve(
+            state.max_steps
+        )
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self._watches:

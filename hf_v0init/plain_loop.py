@@ -55,7 +55,7 @@ def initialize_v0(
     loss_fn: LossFunction | None = None,
     accelerator=None,
     scale: float | None = None,
-    warmup_steps: int | None = None,
+    warmup_steps: float | None = None,
     num_samples: int | str | None = V0InitArguments.v0_num_samples,
     statistic: str = V0InitArguments.v0_statistic,
     seed: int = 0,
@@ -89,7 +89,8 @@ def initialize_v0(
         count_samples: maps a batch to its number of samples. Default: the length of its first tensor.
         other_modules: further modules that `loss_fn` runs, such as a GAN's other network. They are left as they were, and their
             gradients are neither computed nor kept.
-        max_steps: optimizer steps of the whole run. With it the report and the log say what v0 will do over the run.
+        max_steps: optimizer steps of the whole run. With it the report and the log say what v0 will do over the run, and
+            `warmup_steps` below 1 is a share of them.
 
     Returns:
         What was done, see `V0Report`; `report.to_dict()` are plain JSON types. For zeros, which changes nothing, all figures
@@ -103,7 +104,7 @@ def initialize_v0(
     settings |= {"v0_one_dimensional": one_dimensional, "v0_floor": floor, "v0_fan_factor": fan_factor, "v0_seed": seed}
     settings |= {} if num_samples is None else {"v0_num_samples": num_samples}
     with _in_own_words():
-        arguments = V0InitArguments(**settings)
+        arguments = V0InitArguments(**settings).resolve(max_steps)
         if strategy == "zeros":
             return _report_zeros(seed)
         _require_counts(batches_per_step, effective_batch_size)
@@ -188,7 +189,10 @@ def _require_fresh(optimizer, plan: V0Plan) -> None:
 
 
 def _require_scale_known(arguments: V0InitArguments, optimizer) -> None:
-    if arguments.v0_warmup_steps is not None and read_beta2(optimizer) is None:
+    beta2 = read_beta2(optimizer)
+    if beta2 is not None:
+        arguments.get_v0_scale(beta2)
+    elif arguments.v0_warmup_steps is not None:
         raise InputError(
             f"v0_warmup_steps={arguments.v0_warmup_steps} with {type(unwrap_optimizer(optimizer)).__name__}: its second moment "
             "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"

@@ -323,7 +323,8 @@ class V0InitMixin(TrainerGradientsMixin, SafeResumeMixin):
                 f"v0_warmup_steps={arguments.v0_warmup_steps} with {type(unwrap_optimizer(optimizer)).__name__}: its second moment "
                 "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"
             )
-        arguments.get_v0_scale(beta2)
+        if arguments.v0_warmup_steps >= 1:  # a share of a number of epochs is known when the training begins
+            arguments.get_v0_scale(beta2)
 
 
 class V0InitTrainer(V0InitMixin, Trainer):

@@ -41,8 +41,10 @@ class TrainerGradientsMixin:
 
     @property
     def v0_arguments(self) -> V0InitArguments:
-        """The v0 settings of this Trainer."""
-        return self._v0_given_arguments or read_v0_arguments(self.args)
+        """The v0 settings of this Trainer; from the start of a training on, a share of the run is a number of steps."""
+        state = getattr(self, "state", None)
+        max_steps = getattr(state, "max_steps", 0) or self.args.max_steps
+        return (self._v0_given_arguments or read_v0_arguments(self.args)).resolve(max_steps)
 
     def _get_v0_seed(self) -> int:
         return self.args.seed if self.v0_arguments.v0_seed is None else self.v0_arguments.v0_seed

@@ -89,6 +89,28 @@ def compute_scale_for_warmup(steps: float, beta2: float, target: float = WASHED_
     return k * math.expm1(exponent)
 
 
+def require_warmup_steps(steps: float) -> float:
+    """Return `v0_warmup_steps` if it is a whole number of optimizer steps >= 1 (as an int) or a share of the run in (0, 1).
+
+    Raises:
+        InputError: neither.
+    """
+    is_number = isinstance(steps, (int, float)) and not isinstance(steps, bool)
+    if is_number and 0.0 < steps < 1.0:
+        return float(steps)
+    if is_number and steps >= 1 and float(steps).is_integer():
+        return int(steps)
+    raise InputError(
+        f"v0_warmup_steps={steps}: must be a whole number >= 1, optimizer steps, or a share of the run in (0, 1); for no v0 use "
+        "v0_init=zeros"
+    )
+
+
+def resolve_warmup_steps(steps: float, max_steps: int) -> int:
+    """Return `v0_warmup_steps` as optimizer steps: a share in (0, 1) is of the run's `max_steps`, rounded up."""
+    return math.ceil(steps * max_steps) if steps < 1.0 else int(steps)
+
+
 def compute_similar_linear_warmup(scale: float, beta2: float) -> float:
     """Compute the length of the linear warmup that takes away as much step size as v0 does, in optimizer steps.
 

@@ -69,6 +69,35 @@ def test_warmup_steps_give_the_scale_of_the_closed_form():
     assert arguments.get_v0_scale(0.98) == pytest.approx((1 / 0.81 - 1) * (0.98**-100 - 1), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "steps"), [("200", 200, 200), ("0.25", 0.25, 150), ("0.001", 0.001, 1), ("1", 1, 1)]
+)
+def test_warmup_steps_below_one_are_a_share_of_the_run(text, value, steps):
+    """As transformers' own warmup_steps: rounded up to whole steps."""
+    (arguments,) = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
+        ["--v0_init", "data_driven", "--v0_warmup_steps", text, "--v0_seed", "3"]
+    )
+    assert arguments.v0_warmup_steps == value and type(arguments.v0_warmup_steps) is type(value)
+    resolved = arguments.resolve(600)
+    assert resolved == V0InitArguments(v0_init="data_driven", v0_warmup_steps=steps, v0_seed=3)
+    assert type(resolved.v0_warmup_steps) is int and arguments.v0_warmup_steps == value
+    assert (
+        resolved.resolve(100) is resolved
+        and arguments.resolve(None) is arguments
+        and arguments.resolve(-1) is arguments
+    )
+    stock = TrainingArguments("out", max_steps=600, warmup_steps=value, use_cpu=True)
+    assert stock.get_warmup_steps(600) == steps
+
+
+def test_a_share_of_a_run_of_unknown_length_gives_no_scale():
+    arguments = V0InitArguments(v0_init="data_driven", v0_warmup_steps=0.25)
+    with pytest.raises(
+        InputError, match=r"v0_warmup_steps=0\.25 is a share of the run, whose length is not known here"
+    ):
+        arguments.get_v0_scale(0.98)
+
+
 def test_settings_are_read_from_any_object_that_has_them():
     class Theirs:
         v0_init, v0_scale = "random", 7.0

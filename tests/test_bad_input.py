@@ -32,6 +32,10 @@ SETTINGS = [
     ),
     ({"v0_init": "random", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
     ({"v0_init": "data_driven", "v0_warmup_steps": 0}, ["v0_warmup_steps=0", ">= 1"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": 1.5}, ["v0_warmup_steps=1.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": -0.5}, ["v0_warmup_steps=-0.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": float("nan")}, ["v0_warmup_steps=nan", "a share"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": True}, ["v0_warmup_steps=True", "a share"]),
     ({"v0_num_samples": 0}, ["v0_num_samples=0", ">= 1"]),
     ({"v0_num_samples": -5}, ["v0_num_samples=-5", ">= 1"]),
     ({"v0_stats_batch_size": 0}, ["v0_stats_batch_size=0", ">= 1"]),
@@ -112,6 +116,7 @@ RUNS = [
     ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", "v0_init": "data_driven"}, ["loss is inf in batch 3"]),
     ("one batch", {"v0_init": "data_driven", "v0_num_samples": 8, "v0_stats_batch_size": 8}, ["v0_num_samples=8", "v0_stats_batch_size <= 4"]),
     ("warmup beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 10**7}, ["v0_warmup_steps=10000000", "use at most"]),
+    ("share beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 0.5, "max_steps": 10**7}, ["v0_warmup_steps=5000000", "use at most"]),
 ]  # fmt: skip
 
 

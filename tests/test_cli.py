@@ -84,6 +84,12 @@ def test_warmup_steps_choose_the_scale():
     assert float(re.search(r"v0_scale ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_warmup_steps_below_one_are_a_share_of_the_run():
+    share = run_explain("--v0_warmup_steps", "0.4", "--adam_beta2", "0.98", "--max_steps", "1000")
+    assert share.stdout == run_explain("--v0_warmup_steps", "400", "--adam_beta2", "0.98", "--max_steps", "1000").stdout
+    assert "v0_warmup_steps 400" in share.stdout
+
+
 def test_similar_linear_warmup_takes_away_the_same_steps():
     done = run_explain("--v0_scale", "10", "--adam_beta2", "0.99")
     length = int(re.search(r"resembles: ([\d,]+) steps", done.stdout)[1].replace(",", ""))
@@ -148,6 +154,7 @@ BAD_FLAGS = [
     (["--v0_scale", "inf"], "v0_scale=inf"),
     (["--v0_scale", "1", "--v0_warmup_steps", "10"], "v0_warmup_steps=10"),
     (["--v0_warmup_steps", "0"], "v0_warmup_steps=0"),
+    (["--v0_warmup_steps", "1.5"], "v0_warmup_steps=1.5"),
     (["--v0_warmup_steps", "10", "--v0_init", "random"], "v0_init=random"),
     (["--adam_beta2", "1"], "adam_beta2=1"),
     (["--adam_beta2", "0"], "adam_beta2=0"),

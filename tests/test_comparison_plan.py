@@ -42,6 +42,7 @@ def plan_of(tmp_path):
         ("data_driven 1e1", "data_driven 10", {"v0_init": "data_driven", "v0_scale": 10.0}),
         ("data_driven per_step 10", "data_driven per_step 10", {"v0_init": "data_driven", "v0_statistic": "per_step", "v0_scale": 10.0}),
         ("data_driven warmup 200", "data_driven warmup 200", {"v0_init": "data_driven", "v0_warmup_steps": 200}),
+        ("data_driven warmup 0.33", "data_driven warmup 0.33", {"v0_init": "data_driven", "v0_warmup_steps": 0.33}),
         ("first_gradient 1", "first_gradient 1", {"v0_init": "first_gradient", "v0_scale": 1.0}),
         ({"v0_init": "random", "v0_scale": 5, "v0_fan_factor": 2}, "random 5 v0_fan_factor=2", {"v0_init": "random", "v0_scale": 5.0, "v0_fan_factor": 2}),
         ({"name": "mine", "v0_init": "data_driven"}, "mine", {"v0_init": "data_driven", "v0_scale": 1.0}),

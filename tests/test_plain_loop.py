@@ -483,6 +483,7 @@ BAD = [
     ({"strategy": "xavier"}, "strategy='xavier': choose one of zeros, random"),
     ({"scale": -1.0}, "scale=-1"),
     ({"scale": 1.0, "warmup_steps": 5}, "scale=1.0 and warmup_steps=5 both"),
+    ({"warmup_steps": 0.3}, "^warmup_steps=0.3 is a share of the run, whose length is not known here: give max_steps"),
     ({"statistic": "per_token"}, "statistic='per_token'"),
     ({"floor": 2.0}, "floor=2.0"),
     ({"seed": -1}, "seed=-1"),
@@ -538,6 +539,18 @@ def test_one_optimizer_over_two_networks_can_get_a_v0_for_each():
     assert len(optimizer.state) == 3
     with pytest.raises(InputError, match="already have optimizer state"):
         initialize_v0(optimizer, model=second, strategy="random")
+
+
+def test_warmup_steps_below_one_are_a_share_of_max_steps():
+    model, v0s = make_network(batch_norm=False), []
+    for warmup_steps in (0.3, 6):
+        optimizer = make_adam(model)
+        report = initialize_v0(
+            optimizer, model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, warmup_steps=warmup_steps, max_steps=18
+        )  # fmt: skip
+        assert report.warmup_steps == 6
+        v0s.append(read_all(optimizer, model))
+    assert v0s[0].keys() == v0s[1].keys() and all(torch.equal(v0s[0][name], v0s[1][name]) for name in v0s[0])
 
 
 def test_max_steps_gives_the_expectation_and_its_warning(caplog):

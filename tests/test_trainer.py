@@ -22,6 +22,7 @@ from trainers import (
 from transformers import Trainer
 
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
+from hf_v0init.errors import InputError
 from hf_v0init.optimizer_state import is_untouched
 
 STRATEGIES = ["random", "data_driven", "first_gradient"]
@@ -377,3 +378,27 @@ def test_user_is_told_before_the_first_step(tmp_path, caplog):
 def test_warmup_steps_choose_the_scale(tmp_path):
     trainer, _ = record(tmp_path, v0_init="data_driven", v0_warmup_steps=50, adam_beta2=0.98, max_steps=1)
     assert trainer.get_v0_report()["scale"] == pytest.approx((1 / 0.81 - 1) * (0.98**-50 - 1), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 18}, {"max_steps": -1, "num_train_epochs": 1.5}, {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}]
+)  # fmt: skip
+def test_a_share_of_the_run_is_that_many_steps(tmp_path, length):
+    """48 sequences in batches of 4: all three are runs of 18 steps."""
+    share, recorder = record(tmp_path / "a", v0_init="data_driven", v0_warmup_steps=0.3, adam_beta2=0.9, **length)
+    steps, expected = record(tmp_path / "b", v0_init="data_driven", v0_warmup_steps=6, adam_beta2=0.9, **length)
+    assert share.state.global_step == 18 and share.get_v0_report()["warmup_steps"] == 6
+    assert all(torch.equal(recorder.v0[name], expected.v0[name]) for name in expected.v0)
+    assert_equal_weights(share, steps)
+    left_out = ("seconds", "versions")
+    reports = [{k: v for k, v in t.get_v0_report().items() if k not in left_out} for t in (share, steps)]
+    assert reports[0] == reports[1]
+
+
+def test_a_share_that_takes_too_large_a_scale_is_refused_before_the_pass(tmp_path):
+    trainer = make_trainer(
+        tmp_path, v0_init="data_driven", v0_warmup_steps=0.9, adam_beta2=0.1, max_steps=-1, num_train_epochs=10
+    )
+    with pytest.raises(InputError, match=r"v0_warmup_steps=108: at adam_beta2=0\.1"):
+        trainer.train()
+    assert is_untouched(trainer.optimizer) and trainer.get_v0_report() is None

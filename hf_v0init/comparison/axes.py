@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..scales import DEFAULT_SCALE, STRATEGIES
+from ..warmup_equivalence import require_warmup_steps
 
 UNTUNED = {"untuned_linear": "linear", "untuned_exponential": "exponential"}
 NO_WARMUP, DEFAULT_OPTIMIZER, NO_V0 = "none", "adamw", "zeros"
@@ -85,9 +86,12 @@ def parse_v0(value: Any) -> AxisValue:
         rest = rest[1:]
     if rest[:1] == ["warmup"] and len(rest) == 2 and strategy in ("data_driven", "first_gradient"):
         steps = _read_number(rest[1])
-        if steps is None or steps < 1 or not float(steps).is_integer():
-            raise InputError(f"v0: {value!r}: the steps after 'warmup' must be a whole number >= 1")
-        flags["v0_warmup_steps"] = int(steps)
+        try:
+            flags["v0_warmup_steps"] = require_warmup_steps(steps)
+        except InputError as error:
+            raise InputError(
+                f"v0: {value!r}: the steps after 'warmup' must be a whole number >= 1, or a share of the run in (0, 1)"
+            ) from error
     elif len(rest) == 1 and strategy != NO_V0:
         scale = _read_number(rest[0])
         if scale is None or scale <= 0:
@@ -122,7 +126,8 @@ def _name_v0(flags: dict[str, Any]) -> AxisValue:
     if "v0_statistic" in flags:
         words.append(str(flags["v0_statistic"]))
     if "v0_warmup_steps" in flags:
-        words.append(f"warmup {flags['v0_warmup_steps']}")
+        steps = flags["v0_warmup_steps"]
+        words.append(f"warmup {name_number(steps) if is_number(steps) else steps}")
     elif strategy != NO_V0:
         scale = flags.setdefault("v0_scale", DEFAULT_SCALE[strategy])
         if not is_number(scale) or scale <= 0:
