@@ -282,7 +282,7 @@ def test_a_step_that_overflowed_does_not_count(tmp_path):
     state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(4, 4), "exp_avg_sq": torch.full((4, 4), 2.0)}
     optimizer.state[parameter] = state
     args = SimpleNamespace(process_index=0, v0_init="data_driven", v0_scale=2.0, output_dir=str(tmp_path))
-    state = SimpleNamespace(global_step=0)
+    state = SimpleNamespace(global_step=0, max_steps=3)
     callback = V0DiagnosticsCallback()
     callback.on_train_begin(args, state, None)
     for skipped in (True, False, False):
