@@ -10,18 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {"compare": ROOT / "configs" / "compare" / "results", "paper": ROOT / "configs" / "paper" / "results"}
 
-# Row of the README -> v0 and warmup of the arms it may come from; None stands for any number of steps.
+# Row of the README -> v0 (one of these) and warmup of the arms it may come from; None stands for any number of steps.
 MAIN_ROWS = {
     "no warmup, v0 = 0": ("zeros", "none"),
     "linear warmup, the best of those tried": ("zeros", None),
     "untuned linear warmup, 2/(1 - beta2) steps": ("zeros", "untuned_linear"),
     "`data_driven`, scale 1 (the paper's)": ("data_driven 1", "none"),
     "`data_driven`, scale 10": ("data_driven 10", "none"),
-    "`data_driven`, `v0_warmup_steps` 200": ("data_driven warmup 200", "none"),
+    "`data_driven`, `v0_warmup_steps` of a third of the run": (
+        ("data_driven warmup 200", "data_driven warmup 400"),
+        "none",
+    ),
     "`random`, scale 100 (the paper's)": ("random 100", "none"),
 }
 MAIN_COLUMNS = {
     "Multi30k, beta2 .98": ("multi30k_pocket", {}),
+    "Multi30k at 10M, beta2 .98": ("multi30k", {}),
     "PTB, beta2 .98": ("ptb_pocket", {}),
     "PTB, beta2 .999": ("ptb_pocket", {"adam_beta2": 0.999}),
 }
@@ -74,7 +78,7 @@ def test_the_main_table_shows_every_arm_at_its_best_learning_rate(column):
         found = [
             arm
             for arm in arms
-            if arm["v0"] == v0
+            if arm["v0"] in ((v0,) if isinstance(v0, str) else v0)
             and (arm["warmup"] == warmup if warmup else arm["warmup"].isdigit())
             and json.loads(arm["other"] or "{}") == other
         ]
@@ -83,6 +87,31 @@ def test_the_main_table_shows_every_arm_at_its_best_learning_rate(column):
         if column == "Multi30k, beta2 .98":
             sensitivity = best["lr_sensitivity"]
             assert without_bold(row["sensitivity"]) == (f"{float(sensitivity):.2f}" if sensitivity else "-"), row["arm"]
+
+
+def write_rows_at_10m() -> list[dict[str, str]]:
+    """The table of the 10 million parameters: the arms that have both learning rates."""
+    by_arm = {}
+    for arm in read_arms("compare", "multi30k"):
+        by_arm.setdefault(arm["arm"], {})[float(arm["learning_rate"])] = arm
+    rows = []
+    for name in ("warmup 200", "warmup 400", "warmup 800", "data_driven 10", "data_driven warmup 400", "random 100"):
+        at = by_arm.pop(name)
+        best = next(arm for arm in at.values() if arm["is_best_rate"] == "True")
+        row = {
+            "arm at 10M": name,
+            "7.5e-4": write_estimate(at[7.5e-4], "final", 3),
+            "1.5e-3": write_estimate(at[1.5e-3], "final", 3),
+        }
+        row["sensitivity"] = f"{float(best['lr_sensitivity']):.2f}"
+        rows.append(row | {"test BLEU at the better rate": write_estimate(best, "predict_bleu", 1)})
+    assert all(len(at) == 1 for at in by_arm.values())
+    return rows
+
+
+def test_the_table_of_10_million_parameters_shows_every_arm_at_both_rates():
+    rows = [{name: without_bold(cell) for name, cell in row.items()} for row in read_table("| arm at 10M")]
+    assert rows == write_rows_at_10m()
 
 
 def test_the_table_of_the_papers_tasks_shows_every_run_arm():
