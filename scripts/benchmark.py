@@ -23,13 +23,9 @@ from typing import Annotated
 import datasets
 import run_translation
 import typer
-from rich.console import Console
-from rich.table import Table
-from transformers.utils import logging as transformers_logging
-
-from hf_v0init.benchmarks import rows_commands, rows_draw, rows_pass, rows_training, rows_translation
-from hf_v0init.benchmarks.measuring import MISSED, Conditions, Row, use_one_thread
-from hf_v0init.benchmarks.record import (
+from benchmarks import rows_commands, rows_draw, rows_pass, rows_training, rows_translation
+from benchmarks.measuring import MISSED, Conditions, Row, use_one_thread
+from benchmarks.record import (
     RECORD_PATH,
     compose_record,
     find_worse,
@@ -37,6 +33,10 @@ from hf_v0init.benchmarks.record import (
     read_rows,
     write_record,
 )
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
 from hf_v0init.errors import InputError
 
 EXIT_WORSE = 1
@@ -45,7 +45,6 @@ MEASURES: dict[str, Callable[[Conditions], Row | list[Row]]] = {
     "memory": rows_pass.measure_pass_memory,
     "samples": rows_pass.measure_sample_counts,
     "growth": rows_pass.measure_growth,
-    "cost_model": rows_pass.measure_model_of_cost,
     "random": rows_draw.measure_random_v0,
     "shards": rows_draw.measure_shards,
     "draw": rows_draw.measure_element,

@@ -5,7 +5,7 @@ python scripts/compare.py configs/compare/tiny.yaml --output_dir outputs/tiny --
 
 import sys
 
-from hf_v0init.cli import main
+from hf_v0init.commands.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "compare")

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hf_v0init.closed_form.multiplier import compute_similar_linear_warmup, describe_multiplier
 from hf_v0init.errors import InputError
-from hf_v0init.figures import TrainingCurve, draw_training_curves
+from hf_v0init.plots import TrainingCurve, draw_training_curves
 from hf_v0init.tasks.script_support import require_writable_output, run_script
-from hf_v0init.warmup_equivalence import compute_similar_linear_warmup, describe_multiplier
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
 NO_WARMUP, WARMUP, V0 = "Adam, no warmup", "Adam, warmup", "Adam, v0, no warmup"
@@ -110,10 +110,10 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     from transformers.utils import logging as transformers_logging
 
     from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
-    from hf_v0init.data.embedded_corpus import generate_embedded_corpus
-    from hf_v0init.models.post_norm import apply_xavier_initialization, build_post_norm_config
-    from hf_v0init.tasks.metrics import SacreBleu
     from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
+    from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
+    from hf_v0init.tasks.translation.metrics import SacreBleu
+    from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
 
     class DemoTrainer(ExactEvaluationMixin, V0InitSeq2SeqTrainer):
         """Evaluates the loss exactly, per token over the whole set."""
@@ -342,8 +342,8 @@ def write_results(results: list[ArmResult], settings: DemoSettings) -> tuple[Pat
 
 def run_demo(settings: DemoSettings) -> list[ArmResult]:
     """Make the corpus, train the three arms, print the table and write picture and numbers."""
-    from hf_v0init.data.embedded_corpus import generate_embedded_corpus
-    from hf_v0init.data.tokenizer_training import train_bpe_tokenizer
+    from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer
+    from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
 
     console = Console(highlight=False)
     started = time.perf_counter()

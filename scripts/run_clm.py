@@ -18,7 +18,21 @@ from pathlib import Path
 from transformers import set_seed
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.data.language_modeling import (
+from hf_v0init.errors import InputError
+from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
+from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmConfig
+from hf_v0init.tasks.language_modeling.completions import generate_completions
+from hf_v0init.tasks.language_modeling.model import ModelArguments, choose_block_size, load_model, load_tokenizer
+from hf_v0init.tasks.language_modeling.perplexity import ExactPerplexityMixin
+from hf_v0init.tasks.language_modeling.rows import (
+    DataArguments,
+    choose_text_column,
+    choose_text_suffix,
+    iterate_texts,
+    limit_rows,
+    load_rows,
+)
+from hf_v0init.tasks.language_modeling.samples import (
     CausalCollator,
     StreamedTokenWindows,
     TokenWindows,
@@ -27,22 +41,8 @@ from hf_v0init.data.language_modeling import (
     tokenize_completions,
     tokenize_texts,
 )
-from hf_v0init.data.token_budget import TokenBudgetMixin
-from hf_v0init.data.token_streams import SegmentCollator, TokenStreams
-from hf_v0init.errors import InputError
-from hf_v0init.models.awd_lstm import AwdLstmConfig
-from hf_v0init.tasks.causal_language_model import ModelArguments, choose_block_size, load_model, load_tokenizer
-from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
-from hf_v0init.tasks.completions import generate_completions
-from hf_v0init.tasks.language_modeling_rows import (
-    DataArguments,
-    choose_text_column,
-    choose_text_suffix,
-    iterate_texts,
-    limit_rows,
-    load_rows,
-)
-from hf_v0init.tasks.perplexity import ExactPerplexityMixin
+from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin, require_possible_streams
+from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator, TokenStreams
 from hf_v0init.tasks.script_stages import (
     count_steps,
     describe_for_card,
@@ -54,7 +54,7 @@ from hf_v0init.tasks.script_stages import (
 )
 from hf_v0init.tasks.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from hf_v0init.tasks.step_decay import StepDecayArguments, StepDecayMixin
-from hf_v0init.tasks.stream_training import ContiguousStreamsMixin, require_possible_streams
+from hf_v0init.tasks.token_budget import TokenBudgetMixin
 
 
 @dataclass

@@ -20,14 +20,14 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from hf_v0init import V0InitArguments, V0InitTrainingArguments
-from hf_v0init.data.image_folders import LabelledImages, choose_some
-from hf_v0init.data.image_format import IMAGE_MODES, choose_format
-from hf_v0init.data.image_tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
 from hf_v0init.errors import InputError
-from hf_v0init.models.dcgan import Discriminator, Generator, count_doublings
-from hf_v0init.report import write_report
-from hf_v0init.tasks.gan_training import DivergedError, GanTrainer
-from hf_v0init.tasks.image_quality import ImageQuality, InceptionFeatures, train_classifier
+from hf_v0init.records.report import write_report
+from hf_v0init.tasks.gan.dcgan import Discriminator, Generator, count_doublings
+from hf_v0init.tasks.gan.image_quality import ImageQuality, InceptionFeatures, train_classifier
+from hf_v0init.tasks.gan.training import DivergedError, GanTrainer
+from hf_v0init.tasks.images.folders import LabelledImages, choose_some
+from hf_v0init.tasks.images.format import IMAGE_MODES, choose_format
+from hf_v0init.tasks.images.tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
 from hf_v0init.tasks.script_stages import DatasetArguments, HubArguments, flag, require_positive_counts
 from hf_v0init.tasks.script_support import (
     find_checkpoint_to_resume,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import run_translation
 
-from hf_v0init.data.embedded_corpus import generate_embedded_corpus
 from hf_v0init.tasks.script_support import run_script
+from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
 
 NUM_PAIRS = 2000  # 1,800 for training, 100 each for validation and test
 

@@ -20,8 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.data.image_augmentation import RANDOM_CROPS, Augmentation
-from hf_v0init.data.image_folders import (
+from hf_v0init.errors import InputError
+from hf_v0init.preservation import preserve_model, preserve_rng
+from hf_v0init.tasks.images.augmentation import RANDOM_CROPS, Augmentation
+from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig
+from hf_v0init.tasks.images.folders import (
     LabelledImages,
     choose_some,
     load_image_folder,
@@ -30,7 +33,7 @@ from hf_v0init.data.image_folders import (
     select_images,
     split_off_validation,
 )
-from hf_v0init.data.image_format import (
+from hf_v0init.tasks.images.format import (
     IMAGE_MODES,
     ImageFormat,
     build_processor,
@@ -38,10 +41,8 @@ from hf_v0init.data.image_format import (
     load_format,
     measure_mean_and_std,
 )
-from hf_v0init.data.image_samples import ImageDrawsMixin, ImageSamples, stack_samples
-from hf_v0init.errors import InputError
-from hf_v0init.models.cifar_resnet import CifarResNetConfig
-from hf_v0init.run_preservation import preserve_model, preserve_rng
+from hf_v0init.tasks.images.samples import ImageDrawsMixin, ImageSamples, stack_samples
+from hf_v0init.tasks.images.top_k_accuracy import ExactAccuracyMixin
 from hf_v0init.tasks.script_stages import (
     DatasetArguments,
     HubArguments,
@@ -58,7 +59,6 @@ from hf_v0init.tasks.script_stages import (
 from hf_v0init.tasks.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from hf_v0init.tasks.step_decay import StepDecayArguments, StepDecayMixin
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
-from hf_v0init.tasks.top_k_accuracy import ExactAccuracyMixin
 
 logger = logging.get_logger("run_image_classification")
 

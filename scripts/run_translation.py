@@ -21,13 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
-from hf_v0init.data.token_budget import TokenBudgetMixin, build_token_budget_sampler
-from hf_v0init.data.tokenizer_training import train_bpe_tokenizer, train_on_main_process
-from hf_v0init.data.translation_pairs import ROLES, load_pair_files, select_pairs, tokenize_pairs
 from hf_v0init.errors import InputError
-from hf_v0init.models.post_norm import apply_xavier_initialization, build_post_norm_config
 from hf_v0init.tasks.checkpoint_averaging import require_enough_checkpoints
-from hf_v0init.tasks.metrics import SacreBleu
 from hf_v0init.tasks.script_stages import (
     DatasetArguments,
     HubArguments,
@@ -44,8 +39,13 @@ from hf_v0init.tasks.script_stages import (
     train_and_save,
 )
 from hf_v0init.tasks.script_support import explain_hub_errors, parse_arguments, run_script, start_logging
-from hf_v0init.tasks.sorted_evaluation import LengthSortedEvaluationMixin
+from hf_v0init.tasks.token_budget import TokenBudgetMixin, build_token_budget_sampler
 from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
+from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer, train_on_main_process
+from hf_v0init.tasks.translation.metrics import SacreBleu
+from hf_v0init.tasks.translation.pairs import ROLES, load_pair_files, select_pairs, tokenize_pairs
+from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
+from hf_v0init.tasks.translation.sorted_evaluation import LengthSortedEvaluationMixin
 
 logger = logging.get_logger("run_translation")
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_v0init.errors import InputError
-from hf_v0init.figures import draw_losses, require_figure_path
-from hf_v0init.run_table import read_run
+from hf_v0init.plots import draw_losses, require_figure_path
+from hf_v0init.records.run_table import read_run
 
 COLUMNS = {
     "predict_bleu": "test BLEU",

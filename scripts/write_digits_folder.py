@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from hf_v0init.data.image_digits import PIXELS, write_digits_folder
+from hf_v0init.tasks.images.digits import PIXELS, write_digits_folder
 from hf_v0init.tasks.script_support import run_script
 
 

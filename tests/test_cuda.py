@@ -14,7 +14,7 @@ from trainers import (
     train,
 )
 
-from hf_v0init.run_preservation import preserve_rng
+from hf_v0init.preservation import preserve_rng
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

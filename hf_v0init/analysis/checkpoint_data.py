@@ -9,11 +9,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from ..data.language_modeling import CausalCollator
-from ..data.text_files import read_lines
-from ..data.translation_pairs import load_pair_files, select_pairs
 from ..errors import InputError
-from ..models.awd_lstm import AwdLstmForCausalLM
+from ..tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
+from ..tasks.language_modeling.samples import CausalCollator
+from ..tasks.text_files import read_lines
+from ..tasks.translation.pairs import load_pair_files, select_pairs
 from .batch_loss import NO_TARGET, make_batch_loss
 from .weights import INDEX_FILE, WEIGHTS_FILE
 

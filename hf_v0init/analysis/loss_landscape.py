@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..distributed.parts import clean_parameter_name, draw_standard_normal_
 from ..errors import InputError
-from ..run_preservation import seed_everything
-from ..sharding import clean_parameter_name, draw_standard_normal_
+from ..preservation import seed_everything
 from .weights import Weights, borrow_model
 
 DEFAULT_POINTS = 21

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoint_safety import find_defect
 from ..errors import InputError
+from ..records.checkpoints import find_defect
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

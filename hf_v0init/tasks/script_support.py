@@ -30,8 +30,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint_safety import describe_passed_over, find_newest_whole, list_checkpoints, require_whole
 from ..errors import InputError
+from ..records.checkpoints import describe_passed_over, find_newest_whole, list_checkpoints, require_whole
 
 logger = logging.getLogger("hf_v0init")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from ..untuned_warmup import multiply_schedule
+from ..optimizers.schedules import multiply_schedule
 
 
 @dataclass

@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.checkpoint_safety import find_defect, list_checkpoints
-from hf_v0init.optimizer_state import is_untouched
+from hf_v0init.optimizers.state import is_untouched
+from hf_v0init.records.checkpoints import find_defect, list_checkpoints
 
 PAUSE = 0.004  # seconds a batch of the pass takes at least, so that a kill can meet it
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 from runs import TASKS, warm_up  # imports torch, transformers and the package
 

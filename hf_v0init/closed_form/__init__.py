@@ -1,0 +1,1 @@
+"""Formulas alone: the multiplier m(t), its lengths, the default scales. Imports no torch."""

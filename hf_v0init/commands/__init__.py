@@ -1,0 +1,1 @@
+"""All that `hf-v0init` answers."""

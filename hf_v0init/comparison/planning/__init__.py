@@ -1,0 +1,1 @@
+"""From a YAML file to the runs of a comparison. Starts nothing."""

@@ -1,0 +1,1 @@
+"""Trains the runs of a comparison, each a process of its own."""

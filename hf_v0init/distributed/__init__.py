@@ -1,0 +1,1 @@
+"""What this process holds of a tensor, and how processes agree."""

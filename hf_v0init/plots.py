@@ -1,0 +1,180 @@
+"""Pictures: the multiplier m(t), and loss and update size of training runs side by side.
+
+matplotlib is imported inside the functions that draw, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .closed_form.multiplier import compute_multiplier
+from .errors import InputError
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # told apart by the colour-blind too
+LINE_STYLES = ("-", "--", "-.", ":")
+PIXELS_PER_INCH = 150
+POINTS_PER_CURVE = 400
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """One training run to draw: the loss over the steps, and the size of its first updates.
+
+    `update_sizes` are root mean squares over all weights, in units of the peak learning rate: 1 means that
+    every weight moved by the peak learning rate.
+    """
+
+    name: str
+    loss_steps: Sequence[int]
+    losses: Sequence[float]
+    update_steps: Sequence[int] = field(default_factory=list)
+    update_sizes: Sequence[float] = field(default_factory=list)
+
+
+def require_figure_path(path: str | os.PathLike) -> Path:
+    """Return `path` if a figure can be written there; creates nothing.
+
+    Raises:
+        InputError: an extension other than .png, .svg, .pdf; a folder that is missing or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise InputError(f"figure {path}: the extension must be one of {', '.join(FIGURE_SUFFIXES)}")
+    if path.is_dir():
+        raise InputError(f"figure {path}: is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"figure {path}: there is no folder {path.parent}; create it or give another place")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            with path.open("ab"):
+                pass
+    except OSError as error:
+        raise InputError(f"figure {path}: cannot be written ({error.strerror}); give another place") from error
+    return path
+
+
+def draw_multiplier(
+    path: str | os.PathLike,
+    scales: Mapping[str, float],
+    beta2: float,
+    max_steps: int,
+    *,
+    title: str,
+    markers: Mapping[float, float] | None = None,
+    linear_warmup_steps: float | None = None,
+) -> None:
+    """Draw m(t) over the optimizer steps 1 to `max_steps` (logarithmic) into the file `path`.
+
+    Args:
+        scales: a curve for each {label: scale}.
+        markers: {m: step} to mark on the first curve.
+        linear_warmup_steps: length of a linear warmup to draw beside the curves.
+    """
+    plt = import_pyplot()
+    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    last = max(max_steps, 2)
+    steps = [math.exp(math.log(last) * i / (POINTS_PER_CURVE - 1)) for i in range(POINTS_PER_CURVE)]
+    for (label, scale), colour in zip(scales.items(), COLOURS, strict=False):
+        axes.plot(steps, [compute_multiplier(s, scale, beta2) for s in steps], color=colour, lw=2, label=label)
+    if linear_warmup_steps:
+        warmup = [min(1.0, step / linear_warmup_steps) for step in steps]
+        label = f"linear warmup over {linear_warmup_steps:,.0f} steps"
+        axes.plot(steps, warmup, color="0.5", lw=1.5, ls="--", label=label)
+    for value, step in (markers or {}).items():
+        if 1 <= step <= last:
+            axes.plot([step], [value], "o", color=COLOURS[0], ms=6)
+            text = f"{value:g} at step {math.ceil(step):,}"
+            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            offset = {"xytext": (-8, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+            axes.annotate(text, (step, value), fontsize=9, bbox=box, **offset)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.set(xlim=(1, last), xlabel="optimizer step t")
+    axes.set_title(title, fontsize=10, wrap=True)
+    if len(scales) > 1:
+        axes.set(yscale="log", ylim=(None, 1.5))
+    else:
+        axes.set_ylim(0, 1.05)
+    axes.set_ylabel("m(t), factor on Adam's step")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False)
+    write_figure(figure, path)
+
+
+def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve], *, title: str) -> None:
+    """Draw training loss (left) and update size of the first steps (right) of several runs into `path`."""
+    plt = import_pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained")
+    for curve, colour, style in zip(curves, COLOURS, LINE_STYLES, strict=False):
+        left.plot(curve.loss_steps, curve.losses, color=colour, ls=style, lw=1.8, label=curve.name)
+        sizes = [size if size > 0 else math.nan for size in curve.update_sizes]  # the axis is logarithmic
+        right.plot(curve.update_steps, sizes, color=colour, ls=style, lw=1.8, label=curve.name)
+    left.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Loss", ylim=(0, None))
+    right.set(xlabel="optimizer step", title="Size of the first updates")
+    right.set_ylabel("RMS update of a weight / peak learning rate")
+    right.set_yscale("log")
+    right.axhline(1.0, color="0.6", lw=1)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(frameon=False)
+    figure.suptitle(title)
+    write_figure(figure, path)
+
+
+def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
+    """Draw the training (left) and validation loss (right) of finished runs into the file `path`.
+
+    Args:
+        runs: objects with `name`, `train_steps`, `train_losses`, `eval_steps`, `eval_losses` (nats a token).
+    """
+    plt = import_pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained", sharey=True)
+    for run, colour in zip(runs, COLOURS, strict=False):
+        left.plot(run.train_steps, run.train_losses, color=colour, lw=1.6, label=run.name)
+        right.plot(run.eval_steps, run.eval_losses, color=colour, lw=1.8, marker="o", ms=4, label=run.name)
+    left.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Training")
+    right.set(xlabel="optimizer step", title="Validation")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(frameon=False)
+    figure.suptitle(title)
+    write_figure(figure, path)
+
+
+def import_pyplot():
+    """Return `matplotlib.pyplot` with a backend that draws into files; imported late, since it takes its time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def write_figure(figure, path: str | os.PathLike) -> None:
+    """Write the figure, in the format of the name's ending, and forget it."""
+    import matplotlib.pyplot as plt
+
+    try:
+        figure.savefig(path, dpi=PIXELS_PER_INCH)
+    finally:
+        plt.close(figure)

@@ -1,0 +1,259 @@
+"""The flags. `V0InitArguments` alone for people with their own argument classes, or joined to transformers' own."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .closed_form.defaults import DEFAULT_SCALE, MAX_NUM_SAMPLES, PAPER_SCALE, STRATEGIES
+from .closed_form.multiplier import compute_scale_for_warmup, require_scale, require_warmup_steps, resolve_warmup_steps
+from .closed_form.untuned_warmup import UNTUNED_WARMUPS
+from .errors import InputError
+
+STATISTICS = ("per_sample", "per_step")
+AUTO = "auto"  # of v0_num_samples
+PRESETS = ("paper",)
+# What the paper has beside its scales; eq. 10 over 5,000 samples, eq. 11, tensors of two or more dimensions.
+PAPER_SETTINGS = {
+    "v0_statistic": "per_sample",
+    "v0_num_samples": 5000,
+    "v0_one_dimensional": False,
+    "v0_floor": 0.0,
+    "v0_fan_factor": 1.0,
+    "v0_warmup_steps": None,
+}
+
+
+class SampleCount(int):
+    """A number of samples or "auto", as the type of a flag: turns text into an int where it is one, else leaves it."""
+
+    def __new__(cls, value):
+        """Return an int or what was given, never an instance of this class."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+@dataclass
+class V0InitArguments:
+    """How Adam's second moment starts. Equations: Abuduweili & Liu, arXiv 2412.02153.
+
+    Raises:
+        InputError: (a ValueError) naming the value, what is allowed and the remedy.
+    """
+
+    v0_init: str = field(
+        default="zeros",
+        metadata={
+            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2] over training "
+            "samples, eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' "
+            "(v0 = scale * g0^2 of the first batch, GI-Adam). Default: zeros.",
+            "choices": list(STRATEGIES),
+        },
+    )
+    v0_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven and "
+            "first_gradient. Excludes --v0_warmup_steps."
+        },
+    )
+    v0_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'paper': the settings of arXiv 2412.02153 whatever the defaults of this version are, scale 1 for data_driven and "
+            "100 for random; other flags must not contradict it. Default: none.",
+            "choices": list(PRESETS),
+        },
+    )
+    v0_num_samples: SampleCount = field(
+        default=5000,
+        metadata={
+            "help": "Number of random training samples from which data_driven estimates E[g^2] (eq. 10), counted over all "
+            "processes. More than the data set has: all are used. 'auto': 128 and twice as many again until two halves of them "
+            "agree within a tenth (median over elements), 5000 at most. Default: 5000 samples."
+        },
+    )
+    v0_statistic: str = field(
+        default="per_sample",
+        metadata={
+            "help": "Whose square data_driven takes: 'per_sample', E[g^2] of single samples (eq. 10), or 'per_step', E[g_B^2] of "
+            "this run's effective batch of B samples, mean^2 + Var/B, at which Adam's second moment settles. "
+            "Default: per_sample.",
+            "choices": list(STATISTICS),
+        },
+    )
+    v0_stats_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples a forward-backward of the statistics pass. E[g^2] is mean^2 + b*Var over batches of size b, exact at 1. "
+            "Default: per_device_train_batch_size, at most v0_num_samples / 64; with v0_num_samples auto at most 8; times the "
+            "data-parallel processes where parameters are sharded."
+        },
+    )
+    v0_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the random v0 (eq. 11) and of the choice of samples (eq. 10). Default: the value of --seed."
+        },
+    )
+    v0_one_dimensional: bool = field(
+        default=False,
+        metadata={
+            "help": "Give biases and norm weights a v0 too, as the paper's Algorithm 2; by its text (default) only tensors of "
+            "two or more dimensions get one. Default: False."
+        },
+    )
+    v0_warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the scale so that the closed-form multiplier m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)) reaches "
+            "0.9 at this optimizer step: scale = 0.2346 * (beta2^-t - 1). Below 1, as with --warmup_steps, a share of the run's "
+            "steps. For data_driven and first_gradient. Excludes --v0_scale. Default: none."
+        },
+    )
+    v0_floor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Smallest data_driven v0 of an element, as a share of its tensor's mean v0. Rows of an embedding whose tokens no "
+            "sample held have v0 = 0 and take a full step when they first appear, as in stock Adam; a floor damps it. "
+            "Dimensionless, 0 to 1. Default: 0 (no floor)."
+        },
+    )
+    v0_optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer as package:Class, such as pytorch_optimizer:AdaBelief, in place of --optim. It gets the Trainer's "
+            "learning rate, betas and weight decay and, before these, --optim_args 'k=v,...'. `hf-v0init optimizers` lists which "
+            "take a v0. Default: none, --optim decides."
+        },
+    )
+    v0_fan_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the random v0 (eq. 11): 1 is the paper's formula, 2 the authors' code (a squared Xavier-normal draw). "
+            "Dimensionless. Default: 1."
+        },
+    )
+    untuned_warmup: str | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the schedule's learning rate by a warmup whose length follows from beta2 (Ma & Yarats, 2021), a baseline "
+            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t). Excludes --warmup_steps. "
+            "Default: none.",
+            "choices": list(UNTUNED_WARMUPS),
+        },
+    )
+    v0_record_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Write run_log.jsonl, fingerprint.json (initial weights, first batches, random state) and v0_diagnostics.json "
+            "into the output folder, as `hf-v0init compare` needs them. The run is the same. Default: False."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, then let the next class of the inheritance order check its own."""
+        self._require_valid_v0()
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _require_valid_v0(self) -> None:
+        self.v0_init = getattr(self.v0_init, "value", self.v0_init)
+        if self.v0_init not in STRATEGIES:
+            raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.v0_statistic not in STATISTICS:
+            raise InputError(f"v0_statistic={self.v0_statistic!r}: choose one of {', '.join(STATISTICS)}")
+        if self.v0_scale is not None and self.v0_warmup_steps is not None:
+            raise InputError(
+                f"v0_scale={self.v0_scale} and v0_warmup_steps={self.v0_warmup_steps} both set the size of v0: give one"
+            )
+        if self.v0_scale is not None:
+            self.v0_scale = require_scale(_require_number("v0_scale", self.v0_scale))
+        self.v0_fan_factor = _require_number("v0_fan_factor", self.v0_fan_factor)
+        if not (math.isfinite(self.v0_fan_factor) and self.v0_fan_factor > 0):
+            raise InputError(
+                f"v0_fan_factor={self.v0_fan_factor}: must be a finite number > 0; 1 (paper) or 2 (its code)"
+            )
+        self.v0_floor = _require_number("v0_floor", self.v0_floor)
+        if not 0.0 <= self.v0_floor <= 1.0:
+            raise InputError(f"v0_floor={self.v0_floor}: must be from 0 (no floor) to 1 (the tensor's mean v0)")
+        if self.v0_num_samples != AUTO:
+            self._require_count("v0_num_samples", "5000 samples is the paper's number", f", or {AUTO}")
+        if self.v0_stats_batch_size is not None:
+            self._require_count("v0_stats_batch_size", "1 is exact")
+        if self.v0_warmup_steps is not None:
+            self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
+            if self.v0_init in ("random", "zeros"):
+                raise InputError(
+                    f"v0_warmup_steps={self.v0_warmup_steps} with v0_init={self.v0_init}: the closed form relates v0 to E[g^2], "
+                    "which only data_driven and first_gradient do; use one of them, or v0_scale"
+                )
+        if self.untuned_warmup is not None and self.untuned_warmup not in UNTUNED_WARMUPS:
+            raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {', '.join(UNTUNED_WARMUPS)}")
+        if self.v0_preset is not None:
+            self._require_preset()
+        if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
+            raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
+
+    def _require_preset(self) -> None:
+        if self.v0_preset not in PRESETS:
+            raise InputError(f"v0_preset={self.v0_preset!r}: choose {', '.join(PRESETS)}, or leave it out")
+        if self.v0_init not in ("zeros", *PAPER_SCALE):
+            raise InputError(
+                f"v0_preset={self.v0_preset} with v0_init={self.v0_init}, which the paper does not have: choose "
+                f"{' or '.join(PAPER_SCALE)}, or drop v0_preset"
+            )
+        wanted = PAPER_SETTINGS | {"v0_scale": PAPER_SCALE.get(self.v0_init)}
+        for name, value in wanted.items():
+            given = getattr(self, name)
+            if given != value and not (name == "v0_scale" and given is None):
+                raise InputError(
+                    f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two"
+                )
+
+    def _require_count(self, name: str, remedy: str, or_else: str = "") -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value}: must be a whole number >= 1{or_else}; {remedy}")
+
+    def get_max_num_samples(self) -> int:
+        """Return the most samples that the statistics may take: `v0_num_samples`, or 5,000 for "auto"."""
+        return MAX_NUM_SAMPLES if self.v0_num_samples == AUTO else self.v0_num_samples
+
+    def resolve(self, max_steps: int | None) -> "V0InitArguments":
+        """Return these settings with `v0_warmup_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
+        known (None, 0 or less), or where nothing is a share."""
+        if self.v0_warmup_steps is None or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
+            return self
+        settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
+        return V0InitArguments(**settings | {"v0_warmup_steps": resolve_warmup_steps(self.v0_warmup_steps, max_steps)})
+
+    def get_v0_scale(self, beta2: float) -> float:
+        """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default.
+
+        Raises:
+            InputError: `v0_warmup_steps` is a share of a run whose length has not been given (`resolve`), or needs too large a scale.
+        """
+        if self.v0_warmup_steps is not None and self.v0_warmup_steps < 1:
+            raise InputError(
+                f"v0_warmup_steps={self.v0_warmup_steps} is a share of the run, whose length is not known here: give max_steps, or "
+                "v0_warmup_steps as a number of optimizer steps"
+            )
+        if self.v0_warmup_steps is not None:
+            return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
+        if self.v0_scale is not None:
+            return self.v0_scale
+        return (DEFAULT_SCALE if self.v0_preset is None else DEFAULT_SCALE | PAPER_SCALE)[self.v0_init]
+
+
+def _require_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name}={value!r}: must be a number")
+    return float(value)
+
+
+def read_v0_arguments(arguments: Any) -> V0InitArguments:
+    """Take the v0 flags out of any object that has them as attributes; missing ones get their default."""
+    if isinstance(arguments, V0InitArguments):
+        return arguments
+    names = V0InitArguments.__dataclass_fields__
+    return V0InitArguments(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})

@@ -1,0 +1,1 @@
+"""Image generation by a GAN whose two optimizers each get a v0."""

@@ -1,0 +1,1 @@
+"""Image classification: folders, formats, augmentation, models, accuracy."""

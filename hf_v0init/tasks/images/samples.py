@@ -1,0 +1,130 @@
+"""Images as a Trainer reads them, with an augmentation whose draws depend on seed, epoch and image and on nothing else.
+
+So they are the same for any number of processes and loader workers and after any resume, they take nothing from the random
+states of the run, and the run takes nothing from them. The gradient statistics of a v0 see the images with draws of their own
+(`ImageDrawsMixin`), and training sees what it would have seen without them.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from .augmentation import Augmentation, to_pixels
+from .folders import LabelledImages
+from .format import ImageFormat, decode_image
+
+logger = logging.getLogger("hf_v0init")
+
+LARGEST_KEPT_BYTES = 1 << 30  # decoded images of a split that are kept in memory, per process
+STATISTICS_DRAW = 0  # training's draws are 1, 2, ... in epochs 0, 1, ...
+
+
+class ImageSamples(torch.utils.data.Dataset):
+    """Item i is `{"pixel_values": float32 tensor (channels, height, width), "labels": int}`.
+
+    Up to 1 GiB of pixels is decoded now and kept; of larger splits, images are decoded when they are asked for.
+
+    Args:
+        images: what to read.
+        image_format: the form in which they are returned.
+        augmentation: None for evaluation.
+        seed: of the augmentation's draws.
+
+    Raises:
+        InputError: an image cannot be decoded; of larger splits, only when it is asked for.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        image_format: ImageFormat,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.image_format, self.seed = images, image_format, seed
+        self.augmentation = None if augmentation is None or augmentation.changes_nothing else augmentation
+        # In shared memory, so that loader workers that outlive an epoch see the next one.
+        self._draw = torch.tensor([seed, STATISTICS_DRAW + 1]).share_memory_()
+        self._kept = self._decode_all()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> dict:
+        pixels = self._decode(position) if self._kept is None else self._kept[position]
+        if self.augmentation is not None:
+            rng = np.random.default_rng((*self._draw.tolist(), position))
+            pixels = self.augmentation.apply(pixels, self.image_format.size, self.image_format.resample, rng)
+        values = torch.from_numpy(np.ascontiguousarray(self.image_format.normalize(pixels)))
+        return {"pixel_values": values, "labels": int(self.images.labels[position])}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Make the draws those of this epoch, counted from 0; a new data set is at epoch 0."""
+        self._draw[1] = STATISTICS_DRAW + 1 + epoch
+
+    @contextlib.contextmanager
+    def use_statistics_draws(self, seed: int) -> Iterator[None]:
+        """Inside, the draws are none of training's: those of the gradient statistics of this v0 seed."""
+        before = self._draw.tolist()
+        self._draw.copy_(torch.tensor([seed, STATISTICS_DRAW]))
+        try:
+            yield
+        finally:
+            self._draw.copy_(torch.tensor(before))
+
+    @property
+    def _crops_original(self) -> bool:
+        return self.augmentation is not None and self.augmentation.random_crop == "resize"
+
+    def _decode(self, position: int) -> np.ndarray:
+        image = decode_image(self.images, position)
+        if self._crops_original:
+            return to_pixels(image.convert(self.image_format.mode))
+        return self.image_format.prepare(image)
+
+    def _decode_all(self) -> list[np.ndarray] | None:
+        kept, num_bytes = [], 0
+        for position in range(len(self.images)):
+            kept.append(self._decode(position))
+            num_bytes += kept[-1].nbytes
+            if num_bytes > LARGEST_KEPT_BYTES:
+                logger.info(
+                    f"The {self.images.role} images take more than {LARGEST_KEPT_BYTES >> 20} MiB: they are decoded when needed"
+                )
+                return None
+        return kept
+
+
+def stack_samples(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """Collate samples: "pixel_values", float32, shape (batch, channels, height, width), and "labels", int64, (batch,)."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }
+
+
+class _BeginEpoch(TrainerCallback):
+    def __init__(self, trainer: "ImageDrawsMixin") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.train_dataset, ImageSamples):
+            self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
+
+
+class ImageDrawsMixin:
+    """Put before a `V0InitTrainer` that trains on `ImageSamples`: tells them the epoch, and when v0 is being estimated."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BeginEpoch(self))
+
+    def _run_statistics_pass(self, *args, **kwargs):
+        if not isinstance(self.train_dataset, ImageSamples):
+            return super()._run_statistics_pass(*args, **kwargs)
+        with self.train_dataset.use_statistics_draws(self._get_v0_seed()):
+            return super()._run_statistics_pass(*args, **kwargs)

@@ -1,0 +1,336 @@
+"""Training and evaluation samples for causal language models: windows of a token stream, or prompt + completion.
+
+Samples are dicts of `input_ids` and `labels`, unpadded lists of equal length; the model shifts the labels by one
+itself. `CausalCollator` makes batches of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import InputError
+
+NO_TARGET = -100
+
+# ------------------------------------------------------------------------------------------------ tokenizing
+
+
+def tokenize_texts(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    *,
+    text_suffix: str = "",
+    append_eos: bool = False,
+    **map_options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Tokenize one text column.
+
+    Args:
+        rows: a data set, or a stream, with the text column `column`.
+        text_suffix: added to every text, such as the line end that reading lines took away.
+        append_eos: end every row with the tokenizer's end-of-text token.
+        map_options: `num_proc`, `cache_dir`, `overwrite_cache`; see `_map_with_cache`. Not for a stream.
+
+    Returns:
+        The rows with the single column `input_ids` (int32).
+
+    Raises:
+        InputError: a row without text (None or not a string), or `append_eos` without such a token.
+    """
+    if append_eos and tokenizer.eos_token_id is None:
+        raise InputError("--append_eos: the tokenizer has no end-of-text token; leave the flag out")
+    last_token = [tokenizer.eos_token_id] if append_eos else []
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        texts = _require_strings(batch[column], column)
+        # verbose=False: rows longer than the model's positions are cut into windows later
+        encoded = tokenizer([text + text_suffix for text in texts], return_attention_mask=False, verbose=False)
+        return {"input_ids": [ids + last_token for ids in encoded["input_ids"]]}
+
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    key = ("texts", column, text_suffix, append_eos)
+    return _map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+
+
+def tokenize_completions(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_column: str,
+    completion_column: str,
+    *,
+    max_length: int,
+    prompt_prefix: str = "",
+    **map_options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Tokenize prompts and their completions, with the loss on the completion (and its end) only.
+
+    A sample is [beginning-of-text] prefix + prompt + completion + end-of-text; prompt and completion are
+    tokenized apart, so that the completion's tokens do not depend on the prompt. What is longer than
+    `max_length` loses the beginning of its prompt; if the completion alone is too long, its end as well.
+
+    Args:
+        rows: a data set, or a stream, with both text columns.
+        max_length: tokens of a sample at most, at least 3.
+        prompt_prefix: text put before every prompt.
+        map_options: as for `tokenize_texts`.
+
+    Returns:
+        The rows with the columns `input_ids` and `labels` (int32 and int64); labels are -100 on the prompt.
+
+    Raises:
+        InputError: a row without a prompt or completion (None or not a string).
+    """
+    first_tokens = find_first_token(tokenizer)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        prompts = encode_prompts(_require_strings(batch[prompt_column], prompt_column), tokenizer, prompt_prefix)
+        completions = tokenizer(
+            _require_strings(batch[completion_column], completion_column),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        samples: dict[str, list] = {"input_ids": [], "labels": []}
+        for prompt, completion in zip(prompts, completions, strict=True):
+            # One token before the completion always stays: without it nothing forecasts the first target.
+            completion = (completion + eos)[: max_length - 1]
+            prompt = prompt[-(max_length - len(completion)) :] or first_tokens
+            samples["input_ids"].append(prompt + completion)
+            samples["labels"].append([NO_TARGET] * len(prompt) + completion)
+        return samples
+
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "labels": datasets.List(datasets.Value("int64")),
+        }
+    )
+    key = ("completions", prompt_column, completion_column, max_length, prompt_prefix)
+    return _map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+
+
+def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_prefix: str = "") -> list[list[int]]:
+    """Encode prompts as `tokenize_completions` does: token ids without an end-of-text token."""
+    encoded = tokenizer(
+        [prompt_prefix + prompt for prompt in prompts],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [([tokenizer.bos_token_id] if begins else []) + ids for ids in encoded["input_ids"]]
+
+
+def find_first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token before a stream's first one, from which that is forecast: [bos], else [eos], else []."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return [token_id]
+    return []
+
+
+def list_columns(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them, those of its first row."""
+    return rows.column_names if rows.column_names is not None else list(next(iter(rows), {}))
+
+
+def _require_strings(values: list, column: str) -> list[str]:
+    for value in values:
+        if not isinstance(value, str):
+            kind = "empty" if value is None else f"a {type(value).__name__}"
+            raise InputError(f"column {column!r} is {kind} in some row; every row must hold text there")
+    return values
+
+
+def _map_with_cache(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    function: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    features: datasets.Features,
+    key: tuple,
+    *,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    overwrite_cache: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """`rows.map(function)`, kept on disk under `cache_dir` and found again by content, tokenizer and `key`.
+
+    `datasets` by itself keeps nothing of rows that were made in memory, and its fingerprint of a tokenizer
+    changes when the tokenizer is used.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
+    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_v0init"
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        function,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=not overwrite_cache,
+        new_fingerprint=fingerprint,
+        desc="Tokenizing",
+    )
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """What its encodings depend on; not the padding and truncation that its last call left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    parts = json.loads(backend.to_str())
+    return type(tokenizer).__name__, {name: parts[name] for name in parts if name not in ("padding", "truncation")}
+
+
+# --------------------------------------------------------------------------------------------------- windows
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """All rows' tokens as one stream, cut into windows in which every token is a target exactly once.
+
+    Windows have `window_length` tokens and begin with the last token of the one before (a model forecasts no
+    token without one before it); the last window holds what is left. The rows stay where they are, usually
+    in a memory-mapped file.
+
+    Args:
+        rows: a data set with a column `input_ids`.
+        window_length: tokens of a window, at least 2.
+        first_token: what comes before the stream's first token, [] or [id]; left out if it is there already.
+        max_windows: keep only so many windows from the beginning.
+
+    Raises:
+        InputError: the stream has no target token.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        window_length: int,
+        first_token: list[int],
+        max_windows: int | None = None,
+    ) -> None:
+        self.rows = rows.select_columns(["input_ids"]).with_format("arrow")
+        self.window_length = window_length
+        lengths = [
+            pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
+            for table in self.rows.iter(batch_size=10_000)
+        ]
+        self._row_ends = np.cumsum(np.concatenate([np.zeros(0, dtype=np.int64), *lengths]), dtype=np.int64)
+        num_tokens = int(self._row_ends[-1]) if len(self._row_ends) else 0
+        self.first_token = [] if num_tokens and self._read(0, 1) == first_token else list(first_token)
+        self.num_tokens = len(self.first_token) + num_tokens
+        self._num_windows = -(-max(self.num_tokens - 1, 0) // (window_length - 1))
+        if self._num_windows == 0:
+            raise InputError("the text has no tokens to train or evaluate on; give a file with more text")
+        if max_windows is not None:
+            self._num_windows = min(self._num_windows, max_windows)
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        if not 0 <= index < self._num_windows:
+            raise IndexError(f"window {index} of {self._num_windows}")
+        start = index * (self.window_length - 1) - len(self.first_token)
+        stop = min(start + self.window_length, int(self._row_ends[-1]))
+        tokens = (self.first_token if start < 0 else []) + self._read(max(start, 0), stop)
+        return {"input_ids": tokens, "labels": list(tokens)}
+
+    def _read(self, start: int, stop: int) -> list[int]:
+        """Tokens `start` to `stop` of the rows' stream (without `first_token`)."""
+        first_row = int(np.searchsorted(self._row_ends, start, side="right"))
+        last_row = int(np.searchsorted(self._row_ends, stop, side="left"))
+        offset = start - (int(self._row_ends[first_row - 1]) if first_row else 0)
+        column = self.rows[first_row : last_row + 1]["input_ids"]
+        tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return tokens[offset : offset + stop - start].tolist()
+
+
+class StreamedTokenWindows(torch.utils.data.IterableDataset):
+    """`TokenWindows` over a stream of rows: read again in every epoch, its length unknown."""
+
+    def __init__(
+        self,
+        rows: Iterable[dict[str, list[int]]],
+        window_length: int,
+        first_token: list[int],
+        max_windows: int | None = None,
+    ) -> None:
+        self.rows, self.window_length, self.first_token = rows, window_length, list(first_token)
+        self.max_windows = max_windows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to rows that are shuffled by it."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for tokens in itertools.islice(self._cut(), self.max_windows):
+            yield {"input_ids": tokens, "labels": list(tokens)}
+
+    def _cut(self) -> Iterator[list[int]]:
+        tokens = None
+        for row in self.rows:
+            ids = list(row["input_ids"])
+            if tokens is None and ids:
+                tokens = [] if ids[:1] == self.first_token else list(self.first_token)
+            tokens = (tokens or []) + ids
+            start = 0
+            while len(tokens) - start >= self.window_length:
+                yield tokens[start : start + self.window_length]
+                start += self.window_length - 1
+            tokens = tokens[start:] if tokens else None
+        if tokens is not None and len(tokens) > 1:
+            yield tokens
+
+
+# --------------------------------------------------------------------------------------------------- batches
+
+
+class CausalCollator:
+    """Pad samples at the right to one length: `input_ids`, `labels` (-100), `attention_mask` (0).
+
+    Args:
+        pad_token_id: fills `input_ids`; masked, so any id does for a tokenizer without a padding token.
+        length: pad to this length instead of that of the batch's longest sample.
+        pad_to_multiple_of: round the batch's length up to a multiple of this.
+    """
+
+    def __init__(
+        self, pad_token_id: int | None, length: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> None:
+        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
+        self.length, self.pad_to_multiple_of = length, pad_to_multiple_of
+
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Return int64 tensors of shape (samples, length)."""
+        length = self.length or max(len(sample["input_ids"]) for sample in samples)
+        multiple = self.pad_to_multiple_of or 1
+        shape = (len(samples), -(-length // multiple) * multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, NO_TARGET),
+        }
+        for row, sample in enumerate(samples):
+            num_tokens = len(sample["input_ids"])
+            batch["input_ids"][row, :num_tokens] = torch.as_tensor(sample["input_ids"])
+            batch["attention_mask"][row, :num_tokens] = 1
+            batch["labels"][row, :num_tokens] = torch.as_tensor(sample["labels"])
+        return batch

@@ -1,0 +1,236 @@
+"""Training on contiguous streams: the state of one batch is where the next begins (truncated back-propagation through time).
+
+| when | the state |
+| --- | --- |
+| first batch of an epoch, of an evaluation | zeros |
+| next batch, the micro-batches of one accumulated step included | that after the batch before, without its graph |
+| evaluation, v0's look at the first step | its own; training's is set aside and put back |
+| v0's statistics: segments drawn at random | that after the segment before, run without gradient from zeros; no other is touched |
+| checkpoint | training's, of each process, in `stream_state*.pt`; a resumed run goes on from it |
+
+Weight drop and embedding dropout have one mask a batch, so the gradients of a batch's segments are not independent, and E[g^2] of
+single segments is exact only with `v0_stats_batch_size` 1: with the masks of batches of 15 it came out 1.6 times too large for
+hidden-to-hidden matrices (2 layers of 200, weight drop 0.2, Penn Treebank), and within 7% of it for the other matrices. For
+`v0_statistic` "per_step" take the training batch size.
+
+With varying segment lengths the learning rate of each step is multiplied by (tokens of its segments) / (usual length), as in
+AWD-LSTM (Merity et al., section 5).
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback, TrainingArguments
+
+from ...errors import InputError
+from .token_streams import SegmentCollator, SegmentsWithContext, TokenStreams
+
+logger = logging.getLogger("hf_v0init")
+
+STATE_FILE = "stream_state"
+
+
+class _ScaleLearningRate(TrainerCallback):
+    """Multiplies the learning rate for the time of one optimizer step by the length of that step's segments."""
+
+    def __init__(self, trainer: "ContiguousStreamsMixin") -> None:
+        self.trainer = trainer
+        self.rates: list | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        factor = self.trainer._compute_length_factor()
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+
+
+class ContiguousStreamsMixin:
+    """Put before a Trainer of a model that takes and returns `state`: `TokenStreams` are read in order, with the state carried.
+
+    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`. The loss of training, and so of v0's
+    statistics, is the model's with its regularisers; that of evaluation is the model's without.
+
+    Raises:
+        InputError: before any training, for settings under which batches would not be continuations of each other: another
+            batch size than the streams were cut for, `auto_find_batch_size`, DataParallel, split or dispatched batches; and for
+            label smoothing, which would replace the model's own loss.
+    """
+
+    _state: tuple | None = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._segment_lengths: list[int] = []  # of the micro-batches of the current step
+        is_several = isinstance(self.eval_dataset, dict)
+        evaluation = self.eval_dataset.values() if is_several else [self.eval_dataset]
+        require_possible_streams(self.args, self.train_dataset, evaluation)
+        if isinstance(self.train_dataset, TokenStreams) and self.train_dataset.varies:
+            self.add_callback(_ScaleLearningRate(self))
+
+    # ---- the loss, from the state and to the state -------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss as the Trainer does, from the carried state; see the table at the top of the file."""
+        if "begins_stream" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        begins_stream, context_ids = inputs.pop("begins_stream"), inputs.pop("context_ids", None)
+        if context_ids is not None:
+            state = self._compute_state(model, context_ids, inputs.pop("context_mask"))
+        else:
+            if self._state is None and not begins_stream:
+                logger.warning("the state at this point of the streams is not known: it is taken to be zero")
+            state = None if begins_stream else self._state
+        loss, outputs = super().compute_loss(
+            model, inputs | {"state": state, "use_cache": True}, True, num_items_in_batch
+        )
+        if context_ids is None:
+            state = outputs["state"] if isinstance(outputs, dict) else outputs[-1]
+            self._state = tuple(tuple(part.detach() for part in layer) for layer in state)
+            self._segment_lengths.append(inputs["input_ids"].shape[1])
+        return (loss, outputs) if return_outputs else loss
+
+    def _compute_state(self, model, context_ids: torch.Tensor, context_mask: torch.Tensor) -> tuple | None:
+        """The state after the context, with the dropout of training but without a graph; None where there is no context."""
+        if context_ids.shape[1] == 0:
+            return None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return model(context_ids, attention_mask=context_mask, use_cache=True, logits_to_keep=1).state
+
+    def _compute_length_factor(self) -> float:
+        lengths, self._segment_lengths = self._segment_lengths, []
+        return sum(lengths) / len(lengths) / self.train_dataset.segment_length
+
+    @contextlib.contextmanager
+    def _set_state_aside(self) -> Iterator[None]:
+        before = self._state, self._segment_lengths
+        self._state, self._segment_lengths = None, []
+        try:
+            yield
+        finally:
+            self._state, self._segment_lengths = before
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate as the Trainer does; training's state is untouched."""
+        with self._set_state_aside():
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ---- what v0 looks at --------------------------------------------------------------------------------------------
+
+    def _make_statistics_batches(self, *args, **kwargs):
+        """Let segments that are drawn at random bring their context along."""
+        streams = self.train_dataset
+        if not isinstance(streams, TokenStreams):
+            return super()._make_statistics_batches(*args, **kwargs)
+        self.train_dataset = SegmentsWithContext(streams)
+        try:
+            return super()._make_statistics_batches(*args, **kwargs)
+        finally:
+            self.train_dataset = streams
+
+    def _run_first_step(self, *args, **kwargs):
+        with self._set_state_aside():
+            return super()._run_first_step(*args, **kwargs)
+
+    # ---- batches in order --------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, TokenStreams):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        if isinstance(data_collator, SegmentCollator):
+            return data_collator  # what it adds for this class is no input of the model
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Return the loader of an evaluation; its streams must be those of the evaluation batch size."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        _require_matching_streams(self.args, dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """Return the loader of a test set; its streams must be those of the evaluation batch size."""
+        _require_matching_streams(self.args, test_dataset, "eval")
+        return super().get_test_dataloader(test_dataset)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._state is not None:
+            torch.save(self._state, self._name_state_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not isinstance(self.train_dataset, TokenStreams):
+            return
+        path = self._name_state_file(checkpoint)
+        if not path.is_file():
+            if any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
+                raise InputError(
+                    f"{checkpoint}: has no {path.name}; it was saved by another number of processes, whose streams were others. "
+                    "Resume with as many"
+                )
+            return  # saved without optimizer and random states; `compute_loss` says what follows
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        num_rows, expected = state[0][0].shape[0], self.args.train_batch_size
+        if num_rows != expected:
+            raise InputError(
+                f"{checkpoint}: was saved with {num_rows} streams a process, and this run has {expected}; resume with "
+                f"per_device_train_batch_size={num_rows}"
+            )
+        self._state = tuple(tuple(part.to(self.args.device) for part in layer) for layer in state)
+
+    def _name_state_file(self, folder: str) -> Path:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return Path(os.path.join(folder, f"{STATE_FILE}{rank}.pt"))
+
+
+def require_possible_streams(args: TrainingArguments, train_dataset, eval_datasets: Iterable) -> None:
+    """Raise `InputError` for settings under which batches of `TokenStreams` would not be continuations of each other.
+
+    Nothing happens for other data sets. A Trainer with the mixin asks by itself; ask earlier to have the error earlier.
+    """
+    datasets = [train_dataset, *eval_datasets]
+    if not any(isinstance(dataset, TokenStreams) for dataset in datasets):
+        return
+    config = args.accelerator_config
+    varies = isinstance(train_dataset, TokenStreams) and train_dataset.varies
+    persistent = varies and args.dataloader_persistent_workers
+    for is_set, name, remedy in (
+        (args.auto_find_batch_size, "auto_find_batch_size", "set the batch size"),
+        (args.n_gpu > 1, f"DataParallel over {args.n_gpu} GPUs", "start one process a GPU with torchrun"),
+        (config.split_batches, "split_batches", "leave it out"),
+        (config.dispatch_batches, "dispatch_batches", "leave it out"),
+        (not args.dataloader_in_order, "dataloader_in_order=False", "leave it out"),
+        (args.label_smoothing_factor, f"label_smoothing_factor={args.label_smoothing_factor}", "set it to 0"),
+        (persistent, "dataloader_persistent_workers with segments of varying length", "leave one of the two out"),
+        (varies and args.deepspeed_plugin, "DeepSpeed with segments of varying length", "leave one of the two out"),
+    ):
+        if is_set:
+            raise InputError(f"{name}: not with contiguous streams; {remedy}")
+    for dataset in datasets:
+        _require_matching_streams(args, dataset, "train" if dataset is train_dataset else "eval")
+
+
+def _require_matching_streams(args: TrainingArguments, dataset, role: str) -> None:
+    if not isinstance(dataset, TokenStreams):
+        return
+    rows = (args.train_batch_size if role == "train" else args.eval_batch_size) * args.world_size
+    if dataset.num_streams != rows:
+        raise InputError(
+            f"the {role} data is cut into {dataset.num_streams} streams, but a batch has {rows} rows over all processes "
+            f"(per_device_{role}_batch_size x processes); make them equal"
+        )

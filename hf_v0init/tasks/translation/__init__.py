@@ -1,0 +1,1 @@
+"""Translation from scratch or from a pretrained model: pairs, model, metrics."""

@@ -1,0 +1,1 @@
+"""The door for people with a Trainer: flags, mixin, callback."""

@@ -1,0 +1,102 @@
+"""Training after v0 has been written, beside the stock optimizer and the stock Trainer: it must be the same training."""
+
+import time
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from benchmarks.measuring import WALL, Conditions, Row, measure_pairs, measure_times
+from benchmarks.tasks import make_arguments, make_gpt2, make_random_sequences
+from hf_v0init.diagnostics.callback import V0DiagnosticsCallback
+from hf_v0init.initialization.writing import plan_v0, write_random_v0
+from hf_v0init.settings import V0InitArguments
+from hf_v0init.trainer.mixin import V0InitTrainer
+
+BATCH_SIZE = 8
+FIRST_STEPS = 3  # not measured
+
+
+class StepClock(TrainerCallback):
+    """Takes the processor time from the end of step `FIRST_STEPS` to the end of the last."""
+
+    def __init__(self) -> None:
+        self.begin = self.end = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.end = time.process_time()
+        if state.global_step == FIRST_STEPS:
+            self.begin = self.end
+
+    @property
+    def seconds(self) -> float:
+        """Processor time between the two."""
+        return self.end - self.begin
+
+
+def measure_optimizer_steps(conditions: Conditions) -> Row:
+    """`optimizer.step()` from a written v0, beside that from nothing."""
+    steps = []
+    for with_v0 in (True, False):
+        model = make_gpt2(4, 256)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if with_v0:
+            write_random_v0(optimizer, plan_v0(optimizer, model), V0InitArguments(v0_init="random"), 0)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+        steps.append(lambda optimizer=optimizer: [optimizer.step() for _ in range(5)] and None)
+    ratios = measure_pairs(*steps, conditions.choose(15, 50))
+    return Row("optimizer steps", "AdamW's step after a v0", "AdamW's step", ratios, aim=1.03, note="1 within noise")
+
+
+def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callbacks=(), **settings) -> float:
+    """Train from scratch; return the processor seconds of `num_steps` steps."""
+    clock = StepClock()
+    arguments = make_arguments(
+        conditions.work_dir,
+        per_device_train_batch_size=BATCH_SIZE,
+        max_steps=num_steps + FIRST_STEPS,
+        learning_rate=1e-3,
+        **settings,
+    )
+    data = make_random_sequences(BATCH_SIZE * (num_steps + FIRST_STEPS))
+    trainer = kind(model=make_gpt2(), args=arguments, train_dataset=data, callbacks=[clock, *callbacks])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.seconds
+
+
+def measure_trainer_steps(conditions: Conditions) -> list[Row]:
+    """Steps of the Trainer after a v0 beside those of the stock Trainer; and what the diagnostics add to them."""
+    num_steps, num_watched = conditions.choose(10, 60), conditions.choose(40, 200)
+    v0 = {"v0_init": "data_driven", "v0_num_samples": 16}
+    times = measure_times(
+        [
+            lambda: _train(conditions, V0InitTrainer, num_steps, **v0),
+            lambda: _train(conditions, Trainer, num_steps),
+        ],
+        conditions.choose(4, 8),
+    )
+    watching = V0DiagnosticsCallback()
+    _train(conditions, V0InitTrainer, num_watched, [watching], **v0)
+    share = watching.get_diagnostics()["cost"]["share_of_time"]
+    size = f"GPT-2, 4 layers of 128, {BATCH_SIZE} x 128 tokens"
+    return [
+        Row(
+            "Trainer steps",
+            "V0InitTrainer's steps after a v0",
+            "the stock Trainer's",
+            [ours / stock for ours, stock in times],
+            aim=1.03,
+            note=f"1 within noise; {num_steps} steps, {size}",
+        ),
+        Row(
+            "diagnostics",
+            f"the first {num_watched} steps with V0DiagnosticsCallback",
+            "the same without the time spent in it",
+            [1.0 / (1.0 - share)],
+            aim=1.02,
+            clock=WALL,
+            note=f"{size}; it looks at the first steps most",
+        ),
+    ]

@@ -1,0 +1,212 @@
+"""Every answer of the conclusion, from runs made to give it."""
+
+import pytest
+from comparison_folders import make_entry, write_grid, write_plan, write_run
+
+from hf_v0init.comparison.reading.fingerprints import check_fingerprints
+from hf_v0init.comparison.reading.results import read_comparison
+from hf_v0init.comparison.reading.summary import compute_summary
+from hf_v0init.comparison.reporting.conclusion import compose_conclusion
+
+SPREAD = {1: 0.0, 2: 0.02, 3: -0.02, 4: 0.01, 5: -0.01}  # the seeds' own, shared by all arms
+NOISE = {1: 0.004, 2: -0.003, 3: -0.001, 4: 0.002, 5: -0.002}  # of v0 against the rest
+
+
+def conclude(folder):
+    comparison = read_comparison(folder)
+    return compose_conclusion(compute_summary(comparison), check_fingerprints(comparison.runs))
+
+
+def conclude_on(folder, plain, warmup, v0, *, seeds=(1, 2, 3), noise=1.0, rates=(1e-3,), **plan):
+    """Three arms with these final losses, numbers or states, or functions of the learning rate."""
+    finals = {("zeros", "none"): plain, ("zeros", "200"): warmup, ("data_driven 10", "none"): v0}
+
+    def outcome(strategy, length, rate, seed):
+        final = finals[strategy, length]
+        final = final(rate) if callable(final) else final
+        if not isinstance(final, float):
+            return final
+        return final + SPREAD[seed] + (noise * NOISE[seed] if strategy != "zeros" else 0.0)
+
+    return conclude(write_grid(folder, outcome, seeds=seeds, rates=rates, **plan))
+
+
+def get_point(conclusion, topic):
+    return dict(conclusion.points)[topic]
+
+
+@pytest.mark.parametrize(
+    ("plain", "warmup", "v0", "verdict", "words", "use"),
+    [
+        (5.0, 2.0, 1.9, "v0_wins", "v0 beats the best warmup here", "data_driven 10"),
+        (
+            5.0,
+            2.0,
+            2.0,
+            "no_difference",
+            "v0 can replace the warmup here, as far as 3 seeds can tell",
+            "data_driven 10",
+        ),
+        (5.0, 2.0, 2.3, "warmup_wins", "The warmup is better here", "warmup 200"),
+        (2.2, 2.0, 2.2, "v0_does_not_help", "v0 does not help here", "warmup 200"),
+        (2.2, 2.0, 2.4, "v0_does_not_help", "not better than a plain start", "warmup 200"),
+        (2.0, 2.0, 2.0, "neither_needed", "Neither a warmup nor a v0 is needed here", "zeros"),
+        (1.8, 2.0, 2.1, "neither_needed", "Neither a warmup nor a v0 is needed here", "zeros"),
+        (5.0, "diverged", 2.0, "v0_wins", "v0 beats the best warmup here", "data_driven 10"),
+        (5.0, 2.0, "diverged", "v0_does_not_help", "v0 does not help here", "warmup 200"),
+        ("diverged", 2.0, 2.0, "no_difference", "v0 can replace the warmup here", "data_driven 10"),
+    ],
+)
+def test_the_answer_follows_from_the_numbers(tmp_path, plain, warmup, v0, verdict, words, use):
+    conclusion = conclude_on(tmp_path, plain, warmup, v0)
+    assert conclusion.verdict == verdict and words in conclusion.headline
+    assert get_point(conclusion, "Use").startswith((f"`{use}`", f"Either: `{use}`"))
+
+
+def test_seeds_that_differ_too_much_leave_it_undecided(tmp_path):
+    conclusion = conclude_on(tmp_path, 5.0, 2.0, 2.0, noise=40.0)
+    assert conclusion.verdict == "undecided" and conclusion.headline.startswith("Undecided")
+    assert "more than 5% of the loss" in get_point(conclusion, "Beyond noise?")
+    assert get_point(conclusion, "Use").startswith("Nothing yet")
+
+
+def test_a_plain_start_that_ends_lower_is_advised_where_v0_does_not_help(tmp_path):
+    conclusion = conclude_on(tmp_path, 1.98, 2.0, 2.3, seeds=(1, 2))
+    assert conclusion.verdict == "v0_does_not_help" and get_point(conclusion, "Use").startswith("`zeros`")
+
+
+def test_five_seeds_settle_what_three_leave_open(tmp_path):
+    assert conclude_on(tmp_path / "three", 5.0, 2.0, 1.995).verdict == "no_difference"
+    assert conclude_on(tmp_path / "five", 5.0, 2.0, 1.995, seeds=(1, 2, 3, 4, 5)).verdict == "v0_wins"
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    conclusion = conclude_on(tmp_path, 5.0, 2.0, 1.5, seeds=(1,))
+    assert conclusion.verdict == "too_few_seeds" and "0.496 below" in conclusion.headline
+    assert "there is no interval" in get_point(conclusion, "Beyond noise?")
+    assert "1 seed: too few" in get_point(conclusion, "Mind")
+
+
+def test_two_seeds_decide_only_what_is_clear(tmp_path):
+    assert conclude_on(tmp_path / "same", 5.0, 2.0, 2.0, seeds=(1, 2)).verdict == "too_few_seeds"
+    conclusion = conclude_on(tmp_path / "clear", 5.0, 2.0, 1.5, seeds=(1, 2))
+    assert conclusion.verdict == "v0_wins" and "2 seeds: too few" in get_point(conclusion, "Mind")
+
+
+def test_nothing_finished_says_so(tmp_path):
+    conclusion = conclude_on(tmp_path, None, "running", "failed")
+    assert conclusion.verdict == "nothing_finished" and conclusion.headline == "No run has a result yet; 3 runs failed."
+
+
+def test_everything_diverged_says_so(tmp_path):
+    conclusion = conclude_on(tmp_path, "diverged", "diverged", "diverged")
+    assert conclusion.verdict == "all_diverged" and "Every run that has ended diverged" in conclusion.headline
+    assert "smaller learning rates" in get_point(conclusion, "What next")
+
+
+def test_a_missing_side_is_named(tmp_path):
+    conclusion = conclude_on(tmp_path / "warmup", 5.0, None, 2.0)
+    assert conclusion.verdict == "no_warmup" and "better beyond noise" in conclusion.headline
+    conclusion = conclude_on(tmp_path / "v0", 5.0, 2.0, None)
+    assert conclusion.verdict == "no_v0" and "`warmup 200`" in get_point(conclusion, "Best so far")
+    entries = [make_entry("zeros", "200", 1e-3, 1), make_entry("random 100", "none", 1e-3, 2)]
+    write_plan(tmp_path / "seeds", entries)
+    for entry in entries:
+        write_run(tmp_path / "seeds", entry, 2.0)
+    assert conclude(tmp_path / "seeds").verdict == "no_shared_seed"
+
+
+def test_steps_saved_are_charged_with_the_pass(tmp_path):
+    """The warmup takes 400 steps to 3, v0 250 and 20 of the pass: 130 are saved, 32%, and 28 s against 40 s."""
+    entries = [make_entry(v0, w, 1e-3, s) for s in (1, 2, 3) for v0, w in (("zeros", "200"), ("data_driven 1", "none"))]
+    write_plan(tmp_path, entries)
+    for entry in entries:
+        curve = [9.0, 8.0, 6.0, 4.0, 3.0] if entry["v0"] == "zeros" else [9.0, 6.0, 4.0, 2.0, 1.0]
+        write_run(tmp_path, entry, curve[-1], losses=curve)
+    text = get_point(conclude(tmp_path), "What it saves")
+    for words in (
+        "after 250 steps (270 with the samples",
+        "after 400: 130 steps (32%) saved",
+        "28.0 s with the pass against 40.0 s",
+    ):
+        assert words in text
+
+
+def test_no_steps_are_saved_where_the_loss_is_not_reached(tmp_path):
+    assert get_point(conclude_on(tmp_path / "none", 5.0, 2.0, 2.3), "What it saves").startswith("No steps")
+    finals = {("zeros", "200"): [3.0, 3.0, 3.0], ("data_driven 10", "none"): [2.0, 2.5, 3.5]}
+    folder = write_grid(tmp_path / "some", lambda v0, w, r, s: finals[v0, w][s - 1], arms=list(finals))
+    assert "2 of 3 runs" in get_point(conclude(folder), "What it saves")
+
+
+def test_the_gain_over_a_plain_start_is_said(tmp_path):
+    text = get_point(conclude_on(tmp_path, 5.0, 2.0, 2.3), "Against a plain start")
+    assert "better beyond noise: -2.700" in text and "-3.000" in text and "90% of what the warmup gains" in text
+
+
+@pytest.mark.parametrize(
+    ("slope", "words"),
+    [(0.1, "v0 is the more robust one, beyond noise"), (0.9, "the warmup is the more robust one, beyond noise")],
+)
+def test_learning_rate_sensitivities_are_compared(tmp_path, slope, words):
+    def bowl(depth):
+        return lambda rate: 2.0 + depth * abs(rate / 1e-3 - 2.0)
+
+    conclusion = conclude_on(tmp_path, 5.0, bowl(0.5), bowl(slope), rates=(1e-3, 2e-3, 3e-3))
+    text = get_point(conclusion, "Learning rates")
+    # depth * (1 + 0 + 1) / 3
+    assert words in text and f"`warmup 200` {1.0 / 3:.3f}" in text and f"`data_driven 10` {2 * slope / 3:.3f}" in text
+    assert conclusion.verdict == "no_difference"
+    assert get_point(conclusion, "Use").startswith("`warmup 200`" if slope > 0.5 else "`data_driven 10`")
+
+
+def test_one_learning_rate_says_nothing_of_robustness(tmp_path):
+    assert "not known" in get_point(conclude_on(tmp_path, 5.0, 2.0, 2.0), "Learning rates")
+
+
+def test_what_needs_no_tuning_is_named(tmp_path):
+    finals = {
+        ("zeros", "200"): 2.0,
+        ("zeros", "untuned_linear"): 2.2,
+        ("data_driven 1", "none"): 2.3,
+        ("data_driven 10", "none"): 2.1,
+    }
+    folder = write_grid(tmp_path, lambda v0, w, r, s: finals[v0, w] + SPREAD[s], arms=list(finals))
+    text = get_point(conclude(folder), "Tuning")
+    assert "2 warmups" in text and "2.000 to 2.200" in text and "2 v0 settings" in text and "2.100 to 2.300" in text
+    untuned = text[text.index("With nothing to choose") :]
+    assert (
+        "`warmup untuned_linear` 2.200" in untuned
+        and "`data_driven 1` 2.300" in untuned
+        and "data_driven 10" not in untuned
+    )
+
+
+def test_v0_with_a_warmup_is_advised_where_it_is_better(tmp_path):
+    finals = {
+        ("zeros", "200"): 2.0,
+        ("data_driven 1", "none"): 2.3,
+        ("data_driven 1", "200"): 1.8,
+        ("zeros", "none"): 5.0,
+    }
+    folder = write_grid(
+        tmp_path, lambda v0, w, r, s: finals[v0, w] + SPREAD[s] + NOISE[s] * (v0 != "zeros"), arms=list(finals)
+    )
+    conclusion = conclude(folder)
+    assert conclusion.verdict == "warmup_wins" and get_point(conclusion, "Use").startswith(
+        "`data_driven 1 + warmup 200`"
+    )
+    assert "lowest mean of all is that of `data_driven 1 + warmup 200`" in get_point(conclusion, "Other arms")
+
+
+def test_what_to_mind_is_said(tmp_path):
+    conclusion = conclude_on(tmp_path / "pocket", "diverged", 2.0, 2.0, pocket=True)
+    text = get_point(conclusion, "Mind")
+    assert "Pocket scale" in text and "validation loss before the first step" in text and "Preliminary" not in text
+    text = get_point(conclude_on(tmp_path / "partial", "running", 2.0, 2.0), "Mind")
+    assert "Preliminary: 6 of 9 runs" in text
+    folder = write_grid(tmp_path / "unlike", lambda v0, w, r, s: 2.0 + SPREAD[s])
+    next(folder.glob("runs/zeros*seed2/output/fingerprint.json")).write_text(
+        '{"initial_weights": "x", "batches": [], "rng": "y"}'
+    )
+    assert "seed 2 did not begin alike" in get_point(conclude(folder), "Mind")

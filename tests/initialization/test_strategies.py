@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from hf_v0init.initialization.strategies import (
+    compute_data_driven_v0_,
+    compute_fans,
+    compute_first_gradient_v0_,
+    compute_random_v0_,
+    compute_random_v0_mean,
+    takes_v0,
+)
+
+# Quantiles of chi^2 with one degree of freedom: the squared normal quantiles of (1 + p) / 2.
+CHI2_1_QUANTILES = {0.25: 0.10153, 0.5: 0.45494, 0.75: 1.32330, 0.9: 2.70554, 0.99: 6.63490}
+
+
+@pytest.mark.parametrize(
+    ("shape", "fans"),
+    [((), (1, 1)), ((7,), (1, 7)), ((3, 5), (5, 3)), ((8, 4, 3), (12, 24)), ((16, 3, 5, 7), (105, 560))],
+)
+def test_fans_are_those_of_algorithm_1(shape, fans):
+    assert compute_fans(shape) == fans
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8, 4, 3), (16, 3, 5, 7)])
+def test_fans_agree_with_torch(shape):
+    from torch.nn.init import _calculate_fan_in_and_fan_out
+
+    assert compute_fans(shape) == _calculate_fan_in_and_fan_out(torch.empty(shape))
+
+
+def test_random_v0_is_scale_over_fans_times_chi_squared():
+    z = torch.randn(400, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v0 = compute_random_v0_(z.clone(), (400, 600), scale=100.0)
+    assert torch.equal(v0, z.square() * (100.0 / 1000))
+    # moments of c * chi^2_1: mean c, variance 2 c^2; 240,000 draws
+    assert v0.mean().item() == pytest.approx(0.1, rel=0.02)
+    assert v0.var().item() == pytest.approx(2 * 0.1**2, rel=0.05)
+    for probability, quantile in CHI2_1_QUANTILES.items():
+        assert (v0 / 0.1).quantile(probability).item() == pytest.approx(quantile, rel=0.05)
+
+
+def test_fan_factor_2_is_the_squared_xavier_normal_of_the_authors_code():
+    shape = (300, 500)
+    xavier = torch.nn.init.xavier_normal_(torch.empty(shape), generator=torch.Generator().manual_seed(1))
+    z = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(1))
+    ours = compute_random_v0_(z, shape, scale=1.0, fan_factor=2.0)
+    torch.testing.assert_close(ours, xavier.square())
+    assert compute_random_v0_mean(shape, 1.0, 2.0) == 2 * compute_random_v0_mean(shape, 1.0)
+
+
+def test_data_driven_and_first_gradient_are_their_formulas():
+    g = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    assert torch.equal(compute_data_driven_v0_(g.square(), 3.0), 3.0 * g**2)
+    assert torch.equal(compute_first_gradient_v0_(g.clone(), 3.0), 3.0 * g**2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "default", "all_dimensions"), [((), 0, 1), ((4,), 0, 1), ((4, 4), 1, 1), ((2, 2, 2), 1, 1)]
+)
+def test_only_two_or_more_dimensions_get_a_v0(shape, default, all_dimensions):
+    assert takes_v0(shape) == bool(default)
+    assert takes_v0(shape, one_dimensional=True) == bool(all_dimensions)

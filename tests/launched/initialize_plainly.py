@@ -1,0 +1,107 @@
+"""Started by torchrun: gives v0 in loops without a Trainer, under DDP by accelerate and under FSDP2, and saves it.
+
+torchrun --nproc_per_node 2 tests/launched/initialize_plainly.py OUTPUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_v0init import initialize_v0, read_second_moment
+
+CASES = {
+    "data_driven": {},
+    "per_step": {"statistic": "per_step"},
+    "uneven": {"num_samples": 12},
+    "random": {"strategy": "random"},
+    "first_gradient": {"strategy": "first_gradient"},
+}
+
+
+def make_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def loss_fn(model, batch):
+    return (model(batch["x"]).square().sum(1) * batch["weight"]).mean()
+
+
+def make_batches(rank: int, world_size: int) -> list[dict]:
+    """Eight batches of four, dealt out in turn."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(32, 6, generator=generator), torch.rand(32, generator=generator)
+    cut = [{"x": a, "weight": b} for a, b in zip(x.split(4), weight.split(4), strict=True)]
+    return cut[rank::world_size]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
+    model = make_network()
+    if kind == "fully_shard":
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters())
+        model, optimizer = accelerator.prepare(model, optimizer)
+    batches = make_batches(accelerator.process_index, accelerator.num_processes)
+    num_at_once = 2 if options.get("strategy") == "first_gradient" else 4  # batches a step, over all processes
+    report = initialize_v0(
+        optimizer,
+        model=model,
+        batches=batches,
+        loss_fn=loss_fn,
+        accelerator=accelerator,
+        seed=3,
+        batches_per_step=num_at_once // accelerator.num_processes,
+        **options,
+    )
+    moments = {name.removeprefix("module."): read_second_moment(optimizer, p) for name, p in model.named_parameters()}
+    return {"v0": {name: whole(v) for name, v in moments.items() if v is not None}, "report": report.to_dict()}
+
+
+def collect_errors(accelerator: Accelerator) -> dict:
+    def failing(model, batch):
+        failing.calls += 1
+        if failing.calls == 3 and accelerator.process_index == 1:
+            raise RuntimeError("disk full on this one")
+        return loss_fn(model, batch)
+
+    failing.calls = 0
+    model = make_network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    errors = {}
+    for name, function in (("fails", failing), ("wrapped", lambda _, batch: loss_fn(model, batch))):
+        try:
+            batches = make_batches(accelerator.process_index, accelerator.num_processes)
+            initialize_v0(optimizer, model=model, batches=batches, loss_fn=function, accelerator=accelerator)
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors | {"num_states": len(optimizer.optimizer.state)}
+
+
+def main(output_dir: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    kinds = ["ddp"] + (["fully_shard"] if accelerator.num_processes > 1 else [])
+    saved = {kind: {name: run(accelerator, kind, options) for name, options in CASES.items()} for kind in kinds}
+    if accelerator.num_processes > 1:
+        saved["errors"] = collect_errors(accelerator)
+    torch.save(saved, Path(output_dir) / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,204 @@
+"""Started by torchrun: writes v0 into sharded models without a Trainer, and saves what a test compares.
+
+torchrun --nproc_per_node 2 tests/launched/shard_plainly.py OUTPUT_DIR MODEL_DIR
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from conftest import make_sequences
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
+
+from hf_v0init import V0InitArguments, read_second_moment
+from hf_v0init.distributed.parts import find_data_share
+from hf_v0init.gradients.statistics import StatisticsBatch
+from hf_v0init.gradients.together import visit_gradients_together
+from hf_v0init.initialization.writing import plan_v0, write_data_driven_v0, write_random_v0
+
+BATCH_SIZE = 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operation makes on this process."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # look at the operations on the local tensors instead
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):  # a fake one has no memory
+                self.num_bytes = max(self.num_bytes, leaf.numel() * leaf.element_size())
+        return result
+
+
+def compute_token_loss(model, inputs, num_items=None) -> torch.Tensor:
+    """The sum of the next-token losses divided by `num_items`, or their mean."""
+    logits = model(input_ids=inputs["input_ids"]).logits
+    labels = inputs["labels"][:, 1:].flatten()
+    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
+    return total / (labels.ne(-100).sum() if num_items is None else num_items)
+
+
+def make_batches() -> list[StatisticsBatch]:
+    rows = make_sequences(22)
+    for index, row in enumerate(rows):
+        row["labels"][10 - index % 6 :] = -100
+    cut = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    stacked = [{key: torch.stack([row[key] for row in batch]) for key in batch[0]} for batch in cut]
+    return [StatisticsBatch(inputs, len(inputs["labels"]), index) for index, inputs in enumerate(stacked)]
+
+
+def run_pass(model, named_parameters, visit):
+    return visit_gradients_together(
+        model,
+        named_parameters,
+        make_batches(),
+        compute_token_loss,
+        visit,
+        share=find_data_share(model),
+        count_items=lambda inputs: int(inputs["labels"][:, 1:].ne(-100).sum()),
+        seed=5,
+    )
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def gather_second_moments(model, optimizer) -> dict[str, torch.Tensor]:
+    moments = {name: read_second_moment(optimizer, parameter) for name, parameter in model.named_parameters()}
+    return {name: gather(v) for name, v in moments.items() if v is not None}
+
+
+def make_optimizer(model, **options) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False, **options)
+
+
+def write_both(model) -> dict:
+    """The random and the data-driven v0 of a model, whole, and the second moment and gradient of one step from the latter."""
+    arguments = V0InitArguments(v0_init="random")
+    optimizer = make_optimizer(model)
+    write_random_v0(optimizer, plan_v0(optimizer, model), arguments, seed=5)
+    random = gather_second_moments(model, optimizer)
+    arguments = V0InitArguments(v0_init="data_driven")
+    optimizer = make_optimizer(model)
+    plan = plan_v0(optimizer, model)
+    report = write_data_driven_v0(
+        optimizer, plan, arguments, 5, lambda named, visit: run_pass(model, named, visit), 4.0
+    )
+    data_driven = gather_second_moments(model, optimizer)
+    kept = all(
+        isinstance(v, DTensor) == isinstance(p, DTensor)
+        and getattr(v, "placements", None) == getattr(p, "placements", None)
+        for p in model.parameters()
+        if (v := read_second_moment(optimizer, p)) is not None
+    )
+    model.train()
+    compute_token_loss(model, make_batches()[0].inputs).backward()
+    gradients = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return {
+        "random": random,
+        "data_driven": data_driven,
+        "report": report.to_dict(),
+        "placed_as_parameters": kept,
+        "gradients": gradients,
+        "after": gather_second_moments(model, optimizer),
+        "placements": {name: str(getattr(p, "placements", "")) for name, p in model.named_parameters()},
+    }
+
+
+def load_sharded(kind: str, model_dir: str) -> LlamaForCausalLM:
+    from transformers.distributed import DistributedConfig
+
+    world_size = dist.get_world_size()
+    if kind == "fully_shard":
+        model = LlamaForCausalLM.from_pretrained(model_dir)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+    sizes = {"tensor_parallel": {"tp_size": world_size}, "both": {"tp_size": 2, "fsdp_size": world_size // 2}}[kind]
+    return LlamaForCausalLM.from_pretrained(model_dir, distributed_config=DistributedConfig(**sizes))
+
+
+def save_and_load(model_dir: str, folder: Path) -> dict:
+    """Save v0 before any step with torch.distributed.checkpoint, load it into a new optimizer, and go one step with both."""
+    model = load_sharded("fully_shard", model_dir)
+    optimizer = make_optimizer(model)
+    write_random_v0(
+        optimizer, plan_v0(optimizer, model, one_dimensional=True), V0InitArguments(v0_init="random"), seed=5
+    )
+    written = gather_second_moments(model, optimizer)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    other = load_sharded("fully_shard", model_dir)
+    other_optimizer = make_optimizer(other)
+    # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
+    state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(other, other_optimizer, state["optimizer"])
+    loaded = gather_second_moments(other, other_optimizer)
+    steps = []
+    for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        compute_token_loss(each, make_batches()[0].inputs).backward()
+        its_optimizer.step()
+        steps.append({name: gather(p) for name, p in each.named_parameters()})
+    return {"written": written, "loaded": loaded, "steps": steps}
+
+
+def draw_large(model: nn.Module) -> dict:
+    """The bytes of the largest tensor made while drawing for a sharded layer of 4 million elements, and what was drawn."""
+    largest = LargestTensor()
+    optimizer = make_optimizer(model)
+    plan = plan_v0(optimizer, model)
+    with largest:
+        write_random_v0(optimizer, plan, V0InitArguments(v0_init="random"), seed=5)
+    drawn = gather_second_moments(model, optimizer)
+    return {"largest": largest.num_bytes, "drawn": drawn, "whole": max(p.numel() for p in model.parameters()) * 4}
+
+
+def make_large(kind: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(1024, 4099, bias=False), nn.ReLU(), nn.Linear(4099, 16, bias=False))
+    if kind == "fsdp2":
+        return fully_shard(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return (
+        parallelize_module(model, mesh, {"0": RowwiseParallel(), "2": RowwiseParallel()})
+        if kind == "columns"
+        else (parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}))
+    )
+
+
+def main(output_dir: str, model_dir: str) -> None:
+    dist.init_process_group("gloo")
+    folder = Path(output_dir)
+    kinds = ["fully_shard", "tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
+    saved = {kind: write_both(load_sharded(kind, model_dir)) for kind in kinds}
+    saved["checkpoint"] = save_and_load(model_dir, folder / "checkpoint")
+    saved |= {f"large_{kind}": draw_large(make_large(kind)) for kind in ("fsdp2", "rows", "columns")}
+    torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,254 @@
+"""Started by torchrun (or plain python): trains each run of a JSON list, sharded as it says, and saves what a test compares.
+
+    torchrun --nproc_per_node 2 tests/launched/train_sharded.py RUNS.json OUTPUT_DIR MODEL_DIR
+
+Whole tensors are gathered from the live optimizer state just before the first step, so what is compared is what the step sees.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
+
+import torch
+import torch.distributed as dist
+from conftest import make_sequences
+from torch.distributed.tensor import DTensor
+from trainers import make_arguments, make_trainer
+from transformers import LlamaForCausalLM, TrainerCallback
+
+from hf_v0init import V0InitTrainer, read_second_moment
+from hf_v0init.distributed.parts import Fragment
+from hf_v0init.optimizers.deepspeed import adapt_optimizer
+
+# `DistributedConfig` of a mode; -n stands for the number of processes / n.
+FSDP2_MODES = {"fsdp2": {"fsdp_size": -1}, "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2}}
+
+
+def gather(tensor: torch.Tensor | Fragment) -> torch.Tensor:
+    """The whole of a tensor that may be spread over the processes."""
+    if isinstance(tensor, Fragment):
+        whole = torch.zeros(tensor.numel(), dtype=tensor.local.dtype)
+        whole[tensor.start : tensor.start + tensor.local.numel()] = tensor.local
+        dist.all_reduce(whole)
+        return whole.view(tensor.full_shape)
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class GatheringRecorder(TrainerCallback):
+    """Whole second moments before the first step and after it, and the whole gradients between."""
+
+    def __init__(self):
+        self.trainer, self.v0, self.gradients, self.moments = None, None, None, None
+
+    def gather_moments(self):
+        optimizer = adapt_optimizer(self.trainer.optimizer)
+        moments = {name: read_second_moment(optimizer, p) for name, p in self.trainer.model.named_parameters()}
+        return {name: gather(v) for name, v in moments.items() if v is not None}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.v0 is None:
+            self.v0 = self.gather_moments()
+            if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
+                zero = self.trainer.optimizer.optimizer
+                zero.step = self.watch_step(zero.step)
+
+    def watch_step(self, step):
+        from deepspeed.utils import safe_get_full_grad
+
+        def watched(*args, **kwargs):
+            if self.gradients is None:
+                named = self.trainer.model.named_parameters()
+                self.gradients = {name: safe_get_full_grad(p).detach().clone() for name, p in named}
+            return step(*args, **kwargs)
+
+        return watched
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.gradients is None:
+            self.gradients = {n: gather(p.grad) for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.moments is None:
+            self.moments = self.gather_moments()
+
+
+def make_labelled_sequences(num: int) -> list[dict]:
+    """Sequences whose last labels are ignored, another number in each, so that rows have different weights."""
+    rows = make_sequences(num)
+    for index, row in enumerate(rows):
+        row["labels"][10 - index % 6 :] = -100
+    return rows
+
+
+def _raise_in_forward(*_):
+    raise RuntimeError("out of memory on this one")
+
+
+class FailsOnOneRank(V0InitTrainer):
+    """Fails in the statistics pass on the last process only; `run_name` says where."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        mine = self.args.process_index == self.args.world_size - 1
+        self.calls += mine and model.training
+        failing = mine and self.calls == 3
+        if failing and self.args.run_name == "in_forward":
+            self.model.model.layers[1].register_forward_pre_hook(_raise_in_forward)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if failing and self.args.run_name == "after_forward":
+            raise RuntimeError("disk full on this one")
+        return loss * float("nan") if failing and self.args.run_name == "nan" else loss
+
+
+class UnmeasuredTrainer(V0InitTrainer):
+    """Runs no batch beside the training: the random v0 is not compared with a gradient."""
+
+    def _can_measure(self):
+        return False
+
+
+class ShardedByAccelerateTrainer(V0InitTrainer):
+    """Takes accelerate's FSDP2 way on CPU processes, which accelerate itself takes on accelerators only."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+class RowsMeanTrainer(V0InitTrainer):
+    """Its loss ignores the number of items: a mean over each batch as it is given, whatever the processes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class SampleMeanTrainer(RowsMeanTrainer):
+    """As the Trainer where the model takes no `num_items_in_batch`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+TRAINERS = {
+    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer, "unmeasured": UnmeasuredTrainer,
+    "accelerate": ShardedByAccelerateTrainer, None: V0InitTrainer,
+}  # fmt: skip
+
+
+class FailingData(list):
+    """A data set that cannot be read on the last process."""
+
+    def __getitem__(self, item):
+        if dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError("cannot read sample on this one")
+        return super().__getitem__(item)
+
+
+def load_model(mode: str, model_dir: str, **options):
+    sizes = FSDP2_MODES.get(mode)
+    if sizes is None:
+        return LlamaForCausalLM.from_pretrained(model_dir, **options)
+    from transformers.distributed import DistributedConfig
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    sizes = {name: world_size // -size if size < 0 else size for name, size in sizes.items()}
+    return LlamaForCausalLM.from_pretrained(model_dir, distributed_config=DistributedConfig(**sizes), **options)
+
+
+def make_deepspeed_options(mode: str, extra: dict) -> dict:
+    """The Trainer options of the modes zero1, zero2 and zero3."""
+    if not mode.startswith("zero"):
+        return {}
+    import deepspeed
+
+    # Its shared-memory collectives for CPUs would first be compiled; gloo's give the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    config = {"zero_optimization": {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 0}, **extra}
+    automatic = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "gradient_clipping",
+    )
+    return {"deepspeed": config | dict.fromkeys(automatic, "auto")}
+
+
+def gather_weights(trainer) -> dict[str, torch.Tensor]:
+    if not trainer.is_deepspeed_enabled:
+        return {name: gather(p) for name, p in trainer.model.named_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def count_states(trainer) -> int:
+    """The tensors for which the innermost optimizer holds any state."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return sum(len(state) > 0 for state in getattr(optimizer, "state", {}).values())
+
+
+def train(run: dict, folder: Path, model_dir: str) -> dict:
+    run = dict(run)
+    recorder = GatheringRecorder()
+    data = make_labelled_sequences(run.pop("num_samples", 48))
+    mode = run.pop("mode")
+    run |= make_deepspeed_options(mode, run.pop("ds_config", {}))
+    # Where arguments are there first, ZeRO-3 splits the model while it loads.
+    run_before = str(folder.parent / run.pop("resume_from")) if "resume_from" in run else None
+    arguments = make_arguments(folder, deepspeed=run["deepspeed"]) if run.pop("split_while_loading", False) else None
+    model = load_model(mode, model_dir, attention_dropout=run.pop("dropout", 0.0))
+    del arguments
+    trainer = make_trainer(
+        folder / "out",
+        model=model,
+        data=FailingData(data) if run.pop("failing_data", False) else data,
+        trainer_class=TRAINERS[run.pop("trainer", None)],
+        callbacks=[recorder],
+        **run,
+    )
+    recorder.trainer = trainer
+    error = None
+    try:
+        trainer.train(resume_from_checkpoint=run_before)
+    except Exception as exception:
+        if getattr(exception, "raised_alone", False):
+            raise  # as a script does that catches nothing
+        error = f"{type(exception).__name__}: {exception}"
+    return {
+        "v0": recorder.v0, "gradients": recorder.gradients, "moments": recorder.moments, "report": trainer.get_v0_report(),
+        "error": error, "world_size": trainer.args.world_size, "loss": trainer.state.log_history,
+        "weights": None if error else gather_weights(trainer), "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "num_states": count_states(trainer) if error else None,
+    }  # fmt: skip
+
+
+def main(runs_file: str, output_dir: str, model_dir: str) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    for name, run in json.loads(Path(runs_file).read_text()).items():
+        torch.save(train(run, Path(output_dir) / name, model_dir), Path(output_dir) / f"{name}.rank{rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+    os._exit(0)  # all is saved; tearing down several DeepSpeed engines in one process may abort
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

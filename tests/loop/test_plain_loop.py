@@ -1,0 +1,564 @@
+"""`initialize_v0` for loops without a Trainer: the Trainer's numbers, the oracle's numbers, and nothing else touched."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_gpt2, make_sequences
+from launched import initialize_plainly
+from reference import adamw_steps, per_sample_gradients
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import record
+
+from hf_v0init import InputError, initialize_v0, read_second_moment
+from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.loop.gradients import count_first_dimension
+
+SCRIPT = Path(initialize_plainly.__file__)
+
+
+@pytest.fixture
+def make_accelerator():
+    """Accelerate keeps its state for the process: a test must not leave it to the next."""
+
+    def make(**options) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, **options)
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+class Network(nn.Module):
+    """What could be disturbed: BatchNorm, dropout, a weight used twice."""
+
+    def __init__(self, dropout: float = 0.0, batch_norm: bool = True):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.norm = nn.BatchNorm1d(5) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.last(self.dropout(self.norm(torch.tanh(self.first(self.first(x))))))
+
+
+def mean_square(model, batch):
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def make_data(num: int, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(num, 5, generator=generator), torch.randn(num, 1, generator=generator))
+
+
+def make_network(**options) -> Network:
+    torch.manual_seed(0)
+    return Network(**options)
+
+
+def make_adam(model, **options) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=1e-2, **options)
+
+
+def read_all(optimizer, model) -> dict[str, torch.Tensor]:
+    moments = {name: read_second_moment(optimizer, p) for name, p in model.named_parameters()}
+    return {name: v.clone() for name, v in moments.items() if v is not None}
+
+
+def stack(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def token_loss(model, batch):
+    """The loss as the Trainer computes it, which counts every label."""
+    return model(**batch, num_items_in_batch=batch["labels"].ne(-100).sum()).loss
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistic", ["per_sample", "per_step"])
+def test_data_driven_is_the_trainers(tmp_path, statistic):
+    """With dropout, for the samples that the Trainer chooses, in its batches; but for rounding."""
+    options = {"v0_num_samples": 30, "v0_stats_batch_size": 3, "v0_statistic": statistic, "v0_scale": 2.0}
+    trainer, recorder = record(tmp_path, v0_init="data_driven", max_steps=1, **options)
+    rows, model = make_sequences(), make_gpt2()
+    chosen = [rows[i] for i in choose_samples(len(rows), 30, 11)]
+    batches = [stack(chosen[start : start + 3]) for start in range(0, 30, 3)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    report = initialize_v0(
+        optimizer,
+        model=model,
+        batches=batches,
+        loss_fn=token_loss,
+        seed=11,
+        scale=2.0,
+        statistic=statistic,
+        effective_batch_size=4,
+    )
+    moments = read_all(optimizer, model)
+    assert moments.keys() == recorder.v0.keys()
+    for name, v0 in recorder.v0.items():
+        torch.testing.assert_close(moments[name], v0, rtol=1e-5, atol=1e-6 * float(v0.max()))
+    theirs = trainer.get_v0_report()
+    for key in ("v0_mean", "measured_ratio", "mean_loss", "num_samples", "num_batches", "effective_batch_size"):
+        assert getattr(report, key) == pytest.approx(theirs[key], rel=1e-5), key
+
+
+def test_first_gradient_is_the_trainers_and_is_the_square_of_the_first_steps_gradient(tmp_path):
+    _, recorder = record(tmp_path, v0_init="first_gradient", max_steps=1, max_grad_norm=0.0, model=make_gpt2(dropout=0.0),
+                         gradient_accumulation_steps=2)  # fmt: skip
+    model = make_gpt2(dropout=0.0)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1)).tolist()
+    rows = make_sequences()
+    loader = [stack([rows[i] for i in order[start : start + 4]]) for start in range(0, 48, 4)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    initialize_v0(
+        optimizer, model=model, strategy="first_gradient", batches=loader, loss_fn=token_loss, batches_per_step=2, scale=3.0
+    )  # fmt: skip
+    for batch in loader[:2]:
+        (token_loss(model, batch) / 2).backward()
+    for p in model.parameters():
+        if p.dim() >= 2:
+            torch.testing.assert_close(read_second_moment(optimizer, p), 3.0 * p.grad.square(), rtol=1e-6, atol=0.0)
+    for name, gradient in recorder.gradients[0].items():  # the Trainer's, of its own first batches
+        if gradient.dim() >= 2:
+            torch.testing.assert_close(recorder.v0[name], gradient.square(), rtol=1e-5, atol=1e-20)
+
+
+def test_random_is_the_trainers_bit_for_bit_and_needs_no_data(tmp_path):
+    _, recorder = record(tmp_path, v0_init="random", max_steps=1)
+    model = make_gpt2()
+    optimizer = torch.optim.AdamW(model.parameters())
+    report = initialize_v0(optimizer, model=model, strategy="random", seed=11)
+    assert report.measured_ratio is None
+    for name, v0 in read_all(optimizer, model).items():
+        assert torch.equal(v0, recorder.v0[name]), name
+
+
+def test_random_with_data_measures_v0_against_the_first_batch():
+    data = make_data(12)
+    model = make_network(batch_norm=False)
+    optimizer = make_adam(model)
+    report = initialize_v0(optimizer, model=model, strategy="random", batches=DataLoader(data, 4), loss_fn=mean_square)
+    mean_square(model, data[:4]).backward()
+    weights = [model.first.weight, model.last.weight]
+    ratios = torch.cat([(read_second_moment(optimizer, p) / p.grad.square()).flatten() for p in weights])
+    assert report.measured_ratio == pytest.approx(float(ratios.median()), rel=1e-5)
+
+
+def test_equals_the_oracle_for_single_samples():
+    data = make_data(25)
+    model = make_network(batch_norm=False)
+    exact = per_sample_gradients(model, [data[i : i + 1] for i in range(25)], mean_square)
+    for statistic, batch_size in (("per_sample", 1), ("per_step", 10)):
+        optimizer = make_adam(model)
+        initialize_v0(
+            optimizer,
+            model=model,
+            batches=DataLoader(data, 1),
+            loss_fn=mean_square,
+            scale=0.5,
+            statistic=statistic,
+            effective_batch_size=10,
+            one_dimensional=True,
+        )
+        for name, g in exact.items():
+            mean, variance = g.mean(0), g.var(0, unbiased=True)
+            # Both statistics are taken over these 25 samples: (A/N)^2 + s^2 (1/B - 1/N)
+            expected = 0.5 * (mean.square() + variance * (1 / batch_size - 1 / 25))
+            v0 = read_second_moment(optimizer, dict(model.named_parameters())[name])
+            torch.testing.assert_close(v0.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_first_steps_are_adam_from_that_v0():
+    data, model = make_data(16), make_network(batch_norm=False)
+    optimizer = make_adam(model, eps=1e-8)
+    initialize_v0(optimizer, model=model, batches=DataLoader(data, 2), loss_fn=mean_square)
+    weight = model.last.weight
+    start, v0, gradients = weight.detach().clone(), read_second_moment(optimizer, weight).clone(), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        mean_square(model, data[:]).backward()
+        gradients.append(weight.grad.clone())
+        optimizer.step()
+    w, v = adamw_steps(start, v0, gradients, lr=1e-2)[-1]
+    torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(read_second_moment(optimizer, weight).double(), v, rtol=1e-5, atol=0.0)
+
+
+def test_zeros_changes_nothing_and_takes_any_optimizer():
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters())
+    report = initialize_v0(optimizer, model=model, strategy="zeros")
+    assert len(optimizer.state) == 0
+    assert (report.strategy, report.v0_mean, report.v0_max) == ("zeros", 0.0, 0.0)
+
+
+# ---- how far it reads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_samples", "num_batches"), [(1, 1), (8, 2), (9, 3), (None, 5)])
+def test_reads_no_further_than_needed(num_samples, num_batches):
+    """A stream that can be read once goes on where the pass stopped."""
+    model = make_network(batch_norm=False)
+    stream = iter(make_data(20)[i : i + 4] for i in range(0, 20, 4))
+    options = {"model": model, "batches": stream, "loss_fn": mean_square, "num_samples": num_samples}
+    if num_batches == 1:
+        with pytest.raises(InputError, match="their spread is not known"):
+            initialize_v0(make_adam(model), **options)
+    else:
+        report = initialize_v0(make_adam(model), **options)
+        assert (report.num_batches, report.num_samples) == (num_batches, 4 * num_batches)
+        assert (report.stats_batch_size, report.effective_batch_size) == (4, 4.0)
+    assert len(list(stream)) == 5 - num_batches
+
+
+def test_auto_ends_where_the_trainer_would_and_is_the_fixed_number_there(tmp_path):
+    options = {"v0_stats_batch_size": 2, "data": make_sequences(300)}
+    trainer, _ = record(tmp_path, v0_init="data_driven", v0_num_samples="auto", max_steps=1, **options)
+    rows = options["data"]
+    chosen = [rows[i] for i in choose_samples(300, 5000, 11)]
+    batches = [stack(chosen[start : start + 2]) for start in range(0, 300, 2)]
+    moments = []
+    for num_samples in ("auto", trainer.get_v0_report()["num_samples"]):
+        model = make_gpt2()
+        optimizer = torch.optim.AdamW(model.parameters())
+        report = initialize_v0(
+            optimizer, model=model, batches=iter(batches), loss_fn=token_loss, seed=11, num_samples=num_samples,
+            effective_batch_size=4,
+        )  # fmt: skip
+        assert report.num_samples == trainer.get_v0_report()["num_samples"]
+        assert report.v0_mean == pytest.approx(trainer.get_v0_report()["v0_mean"], rel=1e-5)
+        moments.append(read_all(optimizer, model))
+    assert all(torch.equal(v, moments[1][name]) for name, v in moments[0].items())
+
+
+def test_counts_samples_by_the_first_tensor_or_as_told():
+    assert count_first_dimension({"id": torch.tensor(3), "x": [torch.zeros(7, 2)]}) == 7
+    assert count_first_dimension((None, torch.zeros(2))) == 2
+    with pytest.raises(InputError, match="give count_samples"):
+        count_first_dimension({"text": ["a", "b"]})
+    model = make_network(batch_norm=False)
+    report = initialize_v0(
+        make_adam(model), model=model, batches=DataLoader(make_data(6), 2), loss_fn=mean_square, count_samples=lambda b: 5
+    )  # fmt: skip
+    assert report.num_samples == 15
+
+
+# ---- what is left alone ------------------------------------------------------------------------------------------------
+
+
+def read_everything(model) -> dict:
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},  # buffers too
+        "modes": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
+        "rng": (torch.get_rng_state(), random.getstate(), str(np.random.get_state()[1].tolist())),
+    }
+
+
+def assert_same(before, after) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before["weights"].items():
+        assert torch.equal(value, after["weights"][name]), name
+    for mine, theirs in zip(before["gradients"], after["gradients"], strict=True):
+        assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs))
+    assert torch.equal(before["rng"][0], after["rng"][0])
+    assert before["rng"][1:] == after["rng"][1:]
+    for name in ("modes", "requires_grad", "hooks"):
+        assert before[name] == after[name]
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["random", "data_driven", "first_gradient"])
+@pytest.mark.parametrize("fails_in", [None, 0, 2])
+def test_all_else_is_as_before_also_after_an_exception(strategy, fails_in):
+    model, other = make_network(dropout=0.3), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    other[0].bias.requires_grad_(False)
+    for network in (model, other):
+        network(torch.randn(6, 5)).sum().backward()
+    model.dropout.eval()
+    calls, gradients = itertools.count(), model.last.weight.grad
+    reduced = {"first_gradient": 0}.get(strategy, fails_in)
+
+    def loss_fn(network, batch):
+        random.random(), np.random.rand(), torch.rand(1)
+        loss = mean_square(network, (other(batch[0]), batch[1]))
+        if next(calls) == reduced and fails_in is not None:
+            raise Failure
+        return loss
+
+    loader = DataLoader(make_data(24), 4, shuffle=True)
+    before, state = (read_everything(model), read_everything(other)), torch.get_rng_state()
+    optimizer = make_adam(model)
+    options = {"model": model, "strategy": strategy, "batches": loader, "loss_fn": loss_fn, "other_modules": [other]}
+    if fails_in is None or (strategy == "random" and fails_in == 2):
+        initialize_v0(optimizer, **options)
+        assert len(optimizer.state) == 2
+    else:
+        with pytest.raises(Failure):
+            initialize_v0(optimizer, **options)
+        assert len(optimizer.state) == 0
+    assert_same(before[0], read_everything(model))
+    assert_same(before[1], read_everything(other))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.last.weight.grad is gradients
+
+
+@pytest.mark.parametrize("kind", ["global", "own generator", "accelerate", "accelerate seedable"])
+def test_the_order_of_a_loader_is_kept(kind, make_accelerator):
+    def read_two_epochs(look: bool) -> list:
+        generator = torch.Generator().manual_seed(4) if kind == "own generator" else None
+        loader = DataLoader(make_data(12), 3, shuffle=True, generator=generator)
+        model = make_network()
+        optimizer = make_adam(model)
+        if kind.startswith("accelerate"):
+            from accelerate.utils import DataLoaderConfiguration
+
+            config = DataLoaderConfiguration(use_seedable_sampler=kind.endswith("seedable"))
+            accelerator = make_accelerator(dataloader_config=config)
+            loader, model, optimizer = accelerator.prepare(loader, model, optimizer)
+        torch.manual_seed(7)
+        if look:
+            initialize_v0(optimizer, model=model, batches=loader, loss_fn=mean_square, num_samples=look)
+        order = [batch[0] for _ in range(2) for batch in loader]
+        if kind.startswith("accelerate"):
+            assert accelerator.gradient_state.dataloader_references == [None]
+        return order
+
+    stock = read_two_epochs(look=None)
+    for num_samples in (6, 12):
+        for mine, theirs in zip(read_two_epochs(look=num_samples), stock, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_parts_in_evaluation_mode_stay_so_in_the_pass():
+    model = make_network()
+    model.norm.eval()
+    modes = []
+
+    def loss_fn(network, batch):
+        modes.append((network.training, network.norm.training, network.dropout.training))
+        return mean_square(network, batch)
+
+    initialize_v0(make_adam(model), model=model, batches=DataLoader(make_data(8), 4), loss_fn=loss_fn)
+    assert modes == [(True, False, True)] * 2
+    model.eval()
+    modes.clear()
+    initialize_v0(make_adam(model), model=model, batches=DataLoader(make_data(8), 4), loss_fn=loss_fn)
+    assert modes == [(True, True, True)] * 2
+
+
+def test_a_loss_through_another_network_gives_the_models_gradients_alone():
+    generator, critic = make_network(batch_norm=False), nn.Linear(1, 1)
+
+    def loss_fn(network, batch):
+        assert not any(p.requires_grad for p in critic.parameters())
+        return -critic(network(batch)).mean()
+
+    noise = torch.randn(10, 5)
+    optimizer = make_adam(generator)
+    initialize_v0(
+        optimizer, model=generator, batches=noise.split(1), loss_fn=loss_fn, other_modules=[critic], num_samples=None
+    )
+    exact = per_sample_gradients(generator, list(noise.split(1)), lambda network, z: -critic(network(z)).mean())
+    for name in ("first.weight", "last.weight"):
+        v0 = read_second_moment(optimizer, dict(generator.named_parameters())[name])
+        torch.testing.assert_close(v0.double(), exact[name].square().mean(0), rtol=1e-5, atol=1e-12)
+
+
+# ---- accelerate and processes --------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_prepared_by_accelerate_with_accumulation(make_accelerator):
+    def run(accelerator) -> tuple:
+        model, data = make_network(batch_norm=False), make_data(24)
+        optimizer, loader = make_adam(model), DataLoader(data, 4)
+        if accelerator is not None:
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        options = {} if accelerator is not None else {"batches_per_step": 3}
+        report = initialize_v0(
+            optimizer,
+            model=model,
+            batches=loader,
+            loss_fn=mean_square,
+            accelerator=accelerator,
+            statistic="per_step",
+            **options,
+        )
+        return report, read_all(optimizer, model)
+
+    plain, accelerated = run(None), run(make_accelerator(gradient_accumulation_steps=3))
+    assert plain[0].effective_batch_size == accelerated[0].effective_batch_size == 12.0
+    for name, v0 in plain[1].items():
+        assert torch.equal(v0, accelerated[1][name])
+
+
+def test_half_precision_of_accelerate_is_that_of_the_loop(make_accelerator):
+    accelerator = make_accelerator(mixed_precision="bf16")
+    model = make_network(batch_norm=False)
+    inner, optimizer = model, make_adam(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    dtypes = []
+    inner.last.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    data = make_data(24)
+    initialize_v0(
+        optimizer, model=model, batches=DataLoader(data, 4), loss_fn=mean_square, accelerator=accelerator
+    )  # fmt: skip
+    assert set(dtypes) == {torch.bfloat16}
+    exact = make_network(batch_norm=False)
+    exact_optimizer = make_adam(exact)
+    initialize_v0(exact_optimizer, model=exact, batches=DataLoader(data, 4), loss_fn=mean_square)
+    torch.testing.assert_close(
+        read_second_moment(optimizer, inner.last.weight), read_second_moment(exact_optimizer, exact.last.weight),
+        rtol=5e-2, atol=1e-4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What tests/launched/initialize_plainly.py wrote on two gloo processes, by rank."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", ["data_driven", "per_step", "uneven", "random", "first_gradient"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+def test_two_processes_are_as_one(launched, make_accelerator, kind, case):
+    one = initialize_plainly.run(make_accelerator(), "ddp", initialize_plainly.CASES[case])
+    for rank in range(2):
+        two = launched[rank][kind][case]
+        assert two["v0"].keys() == one["v0"].keys()
+        for name, v0 in one["v0"].items():
+            tolerance = 0.0 if case == "random" else 1e-5
+            torch.testing.assert_close(two["v0"][name], v0, rtol=tolerance, atol=tolerance * float(v0.max()))
+        if case != "first_gradient":
+            for key in ("num_samples", "num_batches", "effective_batch_size"):
+                assert two["report"][key] == one["report"][key], key
+        assert two["report"]["num_processes"] == 2
+    assert all(torch.equal(v, launched[1][kind][case]["v0"][k]) for k, v in launched[0][kind][case]["v0"].items())
+
+
+def test_an_exception_on_one_process_is_raised_on_all(launched):
+    errors = [launched[rank]["errors"] for rank in range(2)]
+    assert errors[0]["fails"].startswith("RuntimeError: process 1: disk full")
+    assert errors[1]["fails"].startswith("RuntimeError: disk full")
+    for rank in range(2):
+        assert "runs the model inside DDP" in errors[rank]["wrapped"]
+        assert errors[rank]["num_states"] == 0
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def give_state(optimizer, model):
+    initialize_v0(optimizer, model=model, strategy="random")
+
+
+BAD = [
+    ({"strategy": "xavier"}, "strategy='xavier': choose one of zeros, random"),
+    ({"scale": -1.0}, "scale=-1"),
+    ({"scale": 1.0, "warmup_steps": 5}, "scale=1.0 and warmup_steps=5 both"),
+    ({"warmup_steps": 0.3}, "^warmup_steps=0.3 is a share of the run, whose length is not known here: give max_steps"),
+    ({"statistic": "per_token"}, "statistic='per_token'"),
+    ({"floor": 2.0}, "floor=2.0"),
+    ({"seed": -1}, "seed=-1"),
+    ({"num_samples": 0}, "num_samples=0"),
+    ({"batches_per_step": 0}, "batches_per_step=0"),
+    ({"effective_batch_size": float("inf")}, "effective_batch_size=inf"),
+    ({"batches": None}, "give batches"),
+    ({"loss_fn": None, "strategy": "first_gradient"}, "give loss_fn"),
+    ({"batches": []}, "batches is empty"),
+    ({"batches": [make_data(8)[:]]}, "^8 samples came in one batch, so their spread is not known; use batches of at most 4 or more"),
+    ({"loss_fn": lambda m, b: (m(b[0]) - b[1]).square()}, r"tensor of shape \(4, 1\)"),
+    ({"loss_fn": lambda m, b: 1.0}, "returned 1.0"),
+    ({"loss_fn": lambda m, b: mean_square(m, b).detach()}, "has no gradient"),
+    ({"loss_fn": lambda m, b: mean_square(m, b) * float("nan")}, "the loss is nan in batch 0"),
+    ({"loss_fn": lambda m, b: mean_square(m, b) * 1e30 * 1e30, "strategy": "random"}, "the loss is inf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_bad_input_is_refused_in_one_line_and_leaves_the_optimizer(change, message):
+    model = make_network()
+    optimizer = make_adam(model)
+    options = {"model": model, "batches": DataLoader(make_data(8), 4), "loss_fn": mean_square} | change
+    with pytest.raises(InputError, match=message) as caught:
+        initialize_v0(optimizer, **options)
+    assert "\n" not in str(caught.value) and "v0_scale" not in str(caught.value) and "v0_init" not in str(caught.value)
+    assert len(optimizer.state) == 0
+
+
+def test_optimizers_that_cannot_take_it_are_refused():
+    model = make_network()
+    options = {"model": model, "batches": DataLoader(make_data(8), 4), "loss_fn": mean_square}
+    with pytest.raises(InputError, match="no second moment"):
+        initialize_v0(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    with pytest.raises(InputError, match="holds no trainable parameter"):
+        initialize_v0(make_adam(make_network()), **options)
+    with pytest.raises(InputError, match="no decaying mean"):
+        initialize_v0(torch.optim.Adagrad(model.parameters()), **options, warmup_steps=10)
+    stepped = make_adam(model)
+    mean_square(model, make_data(4)[:]).backward()
+    stepped.step()
+    before = read_all(stepped, model)
+    with pytest.raises(InputError, match="2 of 2 parameters already have optimizer state"):
+        initialize_v0(stepped, **options)
+    assert all(torch.equal(v, before[name]) for name, v in read_all(stepped, model).items())
+
+
+def test_one_optimizer_over_two_networks_can_get_a_v0_for_each():
+    first, second = make_network(), nn.Linear(3, 3)
+    optimizer = torch.optim.Adam([*first.parameters(), *second.parameters()])
+    initialize_v0(optimizer, model=first, strategy="random")
+    initialize_v0(optimizer, model=second, strategy="random")
+    assert len(optimizer.state) == 3
+    with pytest.raises(InputError, match="already have optimizer state"):
+        initialize_v0(optimizer, model=second, strategy="random")
+
+
+def test_warmup_steps_below_one_are_a_share_of_max_steps():
+    model, v0s = make_network(batch_norm=False), []
+    for warmup_steps in (0.3, 6):
+        optimizer = make_adam(model)
+        report = initialize_v0(
+            optimizer, model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, warmup_steps=warmup_steps, max_steps=18
+        )  # fmt: skip
+        assert report.warmup_steps == 6
+        v0s.append(read_all(optimizer, model))
+    assert v0s[0].keys() == v0s[1].keys() and all(torch.equal(v0s[0][name], v0s[1][name]) for name in v0s[0])
+
+
+def test_max_steps_gives_the_expectation_and_its_warning(caplog):
+    model = make_network(batch_norm=False)
+    with caplog.at_level("INFO", logger="hf_v0init"):
+        report = initialize_v0(
+            make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, scale=1e6, max_steps=20
+        )  # fmt: skip
+    assert report.multiplier["20"] == pytest.approx((1 + 1e6 * 0.999**20 / (1 - 0.999**20)) ** -0.5, rel=1e-6)
+    assert "expected multiplier of the step" in caplog.text
+    assert any(r.levelname == "WARNING" for r in caplog.records)

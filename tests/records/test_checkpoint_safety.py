@@ -1,0 +1,411 @@
+"""What counts as a whole checkpoint, which one a run resumes from, what a rotation may delete."""
+
+import json
+import logging
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from trainers import assert_equal_weights, make_trainer, train
+from transformers import Trainer, TrainerCallback
+
+from hf_v0init import V0InitMixin
+from hf_v0init.errors import InputError
+from hf_v0init.records.checkpoints import (
+    SAVE_STATE_FILE,
+    begin_save,
+    complete_save,
+    delete_old_checkpoints,
+    find_defect,
+    find_newest_whole,
+    list_checkpoints,
+)
+
+RUN = {"v0_init": "random", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+CUT_OFF = "its save was cut off"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of ours and one of the stock Trainer, each with checkpoints 1 to 3."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder / "ours", **RUN)
+    train(folder / "stock", stock=True, **RUN)
+    return folder
+
+
+@pytest.fixture(params=["ours", "stock"])
+def run(request, runs, tmp_path):
+    shutil.copytree(runs / request.param, tmp_path / "out")
+    return tmp_path / "out"
+
+
+# ---- one folder ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_trainer_saves_is_whole(run):
+    assert [find_defect(folder) for folder in list_checkpoints(run)] == [None, None, None]
+
+
+def test_our_record_lists_the_binary_files_with_their_sizes(runs):
+    folder = runs / "ours" / "checkpoint-3"
+    record = json.loads((folder / SAVE_STATE_FILE).read_text())
+    names = ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"]
+    assert record["complete"] is True and sorted(record["files"]) == names
+    assert all((folder / name).stat().st_size == size for name, size in record["files"].items())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_file_cut_off_anywhere_is_seen(run, name):
+    path = run / "checkpoint-3" / name
+    content = path.read_bytes()
+    generator = random.Random(len(content))
+    lengths = {0, 1, 7, 9, len(content) - 1} | {generator.randrange(len(content) - 1) for _ in range(40)}
+    for length in lengths:
+        if name == "trainer_state.json" and length == len(content) - 1:
+            continue  # the line break at the end
+        path.write_bytes(content[:length])
+        assert name in find_defect(path.parent), length
+    path.write_bytes(content)
+    assert find_defect(path.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "stock"),
+    [
+        ("model.safetensors", "model.safetensors is missing", "it holds no weights"),
+        ("optimizer.pt", "optimizer.pt is missing", None),  # as with save_only_model
+        ("scheduler.pt", "scheduler.pt is missing", "scheduler.pt is missing"),
+        ("rng_state.pth", "rng_state.pth is missing", None),
+        (
+            "trainer_state.json",
+            "trainer_state.json, which is written last",
+            "trainer_state.json, which is written last",
+        ),
+        ("config.json", None, None),
+        ("v0_init.json", None, None),
+    ],
+)
+def test_a_missing_file(runs, tmp_path, name, ours, stock):
+    for kind, words in (("ours", ours), ("stock", stock)):
+        folder = tmp_path / kind
+        shutil.copytree(runs / kind / "checkpoint-3", folder)
+        (folder / name).unlink(missing_ok=True)
+        defect = find_defect(folder)
+        assert (words in defect) if words else defect is None
+
+
+def test_damage_that_keeps_the_length_is_seen_where_the_file_tells(run):
+    for name in ("model.safetensors", "optimizer.pt"):
+        path = run / "checkpoint-3" / name
+        content = path.read_bytes()
+        path.write_bytes(bytes(len(content)))  # zeros, as after a power failure
+        assert name in find_defect(path.parent)
+        path.write_bytes(content)
+    for text in ("[]", '{"epoch": 1}', ""):
+        (run / "checkpoint-3" / "trainer_state.json").write_text(text)
+        assert find_defect(run / "checkpoint-3") == "trainer_state.json is damaged"
+
+
+def test_a_save_begun_is_not_whole_until_it_is_completed(runs, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(runs / "stock" / "checkpoint-3", folder)
+    begin_save(folder)
+    assert find_defect(folder) == CUT_OFF
+    complete_save(folder)
+    assert find_defect(folder) is None
+    (folder / "config.json").write_text("{}")  # edited by hand
+    (folder / ".nfs01").write_text("what a file system leaves")
+    assert find_defect(folder) is None
+    (folder / SAVE_STATE_FILE).write_text('{"comp')
+    assert find_defect(folder) == f"{SAVE_STATE_FILE} is damaged"
+    begin_save(tmp_path / "checkpoint-4")
+    assert find_defect(tmp_path / "checkpoint-4") == CUT_OFF
+    assert find_defect(tmp_path / "nowhere") == "there is no such folder"
+
+
+def write_state(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+
+
+def test_sharded_weights(tmp_path):
+    write_state(tmp_path)
+    make_gpt2().save_pretrained(tmp_path, max_shard_size="8KB")
+    index = tmp_path / "model.safetensors.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(shards) > 2 and find_defect(tmp_path) is None
+    (tmp_path / shards[1]).rename(tmp_path / "elsewhere")
+    assert find_defect(tmp_path) == f"{shards[1]}, which model.safetensors.index.json names, is missing"
+    (tmp_path / "elsewhere").rename(tmp_path / shards[1])
+    index.unlink()
+    assert "model.safetensors.index.json, which is written last of the weights" in find_defect(tmp_path)
+
+
+def test_adapters_fsdp_and_deepspeed_folders(tmp_path):
+    adapter = tmp_path / "adapter"
+    write_state(adapter / "other")
+    write_state(adapter)
+    torch.save({"a": torch.zeros(3)}, adapter / "other" / "adapter_model.bin")
+    assert find_defect(adapter) is None
+    os.truncate(adapter / "other" / "adapter_model.bin", 100)
+    assert find_defect(adapter) == "other/adapter_model.bin is cut off"
+
+    fsdp = tmp_path / "fsdp"
+    write_state(fsdp)
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (fsdp / name).mkdir()
+        (fsdp / name / "__0_0.distcp").write_bytes(b"x")
+        (fsdp / name / ".metadata").write_bytes(b"x")
+    assert "scheduler.pt is missing" in find_defect(fsdp)
+    torch.save({}, fsdp / "scheduler.pt")
+    assert find_defect(fsdp) is None
+    complete_save(fsdp)
+    assert "optimizer_0/.metadata" in json.loads((fsdp / SAVE_STATE_FILE).read_text())["files"]
+    (fsdp / SAVE_STATE_FILE).unlink()
+    (fsdp / "optimizer_0" / ".metadata").write_bytes(b"")
+    assert find_defect(fsdp) == "optimizer_0/.metadata, which is written last, is missing"
+
+    zero = tmp_path / "zero"
+    write_state(zero)
+    (zero / "global_step3").mkdir()
+    torch.save({}, zero / "global_step3" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    assert "'latest'" in find_defect(zero)
+    (zero / "latest").write_text("global_step3")
+    assert find_defect(zero) is None
+    os.truncate(zero / "global_step3" / "zero_pp_rank_0_mp_rank_00_model_states.pt", 50)
+    assert "model_states.pt is cut off" in find_defect(zero)
+
+
+# ---- which one, and what goes ----------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_listed_by_their_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-7x", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-9")]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def make_folders(tmp_path, steps: dict[int, tuple[float, bool]]):
+    """Folders with (seconds, whole)."""
+    for step, (seconds, whole) in steps.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        write_state(folder)
+        torch.save({}, folder / "pytorch_model.bin")
+        (complete_save if whole else begin_save)(folder)
+        os.utime(folder, (seconds, seconds))
+
+
+@pytest.mark.parametrize(
+    ("steps", "limit", "best", "deleted"),
+    [
+        ({1: (10, True), 2: (20, True), 3: (30, True)}, None, None, []),
+        ({1: (10, True), 2: (20, True), 3: (30, True)}, 2, None, [1]),
+        ({1: (10, True), 2: (20, True), 3: (30, True)}, 1, None, [1, 2]),
+        ({1: (10, True), 2: (20, True), 3: (30, True)}, 1, 1, [2]),  # the best one stays besides the last
+        # 9 was left by an earlier run: it is the oldest in time
+        ({1: (10, True), 9: (5, True), 3: (30, True)}, 2, None, [9]),
+        # times that tell nothing: by number, and yet the one just saved stays, where the Trainer deletes it
+        ({1: (5, True), 9: (5, True), 3: (5, True)}, 1, None, [1, 9]),
+        ({1: (5, True), 9: (5, False), 3: (5, True)}, 1, None, [9, 1]),
+        # broken ones go first, whatever their age
+        ({1: (10, True), 9: (20, False), 3: (30, True)}, 2, None, [9]),
+        ({1: (10, True), 2: (20, True), 9: (25, False), 3: (30, True)}, 2, None, [9, 1]),
+    ],
+)
+def test_what_a_rotation_deletes(tmp_path, steps, limit, best, deleted):
+    make_folders(tmp_path, steps)
+    path = {step: str(tmp_path / f"checkpoint-{step}") for step in steps}
+    gone = delete_old_checkpoints(tmp_path, limit, path[3], path.get(best))
+    assert gone == [path[step] for step in deleted]
+    assert sorted(list_checkpoints(tmp_path)) == sorted(path[step] for step in steps if step not in deleted)
+
+
+def test_the_stock_rotation_would_have_deleted_the_only_whole_one(tmp_path):
+    """Why we do it ourselves: among folders of one time, the Trainer keeps the highest number, whole or not."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    make_folders(tmp_path, {3: (5, True), 9: (5, False)})
+    rotate_checkpoints(str(tmp_path), save_total_limit=1, use_mtime=True)
+    assert find_newest_whole(list_checkpoints(tmp_path))[0] is None
+
+
+# ---- in the Trainer --------------------------------------------------------------------------------------------------
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_resume_true_takes_the_newest_whole_one_names_the_broken_and_deletes_nothing(run, caplog):
+    v0 = "random" if (run / "checkpoint-1" / "v0_init.json").exists() else "zeros"
+    os.truncate(run / "checkpoint-3" / "optimizer.pt", 500)
+    before = snapshot(run)
+    trainer = make_trainer(run, **RUN | {"v0_init": v0, "save_strategy": "no"})
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        trainer.train(resume_from_checkpoint=True)
+    assert f"{run / 'checkpoint-3'} (optimizer.pt " in caplog.text
+    assert f"resumes from {run / 'checkpoint-2'}, the newest whole one. Nothing was deleted" in caplog.text
+    assert snapshot(run) == before
+    straight = train(run.parent / "straight", **RUN | {"v0_init": v0})
+    assert_equal_weights(straight, trainer)
+
+
+def test_a_broken_checkpoint_asked_for_by_name_is_one_clear_error(run):
+    size = (run / "checkpoint-3" / "model.safetensors").stat().st_size
+    os.truncate(run / "checkpoint-3" / "model.safetensors", size - 1)
+    trainer = make_trainer(run, **RUN)
+    with pytest.raises(InputError) as error:
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert str(error.value) == (
+        f"cannot resume from {run / 'checkpoint-3'}: model.safetensors has {size - 1} of its {size} bytes; "
+        f"the newest whole checkpoint is {run / 'checkpoint-2'}"
+    )
+    assert trainer.state.global_step == 0
+    with pytest.raises(InputError, match=r"there is no such folder; the newest whole checkpoint is .*checkpoint-2$"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-8"))
+    with pytest.raises(InputError, match=r"no other checkpoint there is whole: start anew$"):
+        trainer.train(resume_from_checkpoint=str(run.parent / "nowhere" / "checkpoint-8"))
+
+
+def test_no_checkpoint_at_all_is_an_error_and_only_broken_ones_a_new_run(tmp_path, caplog):
+    trainer = make_trainer(tmp_path / "a", **RUN)
+    for _ in range(2):  # without the folder, and with it
+        with pytest.raises(InputError, match="no valid checkpoint found in output directory"):
+            trainer.train(resume_from_checkpoint=True)
+        (tmp_path / "a").mkdir(exist_ok=True)
+    begin_save(tmp_path / "a" / "checkpoint-1")
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        trainer.train(resume_from_checkpoint=True)
+    assert f"checkpoint-1 ({CUT_OFF}); none is whole, so the run starts anew" in caplog.text
+    assert_equal_weights(train(tmp_path / "b", **RUN), trainer)
+    assert [find_defect(folder) for folder in list_checkpoints(tmp_path / "a")] == [None, None, None]
+    assert trainer.get_v0_report()["global_step"] == 0
+
+
+def test_a_finished_run_that_is_resumed_makes_no_further_step(tmp_path):
+    """The end is within an epoch, where the stock Trainer makes one step too many."""
+    common = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+
+    def resume(**options):
+        straight = train(tmp_path / "out", **common, **options)
+        resumed = make_trainer(tmp_path / "out", model=make_gpt2(seed=9), **common, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+        return straight, resumed
+
+    straight, resumed = resume(v0_init="random")
+    assert resumed.state.global_step == 3
+    assert_equal_weights(straight, resumed)
+    _, stock = resume(stock=True)
+    assert stock.state.global_step == 4
+
+
+def test_rotation_keeps_the_limit_and_the_arguments(tmp_path):
+    trainer = train(tmp_path, **RUN | {"save_total_limit": 2})
+    assert [os.path.basename(path) for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-2"]
+    assert trainer.args.save_total_limit == 2
+    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 2
+    begin_save(tmp_path / "checkpoint-9")
+    resumed = make_trainer(tmp_path, **RUN | {"save_total_limit": 1, "max_steps": 4})
+    resumed.train(resume_from_checkpoint=True)
+    assert [os.path.basename(path) for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert find_defect(tmp_path / "checkpoint-4") is None
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = make_trainer(
+        tmp_path, **RUN | options | {"learning_rate": 3.0}, kwargs={"eval_dataset": make_sequences(8, seed=4)}
+    )
+    trainer.train()  # at this rate it gets worse with every step
+    assert os.path.basename(trainer.state.best_model_checkpoint) == "checkpoint-1"
+    assert find_defect(tmp_path / "checkpoint-1") is None
+
+
+class FailsToSave(V0InitMixin, Trainer):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.state.global_step == 2:
+            raise OSError("no space left on device")
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+def test_a_save_that_fails_leaves_a_broken_checkpoint_and_the_arguments_as_they_were(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_class=FailsToSave, **RUN | {"save_total_limit": 1})
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+    newest, passed_over = find_newest_whole(list_checkpoints(tmp_path))
+    assert newest == str(tmp_path / "checkpoint-1")
+    assert passed_over == {str(tmp_path / "checkpoint-2"): CUT_OFF}
+
+
+class Prunes(TrainerCallback):
+    """As some do on `on_save`: the optimizer's state is thrown away, an adapter saved beside the weights."""
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        os.remove(os.path.join(folder, "optimizer.pt"))
+        torch.save({}, os.path.join(folder, "adapter_model.bin"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_callbacks_change_in_a_fresh_checkpoint_belongs_to_it(tmp_path, late):
+    trainer = make_trainer(tmp_path, callbacks=[] if late else [Prunes()], **RUN)
+    if late:
+        trainer.add_callback(Prunes())  # comes after ours
+    trainer.train()
+    for folder in list_checkpoints(tmp_path):
+        assert find_defect(folder) is None
+        with open(os.path.join(folder, SAVE_STATE_FILE)) as file:
+            assert {"adapter_model.bin"} == set(json.load(file)["files"]) & {"adapter_model.bin", "optimizer.pt"}
+
+
+def test_what_is_pushed_is_marked_as_whole(tmp_path):
+    pushed = []
+
+    class Pushes(Trainer):
+        def _push_from_checkpoint(self, checkpoint_folder):
+            with open(os.path.join(checkpoint_folder, SAVE_STATE_FILE)) as file:
+                pushed.append((json.load(file)["complete"], find_defect(checkpoint_folder), self.args.save_total_limit))
+
+    class Ours(V0InitMixin, Pushes):
+        pass
+
+    trainer = make_trainer(tmp_path, trainer_class=Ours, **RUN | {"save_total_limit": 2})
+    trainer.args.push_to_hub = True
+    trainer._finish_current_push = lambda: None
+    trainer.train()
+    assert pushed == [(True, None, 2)] * 3
+    assert [os.path.basename(path) for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-2"]
+
+
+# ---- the record of v0 ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_a_record_of_v0_stands_and_says_so(runs, tmp_path, caplog):
+    shutil.copytree(runs / "ours", tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-2" / "v0_init.json").unlink()
+    trainer = make_trainer(tmp_path / "out", model=make_gpt2(seed=5), **RUN)
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert "has no record of a v0 (v0_init.json): its optimizer state stands" in caplog.text
+    assert_equal_weights(train(tmp_path / "straight", **RUN), trainer)
+
+
+def test_a_cut_off_record_of_v0_is_an_error_before_any_training(runs, tmp_path):
+    shutil.copytree(runs / "ours", tmp_path / "out")
+    record = tmp_path / "out" / "checkpoint-3" / "v0_init.json"
+    os.truncate(record, record.stat().st_size // 2)
+    for wanted in (True, str(record.parent)):
+        trainer = make_trainer(tmp_path / "out", **RUN)
+        with pytest.raises(InputError, match=r"checkpoint-3/v0_init.json is damaged .*; delete it"):
+            trainer.train(resume_from_checkpoint=wanted)
+        assert trainer.state.global_step == 0 and trainer.optimizer is None

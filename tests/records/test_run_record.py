@@ -1,0 +1,95 @@
+"""What `--v0_record_run` writes, and that it leaves the run alone."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from trainers import assert_equal_weights, make_trainer, train
+
+from hf_v0init.records.run_log import hash_tensors
+
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run_log.jsonl").read_text().splitlines()]
+
+
+def read_fingerprint(folder) -> dict:
+    return json.loads((folder / "fingerprint.json").read_text())
+
+
+def test_recorded_run_is_the_run(tmp_path):
+    stock = train(tmp_path / "stock", stock=True)
+    recorded = train(tmp_path / "recorded", v0_record_run=True)
+    assert_equal_weights(stock, recorded)
+    without_clocks = [
+        [{k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k} for e in t.state.log_history]
+        for t in (stock, recorded)
+    ]
+    assert without_clocks[0] == without_clocks[1]
+
+
+def test_log_has_every_figure_and_two_clocks(tmp_path):
+    trainer = train(tmp_path, v0_record_run=True, kwargs={"eval_dataset": make_sequences(8)}, max_steps=4, **EVALUATES)
+    log = read_log(tmp_path)
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in trainer.state.log_history]
+    for mine, theirs in zip(log, trainer.state.log_history, strict=True):
+        assert theirs.items() <= mine.items()
+    clocks = [(entry["seconds"], entry["train_seconds"]) for entry in log]
+    assert clocks == sorted(clocks) and clocks[0][0] > 0
+    evaluating = sum(entry["eval_runtime"] for entry in log if "eval_runtime" in entry)
+    assert evaluating > 0
+    assert log[-1]["seconds"] - log[-1]["train_seconds"] == pytest.approx(evaluating, abs=1e-6)
+
+
+def test_fingerprints_are_equal_for_arms_of_one_seed_and_for_these_only(tmp_path):
+    arms = {
+        "zeros": {},
+        "data_driven": {"v0_init": "data_driven", "v0_num_samples": 8},
+        "first_gradient": {"v0_init": "first_gradient"},
+        "warmup": {"warmup_steps": 3, "learning_rate": 5e-3},
+    }
+    prints = {}
+    for name, options in arms.items():
+        train(tmp_path / name, v0_record_run=True, **options)
+        prints[name] = read_fingerprint(tmp_path / name)
+    assert len(prints["zeros"]["batches"]) == 4 and len(set(prints["zeros"]["batches"])) == 4
+    assert all(fingerprint == prints["zeros"] for fingerprint in prints.values())
+    train(tmp_path / "order", v0_record_run=True, data_seed=5)
+    order = read_fingerprint(tmp_path / "order")
+    assert order["initial_weights"] == prints["zeros"]["initial_weights"]
+    assert order["batches"] != prints["zeros"]["batches"]
+    train(tmp_path / "weights", v0_record_run=True, model=make_gpt2(seed=3))
+    assert read_fingerprint(tmp_path / "weights")["initial_weights"] != prints["zeros"]["initial_weights"]
+
+
+def test_fingerprint_is_the_sha256_of_what_it_says():
+    tensor = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
+    header = b"w torch.bfloat16 (1, 2)"
+    expected = hashlib.sha256(header + tensor.view(torch.int16).numpy().tobytes()).hexdigest()
+    assert hash_tensors([("w", tensor)]) == expected
+    assert hash_tensors([("w", tensor.T)]) != expected
+    assert hash_tensors([("w", torch.tensor(3.0))]) == hash_tensors([("w", torch.tensor(3.0))])
+
+
+def test_continued_run_continues_its_log(tmp_path):
+    options = {"v0_record_run": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    train(tmp_path, **options)
+    before, fingerprint = read_log(tmp_path), read_fingerprint(tmp_path)
+    with open(tmp_path / "run_log.jsonl", "a") as file:
+        file.write('{"loss": 1.0, "st')  # killed while writing
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    log = read_log(tmp_path)
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in before]
+    assert log[:2] == before[:2] and log[2]["seconds"] > log[1]["seconds"]
+    assert read_fingerprint(tmp_path) == fingerprint
+
+
+def test_diagnostics_come_with_it(tmp_path):
+    train(tmp_path, v0_record_run=True)
+    diagnostics = json.loads((tmp_path / "v0_diagnostics.json").read_text())
+    assert diagnostics["updates"]["step"] == [1, 2, 3, 4, 5]

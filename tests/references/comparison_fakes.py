@@ -1,0 +1,138 @@
+"""Comparisons of fake runs: a script of a few lines that leaves what a training script leaves, and says when it was called."""
+
+import json
+import time
+from pathlib import Path
+
+import yaml
+
+from hf_v0init.comparison.planning.plan import read_plan
+from hf_v0init.comparison.running.folder import find_waiting_runs, lock_folder, require_usable_folder, write_plan
+from hf_v0init.comparison.running.runs import RunQueue
+
+# Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
+FAKE_SCRIPT = """
+import json, os, signal, subprocess, sys, time
+
+flags = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
+output, behaviour = flags["output_dir"], flags.get("behaviour", "")
+if "stubborn" in flags:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    open(flags["journal"] + ".worker", "w").write(str(worker.pid))
+with open(flags["journal"], "a") as journal:
+    journal.write(json.dumps({"arm": flags["v0_init"], "warmup": flags["warmup_steps"], "seed": flags["seed"],
+        "behaviour": behaviour, "time": time.time(), "pid": os.getpid(), "folder": os.path.exists(output),
+        "checkpoint": flags.get("resume_from_checkpoint"),
+        "env": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")}}) + "\\n")
+if behaviour == "refuse":
+    sys.exit(print("error: --behaviour=refuse: choose another", file=sys.stderr) or 2)
+os.makedirs(output, exist_ok="resume_from_checkpoint" in flags)
+weights = {"other_weights": "w2"}.get(behaviour, "w1") + flags["seed"]
+batches = ["b1", "b2", "b9" if behaviour == "other_data" else "b3", "b4"]
+json.dump({"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"},
+    open(output + "/fingerprint.json", "w"))
+words = flags.get("losses", "6,4,3").split(",")  # `wait` among them: nothing more happens until somebody stops it
+losses = [float(loss) for loss in words if loss != "wait"]
+with open(output + "/run_log.jsonl", "w") as log:
+    for number, loss in enumerate(losses):
+        entry = {"eval_loss": loss, "step": 10 * number, "epoch": 0.5 * number}
+        if behaviour == "nan" and number == 1:
+            entry = {"loss": float("nan"), "step": 10, "epoch": 0.5}
+        if behaviour == "no_eval_on_start" and number == 0:
+            entry = {"loss": 5.0, "step": 1, "epoch": 0.05}
+        log.write(json.dumps(entry) + "\\n")
+        log.flush()
+        if words[number + 1 : number + 2] == ["wait"] and not os.path.exists(flags["journal"] + ".nowait"):
+            time.sleep(60)
+        time.sleep(float(flags.get("pause", 0)))
+if behaviour == "hang_once" and not os.path.exists(flags["journal"] + ".once"):
+    open(flags["journal"] + ".once", "w").close()
+    open(flags["journal"] + ".ready." + str(os.getpid()), "w").close()
+    time.sleep(60)
+if behaviour == "fail":
+    raise RuntimeError("the data are gone")
+if behaviour == "killed":
+    os.kill(os.getpid(), 9)
+if behaviour == "save":
+    os.makedirs(output + "/checkpoint-10")
+    for name in ("model.safetensors", "checkpoint-10/optimizer.pt", "tokenizer.json", "config.json", "v0_init.json"):
+        open(output + "/" + name, "w").write("{}")
+results = {"eval_loss": losses[-1], "predict_bleu": 1.0}
+json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
+print("done")
+"""
+
+
+class Recorder:
+    """A `Progress` that keeps what it was told."""
+
+    def __init__(self):
+        self.ends, self.warnings, self.most_active = [], [], 0
+
+    def update(self, active, num_waiting):
+        self.most_active = max(self.most_active, len(active))
+
+    def report_end(self, run, state, reason, trace, seconds):
+        self.ends.append((run.arm, run.seed, state, reason))
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
+class Comparison:
+    """A comparison of fake runs in a temporary folder."""
+
+    def __init__(self, root: Path):
+        self.root, self.folder, self.config = root, root / "out", root / "grid.yaml"
+        (root / "fake.py").write_text(FAKE_SCRIPT)
+
+    def write(self, grids, arguments=None, **further):
+        arguments = {"journal": str(self.root / "journal"), **(arguments or {})}
+        content = {"title": "Fake", "script": "fake.py", "arguments": arguments, "grids": grids, **further}
+        self.config.write_text(yaml.safe_dump(content))
+        return self
+
+    def run(self, jobs=1, retry_failed=False, resume=False) -> Recorder:
+        plan, recorder = read_plan(self.config), Recorder()
+        require_usable_folder(plan, self.folder)
+        with lock_folder(self.folder):
+            write_plan(plan, self.folder)
+            waiting = find_waiting_runs(plan, self.folder, retry_failed)
+            try:
+                RunQueue(plan, self.folder, waiting, jobs, recorder, resume).run()
+            finally:
+                self.last = recorder
+        return recorder
+
+    def read_journal(self) -> list[dict]:
+        path = self.root / "journal"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def read_records(self) -> dict[str, dict]:
+        """The records by arm and seed."""
+        records = [json.loads(path.read_text()) for path in sorted(self.folder.glob("runs/*/record.json"))]
+        return {f"{record['arm']} {record['seed']}": record for record in records}
+
+    def read_states(self) -> dict[str, str]:
+        return {name: record["state"] for name, record in self.read_records().items()}
+
+
+def behave(*names: str) -> list[dict]:
+    """A grid whose runs behave so, in that order."""
+    return [{"behaviour": list(names)}]
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,238 @@
+"""How to build the optimizer of each row of the table, with the reference for it, and how far the two are apart."""
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import optimizer_references as slow
+import pytest
+import torch
+from torch import nn
+
+from hf_v0init.optimizers.state import draft_state, read_second_moment, write_states
+from hf_v0init.optimizers.table import SUPPORTED_ROWS
+
+LR = 1e-2
+SHAPE = (64, 128)  # 8,192 elements: 8-bit optimizers quantise from 4,096 on
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to build the optimizer of a row, and the reference for it."""
+
+    row: tuple[str, str]  # name, package
+    path: str  # module:Class
+    reference: Callable
+    options: dict = field(default_factory=dict)
+    num_steps: int = 2
+
+    def make(self, parameters):
+        return load(self.path)(parameters, **self.options)
+
+
+def load(path: str):
+    """The class at module:Class; skips the test where the package is not installed."""
+    module, name = path.split(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            pytest.skip(f"{module} cannot be imported here: {error}")
+
+
+def cases_of(row, path, reference, *variants, num_steps=2):
+    return [
+        Case(row, path, partial(reference, **{"lr": LR} | theirs), {"lr": LR} | ours, num_steps)
+        for ours, theirs in variants or [({}, {})]
+    ]
+
+
+BETAS = {"betas": (0.9, 0.98)}
+B2 = {"b2": 0.98}
+BNB, AO, PO = "bitsandbytes", "torchao", "pytorch-optimizer"
+
+CASES = [
+    *cases_of(
+        ("AdamW", "torch"),
+        "torch.optim:AdamW",
+        slow.adam,
+        *[
+            ({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1})
+            for kind in ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
+        ],
+    ),
+    *cases_of(
+        ("Adam", "torch"), "torch.optim:Adam", slow.adam, ({}, {}), ({**BETAS, "weight_decay": 0.1}, {**B2, "l2": 0.1})
+    ),
+    *cases_of(
+        ("AMSGrad", "torch"),
+        "torch.optim:Adam",
+        slow.adam,
+        ({**BETAS, "amsgrad": True}, {**B2, "amsgrad": True}),
+        num_steps=4,
+    ),
+    *cases_of(
+        ("AMSGrad", "torch"),
+        "torch.optim:AdamW",
+        slow.adam,
+        ({**BETAS, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}),
+        num_steps=4,
+    ),
+    *cases_of(("NAdam", "torch"), "torch.optim:NAdam", slow.nadam, (BETAS, B2)),
+    *cases_of(("RAdam", "torch"), "torch.optim:RAdam", slow.radam, (BETAS, B2), num_steps=8),
+    *cases_of(("Adamax", "torch"), "torch.optim:Adamax", slow.adamax, (BETAS, B2)),
+    *cases_of(
+        ("RMSprop", "torch"),
+        "torch.optim:RMSprop",
+        slow.rmsprop,
+        ({}, {}),
+        *[(o, o) for o in ({"momentum": 0.9}, {"centered": True, "alpha": 0.9}, {"alpha": 0.9})],
+    ),
+    *cases_of(
+        ("Adagrad", "torch"), "torch.optim:Adagrad", slow.adagrad, ({}, {}), ({"initial_accumulator_value": 0.5}, {})
+    ),
+    *cases_of(("Adadelta", "torch"), "torch.optim:Adadelta", slow.adadelta, ({"lr": 1.0}, {"lr": 1.0})),
+    *cases_of(("AdamW 8-bit", AO), "torchao.optim:AdamW8bit", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
+    *cases_of(("AdamW 8-bit", AO), "torchao.optim:Adam8bit", slow.adam, (BETAS, B2)),
+    *cases_of(("AdamW 4-bit", AO), "torchao.optim:AdamW4bit", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
+    *cases_of(("AdamW fp8", AO), "torchao.optim:AdamWFp8", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
+    *[
+        case
+        for name in ("AdamW8bit", "PagedAdamW8bit", "Adam8bit")
+        for case in cases_of(
+            ("AdamW 8-bit", BNB),
+            f"bitsandbytes.optim:{name}",
+            slow.adam,
+            ({**BETAS, "weight_decay": 0.1}, {**B2, "decay": 0.1}),
+        )
+    ],
+    *[
+        case
+        for name in ("AdamW", "AdamW32bit", "PagedAdamW", "PagedAdamW32bit", "Adam")
+        for case in cases_of(
+            ("AdamW 32-bit", BNB),
+            f"bitsandbytes.optim:{name}",
+            slow.adam,
+            ({**BETAS, "weight_decay": 0.1}, {**B2, "decay": 0.1}),
+        )
+    ],
+    *[
+        case
+        for bits in ("8-bit", "32-bit")
+        for paged in (False, True)
+        for case in cases_of(
+            (f"AdEMAMix {bits}", BNB),
+            "bitsandbytes.optim:AdEMAMix",
+            slow.ademamix,
+            (
+                {"optim_bits": int(bits.split("-")[0]), "is_paged": paged, "betas": (0.9, 0.98, 0.999)},
+                {**B2, "b3": 0.999, "decay": 1e-2},
+            ),
+        )
+    ],
+    *cases_of(("RMSprop 8-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, ({"optim_bits": 8}, {})),
+    *cases_of(("RMSprop 32-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, ({"alpha": 0.9}, {"alpha": 0.9})),
+    *cases_of(("Adagrad", BNB), "bitsandbytes.optim:Adagrad", slow.adagrad),
+    *cases_of(
+        ("Schedule-free AdamW", "schedulefree"),
+        "schedulefree:AdamWScheduleFree",
+        slow.schedule_free,
+        *[({**BETAS, "foreach": foreach}, B2) for foreach in (True, False)],
+        num_steps=3,
+    ),
+    *cases_of(
+        ("Schedule-free RAdam", "schedulefree"),
+        "schedulefree:RAdamScheduleFree",
+        slow.schedule_free,
+        (BETAS, {**B2, "rectified": True}),
+        num_steps=8,
+    ),
+    *cases_of(
+        ("GrokAdamW", "grokadamw"),
+        "grokadamw:GrokAdamW",
+        slow.grokadamw,
+        ({**BETAS, "lr": 1.0}, {**B2, "lr": 1.0, "decay": 1e-2}),
+    ),
+    *cases_of(("AdaBelief", PO), "pytorch_optimizer:AdaBelief", slow.adabelief, (BETAS, B2), ({}, {})),
+    *cases_of(
+        ("AdaBound", PO),
+        "pytorch_optimizer:AdaBound",
+        slow.adabound,
+        (BETAS, B2),
+        ({**BETAS, "ams_bound": True}, {**B2, "amsbound": True}),
+        num_steps=3,
+    ),
+    *cases_of(("ADOPT", PO), "pytorch_optimizer:ADOPT", slow.adopt, ({}, {}), (BETAS, B2), num_steps=3),
+    *cases_of(("Yogi", PO), "pytorch_optimizer:Yogi", slow.yogi, (BETAS, B2)),
+]
+
+
+def name_of(case: Case) -> str:
+    options = ",".join(f"{key}={value}" for key, value in case.options.items() if key not in ("betas", "lr"))
+    return f"{case.row[0]}-{case.path.split(':')[1]}-{options}".replace(" ", "_")
+
+
+def row_of(case: Case):
+    return next(row for row in SUPPORTED_ROWS if (row.name, row.package) == case.row)
+
+
+@contextlib.contextmanager
+def quiet_and_eager():
+    """torchao compiles its step, a minute and a half on this CPU; the same code runs uncompiled."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def make_parameter(shape=SHAPE, dtype=torch.float32) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(1)
+    return nn.Parameter((torch.randn(shape, generator=generator) * 0.01).to(dtype))
+
+
+def make_gradients(num: int, shape=SHAPE) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator) for _ in range(num)]
+
+
+def make_v0(shape=SHAPE) -> torch.Tensor:
+    """Within a factor of 10, as quantised state with one scale a block is made for."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3)) * 0.9 + 0.1
+
+
+def write(optimizer, parameter, v0) -> None:
+    write_states(optimizer, {parameter: draft_state(optimizer, parameter).finish(v0)})
+
+
+def step(optimizer, parameter, gradient) -> None:
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+def measure(case: Case, shape=SHAPE) -> tuple[float, float, float]:
+    """The largest errors: of v0 as stored, of the second moment after the steps (a share of each element), of the updates (a
+    share of the largest)."""
+    parameter = make_parameter(shape)
+    optimizer = case.make([parameter])
+    v0, gradients = make_v0(shape), make_gradients(case.num_steps, shape)
+    write(optimizer, parameter, v0)
+    stored = ((read_second_moment(optimizer, parameter) - v0).abs() / v0).max().item()
+    expected = case.reference(parameter.detach(), v0, gradients)
+    of_moment = of_update = 0.0
+    before, expected_before = parameter.detach().double().clone(), parameter.detach().double()
+    for gradient, (w, v) in zip(gradients, expected, strict=True):
+        step(optimizer, parameter, gradient)
+        now = read_second_moment(optimizer, parameter).double()
+        of_moment = max(of_moment, ((now - v).abs() / v).max().item())
+        update, wanted = parameter.detach().double() - before, w - expected_before
+        if wanted.any():
+            of_update = max(of_update, ((update - wanted).abs().max() / wanted.abs().max()).item())
+        else:
+            assert not update.any()
+        before, expected_before = parameter.detach().double().clone(), w
+    return stored, of_moment, of_update

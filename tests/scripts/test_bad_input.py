@@ -1,0 +1,229 @@
+"""Every way to give bad input that we know of, in one table: one line, the value, the remedy, nothing spent, nothing written."""
+
+import gzip
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from torch import nn
+from trainers import make_trainer
+
+from hf_v0init import InputError, V0InitArguments, V0InitTrainer
+from hf_v0init.optimizers.state import is_untouched
+from hf_v0init.tasks.script_support import run_script
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# ---- settings: refused when the arguments are made ------------------------------------------------------------------
+
+SETTINGS = [
+    ({"v0_init": "newton"}, ["v0_init='newton'", "zeros, random, data_driven, first_gradient"]),
+    ({"v0_init": "random", "v0_scale": -1.0}, ["v0_scale=-1.0", "> 0", "v0_init=zeros"]),
+    ({"v0_init": "random", "v0_scale": 0.0}, ["v0_scale=0.0", "> 0"]),
+    ({"v0_init": "random", "v0_scale": float("nan")}, ["v0_scale=nan", "finite"]),
+    ({"v0_init": "random", "v0_scale": float("inf")}, ["v0_scale=inf", "finite"]),
+    (
+        {"v0_init": "data_driven", "v0_scale": 1.0, "v0_warmup_steps": 10},
+        ["v0_scale=1.0", "v0_warmup_steps=10", "give one"],
+    ),
+    ({"v0_init": "random", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": 0}, ["v0_warmup_steps=0", ">= 1"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": 1.5}, ["v0_warmup_steps=1.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": -0.5}, ["v0_warmup_steps=-0.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": float("nan")}, ["v0_warmup_steps=nan", "a share"]),
+    ({"v0_init": "data_driven", "v0_warmup_steps": True}, ["v0_warmup_steps=True", "a share"]),
+    ({"v0_num_samples": 0}, ["v0_num_samples=0", ">= 1"]),
+    ({"v0_num_samples": -5}, ["v0_num_samples=-5", ">= 1"]),
+    ({"v0_stats_batch_size": 0}, ["v0_stats_batch_size=0", ">= 1"]),
+    ({"v0_statistic": "median"}, ["v0_statistic='median'", "per_sample, per_step"]),
+    ({"v0_seed": -1}, ["v0_seed=-1", "2^63"]),
+    ({"v0_fan_factor": 0.0}, ["v0_fan_factor=0.0", "> 0"]),
+    ({"v0_preset": "article"}, ["v0_preset='article'", "paper"]),
+    ({"v0_preset": "paper", "v0_init": "first_gradient"}, ["v0_init=first_gradient", "random or data_driven"]),
+    ({"v0_preset": "paper", "v0_init": "data_driven", "v0_scale": 3.0}, ["v0_scale=1.0", "3.0", "drop one"]),
+    (
+        {"v0_preset": "paper", "v0_init": "data_driven", "v0_statistic": "per_step"},
+        ["v0_statistic=per_sample", "per_step"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), SETTINGS, ids=lambda x: str(x)[:60])
+def test_settings(settings, words):
+    with pytest.raises(InputError) as caught:
+        V0InitArguments(**settings)
+    assert isinstance(caught.value, ValueError)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+# ---- runs: refused by the Trainer before the first step ---------------------------------------------------------------
+
+
+class OneShot(torch.utils.data.IterableDataset):
+    def __init__(self):
+        self.rows = iter(make_sequences(20))
+
+    def __iter__(self):
+        return self.rows
+
+
+def sgd():
+    model = make_gpt2()
+    return {"model": model, "kwargs": {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}}
+
+
+class LeftWhereItIs(V0InitTrainer):
+    """As under device maps and deferred initialisation: the Trainer does not move the model."""
+
+    def _move_model_to_device(self, model, device):
+        pass
+
+
+def on_meta():
+    model = make_gpt2()
+    with torch.device("meta"):
+        model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(torch.empty(16, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return {"model": model, "kwargs": {"optimizers": (optimizer, None)}, "trainer_class": LeftWhereItIs}
+
+
+def nothing_to_initialise():
+    model = make_gpt2()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1])
+    return {"model": model, "kwargs": {"optimizers": (optimizer, None)}}
+
+
+class LossOf(V0InitTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * float(self.args.run_name) if self.calls == 4 else loss
+
+
+RUNS = [
+    ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
+    ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
+    ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
+    ("meta device", {**on_meta(), "v0_init": "random"}, ["meta device", "'transformer.h.1.mlp.c_fc.weight'"]),
+    ("no matrices", {**nothing_to_initialise(), "v0_init": "random"}, ["v0_one_dimensional=True"]),
+    ("empty data", {"data": [], "v0_init": "data_driven"}, ["empty"]),
+    ("one-shot iterable", {"data": OneShot(), "v0_init": "data_driven"}, ["OneShot", "only once", "v0_init=random"]),
+    ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", "v0_init": "data_driven"}, ["loss is nan in batch 3"]),
+    ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", "v0_init": "data_driven"}, ["loss is inf in batch 3"]),
+    ("one batch", {"v0_init": "data_driven", "v0_num_samples": 8, "v0_stats_batch_size": 8}, ["v0_num_samples=8", "v0_stats_batch_size <= 4"]),
+    ("warmup beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 10**7}, ["v0_warmup_steps=10000000", "use at most"]),
+    ("share beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 0.5, "max_steps": 10**7}, ["v0_warmup_steps=5000000", "use at most"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), [run[1:] for run in RUNS], ids=[run[0] for run in RUNS])
+def test_runs(tmp_path, options, words):
+    output = tmp_path / "out"
+    steps = []
+    trainer = None
+    with pytest.raises(InputError) as caught:
+        trainer = make_trainer(output, save_strategy="steps", save_steps=1, **dict(options))
+        trainer.create_optimizer()
+        inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        inner.register_step_post_hook(lambda *_: steps.append(1))
+        trainer.train()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not steps and not list(output.glob("checkpoint-*"))
+    if trainer is not None and trainer.optimizer is not None and "SGD" not in words:
+        assert is_untouched(trainer.optimizer) and trainer.get_v0_report() is None
+
+
+def test_more_samples_than_there_are_is_a_notice_not_an_error(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="hf_v0init"):
+        trainer = make_trainer(tmp_path, v0_init="data_driven", v0_num_samples=10_000, max_steps=1)
+        trainer.train()
+    assert "v0_num_samples=10000 is more than the 48 training samples: all are used" in caplog.text
+    assert trainer.get_v0_report()["num_samples"] == 48
+
+
+# ---- scripts: exit status 2, one line, no traceback, nothing written -----------------------------------------------------
+
+GERMAN, ENGLISH = "ein haus\nzwei katzen\ndrei hunde\n", "a house\ntwo cats\nthree dogs\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "a.de").write_text(GERMAN)
+    (tmp_path / "a.en").write_text(ENGLISH)
+    (tmp_path / "short.en").write_text("a house\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin1.de").write_bytes("ein h\xe4uschen\nzwei\ndrei\n".encode("latin-1"))
+    (tmp_path / "corrupt.de.gz").write_bytes(gzip.compress(GERMAN.encode() * 200)[:60])
+    (tmp_path / "no_columns.jsonl").write_text('{"x": "a"}\n{"x": "b"}\n')
+    (tmp_path / "a_file").write_text("not a folder")
+    return tmp_path
+
+
+PARALLEL = "--train_source_file {0}/a.de --train_target_file {0}/a.en"
+SCRIPTS = [
+    ("run_translation", "--train_source_file {0}/a.de --train_target_file {0}/short.en", ["3", "1", "short.en"]),
+    ("run_translation", "--train_source_file {0}/latin1.de --train_target_file {0}/a.en", ["latin1.de", "UTF-8"]),
+    (
+        "run_translation",
+        "--train_source_file {0}/corrupt.de.gz --train_target_file {0}/a.en",
+        ["corrupt.de.gz", "gzip"],
+    ),
+    ("run_translation", "--train_source_file {0}/empty.txt --train_target_file {0}/empty.txt", ["empty.txt", "empty"]),
+    ("run_translation", "--train_file {0}/no_columns.jsonl", ["column", "x"]),
+    ("run_translation", "--train_source_file {0}/missing.de --train_target_file {0}/a.en", ["missing.de"]),
+    ("run_translation", PARALLEL + " --v0_init newton", ["newton", "data_driven"]),
+    ("run_translation", PARALLEL + " --v0_init random --v0_scale -3", ["v0_scale=-3.0", "> 0"]),
+    (
+        "run_translation",
+        PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_warmup_steps 3",
+        ["v0_scale=2.0", "give one"],
+    ),
+    ("run_translation", PARALLEL + " --v0_init random --optim sgd", ["SGD", "no second moment"]),
+    ("run_translation", PARALLEL + " --v0_inti random", ["--v0_inti", "v0_init"]),
+    ("run_translation", PARALLEL + " --output_dir {0}/a_file", ["a_file", "output_dir"]),
+    ("run_translation", "", ["--train_file"]),
+    ("run_clm", "--model_type gpt2 --train_file {0}/empty.txt", ["empty.txt", "empty"]),
+    ("run_clm", "--model_type gpt2 --train_file {0}/latin1.de", ["latin1.de", "UTF-8"]),
+    ("run_clm", "--model_type gpt2 --train_file {0}/corrupt.de.gz", ["corrupt.de.gz", "gzip"]),
+    ("run_clm", "--model_type gpt2 --train_file {0}/missing.txt", ["missing.txt"]),
+    (
+        "run_clm",
+        "--model_type gpt2 --train_file {0}/a.de --v0_init data_driven --v0_num_samples 0",
+        ["v0_num_samples=0", ">= 1"],
+    ),
+    ("run_clm", "--model_type gpt2 --train_file {0}/a.de --output_dir {0}/a_file", ["a_file", "output_dir"]),
+]
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("script", "flags", "words"), SCRIPTS)
+def test_scripts(files, capsys, monkeypatch, script, flags, words):
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    argv = flags.format(files).split()
+    if "--output_dir" not in argv:
+        argv += ["--output_dir", str(files / "out")]
+    monkeypatch.setattr(sys, "argv", [script, *argv, "--do_train", "--use_cpu", "--report_to", "none"])
+    module = load_script(script)
+    monkeypatch.setattr(module, "start_logging", lambda *_: None)  # would outlive this test's captured streams
+    with pytest.raises(SystemExit) as caught:
+        run_script(module.main)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said
+    assert all(word in errors[0] for word in words), errors[0]
+    after = {path: path.read_bytes() for path in files.iterdir() if path.is_file()}
+    assert after == before
+    assert not list((files / "out").glob("**/*.safetensors"))

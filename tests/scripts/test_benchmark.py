@@ -1,0 +1,259 @@
+"""The benchmark's own arithmetic, its record, and the rows that are counts and not times."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import rows_pass
+from benchmarks.measuring import (
+    MET,
+    MISSED,
+    PRINTED,
+    SKIPPED,
+    Conditions,
+    Row,
+    fit_exponent,
+    measure_memory,
+    measure_pairs,
+    measure_times,
+)
+from benchmarks.record import RECORD_PATH, compose_record, find_worse, read_record, read_rows, write_record
+
+from hf_v0init.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(ratios, aim=1.1, name="a", **options) -> Row:
+    return Row(name, "ours", "theirs", ratios, aim=aim, **options)
+
+
+class Clock:
+    """Goes on as it is told to."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def taking(self, name, seconds):
+        def run():
+            self.calls.append(name)
+            self.now += seconds
+
+        return run
+
+
+def test_pairs_are_interleaved_after_a_warm_up_and_change_their_order():
+    clock = Clock()
+    ratios = measure_pairs(clock.taking("ours", 3.0), clock.taking("theirs", 2.0), 3, clock)
+    assert ratios == [1.5, 1.5, 1.5]
+    assert clock.calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs", "theirs", "ours"]
+
+
+def test_a_function_may_measure_itself():
+    clock = Clock()
+    times = measure_times([lambda: 5.0, clock.taking("b", 2.0), lambda: 0.25], 2, clock)
+    assert times == [[5.0, 2.0, 0.25]] * 2
+
+
+def test_median_quartiles_and_verdict():
+    one = row([1.3, 1.0, 1.1, 1.2, 0.9])
+    assert (one.median, one.quartiles, one.verdict) == (1.1, (1.0, 1.2), MET)
+    assert row([1.104]).verdict == MET and row([1.106]).verdict == MISSED  # as printed
+    assert row([0.95, 0.97], aim=0.96, at_least=True).verdict == MET
+    assert row([0.94], aim=0.96, at_least=True).verdict == MISSED
+    assert row([3.0], aim=None).verdict == PRINTED
+    nothing = row([])
+    assert nothing.verdict == SKIPPED and math.isnan(nothing.median)
+    assert row([2.0]).quartiles == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.0, 1.0, 2.5])
+def test_exponents_are_fitted(exponent):
+    sizes = [1, 2, 4, 8, 100]
+    assert fit_exponent(sizes, [0.3 * size**exponent for size in sizes]) == pytest.approx(exponent, abs=1e-12)
+
+
+def test_memory_counts_what_is_alive_at_once_and_inside_kernels():
+    def build():
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        return torch.zeros(500), second.sum()
+
+    used = measure_memory(build)
+    assert used.left == 2000 + 4
+    assert 12_000 <= used.peak <= 12_000 + 200
+    narrow, wide = torch.zeros(1 << 16, dtype=torch.bfloat16), torch.zeros(1 << 16)
+    assert measure_memory(lambda: wide.mul_(2.0)).peak < 1000
+    assert measure_memory(lambda: wide.add_(narrow)).peak >= 4 << 16  # cast inside the kernel
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    rows = [row([1.0, 1.25], figures={"x": 2.0}), row([0.5], aim=None, name="b", at_least=True), row([], name="c")]
+    path = tmp_path / "deep" / "record.json"
+    write_record(compose_record(rows, "benchmark --quick", True, 12.34), path)
+    record = read_record(path)
+    assert (record["quick"], record["seconds"], record["command"]) == (True, 12.3, "benchmark --quick")
+    assert record["rows"][0]["median"] == 1.125 and record["rows"][0]["quartiles"] == [1.062, 1.188]
+    assert record["rows"][2]["median"] is None and record["rows"][2]["verdict"] == SKIPPED
+    assert record["hardware"]["cores"] >= 1 and "torch" in record["versions"]
+    assert read_rows(record) == rows
+
+
+def test_a_row_on_the_edge_of_its_aim_comes_back_with_its_verdict(tmp_path):
+    path, edge = tmp_path / "record.json", row([1.03503, 1.03497, 1.0352], aim=1.03)
+    write_record(compose_record([edge], "benchmark", True, 1.0), path)
+    (back,) = read_rows(read_record(path))
+    assert (back.ratios, back.verdict) == (edge.ratios, edge.verdict)
+    assert read_record(path)["rows"][0]["verdict"] == edge.verdict
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": 3}'])
+def test_a_record_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match="--write_record makes"):
+        read_record(path)
+
+
+def test_only_what_is_worse_beyond_noise_is_named():
+    before = [
+        row([1.00, 1.01, 1.02], name="same"),
+        row([1.00, 1.01, 1.02], name="slower"),
+        row([1.00, 1.01, 1.02], name="little"),
+        row([0.90, 1.01, 1.20], name="noisy"),
+        row([1.00, 1.01, 1.02], aim=0.9, at_least=True, name="speed"),
+        row([1.00, 1.01, 1.02], aim=0.9, at_least=True, name="faster"),
+        row([1.05, 1.06, 1.30], aim=1.1, name="was met"),
+        row([1.00], name="gone"),
+        row([1.00], aim=None, name="printed"),
+    ]
+    now = [
+        row([1.01, 1.00, 1.02], name="same"),
+        row([1.09, 1.08, 1.09], name="slower"),
+        row([1.03, 1.032, 1.033], name="little"),
+        row([1.00, 1.15, 1.16], name="noisy", aim=1.3),
+        row([0.95, 0.94, 0.96], aim=0.9, at_least=True, name="speed"),
+        row([2.00, 2.01, 2.02], aim=0.9, at_least=True, name="faster"),
+        row([1.10, 1.20, 1.30], aim=1.1, name="was met"),
+        row([2.00], aim=None, name="printed"),
+        row([9.00], name="new"),
+        row([], name="gone"),
+    ]
+    worse = find_worse(before, now)
+    assert [line.split(":")[0] for line in worse] == ["slower", "speed", "was met", "printed"]
+    assert "1.010 -> 1.090 (middle halves 1.005 to 1.015, now 1.085 to 1.090): ours / theirs" in worse[0]
+    assert find_worse(before, before) == []
+
+
+def test_the_committed_record_has_every_row_and_says_why_a_miss_stays():
+    record = read_record()
+    rows = read_rows(record)
+    assert RECORD_PATH == ROOT / "configs" / "benchmark" / "record.json"
+    names = [one.name for one in rows]
+    assert len(set(names)) == len(names) >= 20
+    assert all(one.what and one.against for one in rows)
+    assert all(one.note for one in rows if one.verdict == MISSED)
+    stated = {one["name"]: one["verdict"] for one in record["rows"]}
+    assert stated == {one.name: one.verdict for one in rows}
+
+
+# ---- rows that are counts --------------------------------------------------------------------------------------------
+
+
+def test_the_pass_needs_no_more_memory_than_a_step_and_leaves_adams_state(tmp_path):
+    rows = rows_pass.measure_pass_memory(Conditions(True, tmp_path, tmp_path))
+    assert [measured.verdict for measured in rows] == [MET, MET]
+    assert rows[0].median <= 1.0 and rows[1].median < 0.95
+    assert [measured.figures["bytes_left_beyond_the_state"] for measured in rows] == [0, 0]
+
+
+def test_the_error_of_fewer_samples_falls_as_one_over_the_root(tmp_path, monkeypatch):
+    """On a model whose gradients are the data: normal, so the median error of n squares is .674 sqrt(2 / n)."""
+    data = torch.randn(5000, 2000, generator=torch.Generator().manual_seed(0))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(50, 40))
+
+        def forward(self, rows):
+            loss = (self.weight.flatten() * rows.mean(0)).sum()
+            return type("Output", (), {"loss": loss})
+
+    measured = rows_pass._find_errors("normal", Model(), list(data), lambda rows: {"rows": torch.stack(rows)})
+    for count in (128, 256, 512, 1024):
+        squares = count / rows_pass.BATCH_SIZE
+        expected = 0.6745 * math.sqrt(2 / squares * (1 - count / 5000))
+        assert measured.figures[f"error_at_{count}"] == pytest.approx(expected, rel=0.2)
+    assert measured.figures["auto"] in (1024, 2048) and measured.verdict == MET
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    return module
+
+
+@pytest.fixture
+def run(script, monkeypatch):
+    """Runs the script on rows that are given."""
+    import typer
+    from typer.testing import CliRunner
+
+    def run(rows, *flags):
+        monkeypatch.setattr(script, "MEASURES", {one.name: lambda conditions, one=one: one for one in rows})
+        app = typer.Typer()
+        app.command()(script.benchmark)
+        return CliRunner().invoke(app, ["--quick", *flags])
+
+    return run
+
+
+def test_the_script_writes_a_record_and_says_what_got_worse(run, script, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    for name in ("write_record", "read_record"):
+        original = getattr(script, name)
+        monkeypatch.setattr(script, name, lambda *args, f=original: f(*args, path))
+    good, bad = row([1.0, 1.0], name="speed", note="as ever"), row([1.5, 1.5], name="speed")
+    written = run([good], "--write_record", "--json", str(tmp_path / "now.json"))
+    assert written.exit_code == 0, written.output
+    assert "as ever" in written.output and "met" in written.output
+    assert json.loads(path.read_text())["rows"] == json.loads((tmp_path / "now.json").read_text())["rows"]
+    same = run([good], "--compare")
+    assert same.exit_code == 0 and "Nothing got worse" in same.output
+    worse = run([bad], "--compare")
+    assert worse.exit_code == 1 and "speed: 1.000 -> 1.500" in worse.output and "MISSED" in worse.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rows", "speed,nothing"], "'nothing' is none of speed"),
+        (["--rows", "speed", "--write_record"], "a record has all rows"),
+    ],
+)
+def test_the_script_refuses_what_makes_no_sense(run, flags, words):
+    result = run([row([1.0], name="speed")], *flags)
+    assert isinstance(result.exception, InputError) and words in str(result.exception)

@@ -1,0 +1,118 @@
+"""The demo, end to end: three tiny runs of three steps as a fast test, the whole of it as a slow one."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_v0init.errors import InputError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+if str(SCRIPTS) not in sys.path:
+    sys.path.insert(0, str(SCRIPTS))
+
+import demo  # noqa: E402
+
+
+def make_tiny_settings(folder: Path) -> demo.DemoSettings:
+    return dataclasses.replace(
+        demo.DemoSettings(),
+        output_dir=str(folder),
+        steps=3,
+        num_pairs=150,
+        num_test=4,
+        vocab_size=300,
+        num_layers=1,
+        d_model=16,
+        ffn_dim=16,
+        num_heads=2,
+        batch_size=8,
+        warmup_fraction=0.67,
+        log_every=1,
+        max_tokens=8,
+    )
+
+
+def check_results(folder: Path, results: list[demo.ArmResult], settings: demo.DemoSettings) -> None:
+    assert [result.name for result in results] == [demo.NO_WARMUP, demo.WARMUP, demo.V0]
+    no_warmup, warmup, v0 = results
+    measured = min(settings.steps, settings.update_steps)
+    for result in results:
+        assert result.validation_loss > 0.0 and 0.0 <= result.bleu <= 100.0
+        assert result.update_steps == list(range(1, measured + 1)) and len(result.update_sizes) == measured
+        assert result.loss_steps[-1] <= settings.steps and len(result.losses) == len(result.loss_steps) > 0
+    # Adam's first update moves every weight that has a gradient by the learning rate, v0 proportionally to the
+    # gradient; a warmup starts at learning rate 0.
+    assert 0.5 < no_warmup.update_sizes[0] <= 1.0 + 1e-3
+    assert warmup.update_sizes[0] == 0.0
+    assert v0.update_sizes[0] < 0.5 * no_warmup.update_sizes[0]
+    assert no_warmup.v0_report is None and warmup.v0_report is None
+    assert v0.v0_report["strategy"] == "data_driven"
+
+    saved = json.loads((folder / demo.RESULTS_FILE).read_text(encoding="utf-8"))
+    assert [run["bleu"] for run in saved["runs"]] == [result.bleu for result in results]
+    assert saved["settings"]["steps"] == settings.steps
+    assert (folder / demo.FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
+    for name in demo.FOLDERS.values():
+        assert (folder / name / "model.safetensors").is_file()
+    assert (folder / "v0" / "v0_init.json").is_file()
+
+
+def test_three_steps_end_to_end(tmp_path, capfd):
+    settings = make_tiny_settings(tmp_path / "demo")
+    bystander = tmp_path / "demo" / "notes.txt"
+    bystander.parent.mkdir()
+    bystander.write_text("mine")
+    results = demo.run_demo(settings)
+    check_results(tmp_path / "demo", results, settings)
+    assert bystander.read_text() == "mine"
+    # All start from the same weights and see the same first batch.
+    assert results[0].losses[0] == results[1].losses[0] == results[2].losses[0]
+    printed = " ".join(capfd.readouterr().out.split())
+    for words in ("BLEU", "validation loss", demo.FIGURE_FILE, demo.RESULTS_FILE, "In this one run"):
+        assert words in printed
+
+
+def make_result(name: str, bleu: float) -> demo.ArmResult:
+    return demo.ArmResult(name, validation_loss=2.0, bleu=bleu, chrf=0.0, seconds=1.0, num_parameters=1)
+
+
+@pytest.mark.parametrize(
+    ("no_warmup", "warmup", "v0", "said"),
+    [
+        (5.0, 20.0, 25.0, ("20.0 better than no warmup (5.0)", "5.0 better than a warmup")),
+        (25.0, 20.0, 5.0, ("20.0 worse than no warmup (25.0)", "15.0 worse than a warmup")),
+        (20.4, 19.2, 20.0, ("about the same as no warmup (20.4)", "about the same as a warmup")),
+    ],
+)
+def test_the_sentence_follows_the_numbers(no_warmup, warmup, v0, said):
+    scores = {demo.NO_WARMUP: no_warmup, demo.WARMUP: warmup, demo.V0: v0}
+    sentence = demo.describe_outcome([make_result(*score) for score in scores.items()], demo.DemoSettings())
+    for words in said:
+        assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--steps", "few"], "few"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--speed", "3"], "--speed"),
+        (["--output_dir", "/proc/demo"], "/proc/demo"),
+        (["--output_dir", str(SCRIPTS / "demo.py")], "is a file"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_done(argv, named):
+    with pytest.raises(InputError, match=named):
+        demo.read_settings(argv)
+
+
+@pytest.mark.slow
+def test_whole_demo(tmp_path):
+    settings = demo.read_settings(["--output_dir", str(tmp_path / "demo")])
+    results = demo.run_demo(settings)
+    check_results(tmp_path / "demo", results, settings)
+    assert max(result.bleu for result in results) > 10.0

@@ -1,0 +1,451 @@
+"""scripts/run_clm.py from end to end on generated sentences, and what it refuses."""
+
+import csv
+import gzip
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from hf_v0init import V0InitTrainingArguments
+from hf_v0init.tasks.script_support import parse_arguments, run_script
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "run_clm.py"
+CONFIGS = [p for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml")) if "awd_lstm" not in p.stem]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_clm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run_clm = load_script()
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging():
+    """The script rebuilds the logging of its process; a test process goes on afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    transformers_logging.set_verbosity_warning()
+    datasets.enable_progress_bars()
+
+
+def make_sentences(num: int, seed: int) -> list[str]:
+    chooser = random.Random(seed)
+    parts = [
+        ["the", "a"],
+        ["cat", "dog", "Bär"],
+        ["sees", "hears"],
+        ["the", "a"],
+        ["mat", "moon", "straße"],
+        [".", "!"],
+    ]
+    return [" ".join(chooser.choice(words) for words in parts) for _ in range(num)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clm_data")
+    train, validation, test = (make_sentences(num, seed) for seed, num in enumerate((60, 15, 11)))
+    (folder / "train.txt").write_text("\n".join(train) + "\n", encoding="utf-8")
+    (folder / "validation.txt.gz").write_bytes(gzip.compress(("\n".join(validation) + "\n").encode()))
+    (folder / "test.txt").write_text("\n".join(test) + "\n", encoding="utf-8")
+    rows = [{"question": f"what does {line.split()[1]} do?", "answer": line} for line in train]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with open(folder / "test.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows[:3])
+    (folder / "numbers.jsonl").write_text('{"value": 1}\n{"value": 2}\n', encoding="utf-8")
+    (folder / "gaps.jsonl").write_text('{"text": "a"}\n{"text": null}\n', encoding="utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "broken.txt.gz").write_bytes(gzip.compress(b"some text\n" * 50)[:-12])
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("clm_cache")
+
+
+@pytest.fixture
+def flags(data, cache, tmp_path):
+    """The flags of a small run from scratch, as a dict that a test changes; None leaves a flag out."""
+    base = {
+        "model_type": "gpt2",
+        "config_overrides": "n_embd=16,n_layer=2,n_head=2,n_positions=16,resid_pdrop=0.1",
+        "train_file": data / "train.txt",
+        "validation_file": data / "validation.txt.gz",
+        "test_file": data / "test.txt",
+        "vocab_size": 280,
+        "block_size": 16,
+        "cache_dir": cache,
+        "output_dir": tmp_path / "out",
+        "do_train": True,
+        "max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": "1e-2",
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": 3,
+    }
+
+    def make(**changes) -> list[str]:
+        merged = {**base, **changes}
+        return [f"--{name}={value}" for name, value in merged.items() if value is not None]
+
+    return make
+
+
+def read_results(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@torch.no_grad()
+def compute_perplexity_slowly(folder: Path, lines: list[str], block_size: int) -> tuple[float, int]:
+    """Reload model and tokenizer and ask for one token after the other, in blocks that overlap by one token."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    stream = [tokenizer.bos_token_id] + [i for line in lines for i in tokenizer(line + "\n")["input_ids"]]
+    total = 0.0
+    for position in range(1, len(stream)):
+        start = (position - 1) // (block_size - 1) * (block_size - 1)
+        logits = model(torch.tensor([stream[start:position]])).logits[0, -1].double()
+        total -= torch.log_softmax(logits, dim=-1)[stream[position]].item()
+    return math.exp(total / (len(stream) - 1)), len(stream) - 1
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
+    run_clm.main(flags(**changes, sample_prompt="the cat", max_new_tokens=5))
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):
+        assert (out / name).is_file(), name
+
+    results = read_results(out)
+    validation = gzip.decompress((data / "validation.txt.gz").read_bytes()).decode().splitlines()
+    for role, lines in (("eval", validation), ("test", (data / "test.txt").read_text(encoding="utf-8").splitlines())):
+        perplexity, num_tokens = compute_perplexity_slowly(out, lines, 16)
+        assert results[f"{role}_num_tokens"] == num_tokens
+        assert results[f"{role}_perplexity"] == pytest.approx(perplexity, rel=1e-5)
+        assert results[f"{role}_loss"] == pytest.approx(math.log(perplexity), rel=1e-5)
+    assert results["eval_perplexity"] < 140  # half the vocabulary: it has learned something
+
+    weights = load_file(out / "model.safetensors")
+    checkpoints = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (20, 30)]
+    assert set(weights) == set(checkpoints[0])
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, (checkpoints[0][name] + checkpoints[1][name]) / 2, rtol=0, atol=1e-7)
+
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert (
+        "text-generation" in card
+        and "perplexity" in card
+        and "arxiv:2412.02153" in card
+        and "hf_v0init" in card
+        and "data_driven" in card
+    )
+    assert (out / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
+    assert "eval: perplexity" in capsys.readouterr().out
+
+
+def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    changes = {"v0_init": "data_driven", "v0_num_samples": 16}
+    run_clm.main(flags(**changes, output_dir=straight))
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    # no tokenizer flag: that of the checkpoint is used; the last checkpoint is found without a flag
+    run_clm.main(flags(**changes, output_dir=resumed))
+    explicit = tmp_path / "explicit"
+    run_clm.main(flags(**changes, output_dir=explicit, resume_from_checkpoint=straight / "checkpoint-4"))
+    expected = load_file(straight / "model.safetensors")
+    for folder in (resumed, explicit):
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        assert json.loads((folder / "v0_init.json").read_text()) == json.loads((straight / "v0_init.json").read_text())
+
+
+def test_a_trained_model_is_evaluated_alone_and_trained_further(flags, tmp_path):
+    run_clm.main(flags(do_eval=True, output_dir=tmp_path / "first"))
+    perplexity = read_results(tmp_path / "first")["eval_perplexity"]
+    pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
+    run_clm.main(flags(**pretrained, do_train=None, do_eval=True, output_dir=tmp_path / "second"))
+    assert read_results(tmp_path / "second")["eval_perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    run_clm.main(flags(**pretrained, do_eval=True, output_dir=tmp_path / "third"))
+    assert read_results(tmp_path / "third")["eval_perplexity"] < perplexity
+
+
+def test_overwriting_starts_afresh_and_removes_old_checkpoints(flags, tmp_path):
+    out = tmp_path / "out"
+    run_clm.main(flags(max_steps=8, save_steps=4))
+    run_clm.main(flags(overwrite_output_dir=True, average_checkpoints=3))
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_prompts_with_completions(flags, data, tmp_path):
+    out = tmp_path / "out"
+    changes = {"prompt_column": "question", "completion_column": "answer", "prompt_prefix": "Q: ", "block_size": 48}
+    overrides = "n_embd=16,n_layer=1,n_head=2,n_positions=48"
+    run_clm.main(
+        flags(
+            **changes,
+            config_overrides=overrides,
+            train_file=data / "train.jsonl",
+            validation_file=data / "test.csv",
+            test_file=data / "test.csv",
+            do_eval=True,
+            do_predict=True,
+            max_predict_samples=2,
+            max_tokens_per_batch=150,
+            max_new_tokens=4,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    with open(data / "test.csv", encoding="utf-8") as file:
+        answers = [row["answer"] for row in csv.DictReader(file)]
+    num_tokens = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)  # and the end of each
+    assert read_results(out)["eval_num_tokens"] == num_tokens
+    lines = [json.loads(line) for line in (out / "generated_completions.jsonl").read_text().splitlines()]
+    assert [line["completion"] for line in lines] == answers[:2]
+    assert all(isinstance(line["generated"], str) for line in lines)
+
+
+def test_streaming_trains_on_the_same_text(flags, tmp_path):
+    run_clm.main(flags(streaming=True, do_eval=True, do_predict=True, max_eval_samples=3, shuffle_buffer_size=20))
+    results = read_results(tmp_path / "out")
+    assert results["eval_num_tokens"] == 3 * 15
+    assert math.isfinite(results["test_perplexity"])
+
+
+def test_words_and_a_validation_split(flags, data, tmp_path):
+    out = tmp_path / "out"
+    changes = {"tokenizer_kind": "word", "vocab_size": 100, "validation_file": None, "validation_split_percentage": 10}
+    run_clm.main(flags(**changes, do_eval=True, max_steps=1, max_train_samples=5, preprocessing_num_workers=2))
+    lines = (data / "train.txt").read_text(encoding="utf-8").splitlines()
+    results = read_results(out)
+    assert results["eval_num_tokens"] == sum(len(line.split()) + 1 for line in lines[:6])
+    assert results["train_samples"] == 5
+    words = {word for line in lines[6:] for word in line.split()}
+    assert set(AutoTokenizer.from_pretrained(out).get_vocab()) == words | {"<pad>", "<s>", "</s>", "<unk>"}
+
+
+def test_flags_from_a_yaml_file(flags, tmp_path):
+    pairs = dict(flag[2:].split("=", 1) for flag in flags(max_steps=1))
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in pairs.items()), encoding="utf-8")
+    run_clm.main([str(path), "--max_steps", "2", "--save_strategy", "no"])
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+BAD_INPUT = {
+    "unknown flag": ({"v0_inti": "zeros"}, ["--v0_inti", "--v0_init"]),
+    "unknown strategy": ({"v0_init": "ones"}, ["v0_init", "ones", "zeros"]),
+    "negative scale": ({"v0_init": "random", "v0_scale": "-1"}, ["v0_scale", "-1"]),
+    "scale and warmup": (
+        {"v0_init": "data_driven", "v0_scale": "1", "v0_warmup_steps": "5"},
+        ["v0_scale", "v0_warmup_steps"],
+    ),
+    "no task": ({"do_train": None}, ["--do_train", "--do_eval"]),
+    "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),
+    "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
+    "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
+    "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
+    "unknown override": ({"config_overrides": "n_layers=3"}, ["n_layers=3", "key=value"]),
+    "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
+    "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
+    "missing model": (
+        {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
+        ["./nowhere", "check the name"],
+    ),
+    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["./nowhere", "check the name"]),
+    "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
+    "vocabulary override": (
+        {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},
+        ["vocab_size=50", "280"],
+    ),
+    "no data": ({"train_file": None, "validation_file": None, "test_file": None}, ["--dataset_name", "--train_file"]),
+    "two sources": ({"dataset_name": "wikitext"}, ["--dataset_name", "--train_file"]),
+    "unknown data set": (
+        {"train_file": None, "validation_file": None, "test_file": None, "dataset_name": "./no_such_folder"},
+        ["./no_such_folder"],
+    ),
+    "no training data": ({"train_file": None}, ["--train_file"]),
+    "missing file": ({"train_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
+    "missing stream": ({"train_file": "nowhere.txt", "streaming": True}, ["nowhere.txt", "no such file"]),
+    "not UTF-8": ({"train_file": "DATA/latin.txt"}, ["latin.txt", "UTF-8"]),
+    "corrupt gzip": ({"train_file": "DATA/broken.txt.gz"}, ["broken.txt.gz", "gzip"]),
+    "empty file": ({"train_file": "DATA/empty.txt"}, ["empty.txt", "empty"]),
+    "empty stream": ({"train_file": "DATA/empty.txt", "streaming": True}, ["empty.txt", "empty"]),
+    "missing column": ({"train_file": "DATA/train.jsonl", "text_column": "text"}, ["text", "question, answer"]),
+    "missing prompt column": (
+        {"train_file": "DATA/train.jsonl", "prompt_column": "query", "completion_column": "answer"},
+        ["query", "question, answer"],
+    ),
+    "half a pair": ({"prompt_column": "question"}, ["--prompt_column", "--completion_column"]),
+    "prefix without prompts": ({"prompt_prefix": "Q:"}, ["--prompt_prefix", "Q:"]),
+    "numbers for text": ({"train_file": "DATA/numbers.jsonl"}, ["value", "text"]),
+    "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
+    "no validation": (
+        {"validation_file": None, "do_eval": True, "streaming": True},
+        ["validation", "--validation_file"],
+    ),
+    "empty validation split": (
+        {"validation_file": None, "do_eval": True, "validation_split_percentage": "0.1"},
+        ["0.1", "60 rows"],
+    ),
+    "split percentage": ({"validation_split_percentage": "120"}, ["120", "100"]),
+    "block too long": ({"block_size": 17}, ["17", "16"]),
+    "block too short": ({"block_size": 1}, ["--block_size=1", "2"]),
+    "no samples": ({"max_train_samples": 0}, ["--max_train_samples=0"]),
+    "stream of unknown length": ({"streaming": True, "max_steps": None}, ["--streaming", "--max_steps"]),
+    "token budget of blocks": ({"max_tokens_per_batch": 64}, ["--max_tokens_per_batch=64", "--prompt_column"]),
+    "sample beyond the budget": (
+        {
+            "train_file": "DATA/train.jsonl",
+            "prompt_column": "question",
+            "completion_column": "answer",
+            "max_tokens_per_batch": 5,
+        },
+        ["max_tokens_per_batch=5"],
+    ),
+    "too few checkpoints": ({"average_checkpoints": 9}, ["average_checkpoints=9", "3"]),
+    "average without saving": ({"average_checkpoints": 2, "save_strategy": "no"}, ["average_checkpoints=2", "save_strategy"]),
+    "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
+    "missing checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "--resume_from_checkpoint"]),
+    "unknown tracker": ({"report_to": "wanbd"}, ["--report_to=wanbd", "wandb"]),
+    "tracker not installed": ({"report_to": "neptune"}, ["--report_to=neptune", "pip install neptune"]),
+    "Hub out of reach": ({"push_to_hub": True}, ["--push_to_hub", "hf auth login"]),
+    "best model": ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
+    name, flags, data, tmp_path, monkeypatch, capsys
+):
+    changes, expected = BAD_INPUT[name]
+    changes = {
+        key: value.replace("DATA", str(data)) if isinstance(value, str) else value for key, value in changes.items()
+    }
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags(**changes)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(run_clm.main)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for part in expected:
+        assert part in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_left_alone(flags, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags()])
+    with pytest.raises(SystemExit) as caught:
+        run_script(run_clm.main)
+    assert caught.value.code == 2 and "--overwrite_output_dir" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_help_lists_the_v0_flags(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_clm.main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "--v0_init" in out and "--tokenizer_kind" in out and "--average_checkpoints" in out
+
+
+# ------------------------------------------------------------------------------------------------------ configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_differ_only_in_what_they_compare(path):
+    kinds = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
+    *parsed, training = parse_arguments(kinds, [str(path), "--use_cpu"])
+    *others, zeros = parse_arguments(kinds, [str(path.with_name("ptb_zeros.yaml")), "--use_cpu"])
+    run_clm.require_possible(parsed[1], parsed[2], training)
+    assert parsed == others
+    arm = path.stem.removeprefix("ptb_")
+    assert training.output_dir == f"runs/ptb_{arm}"
+    assert training.v0_init == ("zeros" if arm == "warmup" else arm)
+    assert training.warmup_steps == (200 if arm == "warmup" else 0)
+    assert training.learning_rate == 0.002 and training.adam_epsilon == 1e-8 and training.save_strategy == "no"
+    different = {"v0_init", "v0_num_samples", "warmup_steps", "output_dir", "accelerator_config", "distributed_state"}
+    shared = {name for name in asdict(zeros) if name not in different}
+    assert {name: getattr(training, name) for name in shared} == {name: getattr(zeros, name) for name in shared}
+
+
+def test_there_is_a_configuration_for_each_arm():
+    assert [path.stem for path in CONFIGS] == ["ptb_data_driven", "ptb_random", "ptb_warmup", "ptb_zeros"]
+
+
+# ------------------------------------------------------------------------------------------------ own processes
+
+
+def start(*command) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
+    result = start(SCRIPT, *flags(train_file="nowhere.txt"))
+    assert result.returncode == 2
+    # what third-party packages say while they are imported is not the script's to suppress
+    assert result.stderr.splitlines()[-1].startswith("error: nowhere.txt")
+    assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_like_one(flags, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    options |= {"sample_prompt": "the cat", "max_new_tokens": 3}
+    result = start(*launcher, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
+    assert result.returncode == 0, result.stderr
+    both = read_results(tmp_path / "out")
+    assert (tmp_path / "out" / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
+    pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "out"}
+    run_clm.main(flags(**pretrained, do_train=None, do_eval=True, do_predict=True, output_dir=tmp_path / "one"))
+    one = read_results(tmp_path / "one")
+    for name in ("eval_perplexity", "test_perplexity", "eval_accuracy", "eval_num_tokens"):
+        assert both[name] == pytest.approx(one[name], rel=1e-5)
+    result = start(*launcher, SCRIPT, *flags(train_file="nowhere.txt", output_dir=tmp_path / "bad"))
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere.txt") == 1
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,268 @@
+"""scripts/run_clm.py with --model_type awd_lstm, from end to end: streams, selection on validation, step decay, refusals."""
+
+import gc
+import gzip
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file
+from test_awd_lstm import compute_loss_slowly, run_slowly
+from test_run_clm import cache, data, flags, quiet_logging, read_results, run_clm, start  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_v0init import V0InitTrainingArguments
+from hf_v0init.analysis.checkpoint_data import load_model
+from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
+from hf_v0init.tasks.script_support import parse_arguments, run_script
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "run_clm.py"
+CONFIGS = ROOT / "configs" / "language_modeling"
+KINDS = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
+gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
+
+
+@pytest.fixture
+def awd_flags(flags):  # noqa: F811
+    def make(**changes) -> list[str]:
+        return flags(
+            **{
+                "model_type": "awd_lstm",
+                "config_overrides": "embedding_size=8,hidden_size=12,num_layers=2",
+                "tokenizer_kind": "word",
+                "vocab_size": 100,
+                "block_size": 6,
+                "per_device_eval_batch_size": 3,
+            }
+            | changes
+        )
+
+    return make
+
+
+@torch.no_grad()
+def compute_loss_of_lines(folder: Path, lines: list[str], num_streams: int) -> tuple[float, int]:
+    """Reload model and tokenizer, and read the words of the lines in so many streams, cell by cell."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    words = ["<s>"] + [word for line in lines for word in [*line.split(), "</s>"]]
+    text = [vocabulary.get(word, vocabulary["<unk>"]) for word in words]
+    total, num_targets = 0.0, len(text) - 1
+    for positions in np.array_split(np.arange(num_targets), num_streams):
+        inputs = torch.tensor([text[positions[0] : positions[-1] + 1]])
+        targets = torch.tensor([text[positions[0] + 1 : positions[-1] + 2]])
+        total += compute_loss_slowly(run_slowly(model, inputs)[0], targets).item() * len(positions)
+    return total / num_targets, num_targets
+
+
+def read_log(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_selects_on_validation_and_its_perplexities_are_the_slow_ones(awd_flags, data, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    changes = {"max_steps": None, "num_train_epochs": 4, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    changes |= {"save_steps": None, "load_best_model_at_end": True, "lr_scheduler_type": "constant"}
+    # so large a rate that the model gets worse from some epoch on
+    changes |= {"learning_rate": "1.0", "save_total_limit": 1, "logging_steps": 1, "v0_init": "data_driven"}
+    changes |= {
+        "do_eval": True,
+        "do_predict": True,
+        "v0_num_samples": 16,
+        "sample_prompt": "the cat",
+        "max_new_tokens": 5,
+        "v0_record_run": True,
+    }
+    run_clm.main(awd_flags(**changes))
+    losses = [entry["eval_loss"] for entry in read_log(out) if "eval_loss" in entry][:4]
+    results = read_results(out)
+    assert results["eval_loss"] == pytest.approx(min(losses), rel=1e-6) and losses.index(min(losses)) < 3
+    validation = gzip.decompress((data / "validation.txt.gz").read_bytes()).decode().splitlines()
+    for role, lines in (("eval", validation), ("test", (data / "test.txt").read_text(encoding="utf-8").splitlines())):
+        expected, num_tokens = compute_loss_of_lines(out, lines, num_streams=3)
+        assert results[f"{role}_num_tokens"] == num_tokens == sum(len(line.split()) + 1 for line in lines)
+        assert results[f"{role}_loss"] == pytest.approx(expected, rel=1e-5)
+        assert results[f"{role}_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert type(AutoModelForCausalLM.from_pretrained(out)) is AwdLstmForCausalLM
+    assert (out / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
+    assert len(set(json.loads((out / "fingerprint.json").read_text())["batches"])) == 4
+    report = json.loads((out / "v0_init.json").read_text())
+    assert set(report["parameters"]) == {"embedding.weight"} | {
+        f"layers.{k}.weight_{kind}" for k in (0, 1) for kind in ("ih", "hh")
+    }
+
+
+def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(awd_flags, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    changes = {"v0_init": "data_driven", "v0_num_samples": 16, "lr_decay_epochs": "1"}
+    run_clm.main(awd_flags(**changes, output_dir=straight))
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    run_clm.main(awd_flags(**changes, output_dir=resumed))
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_learning_rate_falls_after_the_named_epochs(awd_flags, tmp_path):
+    changes = {"max_steps": None, "num_train_epochs": 4, "save_strategy": "no", "save_steps": None, "logging_steps": 1}
+    changes |= {
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "block_size": 60,
+        "learning_rate": "0.01",
+    }
+    # 60 lines of 7 words in 4 streams are 105 tokens a stream, two segments: two steps an epoch
+    run_clm.main([*awd_flags(**changes), "--lr_decay_epochs", "2", "3"])
+    rates = [entry["learning_rate"] for entry in read_log(tmp_path / "out") if "learning_rate" in entry]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_a_trained_model_is_evaluated_alone_and_on_prompts(awd_flags, data, tmp_path):  # noqa: F811
+    run_clm.main(awd_flags(do_eval=True, output_dir=tmp_path / "first"))
+    perplexity = read_results(tmp_path / "first")["eval_perplexity"]
+    pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
+    assert type(load_model(tmp_path / "first", "cpu")) is AwdLstmForCausalLM  # as the analysis commands load it
+    run_clm.main(awd_flags(**pretrained, do_train=None, do_eval=True, output_dir=tmp_path / "second"))
+    assert read_results(tmp_path / "second")["eval_perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    # prompts are samples of their own: no stream, no state
+    columns = {"prompt_column": "question", "completion_column": "answer", "block_size": 40, "do_predict": True}
+    files = {"train_file": data / "train.jsonl", "test_file": data / "test.csv", "validation_file": None}
+    run_clm.main(awd_flags(**pretrained, **columns, **files, max_new_tokens=3, output_dir=tmp_path / "third"))
+    results = read_results(tmp_path / "third")
+    assert math.isfinite(results["test_perplexity"]) and results["test_num_tokens"] > 20
+
+
+BAD_INPUT = {
+    "streaming": ({"streaming": True}, ["--streaming", "awd_lstm", "leave it out"]),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor=0.1", "leave it out"]),
+    "batch larger than the text": ({"per_device_train_batch_size": 500}, ["420 tokens", "500 streams"]),
+    "varying short segments": ({"vary_block_size": True}, ["6 tokens", "at least 20"]),
+    "varying blocks of a transformer": (
+        {"model_type": "gpt2", "config_overrides": "n_embd=8,n_head=2,n_positions=6", "vary_block_size": True},
+        ["--vary_block_size", "awd_lstm"],
+    ),
+    "no probability": ({"config_overrides": "weight_drop=1.5"}, ["weight_drop=1.5", "below 1"]),
+    "unknown override": ({"config_overrides": "wdrop=0.5"}, ["wdrop"]),
+    "epochs in disorder": ({"lr_decay_epochs": "0"}, ["--lr_decay_epochs", "increasing order"]),
+    "decay factor": ({"lr_decay_epochs": "2", "lr_decay_factor": "1.5"}, ["--lr_decay_factor=1.5"]),
+    "batch size finder": ({"auto_find_batch_size": True}, ["auto_find_batch_size"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(name, awd_flags, tmp_path, monkeypatch, capsys):
+    changes, expected = BAD_INPUT[name]
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *awd_flags(**changes)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(run_clm.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for part in expected:
+        assert part in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def parse_config(name: str) -> tuple:
+    return parse_arguments(KINDS, [str(CONFIGS / f"{name}.yaml"), "--use_cpu"])
+
+
+def test_the_paper_configuration_has_the_papers_settings():
+    model, data_args, run, training = parse_config("ptb_awd_lstm_paper")
+    run_clm.require_possible(data_args, run, training)
+    config = model.load_config()
+    assert (config.num_layers, config.hidden_size, config.embedding_size) == (2, 1150, 400)
+    assert (config.weight_drop, config.ar_alpha, config.tar_beta, config.tie_word_embeddings) == (0.5, 2.0, 1.0, True)
+    assert (training.per_device_train_batch_size, data_args.block_size, training.num_train_epochs) == (20, 70, 200)
+    assert (training.learning_rate, run.lr_decay_epochs, run.lr_decay_factor) == (0.01, [100, 145], 0.1)
+    assert (training.adam_beta1, training.adam_beta2, training.max_grad_norm) == (0.9, 0.999, 0.25)
+    assert (training.v0_init, training.v0_num_samples, training.v0_scale) == ("data_driven", 5000, None)
+
+
+@pytest.mark.parametrize("name", ["ptb_awd_lstm_paper", "ptb_awd_lstm_small"])
+def test_configurations_select_the_model_on_validation(name):
+    model, data_args, run, training = parse_config(name)
+    run_clm.require_possible_for_model(model.load_config(), data_args, training)
+    assert training.output_dir == f"runs/{name}" and training.load_best_model_at_end
+    assert (training.metric_for_best_model, training.greater_is_better) == ("loss", False)
+    assert training.eval_strategy == training.save_strategy == "epoch" and training.eval_steps is None
+    assert "valid" in data_args.validation_file and "test" in data_args.test_file
+    assert max(run.lr_decay_epochs) < training.num_train_epochs and training.lr_scheduler_type == "constant"
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_streams_each_are_one_with_all(awd_flags, tmp_path):
+    """Without dropout; gradients are averaged over the processes, losses over all tokens, states stay where their streams are."""
+    no_dropout = ",".join(
+        f"{name}=0"
+        for name in ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")
+    )
+    overrides = f"embedding_size=8,hidden_size=12,num_layers=2,{no_dropout}"
+    options = {"config_overrides": overrides, "do_eval": True, "do_predict": True, "max_steps": None}
+    options |= {"num_train_epochs": 2, "save_steps": 5, "v0_init": "data_driven", "v0_num_samples": 16}
+    options |= {"v0_stats_batch_size": 1, "learning_rate": "1e-3", "block_size": 20, "vary_block_size": True}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    run_clm.main(awd_flags(**options | batches, output_dir=one))
+    halves = {name: 2 for name in batches}
+    result = start(*launcher, SCRIPT, *awd_flags(**options | halves, output_dir=two))
+    assert result.returncode == 0, result.stderr
+    for name in ("eval_loss", "test_loss"):
+        assert read_results(two)[name] == pytest.approx(read_results(one)[name], rel=1e-4)
+    assert read_results(two)["eval_num_tokens"] == read_results(one)["eval_num_tokens"]
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-5)
+    checkpoint = two / "checkpoint-5"
+    assert {path.name for path in checkpoint.glob("stream_state*")} == {"stream_state_0.pt", "stream_state_1.pt"}
+    ours = torch.load(one / "checkpoint-5" / "stream_state.pt", weights_only=True)
+    parts = [torch.load(checkpoint / f"stream_state_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for layer in range(2):
+        for part in range(2):
+            joined = torch.cat([of_rank[layer][part] for of_rank in parts])
+            torch.testing.assert_close(joined, ours[layer][part], rtol=1e-3, atol=1e-5)
+    shutil.copytree(checkpoint, tmp_path / "again" / "checkpoint-5")
+    result = start(*launcher, SCRIPT, *awd_flags(**options | halves, output_dir=tmp_path / "again"))
+    assert result.returncode == 0, result.stderr
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+LOAD_WITHOUT_PACKAGE = """
+import sys
+sys.modules["hf_v0init"] = None  # any import of it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = AutoTokenizer.from_pretrained(sys.argv[1])("the cat sees", return_tensors="pt")
+with torch.no_grad():
+    torch.save((tokens["input_ids"], model(**tokens).logits), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_pushed_model_is_read_back_where_this_package_is_missing(awd_flags, tmp_path):
+    with LoopbackHub() as hub:
+        for step, command in {
+            "push": [SCRIPT, *awd_flags(push_to_hub=True, hub_model_id="someone/awd-lstm", v0_init="random")],
+            "load": ["-c", LOAD_WITHOUT_PACKAGE, "someone/awd-lstm", tmp_path / "read.pt"],
+        }.items():
+            environment = hub.make_environment(tmp_path / step) | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+        pushed = set(hub.repositories["someone/awd-lstm"].head.files)
+    assert {"awd_lstm.py", "config.json", "model.safetensors", "tokenizer.json", "v0_init.json", "README.md"} <= pushed
+    input_ids, logits = torch.load(tmp_path / "read.pt", weights_only=True)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids).logits
+    assert input_ids.shape == (1, 4) and torch.equal(logits, expected)

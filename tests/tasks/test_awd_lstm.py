@@ -1,0 +1,385 @@
+"""AWD-LSTM against a loop of LSTM cells, one token after the other, and against masks that the test draws itself."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import VOCAB
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_v0init.errors import InputError
+from hf_v0init.initialization import strategies
+from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmConfig, AwdLstmForCausalLM, draw_locked_mask
+
+NO_DROPOUT = dict.fromkeys(
+    ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop"), 0.0
+)
+SIZES = {"vocab_size": VOCAB, "embedding_size": 6, "hidden_size": 9}
+
+
+def make_awd_lstm(num_layers: int = 2, seed: int = 0, scale: float = 0.6, **overrides) -> AwdLstmForCausalLM:
+    """A small model with large weights, so that outputs depend on every part of it."""
+    torch.manual_seed(seed)
+    options = SIZES | NO_DROPOUT | {"ar_alpha": 0.0, "tar_beta": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model = AwdLstmForCausalLM(AwdLstmConfig(num_layers=num_layers, **options | overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * scale)
+    return model
+
+
+def make_talkative() -> AwdLstmForCausalLM:
+    """A model whose most likely next token depends on all before: no bias, input and output apart."""
+    model = make_awd_lstm(2, seed=3, scale=1.5, tie_word_embeddings=False).eval()
+    torch.nn.init.zeros_(model.decoder.bias)
+    return model
+
+
+def make_tokens(rows: int = 3, length: int = 11, seed: int = 5) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run_slowly(model, rows: torch.Tensor, masks: dict | None = None, states: list | None = None):
+    """Cells, gate by gate and token by token, in float64, from `states`; `masks` multiply what dropout would.
+
+    Returns:
+        logits, outputs of the last layer before and after its mask, all (rows, positions, ...), and (h, c) of each layer.
+    """
+    masks = masks or {}
+    weights = {name: parameter.double() for name, parameter in model.named_parameters()}
+    num_layers, embedding = model.config.num_layers, weights["embedding.weight"]
+    decoder = weights.get("decoder.weight", embedding)
+    logits, outputs, dropped, after = [], [], [], []
+    for row, tokens in enumerate(rows.tolist()):
+        state = [
+            [torch.zeros(weights[f"layers.{k}.weight_hh"].shape[1]).double() for _ in range(2)]
+            for k in range(num_layers)
+        ]
+        state = state if states is None else [list(layer) for layer in states[row]]
+        row_logits, row_outputs, row_dropped = [], [], []
+        for token in tokens:
+            x = embedding[token] * masks.get("word", torch.ones(VOCAB))[token]
+            x = x * masks["input"][row] if "input" in masks else x
+            for k in range(num_layers):
+                if k > 0 and "hidden" in masks:
+                    x = x * masks["hidden"][k][row]
+                h, c = state[k]
+                w_hh = weights[f"layers.{k}.weight_hh"] * (masks["weight"][k] if "weight" in masks else 1.0)
+                gates = weights[f"layers.{k}.weight_ih"] @ x + weights[f"layers.{k}.bias_ih"]
+                gates = gates + w_hh @ h + weights[f"layers.{k}.bias_hh"]
+                enter, forget, cell, leave = gates.chunk(4)
+                c = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(cell)
+                h = torch.sigmoid(leave) * torch.tanh(c)
+                state[k] = [h, c]
+                x = h
+            row_outputs.append(x)
+            x = x * masks["output"][row] if "output" in masks else x
+            row_dropped.append(x)
+            row_logits.append(decoder @ x + weights["decoder.bias"])
+        for collected, of_row in ((logits, row_logits), (outputs, row_outputs), (dropped, row_dropped)):
+            collected.append(torch.stack(of_row))
+        after.append(state)
+    return torch.stack(logits), torch.stack(outputs), torch.stack(dropped), after
+
+
+def compute_loss_slowly(logits, targets) -> torch.Tensor:
+    losses = [
+        -torch.log_softmax(logits[row, position], dim=-1)[target]
+        for row, of_row in enumerate(targets.tolist())
+        for position, target in enumerate(of_row)
+        if target != -100
+    ]
+    return sum(losses) / len(losses)
+
+
+# ------------------------------------------------------------------------------------------- against the reference
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_evaluation_equals_a_loop_of_cells(num_layers, tied):
+    overrides = {**dict.fromkeys(NO_DROPOUT, 0.5), "ar_alpha": 2.0, "tar_beta": 1.0, "tie_word_embeddings": tied}
+    model, tokens = make_awd_lstm(num_layers, **overrides).eval(), make_tokens()
+    result = model(tokens, labels=tokens)
+    logits, _, _, states = run_slowly(model, tokens)
+    torch.testing.assert_close(result.logits.double(), logits, rtol=1e-4, atol=1e-5)
+    expected = compute_loss_slowly(logits[:, :-1], tokens[:, 1:])
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert math.exp(result.loss.item()) == pytest.approx(math.exp(expected.item()), rel=1e-5)
+    sizes = [part.shape[1] for part, _ in result.state]
+    assert sizes == [9] * (num_layers - 1) + [6 if tied else 9]
+    for k in range(num_layers):
+        for part in range(2):
+            slow = torch.stack([states[row][k][part] for row in range(len(tokens))])
+            torch.testing.assert_close(result.state[k][part].double(), slow, rtol=1e-4, atol=1e-6)
+
+
+def test_training_without_dropout_has_the_reference_loss_and_gradients():
+    model, tokens = make_awd_lstm(2, ar_alpha=2.0, tar_beta=1.5).train(), make_tokens()
+    model(tokens, labels=tokens).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    loss = model(tokens, labels=tokens).loss
+    model.zero_grad()
+    logits, outputs, dropped, _ = run_slowly(model, tokens)
+    slow = compute_loss_slowly(logits[:, :-1], tokens[:, 1:])
+    slow = slow + 2.0 * dropped.square().mean() + 1.5 * (outputs[:, 1:] - outputs[:, :-1]).square().mean()
+    slow.backward()
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_every_mask_falls_where_the_paper_has_it():
+    """All dropouts on: the masks are drawn here by the same calls in the model's order, and multiply the slow loop."""
+    rates = {"embedding_dropout": 0.2, "input_dropout": 0.3, "hidden_dropout": 0.4, "output_dropout": 0.5}
+    model = make_awd_lstm(3, **rates, weight_drop=0.35, ar_alpha=2.0, tar_beta=1.0).train()
+    tokens = make_tokens()
+    torch.manual_seed(17)
+    loss = model(tokens, labels=tokens).loss
+    torch.manual_seed(17)
+    masks = {"word": torch.empty(VOCAB, 1).bernoulli_(0.8).div_(0.8).squeeze(1), "hidden": {}, "weight": {}}
+    masks["input"] = draw_locked_mask(torch.empty(3, 11, 6), 0.3).squeeze(1)
+    for k in range(3):
+        if k > 0:
+            masks["hidden"][k] = draw_locked_mask(torch.empty(3, 11, 9), 0.4).squeeze(1)
+        w_hh = model.layers[k].weight_hh
+        masks["weight"][k] = functional.dropout(torch.ones_like(w_hh), 0.35, True)
+    masks["output"] = draw_locked_mask(torch.empty(3, 11, 6), 0.5).squeeze(1)
+    logits, outputs, dropped, _ = run_slowly(model, tokens, masks)
+    slow = compute_loss_slowly(logits[:, :-1], tokens[:, 1:]) + 2.0 * dropped.square().mean()
+    slow = slow + (outputs[:, 1:] - outputs[:, :-1]).square().mean()
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
+    assert 0 < (masks["weight"][1] == 0).float().mean() < 1 and set(masks["word"].tolist()) == {0.0, 1.25}
+
+
+def test_masks_keep_the_mean_and_are_the_same_at_all_positions():
+    torch.manual_seed(0)
+    mask = draw_locked_mask(torch.empty(200, 7, 50), 0.25)
+    assert mask.shape == (200, 1, 50)
+    values, counts = mask.unique(return_counts=True)
+    assert values.tolist() == pytest.approx([0.0, 4 / 3])
+    assert counts[0].item() / mask.numel() == pytest.approx(0.25, abs=0.02)
+
+
+# ----------------------------------------------------------------------------------------------- state and padding
+
+
+def test_a_text_in_pieces_with_the_state_is_the_text_at_once():
+    model, tokens = make_awd_lstm(3).eval(), make_tokens(length=12)
+    whole = model(tokens)
+    first = model(tokens[:, :5])
+    before = [part.clone() for layer in first.state for part in layer]
+    second = model(tokens[:, 5:], state=first.state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits)
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for layer in first.state for p in layer), strict=True))
+    assert model(tokens, use_cache=False).state is None
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_padding_at_either_side_changes_nothing(train):
+    model, tokens = make_awd_lstm(2, ar_alpha=2.0, tar_beta=1.0).train(train), make_tokens(rows=4, length=8)
+    mask = torch.ones_like(tokens)
+    mask[1, :3], mask[2, 5:], mask[3] = 0, 0, 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    start = tuple(tuple(torch.randn(4, size) for _ in range(2)) for size in (9, 6))
+    padded = model(tokens, attention_mask=mask, labels=labels, state=start)
+    pieces = [(0, slice(0, 8)), (1, slice(3, 8)), (2, slice(0, 5))]
+    nll, activation, change, counts = 0.0, 0.0, 0.0, [0, 0, 0]
+    for row, where in pieces:
+        state = tuple(tuple(part[row : row + 1] for part in layer) for layer in start)
+        alone = model(tokens[row : row + 1, where], state=state)
+        torch.testing.assert_close(padded.logits[row, where], alone.logits[0])
+        for k in range(2):
+            torch.testing.assert_close(padded.state[k][0][row], alone.state[k][0][0])
+            torch.testing.assert_close(padded.state[k][1][row], alone.state[k][1][0])
+        # The label of the first token after left padding is a target of the padding before it, whose logits are the bias.
+        shifted = functional.pad(labels[row, 1:], (0, 1), value=-100)
+        nll += functional.cross_entropy(padded.logits[row], shifted, reduction="sum")
+        counts[0] += (shifted != -100).sum()
+        outputs, _ = model._run_layers(model.embedding(tokens[row : row + 1, where]), state, None)
+        activation, counts[1] = activation + outputs.square().mean(dim=2).sum(), counts[1] + outputs.shape[1]
+        steps = (outputs[:, 1:] - outputs[:, :-1]).square().mean(dim=2)
+        change, counts[2] = change + steps.sum(), counts[2] + steps.numel()
+    for k in range(2):
+        assert torch.equal(padded.state[k][0][3], start[k][0][3]) and torch.equal(padded.state[k][1][3], start[k][1][3])
+    expected = nll / counts[0]
+    if train:
+        expected = expected + 2.0 * activation / counts[1] + change / counts[2]
+    assert padded.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_targets_that_are_shifted_already_and_the_share_of_a_larger_step():
+    model, tokens = make_awd_lstm(1, ar_alpha=2.0, tar_beta=1.0).train(), make_tokens(rows=2, length=9)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 3] = -100
+    loss = model(inputs, labels=inputs, shift_labels=targets).loss
+    logits, outputs, _, _ = run_slowly(model, inputs)
+    regularisers = 2.0 * outputs.square().mean() + (outputs[:, 1:] - outputs[:, :-1]).square().mean()
+    assert loss.item() == pytest.approx((compute_loss_slowly(logits, targets) + regularisers).item(), rel=1e-6)
+    # 15 targets here, 45 in the step: a third of everything, regularisers included
+    share = model(inputs, shift_labels=targets, num_items_in_batch=torch.tensor(45)).loss
+    assert share.item() == pytest.approx(loss.item() / 3, rel=1e-6)
+
+
+def test_one_position_has_no_temporal_regulariser():
+    model, tokens = make_awd_lstm(1, tar_beta=1.0).train(), make_tokens(rows=2, length=2)
+    loss = model(tokens[:, :1], shift_labels=tokens[:, 1:]).loss
+    logits, _, _, _ = run_slowly(model, tokens[:, :1])
+    assert loss.item() == pytest.approx(compute_loss_slowly(logits, tokens[:, 1:]).item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ as a transformers model
+
+
+def test_save_and_load_by_the_auto_classes(tmp_path):
+    model, tokens = make_awd_lstm(3).eval(), make_tokens()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "awd_lstm" and config["architectures"] == ["AwdLstmForCausalLM"]
+    assert type(AutoConfig.from_pretrained(tmp_path)) is AwdLstmConfig
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is AwdLstmForCausalLM and not loaded.training
+    assert loaded.decoder.weight is loaded.embedding.weight
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.slow
+def test_a_saved_model_loads_where_this_package_is_missing(tmp_path):
+    model, tokens = make_awd_lstm(2).eval(), make_tokens()
+    model.save_pretrained(tmp_path / "model")
+    torch.save((tokens, model(tokens).logits), tmp_path / "expected.pt")
+    code = """
+import sys
+sys.modules["hf_v0init"] = None  # any import of it fails
+import torch
+from transformers import AutoModelForCausalLM
+tokens, expected = torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(model(tokens).logits, expected), "other logits"
+print(type(model).__name__)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "AwdLstmForCausalLM"
+
+
+def continue_slowly(model, tokens: list[int], num_new: int) -> list[int]:
+    for _ in range(num_new):
+        logits, _, _, _ = run_slowly(model, torch.tensor([tokens]))
+        tokens = [*tokens, int(logits[0, -1].argmax())]
+    return tokens[-num_new:]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_of_a_padded_batch_equals_the_loop(use_cache):
+    model, tokens = make_talkative(), make_tokens(rows=2, length=6)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = model.generate(tokens, attention_mask=mask, use_cache=use_cache, **options)[:, 6:].tolist()
+    expected = [continue_slowly(model, tokens[0].tolist(), 8), continue_slowly(model, tokens[1, 2:].tolist(), 8)]
+    assert generated == expected
+    assert len({token for row in expected for token in row}) > 3  # not one token over and over
+
+
+def test_beam_search_reorders_the_state():
+    """The score that the search reports for its best beam is that beam's log-probability from scratch."""
+    model, tokens = make_talkative(), make_tokens(rows=2, length=4)
+    result = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), num_beams=4, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        length_penalty=0.0, pad_token_id=0, eos_token_id=0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    for row in range(2):
+        sequence = result.sequences[row : row + 1]
+        log_probs = torch.log_softmax(model(sequence[:, :-1]).logits[0, 3:].float(), dim=-1)
+        total = log_probs.gather(1, sequence[0, 4:, None]).sum()
+        assert result.sequences_scores[row].item() == pytest.approx(total.item(), abs=1e-3)
+    greedy = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
+    assert not torch.equal(greedy, result.sequences)
+
+
+def test_generation_goes_on_from_a_given_state():
+    model, tokens = make_talkative(), make_tokens(rows=1, length=9)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    state = model(tokens[:, :6]).state
+    after = model.generate(tokens[:, 6:], state=state, attention_mask=torch.ones(1, 3, dtype=torch.long), **options)
+    assert after[0, 3:].tolist() == continue_slowly(model, tokens[0].tolist(), 5)
+
+
+def test_a_larger_vocabulary_stays_tied():
+    model = make_awd_lstm(2)
+    model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    assert model.decoder.weight is model.embedding.weight and model.decoder.bias.shape == (VOCAB + 3,)
+    assert model(torch.tensor([[VOCAB + 2, 1]])).logits.shape == (1, 2, VOCAB + 3)
+
+
+def test_weights_start_as_in_the_paper():
+    torch.manual_seed(0)
+    model = AwdLstmForCausalLM(AwdLstmConfig(vocab_size=400, embedding_size=50, hidden_size=64, num_layers=2))
+    assert model.embedding.weight.abs().max().item() == pytest.approx(0.1, rel=1e-3)
+    assert model.decoder.bias.abs().max() == 0
+    for layer, units in zip(model.layers, (64, 50), strict=True):
+        for parameter in layer.parameters():
+            assert parameter.abs().max().item() == pytest.approx(units**-0.5, rel=0.05)
+            assert parameter.mean().abs() < 0.05
+    assert AwdLstmConfig().list_layer_sizes() == [1150, 400]
+
+
+def test_random_v0_takes_its_fans_from_the_stacked_gates():
+    layer = make_awd_lstm(2).layers[0]
+    assert strategies.compute_fans(tuple(layer.weight_ih.shape)) == (6, 4 * 9)
+    assert strategies.compute_fans(tuple(layer.weight_hh.shape)) == (9, 4 * 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("weight_drop", 1.0, "below 1"),
+        ("input_dropout", -0.1, "below 1"),
+        ("embedding_dropout", float("nan"), "below 1"),
+        ("num_layers", 0, ">= 1"),
+        ("hidden_size", -4, ">= 1"),
+        ("ar_alpha", -1.0, "0 (none) or more"),
+        ("tar_beta", float("inf"), "0 (none) or more"),
+    ],
+)
+def test_impossible_values_are_refused(name, value, allowed):
+    config = AwdLstmConfig(**SIZES)
+    setattr(config, name, value)  # as `update_from_string` does, past the constructor
+    with pytest.raises(InputError) as caught:
+        AwdLstmForCausalLM(config)
+    assert f"{name}={value}" in str(caught.value) and allowed in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_other_sizes_is_refused():
+    model, tokens = make_awd_lstm(2), make_tokens(rows=3)
+    for state in (model.make_zero_state(4), model.make_zero_state(3)[:1], make_awd_lstm(3).make_zero_state(3)):
+        with pytest.raises(InputError, match=r"must be \[\(3, 9\), \(3, 6\)\]"):
+            model(tokens, state=state)
+
+
+def test_bfloat16_and_autocast_stay_close():
+    model, tokens = make_awd_lstm(2).eval(), make_tokens()
+    exact = model(tokens, labels=tokens).loss.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = model(tokens[:, :6])
+        again = model(tokens[:, 6:], state=first.state)
+        assert model(tokens, labels=tokens).loss.item() == pytest.approx(exact, rel=0.03)
+    assert torch.isfinite(again.logits).all()
+    narrow = model.to(torch.bfloat16)
+    result = narrow(tokens, labels=tokens)
+    assert result.loss.item() == pytest.approx(exact, rel=0.03) and result.state[0][0].dtype == torch.bfloat16
+
+
+def test_the_file_that_travels_needs_only_torch_and_transformers(tmp_path):
+    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+    make_awd_lstm(1).save_pretrained(tmp_path)
+    assert set(get_imports(tmp_path / "awd_lstm.py")) == {"dataclasses", "torch", "transformers"}
+    assert get_relative_imports(tmp_path / "awd_lstm.py") == []

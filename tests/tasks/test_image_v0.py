@@ -1,0 +1,183 @@
+"""v0 of an image classifier with BatchNorm and augmentation: the oracle's numbers, and training none the wiser."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from image_sets import write_image_folder
+from torch.nn import functional
+from trainers import EraseV0, make_arguments, second_moments_of
+from transformers import Trainer, TrainerCallback
+
+from hf_v0init import V0InitTrainer
+from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.tasks.images.augmentation import Augmentation
+from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from hf_v0init.tasks.images.folders import load_image_folder
+from hf_v0init.tasks.images.format import choose_format, measure_mean_and_std
+from hf_v0init.tasks.images.samples import ImageDrawsMixin, ImageSamples, stack_samples
+from hf_v0init.tasks.token_loss import TokenCrossEntropy
+
+SEED, SMOOTHING, BATCH = 11, 0.1, 6
+CROP = Augmentation("pad", 1, True)
+
+
+class StockTrainer(ImageDrawsMixin, Trainer):
+    """The stock Trainer, with augmentation by epoch."""
+
+
+class ImageTrainer(ImageDrawsMixin, V0InitTrainer):
+    """The same with a v0."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return load_image_folder(write_image_folder(tmp_path_factory.mktemp("v0") / "train", per_class=7), role="train")
+
+
+def make_samples(images) -> ImageSamples:
+    return ImageSamples(images, measure_mean_and_std(images, choose_format({"train": images})), CROP, SEED)
+
+
+def make_network():
+    torch.manual_seed(0)
+    config = CifarResNetConfig(
+        num_channels=1, layer_type="basic", embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3
+    )
+    return CifarResNetForImageClassification(config)
+
+
+def make_trainer(folder, images, callbacks=(), stock=False, **overrides):
+    options = {"max_steps": 8, "per_device_train_batch_size": BATCH, "seed": SEED} | overrides
+    return (StockTrainer if stock else ImageTrainer)(
+        model=make_network(),
+        args=make_arguments(folder, v0=not stock, **options),
+        train_dataset=make_samples(images),
+        data_collator=stack_samples,
+        compute_loss_func=TokenCrossEntropy(SMOOTHING),
+        callbacks=list(callbacks),
+    )
+
+
+def state_of(trainer) -> dict:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+class KeepStart(TrainerCallback):
+    """Keeps the weights, buffers and second moments with which the first step begins."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.state = {name: value.clone() for name, value in model.state_dict().items()}
+            self.v0 = second_moments_of(self.trainer)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_workers"), [("data_driven", 0), ("data_driven", 2), ("random", 0), ("first_gradient", 0)]
+)
+def test_v0_computed_and_thrown_away_is_the_stock_run(tmp_path, images, strategy, num_workers):
+    """Weights and BatchNorm statistics, bit for bit, over two epochs with augmentation."""
+    workers = {"dataloader_num_workers": num_workers}
+    stock = make_trainer(tmp_path / "stock", images, stock=True, **workers)
+    stock.train()
+    erase = EraseV0()
+    ours = make_trainer(tmp_path / "v0", images, [erase], v0_init=strategy, v0_stats_batch_size=5, **workers)
+    erase.trainer = ours
+    ours.train()
+    assert erase.erased > 0 and ours.get_v0_report()["strategy"] == strategy
+    expected, found = state_of(stock), state_of(ours)
+    assert any("running_var" in name for name in expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_the_pass_leaves_batchnorm_as_it_was(tmp_path, images):
+    keep = KeepStart()
+    trainer = make_trainer(tmp_path, images, [keep], v0_init="data_driven", max_steps=1)
+    keep.trainer = trainer
+    before = state_of(trainer)
+    trainer.train()
+    for name, value in before.items():
+        assert torch.equal(keep.state[name], value), name
+    assert not torch.equal(state_of(trainer)["resnet.embedder.embedder.normalization.running_mean"], torch.zeros(4))
+
+
+def compute_gradients(network, batch) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    logits = network(pixel_values=batch["pixel_values"]).logits
+    functional.cross_entropy(logits, batch["labels"], label_smoothing=SMOOTHING).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.dim() > 1}
+
+
+@pytest.mark.parametrize("statistic", ["per_sample", "per_step"])
+def test_data_driven_v0_is_the_oracles(tmp_path, images, statistic):
+    """Gradients of the smoothed loss in training mode, over augmented images of the pass's own draws, batch by batch."""
+    keep = KeepStart()
+    trainer = make_trainer(
+        tmp_path, images, [keep], v0_init="data_driven", v0_num_samples=20, v0_stats_batch_size=BATCH,
+        v0_statistic=statistic, v0_seed=5, max_steps=1,
+    )  # fmt: skip
+    keep.trainer = trainer
+    trainer.train()
+
+    samples, network = make_samples(images), make_network().double().train()
+    chosen = choose_samples(21, 20, 5)
+    total, total_sq, num, num_batches = {}, {}, 0, 0
+    for start in range(0, 20, BATCH):
+        positions = chosen[start : start + BATCH]
+        with samples.use_statistics_draws(5):
+            batch = stack_samples([samples[position] for position in positions])
+        batch["pixel_values"] = batch["pixel_values"].double()
+        for name, gradient in compute_gradients(copy.deepcopy(network), batch).items():
+            total[name] = total.get(name, 0) + len(positions) * gradient
+            total_sq[name] = total_sq.get(name, 0) + len(positions) * gradient**2
+        num, num_batches = num + len(positions), num_batches + 1
+    assert keep.v0.keys() >= total.keys()
+    size = 1 if statistic == "per_sample" else BATCH
+    for name in total:
+        mean = total[name] / num
+        spread = ((total_sq[name] - total[name] ** 2 / num) / (num_batches - 1)).clamp(min=0)
+        expected = mean**2 + spread * (1 / size - 1 / num)
+        assert torch.allclose(keep.v0[name].double(), expected, rtol=2e-3, atol=1e-3 * expected.mean().item()), name
+
+
+def test_first_gradient_is_that_of_the_first_augmented_batch(tmp_path, images):
+    keep = KeepStart()
+    trainer = make_trainer(tmp_path, images, [keep], v0_init="first_gradient", max_steps=1)
+    keep.trainer = trainer
+    gradients = {}
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.dim() > 1})
+
+    trainer.args.max_grad_norm = 0.0
+    trainer.add_callback(KeepGradients())
+    trainer.train()
+    for name, gradient in gradients.items():
+        assert torch.allclose(keep.v0[name], gradient**2, rtol=1e-5, atol=1e-12), name
+
+
+def test_runs_of_other_v0_and_other_workers_see_the_same_batches(tmp_path, images):
+    seen = {}
+    for name, options in {
+        "zeros": {},
+        "data_driven": {"v0_init": "data_driven"},
+        "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    }.items():
+        trainer = make_trainer(tmp_path / name, images, **options)
+        batches = seen[name] = []
+        original = trainer.training_step
+
+        def record(model, inputs, *args, batches=batches, original=original, **kwargs):
+            batches.append(inputs["pixel_values"].clone())
+            return original(model, inputs, *args, **kwargs)
+
+        trainer.training_step = record
+        trainer.train()
+    assert len(seen["zeros"]) == 8
+    for name in ("data_driven", "workers"):
+        assert all(torch.equal(a, b) for a, b in zip(seen["zeros"], seen[name], strict=True))
+    first, second = (np.sort(torch.cat(seen["zeros"][i : i + 4]).sum(dim=(1, 2, 3)).numpy()) for i in (0, 4))
+    assert not np.allclose(first, second)  # the second epoch's draws are others

@@ -1,0 +1,179 @@
+"""Windows of a token stream, prompts with completions, and their batches."""
+
+import datasets
+import pytest
+import torch
+
+from hf_v0init.errors import InputError
+from hf_v0init.tasks.language_modeling.samples import (
+    CausalCollator,
+    StreamedTokenWindows,
+    TokenWindows,
+    encode_prompts,
+    find_first_token,
+    tokenize_completions,
+    tokenize_texts,
+)
+from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
+
+ROWS = [[5, 6, 7], [], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
+STREAM = [token for row in ROWS for token in row]
+
+
+def make_rows(rows=ROWS):
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    return datasets.Dataset.from_dict({"input_ids": rows}, features=features)
+
+
+def count_targets(samples) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for sample in samples:
+        for token in sample["labels"][1:]:
+            counts[token] = counts.get(token, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("first_token", [[], [1]], ids=["without_bos", "with_bos"])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 13, 14, 15, 40])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_token_is_a_target_exactly_once_in_order(length, first_token, streamed):
+    if streamed:
+        windows = list(StreamedTokenWindows(make_rows(), length, first_token))
+    else:
+        indexed = TokenWindows(make_rows(), length, first_token)
+        windows = [indexed[i] for i in range(len(indexed))]
+    stream = first_token + STREAM
+    assert count_targets(windows) == dict.fromkeys(stream[1:], 1)
+    assert windows[0]["input_ids"] == stream[:length]
+    rejoined = windows[0]["input_ids"] + [token for window in windows[1:] for token in window["input_ids"][1:]]
+    assert rejoined == stream
+    assert all(len(window["input_ids"]) == length for window in windows[:-1])
+    assert all(window["input_ids"] == window["labels"] for window in windows)
+
+
+def test_windows_of_selected_and_shuffled_rows_follow_the_selection():
+    rows = make_rows().select([4, 0])
+    assert TokenWindows(rows, 10, [])[0]["input_ids"] == [16, 17, 5, 6, 7]
+
+
+def test_a_first_token_that_is_there_already_is_not_doubled():
+    windows = TokenWindows(make_rows([[1, 5], [6]]), 10, [1])
+    assert [windows[0]["input_ids"]] == [[1, 5, 6]]
+    assert [w["input_ids"] for w in StreamedTokenWindows(make_rows([[], [1, 5], [6]]), 10, [1])] == [[1, 5, 6]]
+
+
+def test_limits_and_bounds():
+    windows = TokenWindows(make_rows(), 4, [], max_windows=2)
+    assert len(windows) == 2 and len(list(StreamedTokenWindows(make_rows(), 4, [], max_windows=2))) == 2
+    with pytest.raises(IndexError):
+        windows[2]
+    for rows in ([], [[]], [[5]]):
+        with pytest.raises(InputError, match="no tokens"):
+            TokenWindows(make_rows(rows), 4, [])
+    assert list(StreamedTokenWindows(make_rows([[5]]), 4, [])) == []
+
+
+def test_a_stream_is_read_again_in_every_epoch():
+    stream = StreamedTokenWindows(make_rows().to_iterable_dataset(), 4, [1])
+    assert list(stream) == list(stream) and len(list(stream)) == 5
+
+
+# -------------------------------------------------------------------------------------------------- tokenizing
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe_tokenizer(["the cat sat on the mat", "a dog"] * 3, 280, for_translation=False)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_word_tokenizer(["ask me now", "tell you so"], 20)
+
+
+def test_texts_with_line_breaks_and_end_tokens(bpe, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["the cat", "a dog"], "other": [1, 2]})
+    plain = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path))
+    assert plain.column_names == ["input_ids"]
+    assert [bpe.decode(ids) for ids in plain["input_ids"]] == ["the cat", "a dog"]
+    ended = tokenize_texts(rows, bpe, "text", text_suffix="\n", append_eos=True, cache_dir=str(tmp_path))
+    assert [bpe.decode(ids) for ids in ended["input_ids"]] == ["the cat\n</s>", "a dog\n</s>"]
+
+
+def test_tokenized_rows_are_found_again_by_content_tokenizer_and_options(bpe, words, tmp_path):
+    def count_files(rows, tokenizer=bpe, **options):
+        tokenize_texts(
+            datasets.Dataset.from_dict({"text": rows}), tokenizer, "text", cache_dir=str(tmp_path), **options
+        )
+        return len(list((tmp_path / "hf_v0init").glob("*.arrow")))
+
+    assert count_files(["the cat"]) == 1
+    bpe("using a tokenizer does not change it", padding=True, return_tensors="pt")
+    assert count_files(["the cat"]) == 1
+    assert count_files(["the cat"], append_eos=True) == 2
+    assert count_files(["the dog"]) == 3
+    assert count_files(["the cat"], words) == 4
+    (first, *_) = (tmp_path / "hf_v0init").glob("*.arrow")
+    before = first.stat().st_mtime_ns
+    count_files(["the cat"])
+    assert first.stat().st_mtime_ns == before
+
+
+def test_several_workers_give_the_same_rows(bpe, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": [f"the cat {i}" for i in range(10)]})
+    one = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path / "one"))
+    two = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path / "two"), num_proc=2)
+    assert one["input_ids"][:] == two["input_ids"][:]
+
+
+def complete(tokenizer, prompt, completion, max_length=100, prefix=""):
+    rows = datasets.Dataset.from_dict({"p": [prompt], "c": [completion]}).to_iterable_dataset()
+    samples = tokenize_completions(rows, tokenizer, "p", "c", max_length=max_length, prompt_prefix=prefix)
+    return next(iter(samples))
+
+
+def test_the_loss_is_on_the_completion_and_its_end(words):
+    ids = words.get_vocab()
+    sample = complete(words, "me now", "you so", prefix="ask ")
+    assert sample["input_ids"] == [ids[w] for w in ("ask", "me", "now", "you", "so", "</s>")]
+    assert sample["labels"] == [-100] * 3 + [ids[w] for w in ("you", "so", "</s>")]
+    assert encode_prompts(["me now"], words, "ask ")[0] == sample["input_ids"][:3]
+
+
+def test_too_long_samples_lose_the_beginning_of_the_prompt_then_the_end(words):
+    ids = words.get_vocab()
+    assert complete(words, "ask me now", "you so", max_length=5)["input_ids"] == [
+        ids[w] for w in ("me", "now", "you", "so", "</s>")
+    ]
+    cut = complete(words, "ask me now", "tell you so", max_length=3)
+    assert cut["input_ids"] == [ids[w] for w in ("now", "tell", "you")]
+    assert cut["labels"] == [-100, ids["tell"], ids["you"]]
+
+
+def test_an_empty_prompt_still_forecasts_the_first_token(words):
+    ids = words.get_vocab()
+    sample = complete(words, "", "you")
+    assert sample["input_ids"] == [ids["<s>"], ids["you"], ids["</s>"]]
+    assert sample["labels"] == [-100, ids["you"], ids["</s>"]]
+    assert find_first_token(words) == [ids["<s>"]]
+
+
+@pytest.mark.parametrize("value", [None, 3])
+def test_rows_without_text_are_an_input_error(bpe, tmp_path, value):
+    rows = datasets.Dataset.from_dict({"text": [value]})
+    with pytest.raises(InputError, match="column 'text'"):
+        tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_are_padded_at_the_right():
+    samples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = CausalCollator(pad_token_id=0)(samples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert CausalCollator(None, length=5)(samples)["input_ids"].shape == (2, 5)
+    assert CausalCollator(9, pad_to_multiple_of=4)(samples)["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]

@@ -1,0 +1,333 @@
+"""Training on contiguous streams against a loop that knows no Trainer: states, v0, checkpoints, learning rates, refusals."""
+
+import gc
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_awd_lstm import compute_loss_slowly, make_awd_lstm, run_slowly
+from test_token_streams import make_streams
+from trainers import EraseV0, Recorder, assert_equal_weights, make_arguments, weights_of
+from transformers import TrainerCallback
+
+from hf_v0init import V0InitTrainer
+from hf_v0init.errors import InputError
+from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.tasks.language_modeling.perplexity import ExactPerplexityMixin
+from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin
+from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator, TokenStreams
+
+gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
+DROPOUT = dict.fromkeys(("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop"), 0.3)
+REGULARISERS = {"ar_alpha": 2.0, "tar_beta": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+class StreamTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, V0InitTrainer):
+    pass
+
+
+def make_trainer(output_dir, streams, model=None, eval_streams=None, callbacks=(), **overrides) -> StreamTrainer:
+    arguments = make_arguments(
+        output_dir, **{"max_steps": -1, "num_train_epochs": 2, "max_grad_norm": 0.0, "weight_decay": 0.0} | overrides
+    )
+    trainer = StreamTrainer(
+        model=make_awd_lstm(2, **DROPOUT, **REGULARISERS) if model is None else model,
+        args=arguments,
+        train_dataset=streams,
+        eval_dataset=eval_streams,
+        data_collator=SegmentCollator(0),
+        callbacks=list(callbacks),
+    )
+    for callback in callbacks:
+        callback.trainer = trainer
+    return trainer
+
+
+def train(output_dir, streams, resume=None, **options) -> StreamTrainer:
+    trainer = make_trainer(output_dir, streams, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def detach_slowly(states):
+    return [[[part.detach() for part in layer] for layer in row] for row in states]
+
+
+def compute_segment_loss_slowly(model, segments, states):
+    """Loss and states of one batch of segments, all padding left out, each row alone; the regularisers as means over tokens."""
+    nll = activation = change = 0.0
+    counts, after = [0, 0, 0], []
+    for row, segment in enumerate(segments):
+        inputs, targets = (torch.as_tensor(segment[name]).long()[None] for name in ("input_ids", "shift_labels"))
+        logits, outputs, dropped, state = run_slowly(model, inputs, states=None if states is None else [states[row]])
+        after += state
+        nll = nll + compute_loss_slowly(logits, targets) * targets.numel()
+        activation = activation + dropped.square().mean(dim=2).sum()
+        steps = (outputs[:, 1:] - outputs[:, :-1]).square().mean(dim=2)
+        change = change + steps.sum()
+        counts = [counts[0] + targets.numel(), counts[1] + dropped.shape[1], counts[2] + steps.numel()]
+    config = model.config
+    loss = nll / counts[0] + config.ar_alpha * activation / counts[1] + config.tar_beta * change / max(counts[2], 1)
+    return loss, counts[0], after
+
+
+def train_slowly(model, streams, num_epochs: int, accumulation: int, learning_rate: float):
+    """Truncated back-propagation by hand: batches in order, states carried and detached, reset where an epoch begins."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    num_streams, losses = streams.num_streams, []
+    num_steps = num_epochs * math.ceil(len(streams) / num_streams / accumulation)
+    for _ in range(num_epochs):
+        states = None
+        batches = [
+            [streams[i] for i in range(start, start + num_streams)] for start in range(0, len(streams), num_streams)
+        ]
+        for start in range(0, len(batches), accumulation):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - len(losses) / num_steps)  # the linear schedule
+            micro_batches = batches[start : start + accumulation]
+            total, num_tokens = 0.0, 0
+            for segments in micro_batches:
+                loss, num_here, states = compute_segment_loss_slowly(model, segments, states)
+                states = detach_slowly(states)
+                total, num_tokens = total + loss * num_here, num_tokens + num_here
+            optimizer.zero_grad()
+            (total / num_tokens).backward()
+            optimizer.step()
+            losses.append((total / num_tokens).item())
+    return losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_is_truncated_backpropagation_through_carried_states(tmp_path, accumulation):
+    streams = make_streams(num_tokens=63, num_streams=2, segment_length=6)
+    model, slow = (make_awd_lstm(2, **REGULARISERS) for _ in range(2))
+    trainer = train(
+        tmp_path, streams, model=model, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation
+    )
+    losses = train_slowly(slow, streams, num_epochs=2, accumulation=accumulation, learning_rate=1e-2)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-4)
+    expected = dict(slow.named_parameters())
+    for name, weight in weights_of(trainer).items():
+        torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-3, atol=1e-4)
+
+
+def evaluate_slowly(model, streams: TokenStreams) -> tuple[float, int]:
+    """Each stream from its first token to its last, without segments."""
+    total = 0.0
+    for stream in range(streams.num_streams):
+        items = [streams[i] for i in range(stream, len(streams), streams.num_streams)]
+        inputs, targets = (
+            torch.as_tensor(np.concatenate([item[name] for item in items])).long()[None]
+            for name in ("input_ids", "shift_labels")
+        )
+        logits, _, _, _ = run_slowly(model, inputs)
+        total += compute_loss_slowly(logits, targets).item() * targets.numel()
+    return total / streams.num_targets, streams.num_targets
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_evaluation_reads_each_stream_in_one_go(tmp_path, num_streams):
+    streams = make_streams(num_tokens=70, num_streams=num_streams, segment_length=8)
+    trainer = make_trainer(tmp_path, None, eval_streams=streams, per_device_eval_batch_size=num_streams)
+    expected, num_tokens = evaluate_slowly(trainer.model, streams)
+    for _ in range(2):  # and the second time does not begin where the first ended
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+        assert metrics["eval_num_tokens"] == num_tokens == 70
+    assert trainer.predict(streams, metric_key_prefix="test").metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_between_steps_leaves_training_as_it_is(tmp_path):
+    """Without dropout: starting an evaluation's loader draws one random number, with any model and Trainer."""
+    streams, other = make_streams(), make_streams(num_tokens=50, num_streams=3)
+    alone = train(tmp_path / "alone", streams, model=make_awd_lstm(2, **REGULARISERS))
+    options = {"eval_streams": other, "per_device_eval_batch_size": 3, "eval_strategy": "steps", "eval_steps": 1}
+    evaluated = train(tmp_path / "evaluated", streams, model=make_awd_lstm(2, **REGULARISERS), **options)
+    assert_equal_weights(alone, evaluated)
+    assert sum("eval_loss" in entry for entry in evaluated.state.log_history) == 10
+
+
+# ------------------------------------------------------------------------------------------------------------ v0
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory):
+    """Runs without a v0, by accumulation."""
+    runs = {}
+    for accumulation in (1, 2):
+        streams = make_streams(num_tokens=440, segment_length=20, varies=True)
+        folder = tmp_path_factory.mktemp("plain")
+        runs[accumulation] = train(folder, streams, gradient_accumulation_steps=accumulation, num_train_epochs=1)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accumulation"), [("data_driven", 1), ("random", 1), ("first_gradient", 1), ("first_gradient", 2)]
+)
+def test_a_v0_thrown_away_leaves_the_run_bit_for_bit(tmp_path, plain_runs, strategy, accumulation):
+    streams, erase = make_streams(num_tokens=440, segment_length=20, varies=True), EraseV0()
+    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
+    erased = train(tmp_path, streams, callbacks=[erase], v0_init=strategy, v0_num_samples=12, **options)
+    plain = plain_runs[accumulation]
+    assert erase.erased > 0
+    assert_equal_weights(plain, erased)
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (plain, erased)]
+    assert losses[0] == losses[1] and len(losses[0]) == plain.state.global_step
+    for ours, theirs in zip(plain._state, erased._state, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_v0_sees_single_segments_with_the_state_of_their_context(tmp_path):
+    """Eq. 10 over 7 segments, one a batch, from gradients of the slow loop, regularisers included."""
+    streams = make_streams(num_tokens=101, num_streams=4, segment_length=5)
+    model = make_awd_lstm(2, **REGULARISERS)
+    recorder = Recorder()
+    options = {"v0_init": "data_driven", "v0_num_samples": 7, "v0_stats_batch_size": 1, "max_steps": 1}
+    trainer = train(tmp_path, streams, model=make_awd_lstm(2, **REGULARISERS), callbacks=[recorder], **options)
+    samples = choose_samples(len(streams), 7, seed=11)
+    assert any(sample < 4 for sample in samples) and any(sample >= 4 for sample in samples)
+    squares = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    losses = []
+    for sample in samples:
+        context, states = torch.as_tensor(streams.read_context(sample)).long()[None], None
+        if context.numel():
+            with torch.no_grad():
+                _, _, _, states = run_slowly(model, context)
+        model.zero_grad()
+        loss, _, _ = compute_segment_loss_slowly(model, [streams[sample]], states)
+        loss.backward()
+        losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            squares[name] += parameter.grad.square() / 7
+    assert set(recorder.v0) == {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    for name, v0 in recorder.v0.items():
+        torch.testing.assert_close(v0, squares[name], rtol=1e-3, atol=1e-9)
+    assert trainer.get_v0_report()["mean_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
+
+
+def test_first_gradient_is_that_of_the_first_accumulated_step(tmp_path):
+    """Two micro-batches, the second from the state that the first left, with the dropout that training will draw."""
+    streams, recorder = make_streams(), Recorder()
+    options = {"v0_init": "first_gradient", "gradient_accumulation_steps": 2, "max_steps": 1}
+    train(tmp_path, streams, callbacks=[recorder], **options)
+    assert recorder.v0
+    for name, v0 in recorder.v0.items():
+        torch.testing.assert_close(v0, recorder.gradients[0][name].square(), rtol=1e-5, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------- checkpoints and the learning rate
+
+
+@pytest.mark.parametrize("varies", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_resumed_run_goes_on_from_the_state(tmp_path, varies):
+    streams = make_streams(num_tokens=440, segment_length=20, varies=varies)
+    options = {"save_strategy": "steps", "save_steps": 1, "v0_init": "data_driven", "v0_num_samples": 8}
+    straight = train(tmp_path / "straight", streams, **options)
+    steps_an_epoch = len(streams) // 4
+    assert (tmp_path / "straight" / "checkpoint-2" / "stream_state.pt").is_file()
+    for step in (2, steps_an_epoch):
+        fresh = make_streams(num_tokens=440, segment_length=20, varies=varies)
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed = train(tmp_path / f"resumed{step}", fresh, resume=checkpoint, **options)
+        assert_equal_weights(straight, resumed)
+
+
+def test_resuming_without_the_state_says_so(tmp_path, caplog):
+    streams = make_streams()
+    train(tmp_path, streams, save_strategy="steps", save_steps=2, save_only_model=True, max_steps=2)
+    train(tmp_path / "next", streams, resume=str(tmp_path / "checkpoint-2"), max_steps=3)
+    assert "taken to be zero" in caplog.text
+
+
+def test_resuming_with_other_streams_is_refused(tmp_path):
+    train(tmp_path, make_streams(), save_strategy="steps", save_steps=2, max_steps=2)
+    with pytest.raises(InputError, match=r"4 streams a process.*has 2.*per_device_train_batch_size=4"):
+        train(
+            tmp_path / "next", make_streams(num_streams=2), resume=str(tmp_path / "checkpoint-2"),
+            per_device_train_batch_size=2, max_steps=4,
+        )  # fmt: skip
+    Path(tmp_path, "checkpoint-2", "save_state.json").unlink()  # it would say that a file is missing
+    Path(tmp_path, "checkpoint-2", "stream_state.pt").rename(tmp_path / "checkpoint-2" / "stream_state_0.pt")
+    with pytest.raises(InputError, match="another number of processes"):
+        train(tmp_path / "next", make_streams(), resume=str(tmp_path / "checkpoint-2"), max_steps=4)
+
+
+class WatchLearningRate(TrainerCallback):
+    """Notes the rate that the optimizer's own step finds, and the one left behind."""
+
+    def __init__(self):
+        self.in_step, self.after = [], []
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        inner.register_step_pre_hook(lambda opt, *_: self.in_step.append(opt.param_groups[0]["lr"]))
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.after.append(optimizer.param_groups[0]["lr"])
+
+
+def test_varying_segments_scale_the_learning_rate_of_their_step(tmp_path):
+    streams, watch = make_streams(num_tokens=880, segment_length=20, varies=True), WatchLearningRate()
+    other = make_streams(num_tokens=50, num_streams=3)
+    options = {"eval_streams": other, "per_device_eval_batch_size": 3, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 2, "v0_init": "data_driven"}
+    train(tmp_path, streams, callbacks=[watch], learning_rate=0.01, v0_num_samples=8, **options)
+    expected = []
+    for epoch in range(2):
+        streams.set_epoch(epoch)
+        lengths = np.diff(streams._boundaries)
+        expected += [0.01 * lengths[i : i + 2].mean() / 20 for i in range(0, len(lengths), 2)]
+    assert watch.in_step == pytest.approx(expected, rel=1e-12)
+    assert watch.after == [0.01] * len(expected) and len(set(expected)) > 2
+
+
+def test_segments_of_one_length_leave_the_learning_rate_alone(tmp_path):
+    watch = WatchLearningRate()
+    train(tmp_path, make_streams(), callbacks=[watch], lr_scheduler_type="constant", learning_rate=0.01)
+    assert set(watch.in_step) == {0.01}
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "batch size": ({"per_device_train_batch_size": 2}, ["4 streams", "2 rows", "per_device_train_batch_size"]),
+    "eval batch size": ({"per_device_eval_batch_size": 5}, ["3 streams", "5 rows", "per_device_eval_batch_size"]),
+    "batch size finder": ({"auto_find_batch_size": True}, ["auto_find_batch_size", "set the batch size"]),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "set it to 0"]),
+    "split batches": ({"accelerator_config": {"split_batches": True}}, ["split_batches", "leave it out"]),
+    "dispatched batches": ({"accelerator_config": {"dispatch_batches": True}}, ["dispatch_batches"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_break_the_streams_is_refused(tmp_path, name):
+    overrides, parts = REFUSED[name]
+    options = {"per_device_eval_batch_size": 3} | overrides
+    with pytest.raises(InputError) as caught:
+        make_trainer(tmp_path, make_streams(), eval_streams=make_streams(num_tokens=50, num_streams=3), **options)
+    assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+
+def test_a_test_set_of_other_streams_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, make_streams(), per_device_eval_batch_size=3)
+    with pytest.raises(InputError, match=r"5 streams.*3 rows"):
+        trainer.predict(make_streams(num_streams=5))
+
+
+def test_without_streams_the_trainer_is_the_usual_one(tmp_path):
+    from conftest import make_gpt2, make_sequences
+    from transformers import default_data_collator
+
+    trainers = []
+    for kind in (V0InitTrainer, StreamTrainer):
+        arguments = make_arguments(tmp_path, v0_init="data_driven", v0_num_samples=16)
+        trainer = kind(make_gpt2(), arguments, default_data_collator, make_sequences())
+        trainer.train()
+        trainers.append(trainer)
+    assert_equal_weights(*trainers)

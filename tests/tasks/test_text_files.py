@@ -1,0 +1,169 @@
+"""Local files: what is read, and that every fault is one line that names file, place and remedy."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from hf_v0init.errors import InputError
+from hf_v0init.tasks.text_files import load_local_files, load_parallel_files, read_lines
+from hf_v0init.tasks.translation.pairs import load_pair_files, select_pairs
+
+LINES = ["Ein Hund läuft.", "", "zwei\u2028Zeilen, doch eine", "drei"]
+
+
+def write(path, text: str, newline: str = "\n"):
+    raw = newline.join(text.split("\n")).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.gz", "a.de"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_lines_are_the_same_however_they_are_stored(tmp_path, name, newline, end):
+    path = write(tmp_path / name, "\n".join(LINES) + end, newline)
+    assert read_lines(path) == LINES
+
+
+def test_gzip_is_told_by_content_and_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "text_without_suffix"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbfeins\nzwei\n"))
+    assert read_lines(path) == ["eins", "zwei"]
+
+
+def write_bad_files(folder) -> dict:
+    good = gzip.compress(b"eins\nzwei\n" * 100)
+    files = {
+        "empty": b"",
+        "blank": b"\n \n",
+        "latin1": "eins\nzwei\nfünf\n".encode("latin-1"),
+        "cut.gz": good[: len(good) // 2],
+        "flipped.gz": good[:15] + bytes([good[15] ^ 0xFF]) + good[16:],
+        "text.gz": b"not compressed\n",
+    }
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.txt", ["no such file", "path"]),
+        (".", ["folder"]),
+        ("empty", ["is empty", "at least one line"]),
+        ("blank", ["is empty"]),
+        ("latin1", ["line 3", "byte 11", "0xfc", "UTF-8", "iconv"]),
+        ("cut.gz", ["gzip", "again"]),
+        ("flipped.gz", ["gzip", "again"]),
+        ("text.gz", ["gzip"]),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, words):
+    write_bad_files(tmp_path)
+    with pytest.raises(InputError) as raised:
+        read_lines(tmp_path / name)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert str(tmp_path / name) in message
+    for word in words:
+        assert word in message
+
+
+def test_tables_come_with_all_their_columns(tmp_path):
+    rows = [{"source": "a,b", "target": "null", "id": 1}, {"source": "ä", "target": "NA", "id": 2}]
+    jsonl = "\n".join(json.dumps(row) for row in rows) + "\n"
+    csv = 'source,target,id\n"a,b",null,1\nä,NA,2\n'
+    files = [
+        write(tmp_path / "a.jsonl", jsonl),
+        write(tmp_path / "b.json", jsonl),
+        write(tmp_path / "c.json", json.dumps(rows, indent=1)),
+        write(tmp_path / "d.jsonl.gz", jsonl),
+        write(tmp_path / "e.csv", csv),
+        write(tmp_path / "f.csv.gz", csv),
+    ]
+    for path in files:
+        assert load_local_files(path, role="train").to_list() == rows, path
+    assert load_local_files(write(tmp_path / "g.txt", "x\ny\n"), role="train").to_dict() == {"text": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', ["line 2", "JSON"]),
+        ("b.jsonl", "17\n", ["line 1", "JSON object"]),
+        ("c.json", '[{"a": 1},', ["line 1", "JSON"]),
+        ("d.json", "[]", ["list of JSON objects"]),
+        ("e.csv", "a,b\n1,2\n3,4,5,6\n", ["CSV"]),
+    ],
+)
+def test_broken_tables_are_named(tmp_path, name, text, words):
+    path = write(tmp_path / name, text)
+    with pytest.raises(InputError) as raised:
+        load_local_files(path, role="validation")
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in [str(path), *words]:
+        assert word in message
+
+
+def test_parallel_files_pair_line_by_line(tmp_path):
+    source, target = write(tmp_path / "a.de.gz", "eins\nzwei\n"), write(tmp_path / "a.en", "one\ntwo\n")
+    assert load_parallel_files(source, target).to_dict() == {"source": ["eins", "zwei"], "target": ["one", "two"]}
+    with pytest.raises(InputError, match=r"has 2 lines but .* has 3"):
+        load_parallel_files(source, write(tmp_path / "b.en", "one\ntwo\nthree\n"))
+
+
+def test_pairs_are_found_in_every_usual_layout(tmp_path):
+    expected = {"source": ["eins", "zwei"], "target": ["one", "two"]}
+    languages = {"source_lang": "de", "target_lang": "en"}
+    hub = datasets.Dataset.from_list([{"translation": {"de": "eins", "en": "one"}, "id": 0},
+                                      {"translation": {"de": "zwei", "en": "two"}, "id": 1}])  # fmt: skip
+    by_code = datasets.Dataset.from_dict({"en": expected["target"], "id": [0, 1], "de": expected["source"]})
+    swapped = datasets.Dataset.from_dict({"source": expected["target"], "target": expected["source"]})
+    tabbed = load_pair_files("train", write(tmp_path / "a.tsv.txt", "eins\tone\nzwei\ttwo\n"))
+    for pairs in (
+        select_pairs(hub, role="train", **languages),
+        select_pairs(hub, role="train", source_lang="de_DE", target_lang="en_XX"),
+        select_pairs(by_code, role="train", **languages),
+        select_pairs(by_code, role="train", source_column="de", target_column="en"),
+        select_pairs(swapped, role="train", source_column="target", target_column="source"),
+        select_pairs(tabbed, role="train"),
+    ):
+        assert pairs.to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        ({"source": [], "target": []}, {}, ["no examples"]),
+        ({"source": ["a"], "german": ["b"]}, {}, ["'target'", "'german'", "--target_column"]),
+        ({"source": ["a"], "target": ["b"]}, {"target_column": "source"}, ["both 'source'"]),
+        ({"source": ["a", None], "target": ["b", "c"]}, {}, ["example 1", "source", "None"]),
+        ({"source": ["a"], "target": [3]}, {}, ["example 0", "target", "3"]),
+        ({"translation": [{"de": "a", "fr": "b"}]}, {"source_lang": "de"}, ["--target_lang", "de, fr"]),
+        (
+            {"translation": [{"de": "a", "fr": "b"}]},
+            {"source_lang": "de", "target_lang": "en"},
+            ["--target_lang=en", "de, fr"],
+        ),
+    ],
+)
+def test_pairs_that_are_not_there_are_named(columns, options, words):
+    with pytest.raises(InputError) as raised:
+        select_pairs(datasets.Dataset.from_dict(columns), role="train", **options)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_one_way_of_giving_a_file(tmp_path):
+    source, target = write(tmp_path / "a", "x\n"), write(tmp_path / "b", "y\n")
+    assert load_pair_files("test") is None
+    with pytest.raises(InputError, match="--test_source_file: needs --test_target_file"):
+        load_pair_files("test", source_file=source)
+    with pytest.raises(InputError, match="not both"):
+        load_pair_files("test", source, source, target)
+    with pytest.raises(InputError, match="line 1 is not 'source<TAB>target'"):
+        load_pair_files("test", source)

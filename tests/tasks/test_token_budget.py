@@ -1,0 +1,204 @@
+"""Token-budget batches: every sample once, within the budget, on any number of processes, across a resume."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from translation_models import make_marian
+
+from hf_v0init.errors import InputError
+from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler, TokenBudgetMixin, _EpochForwardingDataset
+
+RNG = np.random.default_rng(5)
+SOURCE = RNG.integers(1, 40, 501)
+TARGET = np.clip(SOURCE + RNG.integers(-6, 7, 501), 1, None)
+
+
+def collect(sampler, epoch: int = 0) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def compute_cost(batch, multiple: int = 1) -> int:
+    longest = max(max(SOURCE[i], TARGET[i]) for i in batch)
+    return -(-longest // multiple) * multiple * len(batch)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_every_sample_once_and_within_the_budget(num_processes, multiple):
+    sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 256, num_processes=num_processes, pad_to_multiple_of=multiple)
+    for epoch in range(3):
+        batches = collect(sampler, epoch)
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
+        assert max(compute_cost(batch, multiple or 1) for batch in batches) <= 256
+        assert len(batches) == len(sampler)
+        assert len(batches) % num_processes == 0
+    # samples of like length share a batch: padding costs little over each sample's longer side
+    assert sum(map(compute_cost, batches)) < 1.15 * np.maximum(SOURCE, TARGET).sum()
+
+
+def test_batches_are_as_full_as_the_budget_allows():
+    equal = TokenBudgetBatchSampler([10] * 95, [7] * 95, 100)
+    assert sorted(map(len, equal)) == [5] + [10] * 9
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    make = lambda seed: TokenBudgetBatchSampler(SOURCE, TARGET, 256, seed=seed)  # noqa: E731
+    torch.manual_seed(1)
+    first = collect(make(0), 4)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert collect(make(0), 4) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert collect(make(0), 5) != first
+    assert collect(make(1), 4) != first
+    # not only the order of batches changes, but also who is in a batch with whom
+    assert {tuple(sorted(b)) for b in collect(make(0), 5)} != {tuple(sorted(b)) for b in first}
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 8])
+def test_accelerate_deals_out_equal_shards_without_repetition(num_processes):
+    sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 300, num_processes=num_processes)
+    shards = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
+    assert {len(shard) for shard in shards} == {len(sampler) // num_processes}
+    assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(501))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_resumed_epoch_goes_on_where_it_stopped(num_processes):
+    """Through accelerate's own wrappers: straight through epochs 0 to 2, and into the middle of epoch 2."""
+
+    def build(rank):
+        sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 300, num_processes=num_processes)
+        loader = DataLoader(_EpochForwardingDataset(range(501), sampler), batch_sampler=sampler, collate_fn=list)
+        return prepare_data_loader(loader, num_processes=num_processes, process_index=rank, put_on_device=False)
+
+    for rank in range(num_processes):
+        straight, loader = [], build(rank)
+        assert isinstance(loader, DataLoaderShard)
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            straight.append(list(loader))
+        assert straight[0] != straight[1] != straight[2]
+        resumed = skip_first_batches(build(rank), 3)
+        resumed.set_epoch(2)
+        assert list(resumed) == straight[2][3:]
+
+
+def test_bad_budgets_are_refused():
+    with pytest.raises(InputError, match=r"=39: training sample \d+ alone has (39|4\d) tokens; raise the budget"):
+        TokenBudgetBatchSampler([40, 5], [39, 5], 39)
+    with pytest.raises(InputError, match="has no samples"):
+        TokenBudgetBatchSampler([], [], 10)
+    with pytest.raises(InputError, match="3 training samples cannot be dealt out evenly to 4 processes"):
+        TokenBudgetBatchSampler([1, 1, 1], [1, 1, 1], 10, num_processes=4)
+    assert len(TokenBudgetBatchSampler([1, 1, 1, 1], [1, 1, 1, 1], 10, num_processes=4)) == 4
+
+
+# ---- in a Trainer
+
+
+class BudgetTrainer(TokenBudgetMixin, Seq2SeqTrainer):
+    pass
+
+
+def make_rows(num: int = 60) -> list[dict]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(num):
+        length = int(rng.integers(2, 12))
+        ids = rng.integers(4, 20, length).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids[::-1]})
+    return rows
+
+
+def make_trainer(folder, max_steps: int, max_tokens: int = 64, **arguments) -> BudgetTrainer:
+    model = make_marian(dropout=0.1)
+
+    def collate(rows):
+        width = max(len(row["labels"]) for row in rows)
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        batch = {
+            key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+            for key, value in padding.items()
+        }
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder), max_steps=max_steps, report_to="none", use_cpu=True, disable_tqdm=True,
+        logging_strategy="no", learning_rate=1e-2, lr_scheduler_type="constant", **arguments,
+    )  # fmt: skip
+    return BudgetTrainer(
+        model=model, args=arguments, train_dataset=make_rows(), data_collator=collate, max_tokens_per_batch=max_tokens
+    )
+
+
+def test_stop_and_resume_equals_a_straight_run(tmp_path):
+    """The stop lies in the second epoch, in the middle of it."""
+    straight = make_trainer(tmp_path / "a", 14, save_strategy="no", gradient_accumulation_steps=1)
+    batches_per_epoch = len(straight.get_train_dataloader())
+    assert batches_per_epoch < 10
+    straight.train()
+    make_trainer(tmp_path / "b", 10, save_steps=10).train()
+    resumed = make_trainer(tmp_path / "b", 14, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-10"))
+    for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_effective_batch_size_is_the_mean_number_of_samples(tmp_path):
+    trainer = make_trainer(tmp_path, 1, gradient_accumulation_steps=3)
+    sampler_length = len(trainer.get_train_dataloader())
+    assert trainer.get_v0_effective_batch_size() == pytest.approx(3 * 60 / sampler_length)
+
+
+def test_a_trainer_without_a_budget_is_the_stock_one(tmp_path):
+    trainer = make_trainer(tmp_path, 1, max_tokens=None, per_device_train_batch_size=7)
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [7] * 8 + [4]
+
+
+def test_splitting_accelerator_settings_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, 1, accelerator_config={"split_batches": True})
+    with pytest.raises(InputError, match="split_batches"):
+        trainer.get_train_dataloader()
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from pathlib import Path
+sys.path[:0] = ["tests", "tests/references"]
+from test_token_budget import make_trainer
+trainer = make_trainer(sys.argv[1], 1)
+epochs = []
+for epoch in range(2):
+    loader = trainer.get_train_dataloader() if epoch == 0 else loader
+    loader.set_epoch(epoch)
+    epochs.append([batch["labels"].ne(-100).sum(1).tolist() for batch in loader])
+Path(sys.argv[1], f"rank{trainer.args.process_index}.json").write_text(
+    json.dumps([epochs, trainer.get_v0_effective_batch_size()])
+)
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_see_every_sample_once(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    (first, size), (second, size_too) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    lengths = sorted(len(row["labels"]) for row in make_rows())
+    for mine, other in zip(first, second, strict=True):
+        assert len(mine) == len(other)
+        assert sorted(n for batch in mine + other for n in batch) == lengths
+    assert size == size_too == pytest.approx(2 * 60 / (2 * len(first[0])))

@@ -1,0 +1,79 @@
+"""What a ds_config may not hold under a v0, each key with the word that names the remedy. Needs no DeepSpeed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_v0init import InputError
+from hf_v0init.optimizers.deepspeed import STAGE_3, PartitionedOptimizer, adapt_optimizer, require_supported_config
+from hf_v0init.trainer.supported_runs import require_supported_run
+
+ZERO_2 = {"zero_optimization": {"stage": 2}}
+
+
+def in_zero(stage: int, **settings) -> dict:
+    return {"zero_optimization": {"stage": stage, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "zero_optimization.stage=0"),
+        (in_zero(0), "zero_optimization.stage=0"),
+        (in_zero(4), "zero_optimization.stage=4"),
+        (ZERO_2 | {"fp16": {"enabled": True}}, 'use "bf16" instead of the ds_config key "fp16"'),
+        (ZERO_2 | {"torch_autocast": {"enabled": True}}, 'use "bf16" instead of the ds_config key "torch_autocast"'),
+        (in_zero(2, offload_optimizer={"device": "cpu"}), 'remove the ds_config key "offload_optimizer"'),
+        (in_zero(3, offload_param={"device": "nvme"}), 'remove the ds_config key "offload_param"'),
+        (ZERO_2 | {"optimizer": {"type": "Lamb"}}, "own optimizer 'Lamb'"),
+        (ZERO_2 | {"optimizer": {"type": "OneBitAdam"}}, 'remove the ds_config key "optimizer"'),
+    ],
+)
+def test_refused_with_the_key_and_the_remedy(config, words):
+    with pytest.raises(InputError) as caught:
+        require_supported_config(config)
+    assert words in str(caught.value) and "v0_init=zeros" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        in_zero(1),
+        ZERO_2 | {"fp16": {"enabled": False}, "torch_autocast": {"enabled": False}, "bf16": {"enabled": True}},
+        in_zero(3, offload_optimizer={"device": "none"}, offload_param={"device": None}),
+        ZERO_2 | {"optimizer": {"type": "AdamW"}},
+        ZERO_2 | {"fp16": {"enabled": "auto"}},
+    ],
+)
+def test_accepted(config):
+    assert require_supported_config(config) is None
+
+
+def make_fake(qualified_name: str, **attributes):
+    """An object whose class has this module and name, as the code that knows DeepSpeed's classes by name sees it."""
+    module, name = qualified_name.rsplit(".", 1)
+    return type(name, (), {"__module__": module, **attributes})()
+
+
+def test_optimizers_that_are_not_known_are_refused():
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(InputError, match=r"with the optimizer torch\.optim\.sgd\.SGD"):
+        PartitionedOptimizer(make_fake(STAGE_3, optimizer=inner))
+    with pytest.raises(InputError, match="DeepSpeed's BF16_Optimizer is not supported; use ZeRO stage 1, 2 or 3"):
+        adapt_optimizer(make_fake("deepspeed.runtime.bf16_optimizer.BF16_Optimizer"))
+
+
+def test_leaf_modules_are_refused():
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(InputError, match="leaf modules"):
+        PartitionedOptimizer(make_fake(STAGE_3, optimizer=inner, _leaf_module_hooks=[object()]))
+
+
+def test_fsdp_of_torch_xla_is_refused():
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=False, is_fsdp_xla_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace())
+    )
+    with pytest.raises(InputError, match="use FSDP2 of torch"):
+        require_supported_run(trainer)

@@ -1,0 +1,333 @@
+"""Runs that are killed, interrupted or resumed elsewhere end as the run that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from kill.client import KillServer, choose_kill, read_lives
+
+from hf_v0init.records.checkpoints import find_defect, find_newest_whole, list_checkpoints
+
+PHASES = ["pass", "train", "save", "evaluate", "end"]  # the end: after the last save
+TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
+
+
+@pytest.fixture(scope="module")
+def server():
+    with KillServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def straight(server, tmp_path_factory):
+    return server.run(tmp_path_factory.mktemp("straight"))
+
+
+def find_differences(a: dict, b: dict) -> list[str]:
+    """Name what is not bit for bit the same in two runs' weights, optimizer, schedule and logged losses."""
+    different = [name for name, weight in a["weights"].items() if not torch.equal(weight, b["weights"][name])]
+    states = [run["optimizer"]["state"] for run in (a, b)]
+    if states[0].keys() != states[1].keys():
+        different.append("parameters in the optimizer")
+    for index, state in states[0].items():
+        different += [
+            f"{key} of {index}" for key, value in state.items() if not torch.equal(value, states[1][index][key])
+        ]
+    different += [key for key in ("scheduler",) if a[key] != b[key]]
+    for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+        logged = [{entry["step"]: entry[key] for entry in run["history"] if key in entry} for run in (a, b)]
+        if logged[0] != logged[1]:
+            different.append(key)
+    if a["report"] is not None and a["report"]["parameters"] != b["report"]["parameters"]:
+        different.append("record of v0")
+    return different
+
+
+def count_passes_that_lasted(folder: Path) -> int:
+    """The v0 passes whose process left a whole checkpoint; every process that found one must have done none."""
+    lives = read_lives(folder)
+    for life in lives:
+        assert not (life["whole"] and life["passes"]), lives
+        if life["resumed_from"] != "not yet known":  # killed before that
+            assert life["resumed_from"] == (life["whole"] or [None])[0], lives
+    later = [life["whole"] for life in lives[1:]] + [["the end"]]
+    return sum(life["passes"] for life, whole in zip(lives, later, strict=True) if whole)
+
+
+def kill_and_resume(
+    server, folder: Path, kills: list[dict], may_fail: bool = False, **request
+) -> tuple[dict, list[str]]:
+    """Kill a run so often, then let it come to its end; its answer and the phases it was killed in."""
+    died_in = []
+    for kill in kills:
+        answer = server.run(folder, kill=kill, may_fail=may_fail, **request)
+        if answer["status"] == 0:
+            return answer, died_in
+        died_in.append(answer["events"][-1][1] if answer["events"] else "before")
+    return server.run(folder, may_fail=may_fail, **request), died_in
+
+
+def test_a_run_killed_in_the_pass_a_save_and_an_evaluation_ends_the_same(server, straight, tmp_path):
+    generator = random.Random(1)
+    kills = [choose_kill(straight["events"], phase, generator) for phase in ("pass", "save", "evaluate")]
+    kills[1]["occurrence"], kills[2]["occurrence"] = 3, 1
+    answer, died_in = kill_and_resume(server, tmp_path, kills)
+    assert died_in[0] == "pass" and len(died_in) == 3
+    assert find_differences(straight["result"], answer["result"]) == []
+    assert count_passes_that_lasted(tmp_path) == 1
+
+
+def test_a_run_killed_while_it_draws_a_bar_does_not_stop_the_next(server, tmp_path):
+    """Of the tests themselves: their children fork from one process, and killed ones leave no lock behind."""
+    assert server.run(tmp_path, task="die_drawing")["status"] == -signal.SIGKILL
+    assert server.run(tmp_path, options=SHORT, time_limit=60)["status"] == 0
+
+
+@pytest.mark.slow
+def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
+    """Four first kills in every phase, some runs killed again and again; with and without rotation."""
+    generator = random.Random(20)
+    record, died = [], Counter()
+    for number in range(20):
+        kills = [choose_kill(straight["events"], PHASES[number % 5], generator)]
+        while generator.random() < 0.4:
+            kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:4]), generator) | {"occurrence": 2})
+        limit = [None, 1, 2][number % 3]
+        folder = tmp_path / str(number)
+        answer, died_in = kill_and_resume(server, folder, kills, options={"save_total_limit": limit})
+        died.update(died_in)
+        different = find_differences(straight["result"], answer["result"])
+        passes = count_passes_that_lasted(folder)
+        record.append((number, limit, died_in, different, passes))
+        kept = [path for path in list_checkpoints(folder / "out") if find_defect(path) is None]
+        assert limit is None or len(list_checkpoints(folder / "out")) <= limit
+        assert os.path.basename(kept[0]) == "checkpoint-6"
+    survived = sum(not different and passes == 1 for *_, different, passes in record)
+    print(f"\nours: {survived} of 20 the same in the end; {died.total()} kills: {dict(died)}")
+    assert survived == 20, record
+    assert all(died[phase] for phase in PHASES[:4]), died
+
+
+@pytest.mark.slow
+def test_record_of_the_stock_trainer(server, tmp_path):
+    """What it is compared with. Nothing is asserted of others' code but that the record was taken."""
+    straight = server.run(tmp_path / "straight", stock=True)
+    generator = random.Random(20)
+    survived, failed = 0, []
+    for number in range(20):
+        kills = [choose_kill(straight["events"], ["train", *PHASES[1:]][number % 5], generator)]
+        answer, died_in = kill_and_resume(server, tmp_path / str(number), kills, may_fail=True, stock=True)
+        different = find_differences(straight["result"], answer["result"]) if answer["status"] == 0 else []
+        survived += answer["status"] == 0 and not different
+        if answer["status"] != 0 or different:
+            failed.append(
+                (
+                    died_in[0],
+                    answer["log"].strip().splitlines()[-1]
+                    if answer["status"]
+                    else f"{len(different)} tensors and figures differ",
+                )
+            )
+    print(f"\nstock: {survived} of 20 the same in the end; the others: {failed}")
+    assert 0 <= survived <= 20
+
+
+# ---- every write of a save -------------------------------------------------------------------------------------------
+
+
+def count_writes(server, folder: Path, **request) -> int:
+    """How many writes, opens and renames the second save of a run has."""
+    answer = server.run(folder, kill_at={"save": 2, "operation": 0}, **request)
+    return sum(phase == "write" for _, phase in answer["events"])
+
+
+SHORT = {"max_steps": 3, "eval_strategy": "no"}
+
+
+def check_kill_at(server, folder: Path, operation: int, straight: dict) -> str:
+    answer = server.run(folder, kill_at={"save": 2, "operation": operation}, options=SHORT)
+    assert answer["status"] == -signal.SIGKILL
+    out = folder / "out"
+    newest, passed_over = find_newest_whole(list_checkpoints(out))
+    state = "whole" if os.path.basename(newest) == "checkpoint-2" else "broken"
+    if state == "broken":
+        assert os.path.basename(newest) == "checkpoint-1"
+        assert set(passed_over.values()) <= {"its save was cut off"} | (
+            {"trainer_state.json, which is written last, is missing"} if operation <= 2 else set()
+        )
+    answer = server.run(folder, options=SHORT)
+    assert ("passed over" in answer["log"]) == bool(passed_over)
+    assert find_differences(straight["result"], answer["result"]) == []
+    return state
+
+
+def test_a_save_cut_off_at_some_of_its_writes(server, tmp_path):
+    straight = server.run(tmp_path / "straight", options=SHORT)
+    for operation in (1, 3, 6):
+        assert check_kill_at(server, tmp_path / str(operation), operation, straight) == "broken"
+
+
+@pytest.mark.slow
+def test_a_save_cut_off_at_every_one_of_its_writes(server, tmp_path):
+    """Files are cut in half, opens and renames do not happen: whole only when the last rename, of the mark, has."""
+    straight = server.run(tmp_path / "straight", options=SHORT)
+    last = count_writes(server, tmp_path / "count", options=SHORT)
+    states = [check_kill_at(server, tmp_path / str(k), k, straight) for k in range(1, last + 1)]
+    assert states == ["broken"] * last and last > 10
+
+
+@pytest.mark.slow
+def test_a_save_cut_off_over_an_older_whole_checkpoint_is_not_taken_for_whole(server, tmp_path):
+    """Resumed by hand from step 1, the run saves step 2 over an older one; a mixture of the two must not pass."""
+    straight = server.run(tmp_path / "straight", options=SHORT)
+    last = count_writes(server, tmp_path / "count", options=SHORT)
+    for operation in range(1, last + 1):
+        folder = tmp_path / str(operation)
+        server.run(folder, options=SHORT)
+        first = str(folder / "out" / "checkpoint-1")
+        kill_at = {"save": 1, "operation": operation}
+        server.run(folder, options=SHORT, resume=first, kill_at=kill_at)
+        defect = find_defect(folder / "out" / "checkpoint-2")
+        # before the first mark is in place nothing was touched
+        assert defect == (None if operation <= 2 else "its save was cut off")
+        answer = server.run(folder, options=SHORT, resume=first)
+        assert find_differences(straight["result"], answer["result"]) == []
+
+
+@pytest.mark.slow
+def test_the_stock_trainers_broken_checkpoints_are_told_by_their_contents(server, tmp_path):
+    last = count_writes(server, tmp_path / "count", stock=True, options=SHORT)
+    judged = Counter()
+    for operation in range(1, last + 1):
+        folder = tmp_path / str(operation)
+        server.run(folder, stock=True, options=SHORT, kill_at={"save": 2, "operation": operation})
+        defect = find_defect(folder / "out" / "checkpoint-2")
+        judged[defect] += 1
+        assert defect is not None
+        assert find_newest_whole(list_checkpoints(folder / "out"))[0] == str(folder / "out" / "checkpoint-1")
+    print(f"\nstock saves cut off at {last} places: {dict(judged)}")
+    assert last > 5
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def check_interrupt(server, folder: Path, kill: dict, straight: dict) -> bool:
+    """True if the interrupt met the pass."""
+    answer = server.run(folder, task="interrupt", kill=kill | {"signal": signal.SIGINT})
+    left = answer["result"]["left"]
+    if left is None or left["step"] > 0 or left["report"] is not None:  # it came after the pass
+        return False
+    assert left == {
+        "step": 0, "untouched": True, "report": None, "weights": True, "gradients": 0, "hooks": 0, "rng": True, "modes": True,
+        "files": [],
+    }  # fmt: skip
+    assert find_differences(straight["result"], answer["result"]) == []
+    return True
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
+    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
+    assert check_interrupt(server, tmp_path, kill, straight)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_twenty_moments_of_the_pass(server, straight, tmp_path):
+    generator = random.Random(5)
+    met = [
+        check_interrupt(server, tmp_path / str(n), choose_kill(straight["events"], "pass", generator), straight)
+        for n in range(20)
+    ]
+    assert sum(met) >= 15
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def launch(num_processes: int, folder: Path, may_fail: bool = False, **request) -> tuple[int, list[dict], str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in folder.glob("result*"):
+        result.unlink()
+    path = folder / "request.json"
+    path.write_text(json.dumps({"task": "train", "folder": str(folder)} | request))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    script = str(Path(__file__).parents[1] / "kill" / "launched.py")
+    command = [sys.executable, *(torchrun if num_processes > 1 else []), script, str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0 or may_fail, done.stderr[-4000:]
+    results = [folder / f"result.rank{rank}.pt" for rank in range(num_processes)]
+    return done.returncode, [torch.load(r, weights_only=False) for r in results if r.exists()], done.stderr
+
+
+TWO = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "phase"), [(1, "train"), (0, "save"), (1, "save")])
+def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_two, tmp_path, rank, phase):
+    dies = {"rank": rank, "phase": phase, "occurrence": 3}
+    status, results, _ = launch(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
+    assert status != 0 and results == []
+    _, results, _ = launch(2, tmp_path / "killed", options=TWO)
+    for before, after in zip(straight_on_two, results, strict=True):
+        assert find_differences(before, after) == []
+    assert count_passes_that_lasted(tmp_path / "killed") == 1
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_newest_whole_checkpoint_and_on_refusals(tmp_path):
+    launch(2, tmp_path, options=TWO)
+    (tmp_path / "out" / "checkpoint-5" / "rng_state_1.pth").write_bytes(b"PK")
+    _, results, said = launch(2, tmp_path, options=TWO)
+    assert len(results) == 2
+    for name in ("lives.jsonl", "lives.rank1.jsonl"):
+        assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
+    assert said.count("checkpoint-5 (rng_state_1.pth has 2 of its") == 1  # one process speaks
+    named = str(tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK")
+    status, results, said = launch(2, tmp_path, may_fail=True, options=TWO, resume=named)
+    assert status != 0 and results == [] and "optimizer.pt has 2 of its" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
+    """Same samples a step, no dropout: the resumed run is the straight one but for the order of additions.
+
+    Steps are 0.01 wide; the loosest weights are the keys' biases, whose gradient is nothing but rounding.
+    """
+
+    def options(num_processes: int, steps: int) -> dict:
+        return TWO | {
+            "per_device_train_batch_size": 4 // num_processes,
+            "max_steps": steps,
+            "lr_scheduler_type": "constant",
+        }
+
+    _, straight, _ = launch(1, tmp_path / "straight", dropout=0.0, options=options(1, 5))
+    launch(before, tmp_path / "moved", dropout=0.0, options=options(before, 2))
+    _, moved, _ = launch(after, tmp_path / "moved", dropout=0.0, options=options(after, 5))
+    assert [life["passes"] for life in read_lives(tmp_path / "moved")] == [1, 0]
+    assert moved[0]["report"]["num_processes"] == before
+    for result in moved:
+        for name, weight in straight[0]["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-5)
+        for index, state in straight[0]["optimizer"]["state"].items():
+            theirs = result["optimizer"]["state"][index]
+            assert state["step"] == theirs["step"] == 5
+            v = state["exp_avg_sq"]
+            torch.testing.assert_close(theirs["exp_avg_sq"], v, rtol=1e-4, atol=1e-6 * v.max().item())
