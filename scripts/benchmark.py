@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated
 
 import datasets
-import run_translation
 import typer
 from benchmarks import rows_commands, rows_draw, rows_pass, rows_training, rows_translation
 from benchmarks.measuring import MISSED, Conditions, Row, use_one_thread
@@ -38,6 +37,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init.errors import InputError
+from hf_v0init.tasks.translation import script as run_translation
 
 EXIT_WORSE = 1
 MEASURES: dict[str, Callable[[Conditions], Row | list[Row]]] = {

@@ -8,9 +8,8 @@ All flags of run_translation.py but those that name data. The corpus is the same
 import tempfile
 from pathlib import Path
 
-import run_translation
-
 from hf_v0init.tasks.script_support import run_script
+from hf_v0init.tasks.translation import script as run_translation
 from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
 
 NUM_PAIRS = 2000  # 1,800 for training, 100 each for validation and test

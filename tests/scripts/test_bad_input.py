@@ -1,7 +1,7 @@
 """Every way to give bad input that we know of, in one table: one line, the value, the remedy, nothing spent, nothing written."""
 
 import gzip
-import importlib.util
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -201,11 +201,8 @@ SCRIPTS = [
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    folders = {"run_translation": "translation", "run_clm": "language_modeling"}
+    return importlib.import_module(f"hf_v0init.tasks.{folders[name]}.script")
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), SCRIPTS)

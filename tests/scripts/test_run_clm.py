@@ -2,7 +2,7 @@
 
 import csv
 import gzip
-import importlib.util
+import importlib
 import json
 import logging
 import math
@@ -31,11 +31,7 @@ CONFIGS = [p for p in sorted((ROOT / "configs" / "language_modeling").glob("*.ya
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_clm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("hf_v0init.tasks.language_modeling.script")
 
 
 run_clm = load_script()

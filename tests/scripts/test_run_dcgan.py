@@ -1,6 +1,6 @@
 """scripts/run_dcgan.py from end to end on small images: training, figures, resume, processes, and what it refuses."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -33,11 +33,7 @@ CONFIGS = sorted((ROOT / "configs" / "image_generation").glob("*.yaml"))
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("run_dcgan", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_dcgan"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("hf_v0init.tasks.gan.script")
 
 
 run_dcgan = load_script()

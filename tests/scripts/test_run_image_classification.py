@@ -49,11 +49,7 @@ VIT = {"model_type": "vit", "patch_size": 4, "hidden_size": 16, "num_hidden_laye
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return importlib.import_module("hf_v0init.tasks.images.script")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """scripts/run_translation.py from end to end on number words, and that bad input ends in one line and status 2."""
 
 import gzip
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -43,11 +43,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def run_translation():
-    spec = importlib.util.spec_from_file_location("run_translation", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return importlib.import_module("hf_v0init.tasks.translation.script")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,280 @@
+"""Trains, evaluates and samples from a causal language model, with a v0 for Adam if asked.
+
+    python scripts/run_clm.py FILE.yaml --v0_init data_driven --output_dir out
+    torchrun --nproc_per_node 2 scripts/run_clm.py FILE.yaml --output_dir out
+
+FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
+
+The text is one stream of tokens cut into blocks; or, with --model_type awd_lstm, as many contiguous streams as a batch has
+rows, read from beginning to end with the state carried on; or, with --prompt_column and --completion_column, one sample a
+row with the loss on the completion. Losses and perplexities are exact: each token of the set counts once.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import set_seed
+
+from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+
+from ...errors import InputError
+from ..checkpoint_averaging import require_enough_checkpoints
+from ..script_stages import (
+    count_steps,
+    describe_for_card,
+    flag,
+    publish_card,
+    require_positive_counts,
+    require_possible_run,
+    train_and_save,
+)
+from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..step_decay import StepDecayArguments, StepDecayMixin
+from ..token_budget import TokenBudgetMixin
+from .awd_lstm import AwdLstmConfig
+from .completions import generate_completions
+from .model import ModelArguments, choose_block_size, load_model, load_tokenizer
+from .perplexity import ExactPerplexityMixin
+from .rows import (
+    DataArguments,
+    choose_text_column,
+    choose_text_suffix,
+    iterate_texts,
+    limit_rows,
+    load_rows,
+)
+from .samples import (
+    CausalCollator,
+    StreamedTokenWindows,
+    TokenWindows,
+    encode_prompts,
+    find_first_token,
+    tokenize_completions,
+    tokenize_texts,
+)
+from .stream_training import ContiguousStreamsMixin, require_possible_streams
+from .token_streams import SegmentCollator, TokenStreams
+
+
+@dataclass
+class RunArguments(StepDecayArguments):
+    overwrite_output_dir: bool = flag(
+        False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
+    )
+    average_checkpoints: int | None = flag(
+        None, "After training, average the last so many checkpoints; evaluate and save the average."
+    )
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "With --prompt_column: training batches by token budget, padded tokens a batch, process and forward pass; "
+        "replaces --per_device_train_batch_size. Blocks are all of one size and need none.",
+    )
+    sample_prompt: str | None = flag(
+        None, "At the end, continue this text by sampling; printed and saved to generated_sample.txt."
+    )
+    max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive_counts(self)
+
+
+class CausalTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+    """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
+
+
+def require_possible(data: DataArguments, run: RunArguments, training) -> None:
+    """Refuses what the arguments alone rule out."""
+    if data.streaming and training.do_train and training.max_steps <= 0:
+        raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
+    if data.streaming and run.max_tokens_per_batch:
+        raise InputError(
+            f"--max_tokens_per_batch={run.max_tokens_per_batch}: not with --streaming; drop one of the two"
+        )
+    if run.max_tokens_per_batch and data.prompt_column is None:
+        raise InputError(
+            f"--max_tokens_per_batch={run.max_tokens_per_batch}: blocks all have --block_size tokens, so give "
+            "--per_device_train_batch_size instead; the budget is for --prompt_column"
+        )
+
+
+def reads_streams(config, data: DataArguments) -> bool:
+    """Whether the model carries a state along contiguous streams."""
+    return isinstance(config, AwdLstmConfig) and data.prompt_column is None
+
+
+def require_possible_for_model(config, data: DataArguments, training) -> None:
+    """Refuses what kind of model and arguments rule out together."""
+    if reads_streams(config, data) and data.streaming:
+        raise InputError("--streaming: an awd_lstm reads several places of the text at once; leave it out")
+    if data.vary_block_size and not reads_streams(config, data):
+        raise InputError("--vary_block_size: is for running text and --model_type awd_lstm; leave it out")
+    if isinstance(config, AwdLstmConfig) and training.label_smoothing_factor:
+        raise InputError(
+            f"--label_smoothing_factor={training.label_smoothing_factor}: would replace the loss of awd_lstm with its "
+            "regularisers; leave it out"
+        )
+
+
+def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: DataArguments, training, cache_dir):
+    """Blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
+    limit = data.get_limit(role)
+    options = {}
+    if not data.streaming:
+        options = {
+            "num_proc": data.preprocessing_num_workers,
+            "cache_dir": cache_dir,
+            # the other processes read what the first has just written
+            "overwrite_cache": data.overwrite_cache and training.local_process_index == 0,
+        }
+    if data.prompt_column is not None:
+        columns = data.prompt_column, data.completion_column
+        rows = limit_rows(rows, limit)
+        return tokenize_completions(
+            rows, tokenizer, *columns, max_length=block_size, prompt_prefix=data.prompt_prefix, **options
+        )
+    tokenized = tokenize_texts(
+        rows,
+        tokenizer,
+        choose_text_column(rows, data),
+        text_suffix=choose_text_suffix(data, role),
+        append_eos=data.append_eos,
+        **options,
+    )
+    first_token = find_first_token(tokenizer)
+    if not reads_streams(config, data):
+        windows = StreamedTokenWindows if data.streaming else TokenWindows
+        return windows(tokenized, block_size, first_token, limit)
+    batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
+    varies = data.vary_block_size and role == "train"
+    num_streams = batch_size * training.world_size
+    return TokenStreams(tokenized, num_streams, block_size, first_token, limit, varies=varies, seed=training.seed)
+
+
+# ----------------------------------------------------------------------------------------------- after training
+
+
+def save_results(trainer: CausalTrainer, role: str, metrics: dict) -> None:
+    """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
+    trainer.log_metrics(role, metrics)
+    trainer.save_metrics(role, metrics)
+    if f"{role}_perplexity" in metrics and trainer.is_world_process_zero():
+        figures = f"perplexity {metrics[f'{role}_perplexity']:.3f}, accuracy {metrics[f'{role}_accuracy']:.4f}"
+        print(f"{role}: {figures} over {metrics[f'{role}_num_tokens']:,} tokens")
+
+
+def complete(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    first_token = find_first_token(trainer.processing_class)
+    prompts = [ids or first_token for ids in prompts]
+    return generate_completions(
+        network, trainer.processing_class, prompts, max_new_tokens, trainer.accelerator, **options
+    )
+
+
+def write_test_completions(trainer: CausalTrainer, rows, data: DataArguments, max_new_tokens: int) -> None:
+    """Greedy completions of the test prompts, beside the true ones, to generated_completions.jsonl."""
+    rows = list(limit_rows(rows, data.max_predict_samples))
+    prompts = [row[data.prompt_column] for row in rows]
+    token_ids = encode_prompts(prompts, trainer.processing_class, data.prompt_prefix)
+    generated = complete(trainer, token_ids, max_new_tokens, do_sample=False)
+    if trainer.is_world_process_zero():
+        write_lines(
+            Path(trainer.args.output_dir, "generated_completions.jsonl"),
+            (
+                json.dumps(
+                    {"prompt": row[data.prompt_column], "completion": row[data.completion_column], "generated": text},
+                    ensure_ascii=False,
+                )
+                for row, text in zip(rows, generated, strict=True)
+            ),
+        )
+
+
+def write_sample(trainer: CausalTrainer, prompt: str, max_new_tokens: int) -> None:
+    """One sampled continuation of `prompt`, printed and to generated_sample.txt."""
+    set_seed(trainer.args.seed)
+    prompts = encode_prompts([prompt], trainer.processing_class)
+    text = prompt + complete(trainer, prompts, max_new_tokens, do_sample=True)[0]
+    if trainer.is_world_process_zero():
+        print(f"sample: {text}")
+        write_lines(Path(trainer.args.output_dir, "generated_sample.txt"), [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, run_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv
+    )
+    require_possible(data_args, run_args, training_args)
+    start_logging(training_args)
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
+    set_seed(training_args.seed)
+
+    config = model_args.load_config()
+    require_possible_for_model(config, data_args, training_args)
+    rows = load_rows(data_args, model_args, training_args)
+    tokenizer = load_tokenizer(model_args, iterate_texts(rows.get("train"), data_args), checkpoint)
+    block_size = choose_block_size(data_args.block_size, config, tokenizer)
+    if run_args.max_tokens_per_batch is not None and run_args.max_tokens_per_batch < block_size:
+        raise InputError(
+            f"--max_tokens_per_batch={run_args.max_tokens_per_batch}: is less than the {block_size} tokens that a sample "
+            "may have; raise it, or lower --block_size"
+        )
+    if training_args.do_train and run_args.average_checkpoints is not None:
+        require_enough_checkpoints(training_args, run_args.average_checkpoints)
+    network = load_model(model_args, config, tokenizer)
+    samples = {}
+    for role, role_rows in rows.items():
+        with training_args.main_process_first(desc=f"tokenizing {role}"):
+            samples[role] = prepare_samples(
+                role_rows, role, tokenizer, block_size, config, data_args, training_args, model_args.cache_dir
+            )
+    if training_args.do_train and run_args.average_checkpoints is not None and not data_args.streaming:
+        is_known = run_args.max_tokens_per_batch is None or training_args.max_steps > 0
+        num_steps = count_steps(training_args, len(samples["train"])) if is_known else None
+        require_enough_checkpoints(training_args, run_args.average_checkpoints, num_steps)
+
+    require_possible_streams(training_args, samples.get("train"), [samples.get("validation"), samples.get("test")])
+    if reads_streams(config, data_args):
+        collator = SegmentCollator(tokenizer.pad_token_id)
+    else:
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        collator = CausalCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None)
+    with explain_hub_errors(training_args):
+        trainer = CausalTrainer(
+            model=network,
+            args=training_args,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            processing_class=tokenizer,
+            data_collator=collator,
+            max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
+            step_decay=run_args,
+        )
+
+    if training_args.do_train:
+        metrics = train_and_save(trainer, checkpoint, run_args.overwrite_output_dir, run_args.average_checkpoints)
+        save_results(trainer, "train", metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        save_results(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"))
+    if training_args.do_predict:
+        save_results(trainer, "test", trainer.predict(samples["test"], metric_key_prefix="test").metrics)
+        if data_args.prompt_column is not None:
+            write_test_completions(trainer, rows["test"], data_args, run_args.max_new_tokens)
+    if run_args.sample_prompt is not None:
+        write_sample(trainer, run_args.sample_prompt, run_args.max_new_tokens)
+
+    files = [path for path in (data_args.train_file, data_args.test_file, data_args.validation_file) if path][:1]
+    publish_card(trainer, describe_for_card("text-generation", model_args.model_name_or_path, data_args, files))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main)
