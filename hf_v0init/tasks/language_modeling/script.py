@@ -21,6 +21,7 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import (
     count_steps,
     describe_for_card,
@@ -207,10 +208,13 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0InitTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
-    model_args, data_args, run_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv
-    )
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
     start_logging(training_args)
     checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
@@ -258,6 +262,9 @@ def main(argv: list[str]) -> None:
             step_decay=run_args,
         )
 
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     if training_args.do_train:
         metrics = train_and_save(trainer, checkpoint, run_args.overwrite_output_dir, run_args.average_checkpoints)
         save_results(trainer, "train", metrics)
