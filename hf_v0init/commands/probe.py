@@ -10,7 +10,12 @@ import typer
 
 from ..errors import InputError
 
-SCRIPTS = {"run_translation": "translation", "run_clm": "language_modeling", "run_image_classification": "images"}
+SCRIPTS = {
+    "run_translation": "tasks.translation.script",
+    "run_clm": "tasks.language_modeling.script",
+    "run_mlm": "tasks.language_modeling.masked_script",
+    "run_image_classification": "tasks.images.script",
+}
 OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -41,29 +46,41 @@ def probe(
 
 
 def find_script(config: str) -> str:
-    """Find the training script that takes all flags of the file `config`.
+    """Find the training script that takes the flags of the file `config`: all names, and if that leaves several, all values.
 
     Raises:
-        InputError: the file cannot be read; no script takes all of them, or several do.
+        InputError: the file cannot be read; no script takes all of it, or several do.
     """
     from ..tasks.script_support import read_configuration_file
 
     keys = set(read_configuration_file(config))
     missing = {name: keys - _list_flags(name) for name in SCRIPTS}
     takers = [name for name, unknown in missing.items() if not unknown]
-    if len(takers) == 1:
-        return takers[0]
-    if takers:
-        raise InputError(f"{config}: its flags may be those of {' or '.join(takers)}; say which, --script {takers[0]}")
-    closest = min(missing, key=lambda name: len(missing[name]))
-    raise InputError(
-        f"{config}: no script takes all of its flags; {closest} takes all but {', '.join(sorted(missing[closest]))}; "
-        f"correct them, or give --script (of {', '.join(SCRIPTS)})"
-    )
+    if not takers:
+        closest = min(missing, key=lambda name: len(missing[name]))
+        raise InputError(
+            f"{config}: no script takes all of its flags; {closest} takes all but {', '.join(sorted(missing[closest]))}; "
+            f"correct them, or give --script (of {', '.join(SCRIPTS)})"
+        )
+    if len(takers) > 1:
+        takers = [name for name in takers if _takes_values(name, config)] or takers
+    if len(takers) > 1:
+        raise InputError(f"{config}: may be meant for {' or '.join(takers)}; say which, --script {takers[0]}")
+    return takers[0]
+
+
+def _takes_values(script: str, config: str) -> bool:
+    from ..tasks.script_support import parse_arguments
+
+    try:
+        parse_arguments(_load(script).ARGUMENTS, [config])
+    except InputError:
+        return False
+    return True
 
 
 def _load(script: str):
-    return importlib.import_module(f"..tasks.{SCRIPTS[script]}.script", __package__)
+    return importlib.import_module(f"..{SCRIPTS[script]}", __package__)
 
 
 def _list_flags(script: str) -> set[str]:

@@ -44,10 +44,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.parts import get_local_part, is_dtensor, is_sharded, match_placements, reshard
+from ..distributed.fsdp import match_placements, reshard
+from ..distributed.parts import get_local_part, is_dtensor, is_sharded
+from ..distributed.processes import get_rank_and_world_size, raise_together
 from ..errors import InputError
 from ..preservation import preserve_model, preserve_rng, read_rng_states, write_rng_states
-from .statistics import PassCounts, raise_together, reduce_sums
+from .statistics import PassCounts, reduce_sums
 
 FIRST_DISPLACEMENT = 1e-4  # of every element; d50 was between 1e-4 and 1e-2 on every network measured
 GRID_FACTOR = 2.0  # from one displacement to the next
@@ -178,8 +180,8 @@ class _Measurement:
     def __init__(self, model: nn.Module, loss_fn: LossFunction, loss_scale: float) -> None:
         self.model, self.loss_fn, self.loss_scale = model, loss_fn, loss_scale
         self.is_sharded = is_sharded(model)
-        self.is_several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.num_processes = dist.get_world_size() if self.is_several else 1
+        self.num_processes = get_rank_and_world_size()[1]
+        self.is_several = self.num_processes > 1
         self.rng_states = read_rng_states()
         self._reshard()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -24,17 +24,18 @@ class Measure(TrainerCallback):
 class WatchingTrainer:
     """Put before a Trainer: keeps the batches of the first steps, and counts losses as subclasses do."""
 
-    num_losses = 0
+    def __init__(self, *args, **kwargs):
+        self.num_losses, self._metrics, self.seen = 0, {"train": []}, []
+        super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.num_losses += 1
-        self._metrics = getattr(self, "_metrics", {"train": []})
         self._metrics["train"].append(self.num_losses)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self.__dict__.setdefault("seen", []).append([batch["input_ids"].clone() for batch in batches])
+        self.seen.append([batch["input_ids"].clone() for batch in batches])
         return batches, num_items
 
 
