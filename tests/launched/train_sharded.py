@@ -68,7 +68,8 @@ class GatheringRecorder(TrainerCallback):
             steps is not None and steps.is_waiting and steps.num_measured < steps.num_measure_steps
         ):
             return
-        reader = SecondMoments(self.trainer.optimizer)
+        # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
+        reader = SecondMoments(self.trainer.optimizer) if steps is None else steps.moments
         for name, parameter in self.trainer.model.named_parameters():
             moment = reader.read(parameter)
             if moment is not None and name not in self.local:

@@ -23,6 +23,7 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ...preservation import preserve_model, preserve_rng
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import (
     DatasetArguments,
     HubArguments,
@@ -323,10 +324,13 @@ def list_local_data(data: DataArguments) -> list[Path]:
     ]
 
 
+ARGUMENTS = (ModelArguments, DataArguments, StepDecayArguments, ProbeArguments, V0InitTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
-    model_args, data_args, decay_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, StepDecayArguments, V0InitTrainingArguments), argv
-    )
+    model_args, data_args, decay_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     start_logging(training_args)
     checkpoint = require_possible_run(training_args, model_args.model_name_or_path, data_args.overwrite_output_dir)
     set_seed(training_args.seed)
@@ -363,6 +367,9 @@ def main(argv: list[str]) -> None:
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             step_decay=decay_args,
         )
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     if training_args.do_train:
         metrics = train_and_save(trainer, checkpoint, data_args.overwrite_output_dir)
         save_results(trainer, "train", metrics)

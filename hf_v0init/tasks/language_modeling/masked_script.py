@@ -20,6 +20,7 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from ..step_decay import StepDecayMixin
@@ -126,11 +127,14 @@ def require_mask_in_sample(tokenizer, text: str | None) -> None:
         raise InputError(f"--sample_text={text!r}: has no mask token; write {tokenizer.mask_token} where one is wanted")
 
 
+ARGUMENTS = (MaskedModelArguments, MaskedDataArguments, MaskedRunArguments, ProbeArguments, V0InitTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, run_args, training_args = parse_arguments(
-        (MaskedModelArguments, MaskedDataArguments, MaskedRunArguments, V0InitTrainingArguments), argv
-    )
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
     callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
@@ -167,6 +171,9 @@ def main(argv: list[str]) -> None:
     if isinstance(samples.get("train"), MaskedSamples):
         trainer.add_callback(AnnounceEpoch(samples["train"]))
 
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     train_and_evaluate(trainer, checkpoint, run_args, samples.get("test"))
     if run_args.sample_text is not None:
         write_guesses(trainer, run_args.sample_text)

@@ -21,6 +21,7 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from ..step_decay import StepDecayMixin
@@ -157,11 +158,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0InitTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, run_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv
-    )
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
     callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
@@ -198,6 +202,9 @@ def main(argv: list[str]) -> None:
             callbacks=callbacks,
         )
 
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     train_and_evaluate(trainer, checkpoint, run_args, samples.get("test"))
     if training_args.do_predict and data_args.prompt_column is not None:
         write_test_completions(trainer, prepared.rows["test"], data_args, run_args.max_new_tokens)

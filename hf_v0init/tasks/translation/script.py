@@ -24,6 +24,7 @@ from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import (
     DatasetArguments,
     HubArguments,
@@ -335,10 +336,13 @@ def choose_generation(data: DataArguments, training, network) -> None:
         generation.length_penalty = data.length_penalty
 
 
+ARGUMENTS = (ModelArguments, DataArguments, ProbeArguments, V0InitSeq2SeqTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, V0InitSeq2SeqTrainingArguments), argv
-    )
+    model_args, data_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     start_logging(training_args)
     checkpoint = require_possible_run(training_args, model_args.model_name_or_path, data_args.overwrite_output_dir)
     set_seed(training_args.seed)
@@ -376,6 +380,9 @@ def main(argv: list[str]) -> None:
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             max_tokens_per_batch=data_args.max_tokens_per_batch,
         )
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     if training_args.do_train:
         overwrite, average = data_args.overwrite_output_dir, data_args.average_checkpoints
         save_results(trainer, "train", train_and_save(trainer, checkpoint, overwrite, average), {})
