@@ -12,6 +12,7 @@ _HOME = {
     "V0InitSeq2SeqTrainingArguments": "trainer.arguments",
     "V0InitMixin": "trainer.mixin",
     "V0InitTrainer": "trainer.mixin",
+    "SafeCheckpointsMixin": "trainer.safe_checkpoints",
     "V0DiagnosticsCallback": "diagnostics.callback",
     "initialize_v0": "loop.initialize",
     "V0InitSeq2SeqTrainer": "trainer.mixin",

@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
 from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
@@ -40,7 +41,6 @@ from ..records.report import V0Report, read_report, write_report
 from ..records.run_log import RunRecordCallback
 from ..settings import AUTO, V0InitArguments
 from .gradients import TrainerGradientsMixin
-from .safe_checkpoints import SafeResumeMixin
 from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -56,7 +56,7 @@ class _WriteV0(TrainerCallback):
         self.trainer._begin_with_v0(kwargs.get("train_dataloader"))
 
 
-class V0InitMixin(TrainerGradientsMixin, SafeResumeMixin):
+class V0InitMixin(TrainerGradientsMixin):
     """Gives any `transformers.Trainer` subclass a v0: `class MyTrainer(V0InitMixin, TheirTrainer)`.
 
     The settings are read from `args` where it has the `v0_...` fields, or from `v0_arguments`.
@@ -145,21 +145,28 @@ class V0InitMixin(TrainerGradientsMixin, SafeResumeMixin):
             self._run_record.record_batches(batches[0])
         return batches
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train as the Trainer does; v0 is written once before the first step of a new run, and never on resume."""
-        self._v0_resumed_from = self.choose_checkpoint(resume_from_checkpoint)
-        if self._v0_resumed_from is not None:
-            read_report(self._v0_resumed_from)  # a damaged record is an error before any time is spent
-        return super().train(self._v0_resumed_from, *args, **kwargs)
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """Load as the Trainer does, and keep in mind which checkpoint it has chosen."""
+        self._v0_resumed_from = checkpoint
+        if checkpoint is not None and self.v0_arguments.v0_init != "zeros":
+            read_report(checkpoint)  # a damaged record is an error before any time is spent
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
+        self._write_report_beside_model(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self._write_report_beside_model(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_report_beside_model(self, folder: str) -> None:
         if self._v0_report is not None and self.args.should_save:
-            # Beside a checkpoint and at the top: a push during training takes the top folder.
-            for folder in {self.args.output_dir, output_dir or self.args.output_dir}:
-                os.makedirs(folder, exist_ok=True)
-                write_report(self._v0_report, folder)
+            os.makedirs(folder, exist_ok=True)
+            write_report(self._v0_report, folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`, task and metrics."""

@@ -16,7 +16,7 @@ from trainers import make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_v0init import V0InitTrainer
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
 from hf_v0init.optimizers.state import is_untouched
 from hf_v0init.records.checkpoints import find_defect, list_checkpoints
 
@@ -77,7 +77,7 @@ class ReportsPhases:
         self.report("saved")
 
 
-class Ours(ReportsPhases, V0InitTrainer):
+class Ours(ReportsPhases, SafeCheckpointsMixin, V0InitTrainer):
     pass
 
 

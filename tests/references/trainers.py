@@ -4,7 +4,11 @@ import torch
 from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments, read_second_moment
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments, read_second_moment
+
+
+class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
+    """As the scripts' Trainers."""
 
 
 def make_arguments(output_dir, v0: bool = True, **overrides):

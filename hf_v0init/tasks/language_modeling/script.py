@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
@@ -81,7 +81,9 @@ class RunArguments(StepDecayArguments):
         require_positive_counts(self)
 
 
-class CausalTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+class CausalTrainer(
+    ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, SafeCheckpointsMixin, V0InitTrainer
+):
     """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
 
 
