@@ -6,14 +6,20 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_gpt2, make_sequences
+from conftest import make_gpt2
 from trainers import assert_equal_weights, make_trainer, train
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_v0init import InputError, V0InitMixin, V0InitTrainer
 
-RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+RUN = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "constant",
+}
+TIMES = ("runtime", "samples_per_second", "steps_per_second")  # how the names of logged times end
 
 
 def list_files(folder) -> set[str]:
@@ -22,7 +28,7 @@ def list_files(folder) -> set[str]:
 
 def read_state(path) -> dict:
     state = json.loads(path.read_text())
-    state["log_history"] = [{k: v for k, v in entry.items() if k not in TIMES} for entry in state["log_history"]]
+    state["log_history"] = [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]]
     return state
 
 
@@ -34,10 +40,7 @@ def runs(tmp_path_factory):
         for kind, kwargs in (("stock", {"stock": True}), ("zeros", {}), ("random", {"v0_init": "random"})):
             (folder / kind).mkdir()
             os.chdir(folder / kind)  # trainer_state.json holds the name of the output folder
-            options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-            data = {"eval_dataset": make_sequences(8, seed=4)}
-            trainer = make_trainer("out", kwargs=data, **RUN | options | kwargs)
-            trainer.train()
+            trainer = train("out", **RUN | kwargs)
             trainer.save_model()
             trainer.save_state()
     finally:
@@ -109,11 +112,12 @@ def resume(kind, folder, wanted, **options):
 
 
 @pytest.mark.parametrize(
-    "edit",
-    [keep, reshard, save_in_bf16, remove_optimizer, remove_weights, cut_optimizer, cut_v0_record, leave_begun],
-)
-@pytest.mark.parametrize("wanted", [True, "checkpoint-2"])
-def test_zeros_resumes_from_what_the_stock_trainer_resumes_from(runs, tmp_path, edit, wanted):
+    ("edit", "wanted"),
+    [(keep, True), (keep, "checkpoint-2"), (reshard, True), (save_in_bf16, "checkpoint-2"), (leave_begun, True),
+     (remove_optimizer, "checkpoint-2"), (remove_weights, True), (cut_optimizer, "checkpoint-2"), (cut_v0_record, True)],
+)  # fmt: skip
+def test_zeros_resumes_from_what_the_stock_trainer_resumes_from(runs, tmp_path, monkeypatch, edit, wanted):
+    monkeypatch.setattr("gc.collect", lambda: 0)  # the Trainer does it for every shard
     folder = tmp_path / "out"
     ends = []
     for kind in ("stock", "zeros"):
