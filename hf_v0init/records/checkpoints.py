@@ -392,30 +392,42 @@ def complete_save(folder: str | os.PathLike) -> Stamps:
     Returns:
         What `update_record` needs to see later changes.
     """
+    return _complete(Path(folder), {}, {})
+
+
+def update_record(folder: str | os.PathLike, stamps: Stamps) -> Stamps:
+    """List the files of a whole checkpoint again if callbacks added, changed or took away some since `complete_save`.
+
+    Only files that were written again are read again.
+    """
     folder = Path(folder)
-    for name in _list_sizes(folder):
+    record = _read_record(folder)
+    if record is None or record.get("complete") is not True or _read_stamps(folder) == stamps:
+        return stamps
+    return _complete(folder, record["files"], stamps)
+
+
+def _complete(folder: Path, known: dict[str, dict], known_stamps: Stamps) -> Stamps:
+    stamps = _read_stamps(folder)
+    kept = {name for name in known if name in stamps and stamps[name] == known_stamps.get(name)}
+    for name in _list_sizes(folder).keys() - kept:
         with open(folder / name, "rb") as file:
             _sync(file.fileno())
     for parent, _, _ in os.walk(folder):
         _sync_folder(parent)
-    stamps = _read_stamps(folder)
-    crcs = _compute_crcs(folder, stamps)
-    files = {name: {"bytes": stamps[name][1], "crc32": crc} for name, crc in crcs.items()}
-    for name, saved in files.items():
+    crcs = _compute_crcs(folder, [name for name in stamps if name not in kept])
+    files = {}
+    for name, (_, size, _) in stamps.items():
+        if name in kept:
+            files[name] = known[name]
+            continue
+        files[name] = {"bytes": size, "crc32": crcs[name]}
         entries = _read_entries(folder / name)
         if entries is not None:
-            saved["entries"] = entries
+            files[name]["entries"] = entries
     _write_record(folder, {"complete": True, "files": files})
     _sync_folder(folder.absolute().parent)
     return stamps
-
-
-def update_record(folder: str | os.PathLike, stamps: Stamps) -> Stamps:
-    """List the files of a whole checkpoint again if callbacks added, changed or took away some since `complete_save`."""
-    record = _read_record(Path(folder))
-    if record is None or record.get("complete") is not True or _read_stamps(Path(folder)) == stamps:
-        return stamps
-    return complete_save(folder)
 
 
 def _read_stamps(folder: Path) -> Stamps:

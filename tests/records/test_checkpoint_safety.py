@@ -628,6 +628,24 @@ class Prunes(TrainerCallback):
         config.write_text(config.read_text().replace('"n_inner": null', '"n_inner": 1234'))
 
 
+def test_only_files_that_were_written_again_are_read_again(tmp_path, monkeypatch):
+    write_state(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    (tmp_path / "merges.txt").write_text("a b")
+    stamps, read, compute = complete_save(tmp_path), [], module._compute_crcs
+    monkeypatch.setattr(
+        module, "_compute_crcs", lambda folder, names: (read.append(list(names)), compute(folder, names))[1]
+    )
+    assert module.update_record(tmp_path, stamps) == stamps and read == []
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "v0_init.json").write_text("{}")
+    later = module.update_record(tmp_path, stamps)
+    assert read == [["v0_init.json"]]
+    record = json.loads((tmp_path / SAVE_STATE_FILE).read_text())
+    assert record["files"]["pytorch_model.bin"] == {"bytes": 7, "crc32": f"{zlib.crc32(b'weights'):08x}"}
+    assert set(record["files"]) == set(later) == {"pytorch_model.bin", "trainer_state.json", "v0_init.json"}
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_what_callbacks_change_in_a_fresh_checkpoint_belongs_to_it(tmp_path, late):
     trainer = make_trainer(tmp_path, callbacks=[] if late else [Prunes()], **SAFE)
