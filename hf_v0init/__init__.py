@@ -14,6 +14,7 @@ _HOME = {
     "V0InitMixin": "trainer.mixin",
     "V0InitTrainer": "trainer.mixin",
     "V0InitSeq2SeqTrainer": "trainer.mixin",
+    "SafeCheckpointsMixin": "trainer.safe_checkpoints",
     "V0DiagnosticsCallback": "diagnostics.callback",
     "attach_v0": "initialization.first_steps",
     "initialize_v0": "loop.initialize",

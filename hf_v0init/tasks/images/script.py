@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ...preservation import preserve_model, preserve_rng
@@ -155,7 +155,7 @@ class DataArguments(DatasetArguments):
             raise InputError(f"--crop_fraction={self.crop_fraction}: must be above 0 and at most 1")
 
 
-class ImageTrainer(ExactAccuracyMixin, StepDecayMixin, ImageDrawsMixin, V0InitTrainer):
+class ImageTrainer(ExactAccuracyMixin, StepDecayMixin, ImageDrawsMixin, SafeCheckpointsMixin, V0InitTrainer):
     """With exact evaluation, steps of the learning rate and reproducible augmentation."""
 
 

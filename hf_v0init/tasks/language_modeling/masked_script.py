@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
@@ -56,7 +56,7 @@ class MaskedRunArguments(LanguageRunArguments):
     )
 
 
-class MaskedTrainer(MaskedPerplexityMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+class MaskedTrainer(MaskedPerplexityMixin, TokenBudgetMixin, StepDecayMixin, SafeCheckpointsMixin, V0InitTrainer):
     """With exact evaluation over the masked tokens and, where asked, token-budget batches and step decay."""
 
 

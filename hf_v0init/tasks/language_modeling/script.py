@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
@@ -63,7 +63,9 @@ class RunArguments(LanguageRunArguments):
     max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
 
 
-class CausalTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+class CausalTrainer(
+    ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, SafeCheckpointsMixin, V0InitTrainer
+):
     """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
 
 

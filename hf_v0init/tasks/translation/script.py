@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
@@ -148,7 +148,9 @@ class DataArguments(DatasetArguments):
             )
 
 
-class TranslationTrainer(TokenBudgetMixin, LengthSortedEvaluationMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
+class TranslationTrainer(
+    TokenBudgetMixin, LengthSortedEvaluationMixin, ExactEvaluationMixin, SafeCheckpointsMixin, V0InitSeq2SeqTrainer
+):
     """With token-budget batches, evaluation in batches of like length, and an exact `eval_loss` (nats a target token, without
     label smoothing)."""
 
