@@ -3,7 +3,7 @@
 | axis | values |
 | --- | --- |
 | v0 | `zeros`; `random [SCALE]`; `data_driven [per_step] [SCALE]`, `data_driven [per_step] warmup STEPS`; `first_gradient [SCALE]`, `first_gradient warmup STEPS` |
-| warmup | `none`; a number of optimizer steps (linear); `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
+| warmup | `none`; a number of optimizer steps (linear), or below 1 a share of the run; `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
 | optimizer | the keys of `OPTIMIZERS` |
 
 Each axis also takes a mapping `{name: ..., flag: value, ...}`; for v0 the name may be left out.
@@ -156,7 +156,7 @@ def _read_number(text: str) -> float | None:
 
 
 def parse_warmup(value: Any) -> AxisValue:
-    """Parse a value of the axis warmup: none, steps of a linear warmup, an untuned warmup, or a named mapping.
+    """Parse a value of the axis warmup: none, steps or share of the run of a linear warmup, an untuned warmup, or a named mapping.
 
     Raises:
         InputError: none of these.
@@ -169,9 +169,11 @@ def parse_warmup(value: Any) -> AxisValue:
         return AxisValue(value, {"warmup_steps": 0, "untuned_warmup": UNTUNED[value]})
     if is_number(value) and value >= 1 and float(value).is_integer():
         return AxisValue(str(int(value)), {"warmup_steps": int(value)})
+    if is_number(value) and 0 < value < 1:  # transformers reads it so too
+        return AxisValue(name_number(value), {"warmup_steps": float(value)})
     raise InputError(
-        f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, {', '.join(UNTUNED)}, or a mapping "
-        "with a name and flags"
+        f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, a share of the run below 1 such as "
+        f"0.3, {', '.join(UNTUNED)}, or a mapping with a name and flags"
     )
 
 

@@ -20,7 +20,7 @@ from ...errors import InputError
 
 LOCKS_FOLDER = ".locks"
 LEASE_SECONDS = 60.0
-PLAN_SECONDS = 120.0  # how long to wait for a call that is writing the plan or the report
+PLAN_SECONDS = 600.0  # how long to wait for a call that is writing the plan or the report
 _PLAN, _CALL, _RUN = "plan", "call", "run"
 
 
@@ -34,7 +34,7 @@ def lock_plan(folder: Path) -> Iterator[None]:
     """Hold what all calls share, the plan and the report, while they are written; the folder is made if need be.
 
     Raises:
-        InputError: it cannot be written, or another call has held it for two minutes.
+        InputError: it cannot be written, or another call holds it and goes on doing so.
     """
     lease = _make_lease(folder, _PLAN)
     try:
@@ -93,7 +93,9 @@ class RunClaims:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._leases: dict[str, SoftFileLease] = {}  # kept, since a lease remembers since when another's has been silent
+        self._leases: dict[
+            str, SoftFileLease
+        ] = {}  # kept, since a lease remembers since when another's has been silent
 
     def acquire(self, digest: str) -> bool:
         """Claim a run; False if another call has it."""

@@ -31,7 +31,9 @@ SCRIPT_MODULES = {
     "run_image_classification": "hf_v0init.tasks.images.script",
     "run_dcgan": "hf_v0init.tasks.gan.script",
 }
-MODULE_FLAGS = {"deepspeed": "--module"}  # what stands before a module's name; `-m` for python, accelerate launch, torchrun
+MODULE_FLAGS = {
+    "deepspeed": "--module"
+}  # what stands before a module's name; `-m` for python, accelerate launch, torchrun
 
 
 def find_script(name: str, folder: Path) -> str:
