@@ -220,6 +220,10 @@ def _train(
     return states
 
 
+def _count_runs(number: int) -> str:
+    return f"{number} run" + ("" if number == 1 else "s")
+
+
 def _print_others(console: Console, folder: Path, num_others: int, calls: list[str]) -> None:
     if calls:
         console.print(
@@ -307,11 +311,11 @@ def _submit(console: Console, plan: Plan, folder: Path, retry_failed: bool, halv
         jobs = submit_runs(plan, folder, new, executor, retry_failed) if new else []
     if jobs:
         first = jobs[0].job_id.split("_")[0]
-        console.print(f"Submitted {len(jobs)} runs as job {first}; logs in {executor.folder}.", soft_wrap=True)
+        console.print(f"Submitted {_count_runs(len(jobs))} as job {first}; logs in {executor.folder}.", soft_wrap=True)
     else:
         console.print("Nothing to submit.")
     if queued:
-        console.print(f"{len(queued)} runs are in the queue already.")
+        console.print(f"{_count_runs(len(queued))} {'is' if len(queued) == 1 else 'are'} in the queue already.")
     if halving and waiting:
         console.print("When they are over, the same command submits what halving leaves of the next seed.")
     console.print(
