@@ -98,9 +98,9 @@ def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = 
 def preserve_generators(*owners: Any) -> Iterator[None]:
     """Restore the private random number generators of objects such as a data set or a collator, up to four attributes deep."""
     found: dict[int, tuple[Any, Any]] = {}
-    waiting, seen = [(owner, 0) for owner in owners], set()
+    waiting, seen = collections.deque((owner, 0) for owner in owners), set()
     while waiting:
-        owner, depth = waiting.pop()
+        owner, depth = waiting.popleft()  # the closest first, or its own attributes would be too deep
         if id(owner) in seen:
             continue
         seen.add(id(owner))

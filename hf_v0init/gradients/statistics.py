@@ -341,6 +341,6 @@ def require_enough_batches(num_batches: int, num_samples: int) -> None:
         raise InputError("the gradient statistics saw no sample: the training data set is empty")
     if num_batches == 1 and num_samples > 1:
         raise InputError(
-            f"v0_num_samples={num_samples} fit into one batch of v0_stats_batch_size, so their spread is not known; "
-            f"use v0_stats_batch_size <= {max(1, num_samples // 2)} or more samples"
+            f"the {num_samples} samples of the gradient statistics fit into one batch, so their spread is not known; give more samples or "
+            f"batches of at most {max(1, num_samples // 2)} (v0_stats_batch_size), or use v0_statistic=per_step"
         )

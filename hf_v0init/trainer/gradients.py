@@ -28,7 +28,7 @@ from ..gradients.statistics import PassCounts, visit_gradients
 from ..gradients.stopping import BATCH_SIZE, list_stages
 from ..gradients.together import count_row_items, visit_gradients_together
 from ..optimizers.state import SecondMoments
-from ..preservation import preserve_bookkeeping, preserve_generators, preserve_rng
+from ..preservation import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
 from ..settings import AUTO, V0InitArguments
 
 logger = logging.getLogger("hf_v0init")
@@ -106,7 +106,7 @@ class TrainerGradients:
             with torch.no_grad():
                 together = collate(list(features))
                 rows = [collate([one]) for one in features]
-                losses = torch.tensor([float(self._compute_loss(model, batch)) for batch in (together, *rows)])
+                losses = torch.tensor([self._compute_loss_alone(model, batch) for batch in (together, *rows)])
         finally:
             for module, training in modes:
                 module.training = training
@@ -118,6 +118,11 @@ class TrainerGradients:
             if sum(items):
                 weights.append(torch.tensor(items, dtype=torch.float32))
         return float(losses[0]), [float((losses[1:] * w).sum() / w.sum()) for w in weights]
+
+    def _compute_loss_alone(self, model, batch) -> float:
+        """The loss of one batch, after which all is as before, also what the model's forward moves."""
+        with preserve_rng(), preserve_model(model, self._find_other_parameters()):
+            return float(self._compute_loss(model, batch))
 
     # ---- the pass --------------------------------------------------------------------------------------------------
 
