@@ -204,7 +204,7 @@ def test_arguments_lie_over_their_file_which_lies_over_the_defaults(plan_of, tmp
     }  # fmt: skip
     assert json.loads(json.dumps(plan.to_dict()))["runs"][0]["arguments"] == run.arguments
     assert set(plan.to_dict()) >= {
-        "title", "pocket", "script", "launch", "metric", "test_metrics", "published", "arguments", "runs",
+        "title", "pocket", "script", "launch", "metric", "greater_is_better", "test_metrics", "published", "arguments", "runs",
     }  # fmt: skip
     assert set(plan.to_dict()["runs"][0]) == {
         "name", "arm", "v0", "warmup", "optimizer", "other", "learning_rate", "seed", "arguments",
@@ -313,6 +313,9 @@ def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkey
         ({"pocket": "yes"}, "pocket: 'yes' must be true, false or a mapping"),
         ({"pocket": {"seeds": [1]}}, "pocket: unknown key 'seeds'; did you mean seed"),
         ({"test_metrics": 3}, "test_metrics: 3"),
+        ({"metric": "eval_quality"}, "greater_is_better: true or greater_is_better: false"),
+        ({"metric": "eval_accuracy_loss"}, "cannot be told from its name"),
+        ({"greater_is_better": "yes"}, "greater_is_better: 'yes' must be true or false"),
         ({"stop_hopeless": {"after": 3}}, "stop_hopeless"),
         ({"stop_hopeless": {"after_step": 0, "above": 2}}, "after_step=0"),
         ({"stop_hopeless": {"after_step": 5, "above": 1}}, "above=1"),
@@ -513,3 +516,20 @@ def test_untuned_warmups_multiply_the_schedule(plan_of, tmp_path, gpt2, sequence
         rates.append(trainer.optimizer.param_groups[0]["lr"])
         trainer.lr_scheduler.step()
     assert rates == pytest.approx([0.5 * factor(t) for t in range(1, 26)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "expected"),
+    [
+        ("eval_loss", None, False),
+        ("eval_accuracy", None, True),
+        ("eval_sacrebleu", None, True),
+        ("eval_frechet_distance_classifier", None, False),
+        ("eval_perplexity", None, False),
+        ("eval_quality", True, True),
+        ("eval_loss", True, True),
+    ],
+)
+def test_the_direction_of_the_metric_is_known_or_given(plan_of, metric, given, expected):
+    changes = {"metric": metric} | ({} if given is None else {"greater_is_better": given})
+    assert plan_of(MINIMAL, **changes).greater_is_better is expected

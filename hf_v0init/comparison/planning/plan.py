@@ -30,6 +30,7 @@ from .axes import (
     parse_warmup,
     suggest,
 )
+from .metrics import find_direction
 from .published import get_published_tables
 from .slurm import SlurmSettings, read_slurm
 
@@ -82,6 +83,7 @@ class Plan:
     pocket: bool = False
     launch: str = "python"
     metric: str = "eval_loss"
+    greater_is_better: bool = False
     test_metrics: tuple[str, ...] = ()
     published: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Plan:
 
 
 KEYS = ("title", "pocket", "script", "launch", "arguments_file", "arguments", "metric", "test_metrics", "published")
-KEYS += ("keep_models", "stop_hopeless", "slurm", "grids")
+KEYS += ("greater_is_better", "keep_models", "stop_hopeless", "slurm", "grids")
 POCKET_KEYS = ("arguments_file", "arguments", "test_metrics", "grids", "seed")
 
 
@@ -208,13 +210,16 @@ def _make_plan(content: dict[str, Any], path: Path, pocket: bool = False) -> Pla
     title = content.get("title", path.stem)
     published = _take_names(content, "published")
     get_published_tables(published)
+    metric = _take(content, "metric", str, "eval_loss")
+    direction = _take(content, "greater_is_better", bool, None) if "greater_is_better" in content else None
     return Plan(
         title=str(title),
         script=script,
         runs=tuple(_order_by_seed(runs)),
         pocket=_take(content, "pocket", bool, False),
         launch=launch,
-        metric=_take(content, "metric", str, "eval_loss"),
+        metric=metric,
+        greater_is_better=find_direction(metric, direction),
         test_metrics=_take_names(content, "test_metrics"),
         published=published,
         arguments=common,
