@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,6 +105,15 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--jobs", "x"), "--jobs"),
         (("--dry_run", "--report_only"), "give one"),
         (("--report_only",), "holds no run of this plan"),
+        (("--report_only", "--list_commands"), "report_only and list_commands each do something else: give one"),
+        (
+            ("--launcher", "pbs"),
+            "launcher='pbs': choose local or slurm; for another scheduler there is --list_commands",
+        ),
+        (("--launcher", "slurm", "--jobs", "2"), "jobs and devices are for runs on this machine"),
+        (("--halving", "--list_commands"), "halving decides seed by seed"),
+        (("--devices", "0,0"), "give each device once"),
+        (("--run", "plain"), "run=plain: the plan has no such run"),
         (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
     ],
 )
@@ -113,6 +123,36 @@ def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
     assert not comparison.folder.exists()
+
+
+def test_the_command_lines_for_another_scheduler_train_the_runs(comparison):
+    comparison.write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
+    code, out, err = run_command(comparison, "--list_commands")
+    lines = [shlex.split(line) for line in out.splitlines()]
+    names = [run.name for run in read_plan(comparison.config).runs]
+    assert (code, err) == (0, "") and [line[line.index("--run") + 1] for line in lines] == names
+    assert (
+        all(line[0] == sys.executable and "--resume_runs" in line for line in lines) and not comparison.folder.exists()
+    )
+    # All at once, as a scheduler would; the first command of a new folder writes the plan.
+    processes = [
+        subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in lines[:3]
+    ]
+    ended = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
+    assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
+    assert not (comparison.folder / "report.html").exists()
+    code, out, _ = run_command(comparison, "--list_commands")
+    assert [shlex.split(line) for line in out.splitlines()] == [lines[3]]
+    assert len(comparison.read_journal()) == 3
+
+
+def test_halving_says_what_it_left_out(comparison):
+    comparison.write([{"v0": ["random 1", "random 2"], "seed": [1, 2]}])
+    code, out, err = run_command(comparison, "--halving")
+    assert (code, err) == (0, "") and "Halving: 3 of 4 runs were trained; 1 of arms and rates in the worse half" in out
+    assert "3 finished, 1 pending." in out and len(comparison.read_journal()) == 3
 
 
 def test_report_only_writes_the_report_and_starts_nothing(comparison):

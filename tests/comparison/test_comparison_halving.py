@@ -87,6 +87,23 @@ def test_families_are_not_halved_against_each_other():
 # ------------------------------------------------------------------------------------------------ in the queue
 
 
+@pytest.mark.parametrize(("metric", "kept"), [("eval_loss", 1e-3), ("predict_bleu", 2e-3)])
+def test_halving_goes_by_the_metric_and_by_which_way_it_gets_better(tmp_path, monkeypatch, metric, kept):
+    monkeypatch.setattr(runs_module, "POLL_SECONDS", 0.01)
+    comparison = Comparison(tmp_path)
+    script = tmp_path / "fake.py"
+    script.write_text(
+        script.read_text().replace('"predict_bleu": 1.0', '"predict_bleu": 1e3 * float(flags["learning_rate"])')
+    )
+    comparison.write([{"v0": ["random"], "learning_rate": [1e-3, 2e-3], "seed": [1, 2]}], metric=metric)
+    comparison.run(jobs=1, halving=True)
+    plan = read_plan(comparison.config)
+    second = [
+        run.learning_rate for run in plan.runs if run.seed == 2 and (comparison.folder / "runs" / run.name).exists()
+    ]
+    assert second == [kept]
+
+
 def test_halving_as_it_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(runs_module, "POLL_SECONDS", 0.01)
     comparison = Comparison(tmp_path)
@@ -152,7 +169,7 @@ def test_halving_finds_the_same_winners_on_the_committed_comparisons_for_less(na
         )
         for row in rows
     ]  # fmt: skip
-    losses = {row["name"]: float(row["scored_loss"]) for row in rows}
+    losses = {row["name"]: math.inf if row["state"] == "diverged" else float(row["final_loss"]) for row in rows}
     seconds = {row["name"]: float(row["train_seconds"]) for row in rows}
     trained = replay(runs, losses)
     for family in {get_family(run) for run in runs}:

@@ -28,6 +28,7 @@ SCRIPT_MODULES = {
     "run_translation": "hf_v0init.tasks.translation.script",
     "run_embedded_translation": "hf_v0init.tasks.translation.embedded_script",
     "run_clm": "hf_v0init.tasks.language_modeling.script",
+    "run_mlm": "hf_v0init.tasks.language_modeling.masked_script",
     "run_image_classification": "hf_v0init.tasks.images.script",
     "run_dcgan": "hf_v0init.tasks.gan.script",
 }

@@ -541,10 +541,14 @@ def read_scores(plan: Plan, folder: Path, waiting: Sequence[PlannedRun]) -> dict
 
 
 def read_score(plan: Plan, folder: Path, run: PlannedRun) -> float:
-    """Read what halving ranks a run that is over by: the loss it counts with; infinite if it has none."""
+    """Read what halving ranks a run that is over by, lower is better: its final loss; infinite if it diverged or failed.
+
+    A metric of which more is better is negated.
+    """
     result = read_result(folder / RUNS_FOLDER / run.name, describe_run(run), plan.metric)
-    score = None if result.state == FAILED else result.scored_loss
-    return math.inf if score is None or math.isnan(score) else score
+    if result.state in (DIVERGED, FAILED) or result.final_loss is None:
+        return math.inf
+    return -result.final_loss if plan.greater_is_better else result.final_loss
 
 
 def _get_stamp(path: Path) -> tuple[int, int] | None:
