@@ -344,7 +344,7 @@ def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int, devi
     lines = [
         f"{len(plan.runs)} runs ({num_arms} arms, {num_seeds} seeds), of which {len(plan.runs) - num_waiting} are over; {jobs} at a time{on}.",
         "Same seed: same initial weights, data order and dropout in every arm; checked by a fingerprint of each run.",
-        "The statistics pass is charged to v0: its samples and seconds count as training.",
+        "What v0 cost is charged to it: samples and seconds of a pass before training count as training.",
         f"Selection by {plan.metric}, on validation data; test data are used once, at the end of a run.",
     ]
     if plan.stop_hopeless:

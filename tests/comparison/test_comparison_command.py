@@ -75,7 +75,7 @@ def test_the_command_prints_rules_progress_and_report(comparison):
     code, out, err = run_command(comparison, "--jobs", "2")
     assert (code, err) == (0, "")
     for words in ("Fake\n", "2 runs (2 arms, 1 seeds), of which 0 are over; 2 at a time", "Selection by eval_loss",
-        "charged to v0", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
+        "is charged to it", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
         "RuntimeError: the data are gone", "1 finished, 1 failed.", f"Report: {comparison.folder}/report.html"):  # fmt: skip
         assert words in out, out
     assert (comparison.folder / "report.html").read_text() == "reported"

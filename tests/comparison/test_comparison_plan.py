@@ -50,7 +50,9 @@ def plan_of(tmp_path):
         ("first_gradient 1", "first_gradient 1", {"v0_init": "first_gradient", "v0_scale": 1.0}),
         ({"v0_init": "random", "v0_scale": 5, "v0_fan_factor": 2}, "random 5 v0_fan_factor=2", {"v0_init": "random", "v0_scale": 5.0, "v0_fan_factor": 2}),
         ({"name": "mine", "v0_init": "data_driven"}, "mine", {"v0_init": "data_driven", "v0_scale": 1.0}),
-        ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven 1", {"v0_init": "data_driven", "v0_scale": 1.0}),
+        ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven per_sample 1", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 1.0}),
+        ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 10.0}),
+        ("random warmup 0.33", "random warmup 0.33", {"v0_init": "random", "v0_warmup_steps": 0.33}),
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
@@ -83,7 +85,7 @@ def test_words_of_warmup(value, name, flags):
         (parse_v0, "", "no strategy"),
         (parse_v0, "zeros 1", "cannot be read"),
         (parse_v0, "random per_step 1", "cannot be read"),
-        (parse_v0, "random warmup 200", "cannot be read"),
+        (parse_v0, "zeros warmup 200", "cannot be read"),
         (parse_v0, "data_driven warmup 2.5", "whole number"),
         (parse_v0, "data_driven 0", "must be a number > 0"),
         (parse_v0, "data_driven nan", "must be a number > 0"),

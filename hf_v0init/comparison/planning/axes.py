@@ -2,7 +2,7 @@
 
 | axis | values |
 | --- | --- |
-| v0 | `zeros`; `random [SCALE]`; `data_driven [per_step] [SCALE]`, `data_driven [per_step] warmup STEPS`; `first_gradient [SCALE]`, `first_gradient warmup STEPS` |
+| v0 | `zeros`; `random`, `first_gradient`, `data_driven`, `data_driven per_step`, `data_driven per_sample`, each with a SCALE or `warmup STEPS` after it |
 | warmup | `none`; a number of optimizer steps (linear), or below 1 a share of the run; `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
 | optimizer | the keys of `OPTIMIZERS` |
 
@@ -81,10 +81,10 @@ def parse_v0(value: Any) -> AxisValue:
             "flags"
         )
     flags: dict[str, Any] = {"v0_init": strategy}
-    if rest[:1] == ["per_step"] and strategy == "data_driven":
-        flags["v0_statistic"] = "per_step"
+    if rest[:1] in (["per_step"], ["per_sample"]) and strategy == "data_driven":
+        flags["v0_statistic"] = rest[0]
         rest = rest[1:]
-    if rest[:1] == ["warmup"] and len(rest) == 2 and strategy in ("data_driven", "first_gradient"):
+    if rest[:1] == ["warmup"] and len(rest) == 2 and strategy != NO_V0:
         steps = _read_number(rest[1])
         try:
             flags["v0_warmup_steps"] = require_warmup_steps(steps)
@@ -120,8 +120,6 @@ def _parse_v0_mapping(value: dict) -> AxisValue:
 def _name_v0(flags: dict[str, Any]) -> AxisValue:
     """Name a v0 by its flags, after writing out the default scale."""
     flags, strategy = dict(flags), flags["v0_init"]
-    if flags.get("v0_statistic") == "per_sample":
-        del flags["v0_statistic"]  # the default
     words = [strategy]
     if "v0_statistic" in flags:
         words.append(str(flags["v0_statistic"]))
