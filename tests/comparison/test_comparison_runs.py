@@ -488,9 +488,9 @@ def test_what_a_run_did_not_leave_is_said_once(comparison):
 
 def test_a_metric_of_another_name_is_suggested(comparison):
     with pytest.raises(
-        InputError, match=r"left no eval_los, .*did you mean eval_loss\?; it left eval_loss, predict_bleu: name one"
+        InputError, match=r"left no evil_loss, .*did you mean eval_loss\?; it left eval_loss, predict_bleu: name one"
     ):
-        comparison.write([{"seed": [1, 2]}], metric="eval_los").run()
+        comparison.write([{"seed": [1, 2]}], metric="evil_loss").run()
 
 
 def test_a_first_run_without_the_metric_stops_everything(comparison):
