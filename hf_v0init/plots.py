@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .closed_form.multiplier import compute_multiplier
 from .errors import InputError
+from .extras import require_extra
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = (
@@ -48,8 +49,10 @@ def require_figure_path(path: str | os.PathLike) -> Path:
     """Return `path` if a figure can be written there; creates nothing.
 
     Raises:
-        InputError: an extension other than .png, .svg, .pdf; a folder that is missing or cannot be written.
+        InputError: an extension other than .png, .svg, .pdf; a folder that is missing or cannot be written; matplotlib is
+            not installed.
     """
+    require_extra("compare", "matplotlib")
     path = Path(path)
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise InputError(f"figure {path}: the extension must be one of {', '.join(FIGURE_SUFFIXES)}")
@@ -162,6 +165,7 @@ def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
 
 def import_pyplot():
     """Return `matplotlib.pyplot` with a backend that draws into files; imported late, since it takes its time."""
+    require_extra("compare", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -3,7 +3,7 @@
     python scripts/write_digits_folder.py data/digits
 
 makes data/digits/train, validation and test with one folder a digit, as the configs/image_classification/digits_*.yaml
-expect them. Needs scikit-learn: pip install scikit-learn
+expect them. Needs scikit-learn: pip install 'hf_v0init[images]'
 """
 
 from dataclasses import dataclass, field

@@ -1,1 +1,5 @@
 """What the scripts' tasks need beside a v0: flags and stages, losses and metrics, streams, the training of a GAN."""
+
+from ..extras import require_extra
+
+require_extra("scripts", importing=__name__)

@@ -19,7 +19,7 @@ LAYERS = [
     ["records"],
     ["gradients", "optimizers"],
     ["settings", "distributed", "preservation", "plots"],
-    ["closed_form"],
+    ["closed_form", "extras"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

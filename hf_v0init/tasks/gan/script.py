@@ -227,7 +227,7 @@ def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
         print(f"train: {trainer.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this run")
 
 
-def main(argv: list[str]) -> None:
+def train_and_measure(argv: list[str]) -> None:
     model_args, data_args, quality_args, training = parse_arguments(
         (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv
     )
@@ -272,13 +272,13 @@ def main(argv: list[str]) -> None:
     trainer.accelerator.end_training()
 
 
-def run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     try:
-        main(argv)
+        train_and_measure(argv)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
 
 
 if __name__ == "__main__":
-    run_script(run)
+    run_script(main)
