@@ -12,7 +12,7 @@ from hf_v0init.errors import InputError
 from hf_v0init.extras import EXTRAS, MissingExtraError, require_extra
 from hf_v0init.trainer.tested_versions import warn_of_untested_transformers
 
-tomllib = pytest.importorskip("tomllib")
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {
@@ -65,10 +65,9 @@ def test_an_absent_extra_names_what_to_type(monkeypatch):
     assert caught.value.name == "hf_v0init.somewhere"
     assert isinstance(caught.value, InputError) and isinstance(caught.value, ImportError)
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(
-        MissingExtraError, match="^scipy, psutil are not installed; type: pip install 'hf_v0init.compare.'$"
-    ):
+    with pytest.raises(MissingExtraError) as caught:
         require_extra("compare")
+    assert str(caught.value) == "scipy, psutil are not installed; type: pip install 'hf_v0init[compare]'"
 
 
 def test_a_package_that_is_there_is_not_imported(monkeypatch):
