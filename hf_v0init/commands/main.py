@@ -32,6 +32,7 @@ from ..closed_form.multiplier import (
 from ..errors import InputError
 from ..optimizers.table import make_cells, make_markdown_table
 from ..plots import draw_multiplier, require_figure_path
+from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
 from .scripts import add_commands as add_scripts
@@ -247,6 +248,7 @@ def _exit_with_error(message: str) -> NoReturn:
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit status 2."""
+    drop_known_messages()
     try:
         status = app(standalone_mode=False)
     except InputError as error:

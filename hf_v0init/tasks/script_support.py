@@ -109,6 +109,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
         if isinstance(arguments, TrainingArguments):
             _require_joined_processes(arguments)
             _require_installed_trackers(arguments)
+            if arguments.device.type == "cpu":
+                arguments.dataloader_pin_memory = False  # without effect there, but torch would warn of it
     return tuple(parsed)
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     ["gradients", "optimizers"],
     ["settings", "distributed", "preservation", "plots"],
     ["closed_form", "extras"],
-    ["errors"],
+    ["errors", "third_party_messages"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may not be loaded by these, not even through others.
