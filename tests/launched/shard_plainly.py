@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from hf_v0init import V0InitArguments, read_second_moment
-from hf_v0init.distributed.parts import find_data_share
+from hf_v0init.distributed.fsdp import find_data_share
 from hf_v0init.gradients.statistics import StatisticsBatch
 from hf_v0init.gradients.together import visit_gradients_together
 from hf_v0init.initialization.writing import plan_v0, write_data_driven_v0, write_random_v0
