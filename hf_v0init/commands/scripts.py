@@ -30,6 +30,7 @@ SCRIPTS = {
     "clm": Script(
         "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
     ),
+    "mlm": Script("language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
     "images": Script("images.script", "Train and evaluate an image classifier."),
     "dcgan": Script("gan.script", "Train a DCGAN on images."),
 }
