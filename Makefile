@@ -24,7 +24,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint types readme clean
+.PHONY: demo test test-slow test-oldest lint types readme clean
 
 demo: $(FOR_DEMO)
 	$(PYTHON) scripts/demo.py $(DEMO_OPTIONS)
@@ -34,6 +34,12 @@ test: $(FOR_DEVELOPMENT)
 
 test-slow: $(FOR_DEVELOPMENT)
 	$(PYTHON) -m pytest -n $(TEST_PROCESSES) -m slow $(TEST_OPTIONS)
+
+# The oldest versions of transformers and accelerate that the package allows, in an environment of their own.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || python3 -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable . pytest datasets sentencepiece sacrebleu evaluate
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests/trainer/test_smoke.py
 
 lint: $(FOR_DEVELOPMENT)
 	$(PYTHON) -m ruff check .
@@ -54,5 +60,5 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs/demo build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest outputs/demo build dist .mypy_cache .pytest_cache .ruff_cache
 	find hf_v0init scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -118,6 +118,7 @@ class FirstSteps:
         self._this_step: set[torch.Tensor] = set()
         self._resumed = False
         self._handles: list[Any] = []
+        self._is_done = True
         self.bind(optimizer)
         self.set_length(max_steps)
         stored = self._list()
@@ -136,13 +137,13 @@ class FirstSteps:
     @property
     def is_attached(self) -> bool:
         """Whether the hook is still on the optimizer, since v0 or some parameter's v0 is still to come."""
-        return bool(self._handles)
+        return bool(self._handles) and not self._is_done
 
     def remove(self) -> None:
         """Take the hook off the optimizer; what was written stays."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._sums = [], {}
+        self._handles, self._sums, self._is_done = [], {}, True
 
     def state_dict(self) -> dict:
         """Return what a checkpoint must keep beside the optimizer's own state, while v0 is being measured."""
@@ -159,7 +160,7 @@ class FirstSteps:
         """Take another view of the same optimizer, such as ZeRO's after accelerate has prepared it; hooks stay where they are."""
         self.moments = SecondMoments(optimizer)
         inner, other = self.moments.inner, find_first_steps(optimizer)
-        if self._handles and other is self:
+        if self.is_attached and other is self:
             return
         self.remove()
         if other is not None and other.is_attached:
@@ -168,6 +169,7 @@ class FirstSteps:
             inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),
             inner.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
+        self._is_done = False
         _attached[inner] = weakref.ref(self)
 
     def set_length(self, max_steps: int | None) -> None:
@@ -194,9 +196,9 @@ class FirstSteps:
     # ---- the hooks ---------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        closure = (
-            args[1] if len(args) > 1 else kwargs.get("closure")
-        )  # torch hands the optimizer itself over as args[0]
+        if self._is_done:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch hands the optimizer itself over as args[0]
         if closure is None:
             self._look(optimizer)
             return None
@@ -213,11 +215,18 @@ class FirstSteps:
         return ((args[0], look_after, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": look_after})
 
     def _after_step(self, optimizer, args: tuple, kwargs: dict) -> None:
-        if self._counters is None:
-            return
-        for group, saved in zip(optimizer.param_groups, self._counters, strict=True):
-            _restore_counters(group, saved)
-        self._counters = None
+        if self._counters is not None:
+            for group, saved in zip(optimizer.param_groups, self._counters, strict=True):
+                _restore_counters(group, saved)
+            self._counters = None
+        if self._is_done and self._handles:
+            # Hooks may not be taken off while torch goes through them: the one before the step goes now, this one once it is
+            # the last of its kind.
+            before, after = self._handles
+            before.remove()
+            if next(reversed(optimizer._optimizer_step_post_hooks)) == after.id:
+                after.remove()
+                self._handles = []
 
     def _look(self, optimizer) -> None:
         """Look at the gradients of this step."""
@@ -226,6 +235,9 @@ class FirstSteps:
             return
         inverse_scale = _read_inverse_scale(optimizer)
         if inverse_scale is None:
+            # Overflowed: the fused kernel will skip this step, but not before it has made state, which v0 must come before.
+            if not self.num_measured and not self._has_been_stepped():
+                _drop_gradients(optimizer)
             return
         start = time.perf_counter()
         stored = [one for one in self._list() if one.tensor.grad is not None]
@@ -255,9 +267,7 @@ class FirstSteps:
                     self._add_square(one, inverse_scale)
         if not is_last:
             self._counters = [_copy_counters(group) for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                for tensor in group["params"]:
-                    tensor.grad = None
+            _drop_gradients(optimizer)
             self._seconds += time.perf_counter() - start
             return
         expected = self._list()
@@ -290,7 +300,7 @@ class FirstSteps:
             report.add_expectation(self.max_steps)
         self._pending, self._sums, self._this_step = late, {}, set()
         if not late:
-            self.remove()
+            self._is_done = True
         for observe in self.observers:
             observe()
         self.observers = []
@@ -308,7 +318,7 @@ class FirstSteps:
         ]
         if self.moments.zero is not None or not self._pending:
             self._pending = []
-            self.remove()
+            self._is_done = True
 
     def _look_for_late_ones(self, optimizer) -> None:
         """Give a v0 to the parameters that have their first gradient now."""
@@ -336,7 +346,7 @@ class FirstSteps:
             if self.report is not None:
                 self.report.without_gradient = [n for n in self.report.without_gradient if n not in names]
         if not self._pending:
-            self.remove()
+            self._is_done = True
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
@@ -622,6 +632,13 @@ def _read_inverse_scale(optimizer) -> float | None:
     if found_inf is not None and float(found_inf) > 0:
         return None
     return 1.0 if scale is None else 1.0 / float(scale)
+
+
+def _drop_gradients(optimizer) -> None:
+    """Let this step make no update: an optimizer neither moves a tensor without a gradient nor makes state for it."""
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.grad = None
 
 
 def _match(tensor: torch.Tensor, inverse_scale: float) -> torch.Tensor:

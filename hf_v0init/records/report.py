@@ -96,7 +96,7 @@ class V0Report:
     def describe(self) -> list[str]:
         """Return the summary, two lines at most: what was written, from what; and what it will do on this run."""
         if self.strategy == "random":
-            source = "drawn at random"
+            source = "drawn"
         elif self.statistic == "per_sample":
             skipped = f", {self.num_skipped:,} without a loss skipped" if self.num_skipped else ""
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
@@ -117,7 +117,7 @@ class V0Report:
             what = "start at 0" if self.statistic == "per_sample" else "get theirs at their first gradient"
             later = f"; {len(self.without_gradient)} without a gradient so far {what}: {shown}"
         lines = [
-            f"v0 ({self.strategy}, scale {self.scale:g}) written {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
+            f"v0 ({self.strategy}, scale {self.scale:g}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
             f"{self.v0_max:.3g}; {self.num_parameters_with_v0} tensors with v0, {self.num_parameters_without_v0} without{zeros}{later}"
         ]
         if self.beta2 is not None and self.max_steps and not self.is_all_zero:

@@ -7,6 +7,7 @@ decided by whoever asks for them, with a `visit` function as `gradients.statisti
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -28,7 +29,7 @@ from ..gradients.statistics import PassCounts, visit_gradients
 from ..gradients.stopping import BATCH_SIZE, list_stages
 from ..gradients.together import count_row_items, visit_gradients_together
 from ..optimizers.state import SecondMoments
-from ..preservation import preserve_bookkeeping, preserve_generators, preserve_rng
+from ..preservation import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
 from ..settings import AUTO, V0InitArguments
 
 logger = logging.getLogger("hf_v0init")
@@ -79,7 +80,7 @@ class TrainerGradients:
                     f"v0_statistic=per_sample with {type(self.trainer).__name__}, which has a {name} of its own: a pass over single "
                     f"samples would not see what the training sees; {PER_STEP}"
                 )
-        if self._runs_together() or not hasattr(self.trainer.train_dataset, "__getitem__"):
+        if self._runs_together():
             return
         with self._preserve():
             losses = self._compare_losses()
@@ -96,9 +97,12 @@ class TrainerGradients:
     def _compare_losses(self) -> tuple[float, list[float]] | None:
         """The loss of some samples together, and what it may be if they are independent: means over rows and over labels."""
         dataset, collate = self._prepare_data()
-        if len(dataset) < 2:
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            features = list(itertools.islice(iter(dataset), NUM_ROWS_TRIED))
+        else:
+            features = [dataset[i] for i in range(min(NUM_ROWS_TRIED, len(dataset)))]
+        if len(features) < 2:
             return None
-        features = [dataset[i] for i in range(min(NUM_ROWS_TRIED, len(dataset)))]
         model = self.trainer.model
         modes = [(module, module.training) for module in model.modules()]
         try:
@@ -106,7 +110,7 @@ class TrainerGradients:
             with torch.no_grad():
                 together = collate(list(features))
                 rows = [collate([one]) for one in features]
-                losses = torch.tensor([float(self._compute_loss(model, batch)) for batch in (together, *rows)])
+                losses = torch.tensor([self._compute_loss_alone(model, batch) for batch in (together, *rows)])
         finally:
             for module, training in modes:
                 module.training = training
@@ -118,6 +122,11 @@ class TrainerGradients:
             if sum(items):
                 weights.append(torch.tensor(items, dtype=torch.float32))
         return float(losses[0]), [float((losses[1:] * w).sum() / w.sum()) for w in weights]
+
+    def _compute_loss_alone(self, model, batch) -> float:
+        """The loss of one batch, after which all is as before, also what the model's forward moves."""
+        with preserve_rng(), preserve_model(model, self._find_other_parameters()):
+            return float(self._compute_loss(model, batch))
 
     # ---- the pass --------------------------------------------------------------------------------------------------
 

@@ -107,10 +107,10 @@ class Recorder(TrainerCallback):
         self.moments.append(second_moments_of(self.trainer))
 
 
-def record(output_dir, erase: bool = False, **kwargs):
+def record(output_dir, erase: bool = False, callbacks=(), **kwargs):
     """Train and return (trainer, recorder); with `erase`, v0 is thrown away before the first step."""
     recorder = Recorder(erase)
-    trainer = make_trainer(output_dir, callbacks=[recorder], **kwargs)
+    trainer = make_trainer(output_dir, callbacks=[*callbacks, recorder], **kwargs)
     recorder.trainer = trainer
     trainer.train()
     return trainer, recorder

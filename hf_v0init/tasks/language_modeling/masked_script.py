@@ -19,6 +19,7 @@ from transformers import set_seed
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
+from ..early_stopping import make_early_stopping
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
 from ..step_decay import StepDecayMixin
@@ -131,6 +132,7 @@ def main(argv: list[str]) -> None:
         (MaskedModelArguments, MaskedDataArguments, MaskedRunArguments, V0InitTrainingArguments), argv
     )
     require_possible(data_args, run_args, training_args)
+    callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
     checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
     set_seed(training_args.seed)
@@ -160,6 +162,7 @@ def main(argv: list[str]) -> None:
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
+            callbacks=callbacks,
         )
     if isinstance(samples.get("train"), MaskedSamples):
         trainer.add_callback(AnnounceEpoch(samples["train"]))
