@@ -198,7 +198,9 @@ class FirstSteps:
     def _before_step(self, optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._is_done:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch hands the optimizer itself over as args[0]
+        closure = (
+            args[1] if len(args) > 1 else kwargs.get("closure")
+        )  # torch hands the optimizer itself over as args[0]
         if closure is None:
             self._look(optimizer)
             return None

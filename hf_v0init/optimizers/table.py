@@ -421,7 +421,7 @@ def find_row_of_optim(value: str) -> OptimizerRow | None:
 
 
 def make_markdown_table() -> str:
-    """Make the table of the README: one line an optimizer, in GitHub's Markdown, without a trailing newline."""
+    """Make the table of this folder's README: one line per optimizer, in GitHub's Markdown, without a trailing newline."""
     lines = [TABLE_HEADINGS, ("---",) * len(TABLE_HEADINGS), *make_cells()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
