@@ -65,7 +65,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
-    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder a class.")
+    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
     dataset_split: str = flag("train", "Split of --dataset_name.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
     label_column: str | None = flag(
@@ -188,7 +188,7 @@ def make_quality(
         labels = torch.from_numpy(images.labels)
         if images.class_names == NO_CLASSES:
             raise InputError(
-                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder a class, or "
+                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder per class, or "
                 "use --feature_extractor inception"
             )
         extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
