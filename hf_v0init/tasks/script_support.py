@@ -193,7 +193,7 @@ def _turn_values_into_flags(
                     raise InputError(f"{path}: --{key}: {join_lines(str(error))}") from error
             elif type(value) not in accepted:
                 kind = "list" if isinstance(value, list) else "mapping"
-                raise InputError(f"{path}: --{key}: a {kind} is no value of this flag")
+                raise InputError(f"{path}: --{key}: expects a single value, got a {kind}")
             parser.set_defaults(**{key: value})
             action.required = False
         else:
