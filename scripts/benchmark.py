@@ -71,7 +71,7 @@ def benchmark(
     data_dir: Annotated[
         Path,
         typer.Option("--data_dir", help="Folder with multi30k/ and ptb/; without them the embedded corpus serves."),
-    ] = Path("../shared/data"),
+    ] = Path("data"),
 ) -> None:
     """Measure, print the table and, if asked, compare with the committed record or replace it."""
     names = rows.split(",") if rows else list(MEASURES)

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import InputError
+from ..extras import require_extra
 
 if TYPE_CHECKING:
     from ..comparison.planning.plan import Plan
@@ -99,6 +100,7 @@ def compare(
     --resume_runs, go on from their last checkpoint. Calls at the same time, on one machine or several, share the runs. The exit
     status is 0 when every run is over and at least one did not fail, 1 when all failed, 130 when the comparison was stopped.
     """
+    require_extra("compare")
     from ..comparison.planning.plan import read_plan
     from ..comparison.reading.results import FAILED
     from ..comparison.running.devices import choose_jobs, list_devices

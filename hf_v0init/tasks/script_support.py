@@ -109,6 +109,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
         if isinstance(arguments, TrainingArguments):
             _require_joined_processes(arguments)
             _require_installed_trackers(arguments)
+            if arguments.device.type == "cpu":
+                arguments.dataloader_pin_memory = False  # without effect there, but torch would warn of it
     return tuple(parsed)
 
 
@@ -191,7 +193,7 @@ def _turn_values_into_flags(
                     raise InputError(f"{path}: --{key}: {join_lines(str(error))}") from error
             elif type(value) not in accepted:
                 kind = "list" if isinstance(value, list) else "mapping"
-                raise InputError(f"{path}: --{key}: a {kind} is no value of this flag")
+                raise InputError(f"{path}: --{key}: expects a single value, got a {kind}")
             parser.set_defaults(**{key: value})
             action.required = False
         else:

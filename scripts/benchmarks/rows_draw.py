@@ -63,7 +63,7 @@ def measure_reduction(conditions: Conditions) -> Row:
         measured["ratios"],
         aim=1.1,
         clock=WALL,
-        note="gloo; once a run; GPT-2, 2 layers of 1,024; medians of a few pairs vary from 1.00 to 1.14. The figure is for 6"
+        note="gloo; once per run; GPT-2, 2 layers of 1,024; medians of a few pairs vary from 1.00 to 1.14. The figure is for 6"
         " layers of 512, with twice as many tensors for half the bytes: what is above 1 is the fixed cost of an all-"
         "reduce a tensor. Joining them in one buffer was slower still, 1.6 and 2.1, and needs its memory",
         figures={"ratio_at_6_layers_of_512": statistics.median(measured["narrow"])},

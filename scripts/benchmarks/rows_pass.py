@@ -63,7 +63,7 @@ def measure_pass_time(conditions: Conditions) -> Row:
         "training's loss and its backward of the same batches",
         measure_pairs(run_pass, run_plainly, num_pairs),
         aim=1.03,
-        note="GPT-2, 4 layers of 128, 8 x 128 tokens a batch, 10,000 words; medians of 9 pairs vary from 1.01 to 1.04 "
+        note="GPT-2, 4 layers of 128, 8 x 128 tokens per batch, 10,000 words; medians of 9 pairs vary from 1.01 to 1.04 "
         "between runs, and were 1.06 to 1.08 with 4,000 words, where a batch is shorter",
     )
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 from comparison_fakes import Comparison, behave, wait_until
 
-from hf_v0init.comparison.running import claims as claims_module
-from hf_v0init.comparison.running import runs as runs_module
+from hf_v0init.comparison.running import claims as claims_module, runs as runs_module
 from hf_v0init.comparison.running.claims import LOCKS_FOLDER, RunClaims, join_folder, list_calls, lock_plan
 
 HOLDER = """

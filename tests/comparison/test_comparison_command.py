@@ -365,7 +365,7 @@ def test_tiny_yaml_end_to_end(tmp_path):
     """Real training on the embedded corpus: three arms, two seeds, the report; a second call only reports."""
     words = [
         sys.executable,
-        "scripts/compare.py",
+        *("-m", "hf_v0init.commands.main", "compare"),
         "configs/compare/tiny.yaml",
         "--output_dir",
         str(tmp_path / "out"),

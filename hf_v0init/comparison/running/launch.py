@@ -26,7 +26,6 @@ PACKAGE = Path(__file__).resolve().parents[2]
 # The scripts that come with the package, by the name that a comparison's file gives.
 SCRIPT_MODULES = {
     "run_translation": "hf_v0init.tasks.translation.script",
-    "run_embedded_translation": "hf_v0init.tasks.translation.embedded_script",
     "run_clm": "hf_v0init.tasks.language_modeling.script",
     "run_mlm": "hf_v0init.tasks.language_modeling.masked_script",
     "run_image_classification": "hf_v0init.tasks.images.script",

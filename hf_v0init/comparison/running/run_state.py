@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...records.checkpoints import find_defect, find_newest_whole, list_checkpoints
-from ...records.run_table import RESULTS_FILE, STATE_FILE
+from ...records.run_files import RESULTS_FILE, STATE_FILE
 from ..planning.axes import suggest
 from ..reading.fingerprints import PARTS
 from ..reading.results import DIVERGED, FAILED, FINISHED, LOG_FILE

@@ -65,7 +65,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
-    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder a class.")
+    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
     dataset_split: str = flag("train", "Split of --dataset_name.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
     label_column: str | None = flag(
@@ -188,7 +188,7 @@ def make_quality(
         labels = torch.from_numpy(images.labels)
         if images.class_names == NO_CLASSES:
             raise InputError(
-                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder a class, or "
+                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder per class, or "
                 "use --feature_extractor inception"
             )
         extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
@@ -227,7 +227,7 @@ def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
         print(f"train: {trainer.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this run")
 
 
-def main(argv: list[str]) -> None:
+def train_and_measure(argv: list[str]) -> None:
     model_args, data_args, quality_args, training = parse_arguments(
         (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv
     )
@@ -272,13 +272,13 @@ def main(argv: list[str]) -> None:
     trainer.accelerator.end_training()
 
 
-def run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     try:
-        main(argv)
+        train_and_measure(argv)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
 
 
 if __name__ == "__main__":
-    run_script(run)
+    run_script(main)

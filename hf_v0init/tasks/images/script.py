@@ -5,7 +5,7 @@
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 
-Images come from the Hub, or from folders with one subfolder a class. Losses and accuracies are exact: each image of the
+Images come from the Hub, or from folders with one subfolder per class. Losses and accuracies are exact: each image of the
 set counts once.
 """
 
@@ -101,7 +101,7 @@ class ModelArguments(HubArguments):
 
 @dataclass
 class DataArguments(DatasetArguments):
-    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder a class.")
+    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
     test_dir: str | None = flag(None, "The same for test.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")

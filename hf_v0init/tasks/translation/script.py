@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hf_v0init import SafeCheckpointsMixin, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
 from ...errors import InputError
+from ...extras import require_extra
 from ..checkpoint_averaging import require_enough_checkpoints
 from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..script_stages import (
@@ -52,6 +53,7 @@ from .sorted_evaluation import LengthSortedEvaluationMixin
 logger = logging.get_logger("run_translation")
 
 POST_NORM = "post_norm"
+EMBEDDED, NUM_EMBEDDED_PAIRS = "embedded", 2000  # pairs: 1,800 for training, 100 each for validation and test
 MULTILINGUAL_TOKENIZERS = ("MBart", "M2M100", "Nllb", "SeamlessM4T")
 
 
@@ -89,6 +91,11 @@ class ModelArguments(HubArguments):
 
 @dataclass
 class DataArguments(DatasetArguments):
+    dataset_name: str | None = flag(
+        None,
+        f"Data set by Hub name or folder; or '{EMBEDDED}': {NUM_EMBEDDED_PAIRS:,} German-English pairs that the package "
+        "generates, the same ones each time.",
+    )
     train_file: str | None = flag(
         None, "Local training data: .json, .jsonl, .csv, or text with source<TAB>target lines; also .gz."
     )
@@ -146,6 +153,16 @@ class DataArguments(DatasetArguments):
             raise InputError(
                 "no data: give --dataset_name, --train_file, or --train_source_file and --train_target_file"
             )
+        if self.dataset_name == EMBEDDED:
+            require_extra("demo")
+
+    def load_dataset(self, hub: HubArguments, streaming: bool = False):
+        """Load the data set of the Hub, or generate the corpus that needs no network."""
+        if self.dataset_name != EMBEDDED:
+            return super().load_dataset(hub, streaming)
+        from .embedded_corpus import generate_embedded_corpus  # needs the extra `demo`
+
+        return generate_embedded_corpus(NUM_EMBEDDED_PAIRS, seed=0)
 
 
 class TranslationTrainer(
@@ -400,6 +417,8 @@ def main(argv: list[str]) -> None:
         write_predictions(trainer, decode(prediction.predictions))
     files = [file for file in (data_args.train_file, data_args.train_source_file, data_args.train_target_file) if file]
     card = describe_for_card("translation", model_args.model_name_or_path, data_args, files)
+    if data_args.dataset_name == EMBEDDED:  # the Hub has no such data set to link to
+        card.pop("dataset_tags")
     languages = [lang.split("_")[0] for lang in (data_args.source_lang, data_args.target_lang) if lang]
     publish_card(trainer, card | ({"language": languages} if languages else {}))
 
