@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import InputError
-from ..script_stages import HubArguments, flag, load_config, require_sole_model_source
+from ..script_stages import HubArguments, flag, load_config, require_buildable, require_sole_model_source
 from ..tokenizer_training import train_bpe_tokenizer, train_on_main_process, train_word_tokenizer
 from .awd_lstm import AwdLstmConfig
 
@@ -84,9 +84,14 @@ class ModelArguments(HubArguments):
         """Load the configuration of the model, before the tokenizer is known.
 
         Raises:
-            InputError: it cannot be loaded, or not be changed so.
+            InputError: it cannot be loaded, not be changed so, or no model can be built of it.
         """
-        return load_config(self.model_type, self.model_name_or_path or self.config_name, self.config_overrides, self)
+        config = load_config(self.model_type, self.model_name_or_path or self.config_name, self.config_overrides, self)
+        if self.model_name_or_path is None:
+            source = f"--model_type={self.model_type}" if self.model_type else f"--config_name={self.config_name}"
+            changes = f"--config_overrides={self.config_overrides}" if self.config_overrides else source
+            require_buildable(config, AutoModelForCausalLM, changes)
+        return config
 
 
 def load_tokenizer(model: ModelArguments, texts: Iterable[str], checkpoint: str | None) -> PreTrainedTokenizerBase:

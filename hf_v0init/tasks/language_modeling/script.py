@@ -21,6 +21,7 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
+from ..run_identity import describe_run, require_same_model
 from ..script_stages import (
     count_steps,
     describe_for_card,
@@ -31,8 +32,10 @@ from ..script_stages import (
     train_and_save,
 )
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayArguments, StepDecayMixin
 from ..token_budget import TokenBudgetMixin
+from ..value_checks import require_available_metric
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
 from .model import ModelArguments, choose_block_size, load_model, load_tokenizer
@@ -56,6 +59,20 @@ from .samples import (
 )
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
+
+METRICS = ("loss", "perplexity", "accuracy", "num_tokens")
+EXAMPLES = """
+# GPT-2's architecture from scratch on a text file, with its data-driven v0
+run_clm.py --model_type gpt2 --train_file train.txt --validation_file valid.txt --do_train --do_eval --v0_init data_driven --output_dir out
+# flags from a file, a smaller model, the best checkpoint by perplexity
+run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --load_best_model_at_end --metric_for_best_model perplexity
+# fine-tune a pretrained model on prompts with their completions
+run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column question --completion_column answer
+# data that does not fit on the disk
+run_clm.py FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
+# two processes
+torchrun --nproc_per_node 2 run_clm.py FILE.yaml --output_dir out
+"""
 
 
 @dataclass
@@ -81,7 +98,9 @@ class RunArguments(StepDecayArguments):
         require_positive_counts(self)
 
 
-class CausalTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+class CausalTrainer(
+    ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer
+):
     """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
 
 
@@ -209,14 +228,18 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def main(argv: list[str]) -> None:
     model_args, data_args, run_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv
+        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv, EXAMPLES
     )
     require_possible(data_args, run_args, training_args)
+    require_available_metric(training_args, METRICS)
     start_logging(training_args)
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
+    run = describe_run(training_args, model_args, data_args, run_args)
+    overwrite = run_args.overwrite_output_dir
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
+    config = model_args.load_config()
+    require_same_model(checkpoint, config)
     set_seed(training_args.seed)
 
-    config = model_args.load_config()
     require_possible_for_model(config, data_args, training_args)
     rows = load_rows(data_args, model_args, training_args)
     tokenizer = load_tokenizer(model_args, iterate_texts(rows.get("train"), data_args), checkpoint)
@@ -256,6 +279,7 @@ def main(argv: list[str]) -> None:
             data_collator=collator,
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
+            run_identity=run,
         )
 
     if training_args.do_train:
