@@ -74,33 +74,42 @@ class GenerationArguments:
         return int((self.max_length_a or 0.0) * num_source_tokens + (self.max_length_b or 0))
 
 
-def choose_generation(generation: GenerationArguments, max_length: int, training, network: PreTrainedModel) -> None:
-    """Put beams, penalties and the longest output into the model's generation settings, which are saved with it.
+def require_effect(generation: GenerationArguments, num_beams: int, max_length: int) -> None:
+    """Refuse flags that have no effect with so many beams, or that exclude each other.
 
     Args:
         max_length: tokens of the longest translation.
 
     Raises:
-        InputError: flags that have no effect, or exclude each other, with these beams.
+        InputError: naming the flag and the one it needs.
+    """
+    if generation.length_penalty not in (None, 1.0) and num_beams == 1:
+        raise InputError(
+            f"--length_penalty={generation.length_penalty}: has no effect without --num_beams of 2 or more"
+        )
+    wanted = generation.num_return_sequences or 1
+    if wanted > num_beams:
+        raise InputError(f"--num_return_sequences={wanted}: needs as many beams; give --num_beams {wanted} or more")
+    if generation.min_length is not None and generation.min_length >= max_length:
+        raise InputError(
+            f"--min_length={generation.min_length}: must be less than the longest translation, --val_max_target_length={max_length}"
+        )
+
+
+def choose_generation(generation: GenerationArguments, max_length: int, training, network: PreTrainedModel) -> None:
+    """Put beams, penalties and the longest output into the model's generation settings, which are saved with it.
+
+    Raises:
+        InputError: as `require_effect`.
     """
     settings = network.generation_config
     settings.max_length = max_length + 1  # counts the start token
     beams = generation.num_beams or training.generation_num_beams or settings.num_beams or 1
     settings.num_beams = training.generation_num_beams = beams
+    require_effect(generation, beams, max_length)
     if generation.length_penalty is not None:
-        if beams == 1 and generation.length_penalty != 1.0:
-            raise InputError(
-                f"--length_penalty={generation.length_penalty}: has no effect without --num_beams of 2 or more"
-            )
         settings.length_penalty = generation.length_penalty
-    wanted = generation.num_return_sequences or 1
-    if wanted > beams:
-        raise InputError(f"--num_return_sequences={wanted}: needs as many beams; give --num_beams {wanted} or more")
     if generation.min_length is not None:
-        if generation.min_length >= max_length:
-            raise InputError(
-                f"--min_length={generation.min_length}: must be less than the longest translation, --val_max_target_length={max_length}"
-            )
         settings.min_length = generation.min_length + 1
     if generation.no_repeat_ngram_size is not None:
         settings.no_repeat_ngram_size = generation.no_repeat_ngram_size

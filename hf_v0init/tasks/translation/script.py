@@ -48,7 +48,7 @@ from ..token_budget import TokenBudgetMixin, build_token_budget_sampler
 from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
 from ..tokenizer_training import train_bpe_tokenizer, train_on_main_process
 from ..value_checks import require_available_metric
-from .generation import GenerationArguments, GenerationMixin, choose_generation
+from .generation import GenerationArguments, GenerationMixin, choose_generation, require_effect
 from .metrics import TranslationMetrics, make_bleu
 from .pairs import (
     ROLES,
@@ -445,7 +445,9 @@ def count_truncated(tokenized: datasets.Dataset, role: str, data: DataArguments)
             )
 
 
-def require_possible(data: DataArguments, generation: GenerationArguments, bounds, training) -> None:
+def require_possible(
+    model: ModelArguments, data: DataArguments, generation: GenerationArguments, bounds, training
+) -> None:
     """Refuses what the arguments alone rule out."""
     if data.streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
@@ -453,6 +455,9 @@ def require_possible(data: DataArguments, generation: GenerationArguments, bound
         raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
     if training.do_train:
         bounds.require_fits(training)
+    if model.model_name_or_path is None:  # or the model has generation settings of its own
+        beams = generation.num_beams or training.generation_num_beams or 1
+        require_effect(generation, beams, data.val_max_target_length)
     make_bleu(generation.sacrebleu_tokenize, generation.sacrebleu_lowercase, get_language(data.target_lang))
     generated = TRANSLATION_METRICS if training.predict_with_generate else ()
     missing = dict.fromkeys(TRANSLATION_METRICS, "for BLEU and chrF add --predict_with_generate")
@@ -471,7 +476,7 @@ def main(argv: list[str]) -> None:
         argv,
         EXAMPLES,
     )
-    require_possible(data_args, generation_args, bounds_args, training_args)
+    require_possible(model_args, data_args, generation_args, bounds_args, training_args)
     start_logging(training_args)
     run = describe_run(training_args, model_args, data_args)
     overwrite = data_args.overwrite_output_dir
