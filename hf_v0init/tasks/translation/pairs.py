@@ -52,12 +52,12 @@ def load_pair_files(
 
 
 def _stream(generator, *paths) -> datasets.IterableDataset:
-    stream = datasets.IterableDataset.from_generator(generator, gen_kwargs={"paths": [str(path) for path in paths]})
+    stream = datasets.IterableDataset.from_generator(generator, gen_kwargs={"paths": tuple(map(str, paths))})
     next(iter(stream), None)  # a file that cannot be read is an error now
     return stream.cast(datasets.Features({name: datasets.Value("string") for name in ("source", "target")}))
 
 
-def _iterate_parallel(paths: list[str]) -> Iterator[dict[str, str]]:
+def _iterate_parallel(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
     iterators, number = [iterate_lines(path) for path in paths], 0
     while True:
         source, target = (next(lines, None) for lines in iterators)
@@ -72,7 +72,7 @@ def _iterate_parallel(paths: list[str]) -> Iterator[dict[str, str]]:
         yield {"source": source, "target": target}
 
 
-def _iterate_tabs(paths: list[str]) -> Iterator[dict[str, str]]:
+def _iterate_tabs(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
     for number, line in enumerate(iterate_lines(paths[0]), start=1):
         source, target = _split_line(line, number, paths[0])
         yield {"source": source, "target": target}
