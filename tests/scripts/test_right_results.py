@@ -127,10 +127,10 @@ def test_translations_meet_their_own_references_though_batches_are_sorted_by_len
 
 def test_gen_len_counts_the_tokens_of_the_best_translation(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
-    pad = tokenizer.pad_token_id
-    rows = np.array([[7, 8, pad, -100, 9, pad, pad, pad], [7, pad, pad, pad, 7, 8, 9, 9]])
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    rows = np.array([[pad, 7, 8, end, end, pad, 9, end], [pad, 7, 8, -100, pad, 8, 9, 9]])  # two translations in a row
     metrics = TranslationMetrics(tokenizer, ["a", "b"], num_best=2)
-    assert metrics(EvalPrediction(predictions=rows, label_ids=None))["gen_len"] == 1.5
+    assert metrics(EvalPrediction(predictions=rows, label_ids=None))["gen_len"] == (3 + 2) / 2
     assert [len(texts) for texts in metrics.decode(rows)] == [2, 2]
 
 

@@ -108,7 +108,7 @@ class TranslationMetrics:
         return [texts[start : start + self.num_best] for start in range(0, len(texts), self.num_best)]
 
     def __call__(self, evaluation) -> dict[str, float]:
-        """Return `bleu` and `chrf` in percent and `gen_len`, the mean tokens of a translation."""
+        """Return `bleu` and `chrf` in percent and `gen_len`, the mean tokens of a translation (`count_tokens`)."""
         best = [texts[0] for texts in self.decode(evaluation.predictions)]
         if len(best) != len(self.references):
             raise RuntimeError(f"{len(best)} translations for {len(self.references)} references")
@@ -116,8 +116,17 @@ class TranslationMetrics:
         self.signatures = {name: result.pop(name) for name in ("bleu_signature", "chrf_signature")}
         self.keep_samples(best)
         rows = evaluation.predictions.reshape(len(best), self.num_best, -1)[:, 0]
-        lengths = np.isin(rows, (-100, self.tokenizer.pad_token_id), invert=True).sum(axis=1)
-        return {**result, "gen_len": float(lengths.mean())}
+        return {**result, "gen_len": float(np.mean([self.count_tokens(row) for row in rows]))}
+
+    def count_tokens(self, row: np.ndarray) -> int:
+        """Return how many tokens were generated for a translation: its end counts, the start token and what fills the row do not."""
+        generated = row[1:]
+        (ends,) = np.nonzero(
+            generated == self.tokenizer.eos_token_id
+        )  # beam search may fill with ends instead of padding
+        if len(ends):
+            return int(ends[0]) + 1
+        return int(np.isin(generated, (-100, self.tokenizer.pad_token_id), invert=True).sum())
 
     def keep_samples(self, translations: list[str]) -> None:
         """Keep the first translations beside their sources and references, and log them."""
