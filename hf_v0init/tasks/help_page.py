@@ -75,7 +75,7 @@ def compose_help(
     lines = [f"usage: {program} [FILE.yaml | FILE.json] --flag value ...", ""]
     lines += ["FILE holds flags as a mapping; flags on the command line override it.", ""]
     if examples:
-        lines += ["examples:", *(f"  {line.strip()}" for line in examples.strip().splitlines()), ""]
+        lines += ["examples:", *(f"  {line.rstrip()}" for line in examples.strip().splitlines()), ""]
     for name, actions in groups.items():
         if actions:
             lines.append(f"{name}: {GROUPS[name]}")

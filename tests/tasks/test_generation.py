@@ -11,7 +11,6 @@ import torch
 from test_right_results import LONG
 from test_run_translation import TINY, to_argv
 from transformers import (
-    DataCollatorForSeq2Seq,
     M2M100Config,
     M2M100ForConditionalGeneration,
     MBart50Tokenizer,
@@ -26,7 +25,12 @@ from hf_v0init.tasks.learning_rate_bounds import LearningRateBoundsArguments, bo
 from hf_v0init.tasks.translation import script as run_translation
 from hf_v0init.tasks.translation.generation import EndAtLimit, GenerationArguments
 from hf_v0init.tasks.translation.metrics import SacreBleu, make_bleu
-from hf_v0init.tasks.translation.pairs import leave_out_empty_pairs, leave_out_unlike_lengths, load_pair_files
+from hf_v0init.tasks.translation.pairs import (
+    PairCollator,
+    leave_out_empty_pairs,
+    leave_out_unlike_lengths,
+    load_pair_files,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +307,7 @@ def test_a_multilingual_model_generates_as_it_was_trained(make):
     language = tokenizer.convert_tokens_to_ids(target_lang)
     assert all(language in labels for labels in rows["labels"])
     assert all(tokenizer.convert_tokens_to_ids(source_lang) in ids for ids in rows["input_ids"])
-    collator = DataCollatorForSeq2Seq(tokenizer, model=network)
+    collator = PairCollator(tokenizer, model=network)
     batch = collator([{name: rows[name][i] for name in ("input_ids", "attention_mask", "labels")} for i in range(2)])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in range(60):
@@ -321,3 +325,31 @@ def test_a_multilingual_model_generates_as_it_was_trained(make):
         num_words = given.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in given[1:] else len(given)
         assert made[:num_words] == given[:num_words]
     assert (generated == language).sum(dim=1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "model_type"),
+    [(make_mbart, "mbart"), (make_mbart50, "mbart"), (make_nllb, "m2m_100")],
+    ids=lambda x: str(x)[:20],
+)
+def test_multilingual_models_are_fine_tuned_by_the_script(tmp_path, make, model_type):
+    """With label smoothing, which the Trainer has the loss function see to: the model never gets the labels."""
+    tokenizer, network, (source_lang, target_lang) = make()
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "source").write_text("ein haus\nzwei katzen\n" * 8)
+    (tmp_path / "target").write_text("two cats\nhouse two cats\n" * 8)
+    sides = {f"{role}_{side}_file": tmp_path / side for role in ("train", "test") for side in ("source", "target")}
+    flags = {
+        **sides, "model_name_or_path": tmp_path / "model", "do_train": True, "do_predict": True, "max_steps": 100, "use_cpu": True,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 16, "report_to": "none",
+        "log_level": "error", "source_lang": source_lang, "target_lang": target_lang, "max_source_length": 16, "max_target_length": 16,
+        "save_strategy": "no", "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "label_smoothing_factor": 0.01,
+    }  # fmt: skip
+    run_translation.main(to_argv(flags))
+    said = (tmp_path / "out" / "generated_predictions.txt").read_text().replace(" ", "").splitlines()
+    assert said == ["twocats", "housetwocats"] * 8
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["predict_loss"] < 0.5
+    saved = run_translation.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(saved) is type(tokenizer)

@@ -48,6 +48,8 @@ run_dcgan.py --train_dir data/train --image_size 64 --do_train --v0_init random 
 run_dcgan.py FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
 # measure the generator of a finished run
 run_dcgan.py FILE.yaml --do_train False --do_eval --output_dir out
+# two processes
+torchrun --nproc_per_node 2 run_dcgan.py FILE.yaml --output_dir out
 """
 EXIT_DIVERGED = 1
 SMALLEST_EVAL = 2  # images that have a covariance

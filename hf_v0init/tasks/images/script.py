@@ -71,11 +71,12 @@ MODEL_TYPES = [*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, CifarResNetConfig.
 METRICS = ("loss", "accuracy", "top5_accuracy", "num_images")
 EXAMPLES = """
 # a ResNet for small images, on folders with one subfolder a class, with its data-driven v0
-run_image_classification.py --model_type cifar_resnet --train_dir data/train --test_dir data/test --do_train --do_predict --v0_init data_driven --output_dir out
+run_image_classification.py --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven \\
+  --output_dir out
 # flags from a file, a Vision Transformer from scratch
-run_image_classification.py FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3,intermediate_size=768
+run_image_classification.py FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
 # fine-tune a pretrained model, a tenth of the training images for validation
-run_image_classification.py FILE.yaml --model_name_or_path microsoft/resnet-18 --validation_split_percentage 10 --do_eval
+run_image_classification.py FILE.yaml --model_name_or_path microsoft/resnet-18 --validation_split_percentage 10
 # two processes
 torchrun --nproc_per_node 2 run_image_classification.py FILE.yaml --output_dir out
 """

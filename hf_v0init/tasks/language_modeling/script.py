@@ -63,11 +63,12 @@ from .token_streams import SegmentCollator, TokenStreams
 METRICS = ("loss", "perplexity", "accuracy", "num_tokens")
 EXAMPLES = """
 # GPT-2's architecture from scratch on a text file, with its data-driven v0
-run_clm.py --model_type gpt2 --train_file train.txt --validation_file valid.txt --do_train --do_eval --v0_init data_driven --output_dir out
+run_clm.py --model_type gpt2 --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
 # flags from a file, a smaller model, the best checkpoint by perplexity
-run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --load_best_model_at_end --metric_for_best_model perplexity
+run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
+  --metric_for_best_model perplexity
 # fine-tune a pretrained model on prompts with their completions
-run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column question --completion_column answer
+run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a
 # data that does not fit on the disk
 run_clm.py FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
 # two processes

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+from transformers import DataCollatorForSeq2Seq
 
 from ...errors import InputError
 from ..text_files import iterate_lines, load_local_files, load_parallel_files, open_table_stream, read_lines
@@ -251,6 +252,24 @@ def tokenize_pairs(
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )
+
+
+class PairCollator(DataCollatorForSeq2Seq):
+    """Pads pairs to a batch, with what the decoder reads.
+
+    transformers leaves that to the model where it cannot shift the labels beforehand (M2M100, NLLB); but the Trainer keeps the
+    labels to itself when the loss is computed outside of the model.
+    """
+
+    def __call__(self, features, return_tensors=None):
+        """Return the batch as tensors of shape (samples, tokens)."""
+        batch = super().__call__(features, return_tensors)
+        labels = batch.get("labels")
+        if labels is not None and "decoder_input_ids" not in batch:
+            shifted = labels.new_full(labels.shape, self.model.config.decoder_start_token_id)
+            shifted[:, 1:] = labels[:, :-1]
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, self.tokenizer.pad_token_id)
+        return batch
 
 
 def _split_at_tab(lines, path) -> datasets.Dataset:

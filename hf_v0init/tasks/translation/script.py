@@ -15,7 +15,6 @@ import datasets
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     PreTrainedConfig,
     set_seed,
 )
@@ -52,6 +51,7 @@ from .generation import GenerationArguments, GenerationMixin, choose_generation,
 from .metrics import TranslationMetrics, make_bleu
 from .pairs import (
     ROLES,
+    PairCollator,
     leave_out_empty_pairs,
     leave_out_unlike_lengths,
     load_pair_files,
@@ -69,12 +69,13 @@ MAX_TOKENIZER_PAIRS = 1_000_000  # of a stream: a vocabulary does not get better
 PLACEHOLDER_VOCABULARY = 16  # until the tokenizer is known
 TRANSLATION_METRICS = ("bleu", "chrf", "gen_len")
 EXAMPLES = """
-# the paper's model on two parallel files, with its data-driven v0
-run_translation.py --train_source_file train.de --train_target_file train.en --do_train --v0_init data_driven --output_dir out
-# flags from a file, a smaller model, BLEU and chrF on validation data after every 1,000 steps
-run_translation.py FILE.yaml --config_overrides d_model=256,encoder_layers=3 --eval_strategy steps --eval_steps 1000 --predict_with_generate
+# the paper's model on two parallel files, with its random v0
+run_translation.py --train_source_file a.de --train_target_file a.en --do_train --v0_init random --output_dir out
+# flags from a file, a smaller model, BLEU and chrF on validation data after every epoch
+run_translation.py FILE.yaml --config_overrides d_model=256 --eval_strategy epoch --predict_with_generate
 # go on with a pretrained model
-run_translation.py FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M --source_lang deu_Latn --target_lang eng_Latn
+run_translation.py FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M \\
+  --source_lang deu_Latn --target_lang eng_Latn
 # translate a file for which there are no references
 run_translation.py --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir translated
 # two processes
@@ -499,7 +500,7 @@ def main(argv: list[str]) -> None:
 
     # A stream's batches are cut and joined across processes, so they must all be of one length.
     joins_batches = data_args.streaming and training_args.world_size > 1
-    collator = DataCollatorForSeq2Seq(
+    collator = PairCollator(
         tokenizer,
         model=network,
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
