@@ -14,6 +14,7 @@ from rich.table import Table
 SCORES = {
     "loss": "{:.4f}",
     "perplexity": "{:.3f}",
+    "pseudo_perplexity": "{:.3f}",
     "accuracy": "{:.4f}",
     "top5_accuracy": "{:.4f}",
     "bleu": "{:.2f}",

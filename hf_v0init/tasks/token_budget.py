@@ -140,6 +140,8 @@ class _EpochForwardingDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 class TokenBudgetMixin:
@@ -262,6 +264,9 @@ def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int
 
 def _compute_lengths(dataset) -> tuple[list[int], list[int]]:
     """Tokens of "input_ids" and of "labels" of every sample."""
+    if hasattr(dataset, "compute_lengths"):  # of samples whose labels are as long as they and costly to make
+        lengths = dataset.compute_lengths()
+        return lengths, lengths
     if isinstance(dataset, datasets.Dataset):
         source_lengths, target_lengths = [], []
         for rows in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=1000):

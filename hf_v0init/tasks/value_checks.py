@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from ..errors import InputError
 
 LARGEST_SEED = 2**32 - 1  # of numpy's generator
-LOWER_IS_BETTER = ("loss", "perplexity", "gen_len", "runtime")
+LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "gen_len", "runtime")
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
 from benchmarks.tasks import make_gpt2
-from hf_v0init.distributed.parts import draw_standard_normal_
+from hf_v0init.distributed.draws import draw_standard_normal_
 from hf_v0init.initialization.strategies import compute_random_v0_
 from hf_v0init.initialization.writing import plan_v0, write_random_v0
 from hf_v0init.settings import V0InitArguments

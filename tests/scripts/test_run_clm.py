@@ -27,7 +27,11 @@ from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-CONFIGS = [p for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml")) if "awd_lstm" not in p.stem]
+CONFIGS = [
+    p
+    for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml"))
+    if "awd_lstm" not in p.stem and "mlm" not in p.stem
+]
 
 
 def load_script():

@@ -16,11 +16,17 @@ from transformers.utils import logging as transformers_logging
 from hf_v0init.tasks.script_support import parse_arguments
 from hf_v0init.tasks.summary import list_scores, print_summary
 
-SCRIPTS = ["translation", "language_modeling", "images", "gan"]
+SCRIPTS = [
+    "translation.script",
+    "language_modeling.script",
+    "language_modeling.masked_script",
+    "images.script",
+    "gan.script",
+]
 
 
 def read_help(folder: str, flag: str, capsys) -> str:
-    module = importlib.import_module(f"hf_v0init.tasks.{folder}.script")
+    module = importlib.import_module(f"hf_v0init.tasks.{folder}")
     with pytest.raises(SystemExit) as ended:
         module.main([flag])
     assert ended.value.code == 0
@@ -45,7 +51,7 @@ def test_help_is_short_and_names_each_flag_once_in_its_group(folder, capsys):
 
 
 def test_generation_flags_have_their_group(capsys):
-    text = read_help("translation", "--help", capsys)
+    text = read_help("translation.script", "--help", capsys)
     generation = text.split("\ngeneration: ")[1]
     assert all(
         f"--{name} " in generation

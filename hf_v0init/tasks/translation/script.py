@@ -77,7 +77,7 @@ run_translation.py FILE.yaml --config_overrides d_model=256 --eval_strategy epoc
 run_translation.py FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M \\
   --source_lang deu_Latn --target_lang eng_Latn
 # translate a file for which there are no references
-run_translation.py --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir translated
+run_translation.py --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir new
 # two processes
 torchrun --nproc_per_node 2 run_translation.py FILE.yaml --output_dir out
 """
