@@ -95,9 +95,9 @@ def choose_group(name: str, dataclass_type: type) -> str:
         return "generation"
     if name in V0InitArguments.__dataclass_fields__:
         return "v0"
-    if name in MODEL_FLAGS or dataclass_type.__name__.startswith("Model"):
+    if name in MODEL_FLAGS or "Model" in dataclass_type.__name__:
         return "model"
-    is_data = dataclass_type.__name__.startswith(("Data", "Quality")) and name != "overwrite_output_dir"
+    is_data = any(word in dataclass_type.__name__ for word in ("Data", "Quality")) and name != "overwrite_output_dir"
     return "data" if is_data else "training"
 
 
