@@ -21,7 +21,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(INSTALLED)
 	$(PYTHON) scripts/demo.py $(DEMO_OPTIONS)
@@ -31,6 +31,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -n $(TEST_PROCESSES) -m slow $(TEST_OPTIONS)
+
+# The oldest versions of transformers and accelerate that the package allows, in an environment of their own.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || python3 -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable . pytest datasets sentencepiece sacrebleu evaluate
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests/trainer/test_smoke.py
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

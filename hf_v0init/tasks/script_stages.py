@@ -84,10 +84,14 @@ class DatasetArguments:
             ) from error
 
 
-def require_sole_model_source(model) -> None:
-    """Refuse more than one of `model_name_or_path`, `config_name` and `model_type`."""
+def require_sole_model_source(model, config_may_join: bool = False) -> None:
+    """Refuse more than one of `model_name_or_path`, `config_name` and `model_type`.
+
+    Args:
+        config_may_join: the first two may be given together, weights and another configuration for them.
+    """
     ways = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(model, name)]
-    if len(ways) > 1:
+    if len(ways) > 1 and not (config_may_join and ways == ["model_name_or_path", "config_name"]):
         raise InputError(f"--{ways[0]} and --{ways[1]}: give one source of the model, not both")
 
 

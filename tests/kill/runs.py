@@ -87,7 +87,7 @@ class Stock(ReportsPhases, Trainer):
 
 def build(request: dict, report) -> Trainer:
     stock = request.get("stock", False)
-    options = OPTIONS | ({} if stock else {"v0_init": "data_driven", "v0_stats_batch_size": 2})
+    options = OPTIONS | ({} if stock else {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 2})
     trainer = make_trainer(
         Path(request["folder"]) / "out",
         stock=stock,

@@ -139,7 +139,9 @@ def test_scripts_never_touch_optimizer_state(script):
 
 def test_nobody_but_scripts_and_commands_prints():
     for path in PACKAGE.rglob("*.py"):
-        if "commands" in path.parts or path.name.endswith(("script_support.py", "script.py")):  # these speak to a terminal
+        if "commands" in path.parts or path.name.endswith(
+            ("script_support.py", "script.py")
+        ):  # these speak to a terminal
             continue
         calls = [
             node.lineno

@@ -19,6 +19,7 @@ from transformers import set_seed
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
+from ..early_stopping import make_early_stopping
 from ..run_identity import describe_run, require_same_model
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
@@ -146,6 +147,7 @@ def main(argv: list[str]) -> None:
     )
     require_possible(data_args, run_args, training_args)
     require_available_metric(training_args, METRICS)
+    callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
     run = describe_run(training_args, model_args, data_args, run_args)
     overwrite = run_args.overwrite_output_dir
@@ -179,6 +181,7 @@ def main(argv: list[str]) -> None:
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
             run_identity=run,
+            callbacks=callbacks,
         )
     if isinstance(samples.get("train"), MaskedSamples):
         trainer.add_callback(AnnounceEpoch(samples["train"]))
