@@ -15,13 +15,14 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from ..records.model_card import add_results_section
 from ..records.report import read_report
+from ..trainer.safe_checkpoints import SafeResumeMixin
 from .run_identity import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, get_record
 
 CARD_FILE = "README.md"
 RESULTS_FILE = "all_results.json"
 
 
-class ScriptTrainerMixin(Trainer):
+class ScriptTrainerMixin(SafeResumeMixin, Trainer):
     """Put before a Trainer.
 
     Args:
@@ -117,7 +118,7 @@ class ScriptTrainerMixin(Trainer):
         self._load_from_checkpoint(str(folder))
         self._move_model_to_device(self.model, self.args.device)
         self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
-        self._v0_report = read_report(folder)
+        self._v0_callback.report = read_report(folder)
         self._has_trained = True
         return json.loads((folder / TRAIN_RESULTS_FILE).read_text(encoding="utf-8"))
 

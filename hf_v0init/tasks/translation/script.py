@@ -23,6 +23,7 @@ from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
+from ..early_stopping import EarlyStoppingArguments, make_early_stopping
 from ..learning_rate_bounds import LearningRateBoundsArguments, LearningRateBoundsMixin
 from ..run_identity import describe_run, require_same_model
 from ..script_stages import (
@@ -466,18 +467,20 @@ def require_possible(
 
 
 def main(argv: list[str]) -> None:
-    model_args, data_args, generation_args, bounds_args, training_args = parse_arguments(
+    model_args, data_args, generation_args, bounds_args, stopping_args, training_args = parse_arguments(
         (
             ModelArguments,
             DataArguments,
             GenerationArguments,
             LearningRateBoundsArguments,
+            EarlyStoppingArguments,
             V0InitSeq2SeqTrainingArguments,
         ),
         argv,
         EXAMPLES,
     )
     require_possible(model_args, data_args, generation_args, bounds_args, training_args)
+    callbacks = make_early_stopping(stopping_args, training_args)
     start_logging(training_args)
     run = describe_run(training_args, model_args, data_args)
     overwrite = data_args.overwrite_output_dir
@@ -527,6 +530,7 @@ def main(argv: list[str]) -> None:
             generation=generation_args,
             learning_rate_bounds=bounds_args,
             run_identity=run,
+            callbacks=callbacks,
         )
     if training_args.do_train:
         train_metrics = train_and_save(trainer, checkpoint, overwrite, data_args.average_checkpoints)
