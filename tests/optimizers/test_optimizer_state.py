@@ -99,7 +99,7 @@ def test_existing_state_is_never_overwritten():
     draft = draft_state(moments, stored)
     draft.tensors[-1].fill_(7.0)
     for overwrite in (draft.finish, lambda: put(optimizer, p, create(optimizer, p))):
-        with pytest.raises(InputError, match="already have optimizer state: .* build a new optimizer"):
+        with pytest.raises(InputError, match=r"already have optimizer state: .* build a new optimizer"):
             overwrite()
     assert count_touched(moments, moments.list_tensors({})) == 1
     assert torch.equal(optimizer.state[p]["exp_avg_sq"], before)
