@@ -19,8 +19,8 @@ LAYERS = [
     ["records"],
     ["gradients", "optimizers"],
     ["settings", "distributed", "preservation", "plots"],
-    ["closed_form"],
-    ["errors"],
+    ["closed_form", "extras"],
+    ["errors", "third_party_messages"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may not be loaded by these, not even through others.
