@@ -4,6 +4,8 @@ import collections
 import contextlib
 import copy
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -48,6 +50,48 @@ def preserve_rng() -> Iterator[None]:
         yield
     finally:
         write_rng_states(states)
+
+
+_interrupted = False
+
+
+@contextlib.contextmanager
+def defer_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait for `raise_if_interrupted`, or for the end of this context, so that it never cuts off what is being put back.
+
+    A second Ctrl-C acts at once. Outside the main thread, which signals do not reach, and inside itself nothing changes.
+    """
+    global _interrupted
+    previous = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(previous) or getattr(previous, "defers", False):
+        yield
+        return
+
+    def note(signum, frame) -> None:
+        global _interrupted
+        if _interrupted:
+            previous(signum, frame)
+        _interrupted = True
+
+    note.defers = True
+    _interrupted = False
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        waited, _interrupted = _interrupted, False
+        if waited:
+            previous(signal.SIGINT, None)
+
+
+def raise_if_interrupted() -> None:
+    """Raise `KeyboardInterrupt` if Ctrl-C was pressed since `defer_interrupts` began."""
+    global _interrupted
+    if _interrupted:
+        _interrupted = False
+        raise KeyboardInterrupt
 
 
 MAX_COPIED_BYTES = 1 << 30  # of weights that are not trained, which a forward may update (momentum encoders)

@@ -72,7 +72,7 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "Optimizer steps K over which data_driven takes the mean of g^2 (--v0_statistic per_step). The first K - 1 make no "
-            "update; the schedule runs on. Default: 1% of the run, between 1 and 32."
+            "update; the schedule runs on. Default: a hundredth of the run, between 1 and 32."
         },
     )
     v0_num_samples: SampleCount = field(

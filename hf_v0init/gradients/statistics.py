@@ -31,7 +31,13 @@ from torch import nn
 from ..distributed.parts import CAST_BLOCK_NUMEL, get_local_part, split_rows, view_flat
 from ..distributed.processes import get_rank_and_world_size
 from ..errors import InputError
-from ..preservation import preserve_model, preserve_rng, seed_everything
+from ..preservation import (
+    defer_interrupts,
+    preserve_model,
+    preserve_rng,
+    raise_if_interrupted,
+    seed_everything,
+)
 
 DIRECT_NUMEL = 1 << 18  # elements from which on an all-reduce of a tensor alone costs no more than its bytes
 REDUCTION_BUCKET_NUMEL = 1 << 23  # elements that smaller tensors are joined to, 32 MiB of fp32
@@ -175,7 +181,7 @@ def visit_gradients(
             visit(parameter, gradient if loss_scale == 1.0 else gradient.div_(loss_scale), num_samples)
 
     versions = [(name, parameter, parameter._version) for name, parameter in named_parameters]
-    with preserve_rng(), preserve_model(model, other_parameters):
+    with defer_interrupts(), preserve_rng(), preserve_model(model, other_parameters):
         model.train()
         with torch.enable_grad(), _visit_on_backward(named_parameters, unscaled_visit, current):
             for batch in batches:
@@ -201,6 +207,7 @@ def visit_gradients(
                     versions = []
                 if on_batch is not None:
                     on_batch(batch)
+                raise_if_interrupted()
             check_losses()
     counts.seconds = time.perf_counter() - start
     return counts

@@ -245,6 +245,9 @@ class FirstSteps:
             return
         inverse_scale = _read_inverse_scale(optimizer)
         if inverse_scale is None:
+            # Overflowed: the fused kernel will skip this step, but not before it has made state, which v0 must come before.
+            if not self.num_measured and not self._has_been_stepped():
+                _drop_gradients(optimizer)
             return
         start = time.perf_counter()
         stored = [one for one in self._list() if one.tensor.grad is not None]
@@ -274,9 +277,7 @@ class FirstSteps:
                     self._add_square(one, inverse_scale)
         if not is_last:
             self._counters = [_copy_counters(group) for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                for tensor in group["params"]:
-                    tensor.grad = None
+            _drop_gradients(optimizer)
             self._seconds += time.perf_counter() - start
             return
         expected = self._list()
@@ -654,6 +655,13 @@ def _read_inverse_scale(optimizer) -> float | None:
     if found_inf is not None and float(found_inf) > 0:
         return None
     return 1.0 if scale is None else 1.0 / float(scale)
+
+
+def _drop_gradients(optimizer) -> None:
+    """Let this step make no update: an optimizer neither moves a tensor without a gradient nor makes state for it."""
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.grad = None
 
 
 def _match(tensor: torch.Tensor, inverse_scale: float) -> torch.Tensor:

@@ -28,6 +28,7 @@ from ..gradients.stopping import list_stages
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
 from ..optimizers.state import SecondMoments
+from ..preservation import defer_interrupts
 from ..records.report import V0Report
 from ..settings import AUTO, V0InitArguments
 from .gradients import LoopGradients, LossFunction, count_first_dimension, unwrap_model
@@ -104,7 +105,7 @@ def initialize_v0(
         model, loss_fn, accelerator, count_samples or count_first_dimension, other_modules, v0_seed
     )
     per_step = batches_per_step or getattr(accelerator, "gradient_accumulation_steps", 1)
-    with gradients.open(batches):
+    with defer_interrupts(), gradients.open(batches):
         stages = _list_stages(v0_num_samples, gradients.first_size)
         run = [functools.partial(gradients.run, batch_range=stage) for stage in stages]
         of_step = float(effective_batch_size or gradients.num_samples_at_once * per_step)

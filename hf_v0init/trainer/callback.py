@@ -26,6 +26,7 @@ from ..initialization.first_steps import FirstSteps
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
 from ..optimizers.state import SecondMoments
+from ..preservation import defer_interrupts
 from ..records.report import V0Report, read_report, write_report
 from ..settings import V0InitArguments, read_v0_arguments
 from .gradients import TrainerGradients
@@ -126,7 +127,9 @@ class V0InitCallback(TrainerCallback):
         if not by_pass:
             self._attach(optimizer, model, args, settings, state.max_steps)
         elif untouched:
-            self._finish(self._run_pass(args, state, settings, moments, model))
+            with defer_interrupts():
+                report = self._run_pass(args, state, settings, moments, model)
+            self._finish(report)
 
     def on_save(self, args, state, control, **kwargs):
         """Write `v0_init.json` into the checkpoint that was just saved."""

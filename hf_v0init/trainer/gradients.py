@@ -7,6 +7,7 @@ decided by whoever asks for them, with a `visit` function as `gradients.statisti
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -79,7 +80,7 @@ class TrainerGradients:
                     f"v0_statistic=per_sample with {type(self.trainer).__name__}, which has a {name} of its own: a pass over single "
                     f"samples would not see what the training sees; {PER_STEP}"
                 )
-        if self._runs_together() or not hasattr(self.trainer.train_dataset, "__getitem__"):
+        if self._runs_together():
             return
         with self._preserve():
             losses = self._compare_losses()
@@ -96,9 +97,12 @@ class TrainerGradients:
     def _compare_losses(self) -> tuple[float, list[float]] | None:
         """The loss of some samples together, and what it may be if they are independent: means over rows and over labels."""
         dataset, collate = self._prepare_data()
-        if len(dataset) < 2:
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            features = list(itertools.islice(iter(dataset), NUM_ROWS_TRIED))
+        else:
+            features = [dataset[i] for i in range(min(NUM_ROWS_TRIED, len(dataset)))]
+        if len(features) < 2:
             return None
-        features = [dataset[i] for i in range(min(NUM_ROWS_TRIED, len(dataset)))]
         model = self.trainer.model
         modes = [(module, module.training) for module in model.modules()]
         try:

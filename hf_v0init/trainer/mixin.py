@@ -11,7 +11,7 @@ import logging
 import os
 
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy
 
 from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
@@ -53,7 +53,7 @@ class V0InitMixin:
         self._run_record = None
         if self.v0_arguments.v0_record_run:
             V0DiagnosticsCallback().attach(self)
-            self._run_record = RunRecordCallback()
+            self._run_record = RunRecordCallback(self.get_v0_report)
             self.callback_handler.callbacks.insert(0, self._run_record)
 
     # ---- what users call -------------------------------------------------------------------------------------------
@@ -112,22 +112,27 @@ class V0InitMixin:
             self._run_record.record_batches(batches[0])
         return batches
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train as the Trainer does; v0 is written once, at the first step of a new run, and never on resume."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        self._v0_callback.resumed_from = folder if isinstance(folder, (str, os.PathLike)) else None
-        if self._v0_callback.resumed_from is not None:
-            read_report(self._v0_callback.resumed_from)  # a damaged record is an error before any time is spent
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """Load as the Trainer does, and keep in mind which checkpoint it has chosen."""
+        self._v0_callback.resumed_from = checkpoint
+        if checkpoint is not None and self.v0_arguments.v0_init != "zeros":
+            read_report(checkpoint)  # a damaged record is an error before any time is spent
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
+        self._write_record_beside_model(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self._write_record_beside_model(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_record_beside_model(self, folder: str) -> None:
         record = self._v0_callback.get_record()
         if record is not None and self.args.should_save:
-            folder = output_dir or self.args.output_dir
             os.makedirs(folder, exist_ok=True)
             write_report(record, folder)
 

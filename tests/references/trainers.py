@@ -4,9 +4,13 @@ import torch
 from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 from hf_v0init.initialization.first_steps import find_first_steps
 from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
+
+
+class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
+    """As the scripts' Trainers."""
 
 
 def make_arguments(output_dir, v0: bool = True, **overrides):

@@ -199,6 +199,13 @@ def test_streaming_evaluates_like_reading_before(flags, tmp_path):
     assert streamed["eval_num_tokens"] == indexed["eval_num_tokens"] > 0
 
 
+def test_early_stopping_and_a_validation_split_of_a_stream(flags, tmp_path):
+    changes = {"validation_file": None, "validation_split_rows": 9, "streaming": True, "do_eval": True, "save_steps": 1}
+    changes |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 1}
+    run_mlm.main(flags(**changes, learning_rate="0"))
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
+
+
 def test_words_json_and_a_validation_split(flags, data, tmp_path):  # noqa: F811
     changes = {"tokenizer_kind": "word", "vocab_size": 100, "validation_file": None, "train_file": data / "train.jsonl"}
     run_mlm.main(flags(**changes, text_column="answer", do_eval=True, max_steps=1, max_train_samples=5))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...records.report import read_report
-from ...records.run_table import RESULTS_FILE, STATE_FILE
+from ...records.run_files import RESULTS_FILE, STATE_FILE
 
 PLAN_FILE, RECORD_FILE = "plan.json", "record.json"
 RUNS_FOLDER, OUTPUT_FOLDER = "runs", "output"

@@ -13,7 +13,7 @@ TEST_NAMES = {
     "bleu": "BLEU", "chrf": "chrF", "fid": "FID", "frechet distance classifier": "Frechet distance in a classifier's features",
 }  # fmt: skip
 GAN_SCRIPT = "run_dcgan"
-OWN_SCRIPTS = ("run_translation", "run_clm", "run_mlm", "run_embedded_translation")  # whose losses are in nats a token
+OWN_SCRIPTS = ("run_translation", "run_clm", "run_mlm")  # whose losses are in nats a token
 
 
 def format_number(value: float | None, digits: int = LOSS_DIGITS, *, signed: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -22,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ...errors import InputError
-from ..script_stages import HubArguments, flag, load_config, require_sole_model_source
+from ..script_stages import HubArguments, flag, load_config, require_buildable, require_sole_model_source
 from ..tokenizer_training import train_bpe_tokenizer, train_on_main_process, train_word_tokenizer
 from .awd_lstm import AwdLstmConfig
 
@@ -56,7 +58,11 @@ class ModelArguments(HubArguments):
         "From scratch: a transformers model type, such as gpt2, with its default configuration; or awd_lstm, an LSTM that reads "
         "contiguous streams and keeps its state from batch to batch.",
     )
-    config_name: str | None = flag(None, "From scratch: a configuration, by Hub name, folder or JSON file.")
+    config_name: str | None = flag(
+        None,
+        "From scratch: a configuration, by Hub name, folder or JSON file. With --model_name_or_path: what differs from the "
+        "model's own without changing its weights, such as dropout.",
+    )
     config_overrides: str | None = flag(
         None, "From scratch: changes to the configuration, for example n_embd=256,n_layer=4."
     )
@@ -77,7 +83,7 @@ class ModelArguments(HubArguments):
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        require_sole_model_source(self)
+        require_sole_model_source(self, config_may_join=True)
         if not (self.model_name_or_path or self.model_type or self.config_name):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
@@ -94,13 +100,40 @@ class ModelArguments(HubArguments):
         """Load the configuration of the model, before the tokenizer is known.
 
         Raises:
-            InputError: it cannot be loaded, or not be changed so.
+            InputError: it cannot be loaded, not be changed so, or no model can be built of it.
         """
-        name = self.model_name_or_path or self.config_name
+        name = self.config_name or self.model_name_or_path
         config = load_config(self.model_type, name, self.config_overrides, self)
         if self.model_type is None and config.model_type in CONFIG_MAPPING:  # not code of the user's own
             self._require_type(config.model_type, f"{name}: {config.model_type}")
+        if self.model_name_or_path is None:
+            source = f"--model_type={self.model_type}" if self.model_type else f"--config_name={self.config_name}"
+            changes = f"--config_overrides={self.config_overrides}" if self.config_overrides else source
+            require_buildable(config, self.auto_class, changes)
+        if self.model_name_or_path and self.config_name:
+            self._require_same_weights(config, load_config(None, self.model_name_or_path, None, self))
         return config
+
+    def _require_same_weights(self, config: PreTrainedConfig, own: PreTrainedConfig) -> None:
+        """Refuse a configuration under which the pretrained weights would be left out, or others be drawn at random."""
+        flags = f"--config_name={self.config_name}: does not fit --model_name_or_path={self.model_name_or_path}"
+        remedy = "only what has no weights, such as dropout, may differ; drop one of the two"
+        if config.model_type != own.model_type:
+            raise InputError(f"{flags}: it is of {config.model_type}, the model of {own.model_type}; {remedy}")
+        shapes, own_shapes = (self._list_shapes(each) for each in (config, own))
+        different = sorted(name for name in shapes.keys() | own_shapes if shapes.get(name) != own_shapes.get(name))
+        if different:
+            name = different[0]
+            one, other = (str(each.get(name, "absent")) for each in (shapes, own_shapes))
+            raise InputError(f"{flags}: {name} is {one} by it and {other} in the model; {remedy}")
+
+    def _list_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        try:
+            with torch.device("meta"):  # nothing is allocated
+                network = self.auto_class.from_config(copy.deepcopy(config), trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise InputError(f"the model cannot be made: {error}") from error
+        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
     def _require_type(self, model_type: str, what: str) -> None:
         if model_type not in self.model_types:

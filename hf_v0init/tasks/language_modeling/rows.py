@@ -39,6 +39,11 @@ class TextArguments(DatasetArguments):
     validation_split_percentage: float = flag(
         5.0, "Without validation data, --do_eval takes this percentage from the beginning of the training data."
     )
+    validation_split_rows: int | None = flag(
+        None,
+        "The same by number: validation data are the first so many rows of the training data. A stream, whose length is unknown, "
+        "takes no percentage.",
+    )
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     streaming: bool = flag(
         False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
@@ -200,6 +205,9 @@ def load_rows(data: TextArguments, hub: HubArguments, training: TrainingArgument
             rows[role] = open_stream(path) if data.streaming else load_local_files(path, role=role)
         elif role != "validation":
             raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
+    if data.validation_split_rows is not None and ("validation" not in needed or "validation" in rows):
+        why = "there is validation data" if "validation" in rows else "the run evaluates nothing (--do_eval)"
+        raise InputError(f"--validation_split_rows={data.validation_split_rows}: {why}; drop it")
     if "validation" in needed and "validation" not in rows:
         rows |= split_off_validation(rows.get("train"), data)
     for role, role_rows in rows.items():
@@ -228,14 +236,29 @@ def open_stream(path: str) -> datasets.IterableDataset:
 
 
 def split_off_validation(train, data: TextArguments) -> dict:
-    """Split rows into "train" and "validation"; raise `InputError` if one of them would be empty."""
-    if train is None or data.streaming:
+    """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
+    if train is None:
         raise InputError("there is no validation data; give --validation_file, or a data set that has that split")
-    num_validation = round(len(train) * data.validation_split_percentage / 100)
+    num_validation = data.validation_split_rows
+    if data.streaming:
+        if num_validation is None:
+            raise InputError(
+                "there is no validation data; give --validation_file, or --validation_split_rows 1000 for the first rows of the "
+                "training stream"
+            )
+        if next(iter(train.skip(num_validation)), None) is None:
+            raise InputError(
+                f"--validation_split_rows={num_validation}: the training stream has no more rows; lower it, or give --validation_file"
+            )
+        return {"train": train.skip(num_validation), "validation": train.take(num_validation)}
+    source = f"--validation_split_rows={num_validation}"
+    if num_validation is None:
+        source = f"--validation_split_percentage={data.validation_split_percentage}"
+        num_validation = round(len(train) * data.validation_split_percentage / 100)
     if not 0 < num_validation < len(train):
         raise InputError(
-            f"--validation_split_percentage={data.validation_split_percentage}: of {len(train)} rows that leaves "
-            f"{num_validation} for validation and {len(train) - num_validation} for training; give --validation_file"
+            f"{source}: of {len(train)} rows that leaves {num_validation} for validation and "
+            f"{max(len(train) - num_validation, 0)} for training; give --validation_file"
         )
     return {
         "train": train.select(range(num_validation, len(train))),

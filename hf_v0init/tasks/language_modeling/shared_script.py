@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
+from ..early_stopping import EarlyStoppingArguments
 from ..script_stages import (
     count_steps,
     describe_for_card,
@@ -24,7 +25,7 @@ from .rows import TextArguments, iterate_texts, load_rows
 
 
 @dataclass
-class LanguageRunArguments(StepDecayArguments):
+class LanguageRunArguments(EarlyStoppingArguments, StepDecayArguments):
     """How a language model is trained, beside what the Trainer knows.
 
     Raises:
