@@ -528,15 +528,7 @@ class FirstSteps:
         return self.moments.zero is not None or any(is_dtensor(one.tensor) for one in self._list())
 
     def _has_been_stepped(self) -> bool:
-        states = [self.moments.find_state(one.tensor, one.group) for one in self._list()]
-        return any(state is not None and not self._is_fresh(state) for state in states)
-
-    def _is_fresh(self, state: State) -> bool:
-        """Whether a state has been made but not used, as fused Adam leaves it at a step that a GradScaler skips."""
-        step = state.get("step")
-        if step is None or float(step) > 0:
-            return False
-        return not bool(get_local_part(self.moments.layout.read(state)).any())
+        return any(self.moments.find_state(one.tensor, one.group) is not None for one in self._list())
 
     def _judge(self, stored: list[StoredTensor]) -> list[int]:
         """Say of each gradient, over all processes, whether it is zero, usable or not finite."""

@@ -15,14 +15,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_v0init import initialize_v0, read_second_moment
+from hf_v0init import attach_v0, initialize_v0, read_second_moment
 
-CASES = {
-    "data_driven": {},
-    "per_step": {"statistic": "per_step"},
-    "uneven": {"num_samples": 12},
-    "random": {"strategy": "random"},
-    "first_gradient": {"strategy": "first_gradient"},
+CASES = {"data_driven": {}, "uneven": {"v0_num_samples": 12}}
+ATTACHED = {
+    "data_driven": {"v0_measure_steps": 2},
+    "first_gradient": {"v0_init": "first_gradient"},
+    "random": {"v0_init": "random", "v0_seed": 3},
 }
 
 
@@ -47,24 +46,48 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
+def prepare(accelerator: Accelerator, kind: str) -> tuple:
     model = make_network()
     if kind == "fully_shard":
         fully_shard(model)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters())
-        model, optimizer = accelerator.prepare(model, optimizer)
+        return model, torch.optim.AdamW(model.parameters(), foreach=False)
+    return accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+
+
+def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
+    """The loop as it is, of four steps of two batches over all processes; v0 as the first real step finds it."""
+    model, optimizer = prepare(accelerator, kind)
+    steps, found = attach_v0(optimizer, model, **options), {}
+
+    def look() -> None:
+        for name, p in model.named_parameters():
+            moment = read_second_moment(optimizer, p)
+            if moment is not None:
+                found[name.removeprefix("module.")] = moment.clone()
+
+    steps.observers.append(look)
     batches = make_batches(accelerator.process_index, accelerator.num_processes)
-    num_at_once = 2 if options.get("strategy") == "first_gradient" else 4  # batches a step, over all processes
+    at_once = 2 // accelerator.num_processes
+    for start in range(0, len(batches), at_once):
+        optimizer.zero_grad()
+        for batch in batches[start : start + at_once]:
+            (loss_fn(model, batch) / at_once).backward()
+        optimizer.step()
+    weights = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+    return {"v0": {name: whole(v) for name, v in found.items()}, "weights": weights, "report": steps.report.to_dict()}
+
+
+def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
+    model, optimizer = prepare(accelerator, kind)
+    batches = make_batches(accelerator.process_index, accelerator.num_processes)
     report = initialize_v0(
         optimizer,
         model=model,
         batches=batches,
         loss_fn=loss_fn,
         accelerator=accelerator,
-        seed=3,
-        batches_per_step=num_at_once // accelerator.num_processes,
+        v0_seed=3,
+        batches_per_step=4 // accelerator.num_processes,
         **options,
     )
     moments = {name.removeprefix("module."): read_second_moment(optimizer, p) for name, p in model.named_parameters()}
@@ -96,6 +119,8 @@ def main(output_dir: str) -> None:
     accelerator = Accelerator(cpu=True)
     kinds = ["ddp"] + (["fully_shard"] if accelerator.num_processes > 1 else [])
     saved = {kind: {name: run(accelerator, kind, options) for name, options in CASES.items()} for kind in kinds}
+    for kind in kinds:
+        saved[kind]["attached"] = {name: run_attached(accelerator, kind, options) for name, options in ATTACHED.items()}
     if accelerator.num_processes > 1:
         saved["errors"] = collect_errors(accelerator)
     torch.save(saved, Path(output_dir) / f"rank{accelerator.process_index}.pt")

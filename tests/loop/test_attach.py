@@ -225,10 +225,9 @@ def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
         scaler.update()
         assert steps.is_waiting == (number == 0)
         if number == 0:
-            assert scaler.get_scale() == 512.0 and not optimizer.state[model[0].weight]["exp_avg_sq"].any()
+            assert scaler.get_scale() == 512.0 and is_untouched(optimizer)
             assert torch.equal(model[0].weight, make_network()[0].weight)
     assert optimizer.state[model[0].weight]["step"] == 2
-    assert not caught.pop("0.bias").any() and not caught.pop("2.bias").any()  # fused Adam had made their states
     gradients = compute_gradients(batches[1:2])
     if strategy != "random":
         assert_v0_is_mean_square(caught, gradients)
