@@ -1,13 +1,11 @@
 """Images as a Trainer reads them, with an augmentation whose draws depend on seed, epoch and image and on nothing else.
 
 So they are the same for any number of processes and loader workers and after any resume, they take nothing from the random
-states of the run, and the run takes nothing from them. The gradient statistics of a v0 see the images with draws of their own
-(`ImageDrawsMixin`), and training sees what it would have seen without them.
+states of the run, and the run takes nothing from them. The paper's pass before training sees the images as the first epoch does,
+and training sees what it would have seen without it.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from .format import ImageFormat, decode_image
 logger = logging.getLogger("hf_v0init")
 
 LARGEST_KEPT_BYTES = 1 << 30  # decoded images of a split that are kept in memory, per process
-STATISTICS_DRAW = 0  # training's draws are 1, 2, ... in epochs 0, 1, ...
+FIRST_DRAW = 1  # that of epoch 0
 
 
 class ImageSamples(torch.utils.data.Dataset):
@@ -48,7 +46,7 @@ class ImageSamples(torch.utils.data.Dataset):
         self.images, self.image_format, self.seed = images, image_format, seed
         self.augmentation = None if augmentation is None or augmentation.changes_nothing else augmentation
         # In shared memory, so that loader workers that outlive an epoch see the next one.
-        self._draw = torch.tensor([seed, STATISTICS_DRAW + 1]).share_memory_()
+        self._draw = torch.tensor([seed, FIRST_DRAW]).share_memory_()
         self._kept = self._decode_all()
 
     def __len__(self) -> int:
@@ -64,17 +62,7 @@ class ImageSamples(torch.utils.data.Dataset):
 
     def begin_epoch(self, epoch: int) -> None:
         """Make the draws those of this epoch, counted from 0; a new data set is at epoch 0."""
-        self._draw[1] = STATISTICS_DRAW + 1 + epoch
-
-    @contextlib.contextmanager
-    def use_statistics_draws(self, seed: int) -> Iterator[None]:
-        """Inside, the draws are none of training's: those of the gradient statistics of this v0 seed."""
-        before = self._draw.tolist()
-        self._draw.copy_(torch.tensor([seed, STATISTICS_DRAW]))
-        try:
-            yield
-        finally:
-            self._draw.copy_(torch.tensor(before))
+        self._draw[1] = FIRST_DRAW + epoch
 
     @property
     def _crops_original(self) -> bool:
@@ -117,14 +105,8 @@ class _BeginEpoch(TrainerCallback):
 
 
 class ImageDrawsMixin:
-    """Put before a `V0InitTrainer` that trains on `ImageSamples`: tells them the epoch, and when v0 is being estimated."""
+    """Put before a Trainer that trains on `ImageSamples`: tells them the epoch."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_BeginEpoch(self))
-
-    def _run_statistics_pass(self, *args, **kwargs):
-        if not isinstance(self.train_dataset, ImageSamples):
-            return super()._run_statistics_pass(*args, **kwargs)
-        with self.train_dataset.use_statistics_draws(self._get_v0_seed()):
-            return super()._run_statistics_pass(*args, **kwargs)
