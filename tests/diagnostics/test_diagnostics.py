@@ -12,7 +12,7 @@ from torch import nn
 from trainers import assert_equal_weights, make_trainer, train
 from transformers import TrainerCallback
 
-from hf_v0init import InputError, read_second_moment
+from hf_v0init import InputError, attach_v0, read_second_moment
 from hf_v0init.closed_form.multiplier import compute_multiplier
 from hf_v0init.diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback, _is_moment_step, read_diagnostics
 from hf_v0init.diagnostics.element_samples import ElementSamples, compute_weighted_quantiles
@@ -125,9 +125,20 @@ def test_settings_and_cost_are_recorded(watched):
 
 @pytest.fixture(scope="module")
 def linear_runs(tmp_path_factory):
-    """A linear model trained with v0 and, on the same gradients, without; both watched."""
+    """A linear model trained with v0 and, on the same gradients, without; both watched.
+
+    x has mean 0.3 and variance 1: E[g^2] is 1.09 of a sample, 0.34 of a step of four.
+    """
     runs = {}
-    for name, options in {"with": DATA_DRIVEN | {"v0_scale": 4.0, "v0_num_samples": 400}, "without": {}}.items():
+    for name, options in {
+        "with": {
+            "v0_init": "data_driven",
+            "v0_statistic": "per_sample",
+            "v0_scale": 4 * 0.34 / 1.09,
+            "v0_num_samples": 400,
+        },
+        "without": {},
+    }.items():
         reference, folder = Reference(), tmp_path_factory.mktemp(name)
         trainer = make_trainer(
             folder,
@@ -136,7 +147,6 @@ def linear_runs(tmp_path_factory):
             callbacks=[reference],
             max_steps=100,
             adam_beta2=0.95,
-            v0_statistic="per_step",
             max_grad_norm=0.0,
             logging_steps=50,
             **options,
@@ -162,12 +172,12 @@ def test_multiplier_is_the_step_with_v0_against_the_one_without(linear_runs):
 
 
 def test_multiplier_follows_the_closed_form_on_stationary_gradients(linear_runs):
-    multiplier = linear_runs["with"][2]["multiplier"]
+    multiplier, settings = (linear_runs["with"][2][name] for name in ("multiplier", "settings"))
+    assert settings["scale"] == 4 * 0.34 / 1.09 and settings["measured_ratio"] == pytest.approx(4.0, rel=0.05)
     for i, step in enumerate(multiplier["step"]):
-        expected = compute_multiplier(step, 4.0, 0.95)
-        assert multiplier["closed_form"][i] == pytest.approx(expected)
-        # per_step at scale 4 is 4 E[g^2] of a step, as the pass measured
-        assert multiplier["closed_form_of_measured_ratio"][i] == pytest.approx(expected, rel=1e-3)
+        assert multiplier["closed_form"][i] == pytest.approx(compute_multiplier(step, settings["scale"], 0.95))
+        expected = compute_multiplier(step, settings["measured_ratio"], 0.95)
+        assert multiplier["closed_form_of_measured_ratio"][i] == pytest.approx(expected)
         if step >= 20:  # the mean of a few squares is skewed, so its median lies lower
             assert multiplier["quantile_0.5"][i] == pytest.approx(expected, rel=0.08)
 
@@ -279,9 +289,8 @@ def test_a_step_that_overflowed_does_not_count(tmp_path):
     parameter = nn.Parameter(torch.ones(4, 4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     accelerated = SimpleNamespace(optimizer=optimizer, step_was_skipped=False)  # as accelerate wraps it
-    state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(4, 4), "exp_avg_sq": torch.full((4, 4), 2.0)}
-    optimizer.state[parameter] = state
-    args = SimpleNamespace(process_index=0, v0_init="data_driven", v0_scale=2.0, output_dir=str(tmp_path))
+    attach_v0(optimizer, None, "first_gradient", v0_scale=2.0)
+    args = SimpleNamespace(process_index=0, v0_init="first_gradient", v0_scale=2.0, output_dir=str(tmp_path))
     state = SimpleNamespace(global_step=0, max_steps=3)
     callback = V0DiagnosticsCallback()
     callback.on_train_begin(args, state, None)

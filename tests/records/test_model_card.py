@@ -27,7 +27,7 @@ REPORT = {
     "stats_batch_size": 8,
     "seed": 42,
     "one_dimensional": False,
-    "fan_factor": 1.0,
+    "measured_ratio": 49.0,
     "warmup_steps": None,
     "optimizer": "AdamW",
     "beta2": 0.98,
@@ -82,7 +82,7 @@ def test_section_states_settings_and_what_the_run_did():
         "| scale | 1 |",
         "| statistic | `per_sample` |",
         "| samples | 4,800 |",
-        "| samples a batch of the statistics pass | 8 |",
+        "| samples per batch of the pass before training | 8 |",
         "| seed | 42 |",
         "| one-dimensional tensors | start at zero |",
         "| optimizer | `AdamW` |",
@@ -90,8 +90,8 @@ def test_section_states_settings_and_what_the_run_did():
         "- Parameter tensors with v0: 50; without: 98",
         "- Elements with v0: 1,234,567; without: 8,910",
         "- v0 over the elements that have one: mean 1.23e-07, min 0, max 0.003",
-        "- Time before the first step: 12.3 s, 600 batches",
-        "| t | expected m(t) |",
+        "- Time that measuring and writing took: 12.3 s, 600 batches",
+        "| t | m(t) |",
         "| 1 | 0.141 |",
         "| 10 | 0.428 |",
         "| 100 | 0.931 |",
@@ -102,21 +102,22 @@ def test_section_states_settings_and_what_the_run_did():
 
 
 def test_section_of_random_has_its_own_settings_only():
-    report = {"strategy": "random", "scale": 100.0, "fan_factor": 2.0, "seed": 3, "statistic": "per_sample"}
-    report |= {"multiplier": {}, "multiplier_measured": {"1": 0.001, "1000": 0.2}, "num_samples": 0}
-    section = compose_v0_section(report)
-    assert "| fan factor | 2 |" in section
-    assert "| t | measured m(t) |\n| --- | --- |\n| 1 | 0.001 |\n| 1,000 | 0.2 |" in section
-    assert "statistic" not in section
-    assert "expected m(t)" not in section
+    report = {"strategy": "random", "scale": 100.0, "seed": 3, "statistic": "per_sample", "measure_steps": 4}
+    section = compose_v0_section(report | {"multiplier": {}, "num_samples": 0})
+    assert "| scale | 100 |" in section and "| seed | 3 |" in section
+    assert not any(word in section for word in ("statistic", "measured", "samples", "m(t)"))
 
 
-def test_expected_and_measured_multipliers_are_columns_of_one_table():
-    report = REPORT | {"multiplier_measured": {"1": 0.5, "1000": 0.75}}
-    section = compose_v0_section(report)
-    assert "| t | expected m(t) | measured m(t) |" in section
-    assert "| 1 | 0.141 | 0.5 |" in section
-    assert "| 1,000 | not known | 0.75 |" in section
+def test_section_of_steps_names_how_many_were_measured():
+    section = compose_v0_section(REPORT | {"statistic": "per_step", "measure_steps": 32})
+    assert "| optimizer steps measured | 32 |" in section and "--v0_measure_steps 32 " in section
+    assert "| samples" not in section and "v0_num_samples" not in section
+
+
+def test_multipliers_come_with_the_size_that_they_follow_from():
+    assert "v0 was 49 times the squared gradients of a step.\n\n| t | m(t) |" in compose_v0_section(REPORT)
+    unknown = compose_v0_section(REPORT | {"measured_ratio": None})
+    assert "gradients that stay as they were.\n\n| t | m(t) |\n| --- | --- |\n| 1 | 0.141 |" in unknown
 
 
 @pytest.mark.parametrize("report", [None, {}, {"strategy": "zeros"}, REPORT | {"strategy": "zeros"}])
@@ -146,13 +147,13 @@ def test_section_of_a_bare_report():
             "v0_scale": 0.1 + 0.2,
             "v0_num_samples": 7,
             "v0_stats_batch_size": 3,
+            "v0_statistic": "per_sample",
             "v0_seed": 11,
         },
-        {"v0_init": "data_driven", "v0_warmup_steps": 400, "v0_statistic": "per_step", "v0_seed": 0},
+        {"v0_init": "data_driven", "v0_warmup_steps": 400, "v0_measure_steps": 4, "v0_seed": 0},
         {
             "v0_init": "random",
             "v0_scale": 1e-12,
-            "v0_fan_factor": 2.0,
             "v0_one_dimensional": True,
             "v0_seed": 1,
         },
@@ -172,7 +173,7 @@ def test_flags_parse_back_to_the_arguments(arguments):
         "stats_batch_size": wanted.v0_stats_batch_size,
         "seed": wanted.v0_seed,
         "one_dimensional": wanted.v0_one_dimensional,
-        "fan_factor": wanted.v0_fan_factor,
+        "measure_steps": wanted.v0_measure_steps,
         "warmup_steps": wanted.v0_warmup_steps,
     }
     (parsed,) = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(compose_flags(report).split())

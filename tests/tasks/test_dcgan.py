@@ -173,9 +173,8 @@ def write_v0(trainer) -> dict:
     return snapshots
 
 
-@pytest.mark.parametrize("strategy", ["random", "data_driven", "first_gradient"])
-def test_both_passes_leave_both_networks_and_batch_norm_untouched(tmp_path, strategy):
-    trainer = make_trainer(tmp_path, v0_init=strategy)
+def test_both_passes_leave_both_networks_and_batch_norm_untouched(tmp_path):
+    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_statistic="per_sample")
     (before, *rest), (after, *rest_after) = write_v0(trainer)
     assert any("running_var" in name for name in before)
     for name, value in before.items():
@@ -187,10 +186,14 @@ def test_both_passes_leave_both_networks_and_batch_norm_untouched(tmp_path, stra
         assert all(v.sum() > 0 for v in moments)
 
 
-@pytest.mark.parametrize("statistic", ["per_sample", "per_step"])
-def test_data_driven_is_the_oracles_for_each_networks_own_loss(tmp_path, statistic):
+def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
     trainer = make_trainer(
-        tmp_path, v0_init="data_driven", v0_num_samples=30, v0_stats_batch_size=6, v0_statistic=statistic, v0_scale=2.0
+        tmp_path,
+        v0_init="data_driven",
+        v0_num_samples=30,
+        v0_stats_batch_size=6,
+        v0_statistic="per_sample",
+        v0_scale=2.0,
     )
     write_v0(trainer)
     generator, discriminator = trainer.networks["generator"], trainer.networks["discriminator"]
@@ -211,8 +214,7 @@ def test_data_driven_is_the_oracles_for_each_networks_own_loss(tmp_path, statist
         for position, parameter in enumerate(p for p in network.parameters() if p.dim() >= 2):
             g = torch.stack([batch[position].double() for batch in gradients])
             spread = 6 * g.var(0, unbiased=True)  # of single samples
-            batch_size = 1 if statistic == "per_sample" else 8
-            expected = 2.0 * (g.mean(0).square() + spread * (1 / batch_size - 1 / 30))
+            expected = 2.0 * (g.mean(0).square() + spread * (1 - 1 / 30))
             v0 = read_second_moment(trainer.optimizers[name], parameter).double()
             torch.testing.assert_close(v0, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
     report = trainer.v0_report
@@ -220,29 +222,47 @@ def test_data_driven_is_the_oracles_for_each_networks_own_loss(tmp_path, statist
     assert report["effective_batch_size"] == 8.0
 
 
-def test_first_gradient_of_the_discriminator_is_that_of_its_first_step(tmp_path):
-    """Its step is the first one, at the weights, images and noise that the pass saw."""
-    trainer = make_trainer(tmp_path, v0_init="first_gradient", max_steps=1)
-    seen = {}
-    optimizer = trainer.optimizers["discriminator"]
+@pytest.mark.parametrize(
+    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_measure_steps": 2}, 2)]
+)
+def test_v0_of_both_networks_is_the_mean_square_of_their_first_gradients(tmp_path, options, num):
+    """As each optimizer sees them; the networks stand still while they are measured."""
+    trainer = make_trainer(tmp_path, **options)
+    gradients, found = {}, {}
+    start = {n: [p.detach().clone() for p in net.parameters()] for n, net in trainer.networks.items()}
 
-    def keep(*_):
-        for parameter in trainer.networks["discriminator"].parameters():
-            if parameter.dim() >= 2:
-                seen[parameter] = (parameter.grad.clone(), read_second_moment(optimizer, parameter).clone())
+    def watch(name, optimizer):
+        parameters = list(trainer.networks[name].parameters())
 
-    optimizer.register_step_pre_hook(keep)
-    trainer.train()
-    assert len(seen) == 3
-    for gradient, v0 in seen.values():
-        torch.testing.assert_close(v0, gradient.square(), rtol=1e-4, atol=1e-6 * float(v0.max()))
+        def keep_gradients(*_):
+            gradients.setdefault(name, []).append([p.grad.double() for p in parameters])
+            if len(gradients[name]) <= num:
+                assert all(torch.equal(*pair) for pair in zip(parameters, start[name], strict=True))
+
+        def keep_v0(*_):
+            if name not in found and len(gradients[name]) == num:
+                found[name] = [read_second_moment(optimizer, p) for p in parameters]
+                found[name] = [None if v is None else v.double() for v in found[name]]
+
+        optimizer.register_step_pre_hook(keep_gradients)
+        return lambda: optimizer.register_step_pre_hook(keep_v0)  # once ours is there
+
+    later = [watch(name, optimizer) for name, optimizer in trainer.optimizers.items()]
+    trainer.train(on_ready=lambda: [register() for register in later])
+    assert gradients.keys() == found.keys() == {"generator", "discriminator"}
+    for name, moments in found.items():
+        for v0, *first in zip(moments, *gradients[name][:num], strict=True):
+            assert (v0 is None) == (first[0].dim() < 2)
+            if v0 is not None:
+                torch.testing.assert_close(v0, torch.stack(first).square().mean(0), rtol=1e-5, atol=1e-20)
+    assert trainer.v0_report["networks"]["generator"]["num_parameters_with_v0"] > 0
 
 
 def test_v0_apart_the_run_is_the_same_run(tmp_path):
     """Same weights, images and noise at every step, whatever the passes did."""
     weights = []
     for strategy in ("zeros", "data_driven"):
-        trainer = make_trainer(tmp_path / strategy, v0_init=strategy, optim="adamw_torch", v0_scale=None)
+        trainer = make_trainer(tmp_path / strategy, v0_init=strategy, v0_statistic="per_sample")
         if strategy == "data_driven":
 
             def forget(trainer=trainer):
@@ -280,7 +300,7 @@ def test_two_processes_make_the_step_of_their_mean_gradients(tmp_path):
 
 def test_records_are_joined_by_sums_and_means():
     def report(mean, num, ratio):
-        counts = {"num_samples": 5, "num_batches": 1, "seconds": 2.0, "num_zero_elements": 1}
+        counts = {"num_samples": 5, "num_batches": 1, "num_skipped": 3, "seconds": 2.0, "num_zero_elements": 1}
         counts |= {"num_parameters_with_v0": 2, "num_parameters_without_v0": 1, "num_elements_without_v0": 3}
         figures = {"v0_mean": mean, "v0_min": mean / 2, "v0_max": 2 * mean, "measured_ratio": ratio}
         return {"strategy": "data_driven", "scale": 1.0, "num_elements_with_v0": num, **counts, **figures}
@@ -289,12 +309,13 @@ def test_records_are_joined_by_sums_and_means():
     assert joined["v0_mean"] == pytest.approx((10 * 1.0 + 20 * 4.0) / 30)
     assert (joined["v0_min"], joined["v0_max"], joined["measured_ratio"]) == (0.5, 8.0, pytest.approx(6.0))
     assert (joined["num_samples"], joined["seconds"], joined["num_elements_with_v0"]) == (10, 4.0, 30)
+    assert joined["num_skipped"] == 6
     assert joined["strategy"] == "data_driven" and set(joined["networks"]) == {"generator", "discriminator"}
 
 
 def test_settings_that_differ_on_resume_are_named():
-    names = ("init", "scale", "num_samples", "statistic", "stats_batch_size", "seed", "one_dimensional", "warmup_steps", "floor",
-             "fan_factor")  # fmt: skip
+    names = ("init", "scale", "num_samples", "statistic", "measure_steps", "stats_batch_size", "seed", "one_dimensional",
+             "warmup_steps")  # fmt: skip
     training = types.SimpleNamespace(**{f"v0_{name}": 1 for name in names})
     stored = {"settings": {f"v0_{name}": 1 for name in names} | {"v0_scale": 2}}
     assert find_setting_differences(training, stored) == ["v0_scale: 2 -> 1"]
