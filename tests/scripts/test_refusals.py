@@ -152,7 +152,7 @@ OWN = [
     ("translation", "--source_lang de --target_lang de", ["--source_lang=de and --target_lang=de", "the same"]),
     # names and folders
     ("translation", "--model_name_or_path ./nosuch", ["--model_name_or_path=./nosuch", "no such folder ./nosuch"]),
-    ("translation", "--tokenizer_name no/such", ["--tokenizer_name=no/such", "no such folder"]),
+    ("translation", "--tokenizer_name ./no/such", ["--tokenizer_name=./no/such", "no such folder"]),
     ("translation", "--config_name nosuch.json", ["--config_name=nosuch.json", "no such file"]),
     ("translation", "--tokenizer_name {0}/a_file", ["--tokenizer_name", "is a file"]),
     ("translation", "--tokenizer_name {0}/empty_folder", ["empty_folder", "holds no tokenizer_config.json"]),
