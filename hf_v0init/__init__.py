@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__geta
         V0InitSeq2SeqTrainer as V0InitSeq2SeqTrainer,
         V0InitTrainer as V0InitTrainer,
     )
+    from .trainer.safe_checkpoints import SafeCheckpointsMixin as SafeCheckpointsMixin
 
 _HOME = {
     "InputError": "errors",

@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_v0init import (
     InputError,
+    SafeCheckpointsMixin,
     V0DiagnosticsCallback,
     V0InitArguments,
     V0InitCallback,
@@ -39,6 +40,16 @@ def train_with_our_trainer(model: nn.Module) -> dict[str, object] | None:
 def train_sequences(model: nn.Module) -> Seq2SeqTrainer:
     arguments = V0InitSeq2SeqTrainingArguments(output_dir="out", predict_with_generate=True, v0_scale=10.0)
     return V0InitSeq2SeqTrainer(model=model, args=arguments, callbacks=[V0DiagnosticsCallback()])
+
+
+class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
+    pass
+
+
+def resume_safely(model: nn.Module) -> str | None:
+    trainer = SafeTrainer(model=model, args=V0InitTrainingArguments(output_dir="out"))
+    trainer.train(resume_from_checkpoint=True)
+    return trainer.choose_checkpoint(True)
 
 
 def train_with_anybodys_trainer(model: nn.Module) -> Trainer:
