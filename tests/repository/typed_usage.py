@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from hf_v0init import (
     InputError,
     SafeCheckpointsMixin,
+    TrustRadius,
     V0DiagnosticsCallback,
     V0InitArguments,
     V0InitCallback,
@@ -24,7 +25,9 @@ from hf_v0init import (
     compute_multiplier,
     compute_scale_for_warmup,
     compute_steps_to_multiplier,
+    compute_warmup_length,
     initialize_v0,
+    measure_trust_radius,
     read_second_moment,
 )
 
@@ -40,16 +43,6 @@ def train_with_our_trainer(model: nn.Module) -> dict[str, object] | None:
 def train_sequences(model: nn.Module) -> Seq2SeqTrainer:
     arguments = V0InitSeq2SeqTrainingArguments(output_dir="out", predict_with_generate=True, v0_scale=10.0)
     return V0InitSeq2SeqTrainer(model=model, args=arguments, callbacks=[V0DiagnosticsCallback()])
-
-
-class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
-    pass
-
-
-def resume_safely(model: nn.Module) -> str | None:
-    trainer = SafeTrainer(model=model, args=V0InitTrainingArguments(output_dir="out"))
-    trainer.train(resume_from_checkpoint=True)
-    return trainer.choose_checkpoint(True)
 
 
 def train_with_anybodys_trainer(model: nn.Module) -> Trainer:
@@ -78,3 +71,15 @@ def train_in_a_loop(
 
 def refuse() -> ValueError:
     return InputError("a message")
+
+
+def hold_back(
+    model: nn.Module, batches: list[torch.Tensor], loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> int:
+    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
+    steps: int = 0 if radius.d50 is None else compute_warmup_length(1e-3 / radius.d50, 1000)
+    return steps
+
+
+class SafeTrainer(SafeCheckpointsMixin, Trainer):
+    """Checkpoints that are whole, in front of a Trainer."""
