@@ -54,6 +54,8 @@ MAX_MEASURE_STEPS = 32  # of the default
 MEASURED_SHARE = 0.01  # of the run's steps, by default
 LOOKS_AT_ZERO = 100  # gradients of a late parameter that were all zero, before it is left at v0 = 0
 
+NO_COUNTERS = ("params", "param_names", "state")  # of a parameter group: all else may be counted in
+
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
 
 _attached: weakref.WeakKeyDictionary = (
@@ -662,11 +664,13 @@ def _add_square_(out: torch.Tensor, tensor: torch.Tensor, inverse_scale: float, 
 
 def _copy_counters(group: dict) -> dict:
     """Copy what an optimizer may count in a parameter group: all but the tensors to step and states kept there."""
-    return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names", "state")}
+    return {key: copy.deepcopy(value) for key, value in group.items() if key not in NO_COUNTERS}
 
 
 def _restore_counters(group: dict, saved: dict) -> None:
     """Put back what a step without gradients has counted; tensors in place, since a compiled step may hold them."""
+    for key in [key for key in group if key not in saved and key not in NO_COUNTERS]:
+        del group[key]  # a count that begins with the first step
     for key, value in saved.items():
         if isinstance(value, torch.Tensor):
             group[key].copy_(value)

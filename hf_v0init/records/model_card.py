@@ -19,7 +19,12 @@ V0_TAGS = ["hf_v0init", "arxiv:2412.02153"]
 SECTION_TITLE = "Start of Adam's second moment (v0)"
 SECTION_BEGIN = "<!-- hf_v0init: begin -->"
 SECTION_END = "<!-- hf_v0init: end -->"
+RESULTS_TITLE = "Results"
+RESULTS_BEGIN = "<!-- hf_v0init results: begin -->"
+RESULTS_END = "<!-- hf_v0init results: end -->"
 FOLLOWING_HEADING = "## Training procedure"
+
+_SAMPLES_TITLE = "### Samples"
 
 # The Trainer knows the names of the metrics that the Hub lists, but not these.
 FURTHER_METRICS = ("chrf", "perplexity")
@@ -126,16 +131,74 @@ def add_v0_section(card_text: str, report: Mapping[str, Any] | None) -> str:
     """
     card = _parse_card(card_text)
     card.data["tags"] = _merge_unique(card.data.get("tags"), V0_TAGS)
-    block = f"{SECTION_BEGIN}\n{compose_v0_section(report)}\n{SECTION_END}"
-    earlier = re.search(f"{re.escape(SECTION_BEGIN)}.*?{re.escape(SECTION_END)}", card.text, flags=re.DOTALL)
-    following = re.search(rf"^{re.escape(FOLLOWING_HEADING)}\s*$", card.text, flags=re.MULTILINE)
-    if earlier:
-        card.text = card.text[: earlier.start()] + block + card.text[earlier.end() :]
-    elif following:
-        card.text = f"{card.text[: following.start()]}{block}\n\n{card.text[following.start() :]}"
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{block}\n"
+    card.text = _put_section(card.text, compose_v0_section(report), SECTION_BEGIN, SECTION_END)
     return str(card)
+
+
+def add_results_section(card_text: str, results: Mapping[str, Any], samples: Sequence[Mapping[str, str]] = ()) -> str:
+    """Add what evaluations measured to a model card, and samples of what the model does.
+
+    The section replaces an earlier one where there is one; else it goes before "## Training procedure", or to the end.
+    Metadata and other text stay as they are.
+
+    Args:
+        card_text: the card, as for `add_v0_section`.
+        results: the metrics as in `all_results.json`, "eval_..." of validation, "predict_..." or "test_..." of test. Others,
+            and those that tell of speed, are left out.
+        samples: rows of a table, by the names of its columns; without any, those of an earlier section stay.
+
+    Returns:
+        The new card; the card as it is, if there is nothing to add.
+
+    Raises:
+        InputError: the card's metadata is not a YAML mapping.
+    """
+    rows = list(_list_results(results))
+    card = _parse_card(card_text)
+    if not samples:
+        earlier = re.search(
+            rf"{re.escape(_SAMPLES_TITLE)}\n.*?(?=\n{re.escape(RESULTS_END)})", card.text, flags=re.DOTALL
+        )
+        sample_part = earlier[0] if earlier else ""
+    else:
+        columns = tuple(samples[0])
+        table = _compose_table(columns, [tuple(_escape_cell(row[name]) for name in columns) for row in samples])
+        sample_part = f"{_SAMPLES_TITLE}\n\n{table}"
+    if not (rows or sample_part):
+        return card_text
+    parts = [f"## {RESULTS_TITLE}"]
+    if rows:
+        parts.append(_compose_table(("Data", "Metric", "Value"), rows))
+    if sample_part:
+        parts.append(sample_part)
+    card.text = _put_section(card.text, "\n\n".join(parts), RESULTS_BEGIN, RESULTS_END)
+    return str(card)
+
+
+def _list_results(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    for prefix, data in (("eval_", "validation"), ("predict_", "test"), ("test_", "test")):
+        for key, value in sorted(results.items()):
+            name = key.removeprefix(prefix)
+            if not key.startswith(prefix) or name.endswith(("runtime", "per_second", "model_preparation_time")):
+                continue
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            yield data, name, f"`{shown}`" if isinstance(value, str) else shown
+
+
+def _escape_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _put_section(text: str, section: str, begin: str, end: str) -> str:
+    """Return the card's text with the section in place of an earlier one, or before the training procedure, or at the end."""
+    block = f"{begin}\n{section}\n{end}"
+    earlier = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
+    following = re.search(rf"^{re.escape(FOLLOWING_HEADING)}\s*$", text, flags=re.MULTILINE)
+    if earlier:
+        return text[: earlier.start()] + block + text[earlier.end() :]
+    if following:
+        return f"{text[: following.start()]}{block}\n\n{text[following.start() :]}"
+    return f"{text.rstrip()}\n\n{block}\n"
 
 
 def add_task_and_metrics(card_text: str, task: str | Sequence[str] | None, metrics: Iterable[str] = ()) -> str:

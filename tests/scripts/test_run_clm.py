@@ -364,14 +364,14 @@ BAD_INPUT = {
     "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
     "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
     "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
-    "unknown override": ({"config_overrides": "n_layers=3"}, ["n_layers=3", "key=value"]),
+    "unknown override": ({"config_overrides": "n_layers=3"}, ["no n_layers", "did you mean n_layer?"]),
     "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
     "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
     "missing model": (
         {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
-        ["./nowhere", "check the name"],
+        ["no such folder ./nowhere"],
     ),
-    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["./nowhere", "check the name"]),
+    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such folder ./nowhere"]),
     "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
     "vocabulary override": (
         {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},

@@ -41,6 +41,16 @@ from .training import DivergedError, GanTrainer
 
 logger = logging.get_logger("run_dcgan")
 
+EXAMPLES = """
+# a DCGAN on a folder of images, with a random v0 for both optimizers
+run_dcgan.py --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
+# flags from a file, the distance to the training images measured every 1,000 steps
+run_dcgan.py FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
+# measure the generator of a finished run
+run_dcgan.py FILE.yaml --do_train False --do_eval --output_dir out
+# two processes
+torchrun --nproc_per_node 2 run_dcgan.py FILE.yaml --output_dir out
+"""
 EXIT_DIVERGED = 1
 SMALLEST_EVAL = 2  # images that have a covariance
 # What of the Trainer's flags has a meaning here; V0InitArguments' all do.
@@ -229,7 +239,7 @@ def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
 
 def train_and_measure(argv: list[str]) -> None:
     model_args, data_args, quality_args, training = parse_arguments(
-        (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv
+        (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv, EXAMPLES
     )
     checkpoint = require_possible(training, quality_args.overwrite_output_dir)
     start_logging(training)

@@ -24,8 +24,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
 from ...diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback
+from ...distributed.processes import raise_together
 from ...errors import InputError
-from ...gradients.statistics import raise_together
 from ...preservation import preserve_rng, seed_everything
 from ...records.model_card import add_v0_section
 from ...records.report import write_report

@@ -16,16 +16,19 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
 from ..probing import ProbeArguments, probe_and_print, turn_into_probe
+from ..run_identity import describe_run, require_same_model
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
+from ..value_checks import require_available_metric
 from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words, tokenize_words
 from .masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking
 from .model import MaskedModelArguments
@@ -43,6 +46,17 @@ from .shared_script import (
 )
 
 NUM_GUESSES = 5
+METRICS = ("loss", MaskedPerplexityMixin.perplexity_name, "accuracy", "num_tokens")
+EXAMPLES = """
+# BERT's architecture from scratch on a text file, with its data-driven v0
+run_mlm.py --model_type bert --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
+# flags from a file, whole words masked, the best checkpoint by its loss
+run_mlm.py FILE.yaml --whole_word_mask --eval_strategy epoch --save_strategy best --metric_for_best_model loss
+# go on with a pretrained model, one sample per line
+run_mlm.py FILE.yaml --model_name_or_path bert-base-uncased --line_by_line
+# two processes
+torchrun --nproc_per_node 2 run_mlm.py FILE.yaml --output_dir out
+"""
 
 
 @dataclass
@@ -56,7 +70,7 @@ class MaskedRunArguments(LanguageRunArguments):
     )
 
 
-class MaskedTrainer(MaskedPerplexityMixin, TokenBudgetMixin, StepDecayMixin, SafeCheckpointsMixin, V0InitTrainer):
+class MaskedTrainer(ScriptTrainerMixin, MaskedPerplexityMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
     """With exact evaluation over the masked tokens and, where asked, token-budget batches and step decay."""
 
 
@@ -132,16 +146,20 @@ ARGUMENTS = (MaskedModelArguments, MaskedDataArguments, MaskedRunArguments, Prob
 
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     if probe_args.probe_only:
         turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
+    require_available_metric(training_args, METRICS)
     callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
+    run = describe_run(training_args, model_args, data_args, run_args)
+    overwrite = run_args.overwrite_output_dir
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
+    config = model_args.load_config()
+    require_same_model(checkpoint, config)
     set_seed(training_args.seed)
 
-    config = model_args.load_config()
     prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
     tokenizer, block_size = prepared.tokenizer, prepared.block_size
     masking = make_masking(tokenizer, data_args)
@@ -166,6 +184,7 @@ def main(argv: list[str]) -> None:
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
+            run_identity=run,
             callbacks=callbacks,
         )
     if isinstance(samples.get("train"), MaskedSamples):

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ...errors import InputError
-from ..script_stages import HubArguments, flag, load_config, require_sole_model_source
+from ..script_stages import HubArguments, flag, load_config, require_buildable, require_sole_model_source
 from ..tokenizer_training import train_bpe_tokenizer, train_on_main_process, train_word_tokenizer
 from .awd_lstm import AwdLstmConfig
 
@@ -100,12 +100,16 @@ class ModelArguments(HubArguments):
         """Load the configuration of the model, before the tokenizer is known.
 
         Raises:
-            InputError: it cannot be loaded, or not be changed so.
+            InputError: it cannot be loaded, not be changed so, or no model can be built of it.
         """
         name = self.config_name or self.model_name_or_path
         config = load_config(self.model_type, name, self.config_overrides, self)
         if self.model_type is None and config.model_type in CONFIG_MAPPING:  # not code of the user's own
             self._require_type(config.model_type, f"{name}: {config.model_type}")
+        if self.model_name_or_path is None:
+            source = f"--model_type={self.model_type}" if self.model_type else f"--config_name={self.config_name}"
+            changes = f"--config_overrides={self.config_overrides}" if self.config_overrides else source
+            require_buildable(config, self.auto_class, changes)
         if self.model_name_or_path and self.config_name:
             self._require_same_weights(config, load_config(None, self.model_name_or_path, None, self))
         return config

@@ -17,15 +17,18 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ..early_stopping import make_early_stopping
 from ..probing import ProbeArguments, probe_and_print, turn_into_probe
+from ..run_identity import describe_run, require_same_model
 from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayMixin
 from ..token_budget import TokenBudgetMixin
+from ..value_checks import require_available_metric
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
 from .model import ModelArguments
@@ -52,6 +55,21 @@ from .shared_script import (
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
 
+METRICS = ("loss", "perplexity", "accuracy", "num_tokens")
+EXAMPLES = """
+# GPT-2's architecture from scratch on a text file, with its data-driven v0
+run_clm.py --model_type gpt2 --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
+# flags from a file, a smaller model, the best checkpoint by perplexity
+run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
+  --metric_for_best_model perplexity
+# fine-tune a pretrained model on prompts with their completions
+run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a
+# data that does not fit on the disk
+run_clm.py FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
+# two processes
+torchrun --nproc_per_node 2 run_clm.py FILE.yaml --output_dir out
+"""
+
 
 @dataclass
 class RunArguments(LanguageRunArguments):
@@ -64,7 +82,7 @@ class RunArguments(LanguageRunArguments):
 
 
 class CausalTrainer(
-    ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, SafeCheckpointsMixin, V0InitTrainer
+    ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer
 ):
     """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
 
@@ -165,16 +183,20 @@ ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0Init
 
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv)
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     if probe_args.probe_only:
         turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
+    require_available_metric(training_args, METRICS)
     callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
+    run = describe_run(training_args, model_args, data_args, run_args)
+    overwrite = run_args.overwrite_output_dir
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
+    config = model_args.load_config()
+    require_same_model(checkpoint, config)
     set_seed(training_args.seed)
 
-    config = model_args.load_config()
     require_possible_for_model(config, data_args, training_args)
     prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
     tokenizer, block_size = prepared.tokenizer, prepared.block_size
@@ -201,6 +223,7 @@ def main(argv: list[str]) -> None:
             data_collator=collator,
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
+            run_identity=run,
             callbacks=callbacks,
         )
 
