@@ -52,8 +52,8 @@ def train_with_anybodys_trainer(model: nn.Module) -> Trainer:
     return trainer
 
 
-class MixedTrainer(V0InitMixin, Trainer):
-    """The mixin in front of a Trainer."""
+class MixedTrainer(SafeCheckpointsMixin, V0InitMixin, Trainer):
+    """The mixins in front of a Trainer."""
 
 
 def train_in_a_loop(
@@ -67,6 +67,15 @@ def train_in_a_loop(
     multiplier: float = compute_multiplier(10, scale, 0.999)
     steps: float = compute_steps_to_multiplier(0.9, scale, 0.999)
     return multiplier + steps
+
+
+def measure(
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> int:
+    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
+    return compute_warmup_length(1e-3 / (radius.d50 or 1.0), num_steps=1000)
 
 
 def refuse() -> ValueError:
