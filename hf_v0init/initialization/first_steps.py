@@ -122,7 +122,11 @@ class FirstSteps:
         self._handles: list[Any] = []
         self._is_done = True
         self.bind(optimizer)
-        self.set_length(max_steps)
+        try:
+            self.set_length(max_steps)
+        except InputError:
+            self.remove()
+            raise
         stored = self._list()
         is_known = model is not None and self.moments.zero is None and not any(one.tensor.is_meta for one in stored)
         if is_known and not any(map(self._takes, stored)):
@@ -152,9 +156,11 @@ class FirstSteps:
         return {"num_measured": self.num_measured, "num_measure_steps": self.num_measure_steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on measuring where a checkpoint left off: the loaded optimizer state holds the sums of `num_measured` steps."""
-        self.num_measured, self.num_measure_steps = int(state["num_measured"]), int(state["num_measure_steps"])
-        self._resumed = self.num_measured > 0
+        """Go on measuring where a checkpoint left off: the loaded optimizer state holds the sums of `num_measured` steps, or, once
+        all K have been made, what v0 has become, which stands."""
+        measured, self.num_measure_steps = int(state["num_measured"]), int(state["num_measure_steps"])
+        self._resumed = 0 < measured < self.num_measure_steps
+        self.num_measured = measured if self._resumed else 0
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -369,7 +375,7 @@ class FirstSteps:
                 sums = self._classify([self._sums[one.tensor].tensors[-1] for one in chosen])
                 kinds = {one.tensor: kind for one, kind in zip(chosen, sums, strict=True)}
             chosen = [one for one in chosen if kinds[one.tensor] == USABLE]
-        ratios: dict[int, list[torch.Tensor]] = {}
+        ratios: dict[float | None, list[torch.Tensor]] = {}  # by beta2, which decides how large they must be
         states: dict[torch.Tensor, State] = {}
         measures_ratio = self.settings.v0_init == "random"
         factors = {}
@@ -383,7 +389,7 @@ class FirstSteps:
             if measures_ratio:
                 self._draw(one, v0, factors[group])
                 for part in self._parts_with_v0(one):
-                    ratios.setdefault(group, []).append(
+                    ratios.setdefault(self.moments.read_beta2(one.group), []).append(
                         sample_ratio(part.cut(v0), part.cut(_match(one.tensor, inverse_scale)))
                     )
             elif self.num_measure_steps > 1 and not is_late:
@@ -406,16 +412,21 @@ class FirstSteps:
 
     def _scale_random(self, report, chosen, states, ratios) -> None:
         """Measure v0 / g^2; with `v0_warmup_steps`, scale v0 so that its multiplier is 0.9 at that step."""
-        ratio = compute_median([r for of_group in ratios.values() for r in of_group], self._is_sharded())
         steps = self.settings.v0_warmup_steps
-        if steps is not None and ratio:
-            for one in chosen:
-                factor = compute_scale_for_warmup(steps, self.moments.read_beta2(one.group)) / ratio
-                states[one.tensor].tensors[-1].mul_(factor)
-            beta2 = self.moments.read_beta2(chosen[0].group)
-            report.scale *= compute_scale_for_warmup(steps, beta2) / ratio
-            ratio = compute_scale_for_warmup(steps, beta2)
-        report.measured_ratio = ratio
+        if steps is None:
+            joined = [ratio for of_beta2 in ratios.values() for ratio in of_beta2]
+            report.measured_ratio = compute_median(joined, self._is_sharded())
+            return
+        factors, first = {}, None
+        for beta2, of_beta2 in ratios.items():
+            ratio, wanted = compute_median(of_beta2, self._is_sharded()), compute_scale_for_warmup(steps, beta2)
+            factors[beta2] = wanted / ratio if ratio else 1.0
+            first = first or (factors[beta2], wanted if ratio else ratio)
+        for one in chosen:
+            states[one.tensor].tensors[-1].mul_(factors[self.moments.read_beta2(one.group)])
+        if first is not None:
+            report.scale *= first[0]
+            report.measured_ratio = first[1]
 
     def _draw(self, stored: StoredTensor, v0: torch.Tensor, scale: float) -> None:
         for part in self._parts_with_v0(stored):
@@ -517,7 +528,15 @@ class FirstSteps:
         return self.moments.zero is not None or any(is_dtensor(one.tensor) for one in self._list())
 
     def _has_been_stepped(self) -> bool:
-        return any(self.moments.find_state(one.tensor, one.group) is not None for one in self._list())
+        states = [self.moments.find_state(one.tensor, one.group) for one in self._list()]
+        return any(state is not None and not self._is_fresh(state) for state in states)
+
+    def _is_fresh(self, state: State) -> bool:
+        """Whether a state has been made but not used, as fused Adam leaves it at a step that a GradScaler skips."""
+        step = state.get("step")
+        if step is None or float(step) > 0:
+            return False
+        return not bool(get_local_part(self.moments.layout.read(state)).any())
 
     def _judge(self, stored: list[StoredTensor]) -> list[int]:
         """Say of each gradient, over all processes, whether it is zero, usable or not finite."""

@@ -9,6 +9,7 @@ from torch import nn
 from trainers import make_trainer, record
 
 from hf_v0init import InputError, V0InitArguments
+from hf_v0init.gradients.batches import SampledBatches, iterate_streamed_batches
 from hf_v0init.gradients.statistics import PassCounts, StatisticsBatch, visit_gradients
 from hf_v0init.gradients.stopping import (
     MAX_NUM_SAMPLES,
@@ -18,7 +19,8 @@ from hf_v0init.gradients.stopping import (
     list_stages,
     see_sums,
 )
-from hf_v0init.initialization.writing import plan_v0, write_data_driven_v0
+from hf_v0init.initialization.plan import plan_v0
+from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
 from hf_v0init.optimizers.state import read_second_moment
 from hf_v0init.records.report import V0Report
 from hf_v0init.trainer.arguments import V0InitTrainingArguments
@@ -65,7 +67,7 @@ def draw(kind: str, num: int, seed: int) -> torch.Tensor:
     return rows * size
 
 
-def write_auto(rows: torch.Tensor, batch_size: int = 1, statistic: str = "per_sample", step_size: float = 8.0):
+def write_auto(rows: torch.Tensor, batch_size: int = 1):
     model = Drawn()
     optimizer = torch.optim.AdamW(model.parameters())
     plan = plan_v0(optimizer, model)
@@ -79,8 +81,7 @@ def write_auto(rows: torch.Tensor, batch_size: int = 1, statistic: str = "per_sa
         lambda named, visit, stage=stage: run_stage(*stage, named, visit)
         for stage in list_stages(batch_size, len(rows))
     ]
-    arguments = V0InitArguments(v0_init="data_driven", v0_num_samples="auto", v0_statistic=statistic)
-    report = write_data_driven_v0(optimizer, plan, arguments, 0, stages, step_size)
+    report = write_v0(plan, estimate_grad_sq_mean(plan, stages, 8.0), 1.0)
     return report, read_second_moment(optimizer, model.weight).flatten()
 
 
@@ -124,12 +125,6 @@ def test_auto_ends_with_all_samples_where_they_never_agree():
     torch.testing.assert_close(v0, rows.square().mean(0), rtol=1e-4, atol=1e-12)
 
 
-def test_auto_looks_at_the_statistic_that_is_asked_for():
-    """Of a step of 512 samples the squared mean is the larger part, and it is known less well from as many samples."""
-    rows = draw("normal", MAX_NUM_SAMPLES, seed=6)
-    assert write_auto(rows)[0].num_samples < write_auto(rows, statistic="per_step", step_size=512.0)[0].num_samples
-
-
 def test_elements_without_gradient_do_not_count():
     rows = draw("normal", 1024, seed=7)
     rows[:, ::2] = 0.0
@@ -166,7 +161,13 @@ def test_the_flag_is_a_number_or_auto():
 def test_a_trainer_with_auto_takes_a_prefix_of_what_all_samples_are(tmp_path):
     """Stops early, or ends as the fixed number does, bit for bit."""
     data = make_sequences(600)
-    options = {"data": data, "v0_init": "data_driven", "max_steps": 1, "v0_stats_batch_size": 1}
+    options = {
+        "data": data,
+        "v0_init": "data_driven",
+        "v0_statistic": "per_sample",
+        "max_steps": 1,
+        "v0_stats_batch_size": 1,
+    }
     auto, _ = record(tmp_path / "auto", v0_num_samples="auto", **options)
     report = auto.get_v0_report()
     assert report["num_samples_requested"] == "auto"
@@ -180,28 +181,26 @@ def test_a_trainer_with_auto_takes_a_prefix_of_what_all_samples_are(tmp_path):
 
 
 def test_batches_of_a_stage_are_those_of_the_whole_pass():
-    """On each of three processes: the stages' batches, in order, are the batches without stages."""
-    from hf_v0init.gradients.batches import SampledBatches, iterate_streamed_batches
+    """On three processes together; and at each stage each process has as many, since a loss may communicate."""
+    data, stages = list(range(50)), list(itertools.pairwise((0, 5, 9, 99)))
 
-    data = list(range(50))
-    for rank in range(3):
-        place = {"seed": 1, "rank": rank, "world_size": 3}
-        whole = SampledBatches(data, list, data, 4, **place)
-        parts = [
-            SampledBatches(data, list, data, 4, batch_range=(a, b), **place)
-            for a, b in itertools.pairwise((0, 5, 9, 99))
-        ]
-        assert [b.inputs for part in parts for b in part] == [b.inputs for b in whole]
-        assert [b.index for part in parts for b in part] == [b.index for b in whole]
-        stream = _Stream(data)
-        streamed = [
-            b
-            for a, e in itertools.pairwise((0, 5, 9, 99))
-            for b in iterate_streamed_batches(stream, list, 50, 4, batch_range=(a, e), **place)
-        ]
-        assert [b.inputs for b in streamed] == [
-            b.inputs for b in iterate_streamed_batches(stream, list, 50, 4, **place)
-        ]
+    def read(rank, stage, streamed):
+        place = {"seed": 1, "rank": rank, "world_size": 3, "batch_range": stage}
+        if streamed:
+            return list(iterate_streamed_batches(_Stream(data), list, 50, 4, **place))
+        return list(SampledBatches(data, list, data, 4, **place))
+
+    whole = {k: data[4 * k : 4 * k + 4] for k in range(13)}
+    for streamed in (False, True):
+        seen = {}
+        for stage in stages:
+            by_rank = [read(rank, stage, streamed) for rank in range(3)]
+            assert len({len(batches) for batches in by_rank}) == 1
+            counted = [batch for batches in by_rank for batch in batches if batch.counts]
+            assert not seen.keys() & {batch.index for batch in counted}
+            seen |= {batch.index: batch.inputs for batch in counted}
+            assert len(counted) == min(stage[1], 13) - stage[0]
+        assert seen == whole
 
 
 class _Stream(torch.utils.data.IterableDataset):
@@ -217,7 +216,8 @@ def test_a_stream_that_ends_early_ends_the_pass(tmp_path):
         def __iter__(self):
             return iter(make_sequences(200))
 
-    options = {"v0_init": "data_driven", "max_steps": 1, "v0_stats_batch_size": 1, "v0_num_samples": "auto"}
+    options = {"v0_init": "data_driven", "v0_statistic": "per_sample", "max_steps": 1, "v0_stats_batch_size": 1}
+    options |= {"v0_num_samples": "auto"}
     trainer = make_trainer(tmp_path, data=Rows(), **options)
     trainer.train()
     assert trainer.get_v0_report()["num_samples"] == 200

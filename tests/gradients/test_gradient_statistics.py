@@ -106,7 +106,7 @@ def test_a_step_larger_than_the_sample_gives_the_squared_mean_and_never_less_tha
 
 
 def test_one_batch_of_several_samples_is_refused():
-    with pytest.raises(InputError, match="v0_stats_batch_size <= 4"):
+    with pytest.raises(InputError, match=r"the 8 samples .* fit into one batch.*batches of at most 4"):
         compute_grad_sq_mean_(torch.ones(1), torch.ones(1), PassCounts(8, 1), 1)
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from hf_v0init import InputError, V0InitArguments
 from hf_v0init.initialization.strategies import (
     compute_data_driven_v0_,
     compute_fans,
-    compute_first_gradient_v0_,
     compute_random_v0_,
     compute_random_v0_mean,
     takes_v0,
@@ -40,19 +40,33 @@ def test_random_v0_is_scale_over_fans_times_chi_squared():
         assert (v0 / 0.1).quantile(probability).item() == pytest.approx(quantile, rel=0.05)
 
 
-def test_fan_factor_2_is_the_squared_xavier_normal_of_the_authors_code():
+def test_twice_the_scale_is_the_squared_xavier_normal_of_the_authors_code():
     shape = (300, 500)
     xavier = torch.nn.init.xavier_normal_(torch.empty(shape), generator=torch.Generator().manual_seed(1))
     z = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(1))
-    ours = compute_random_v0_(z, shape, scale=1.0, fan_factor=2.0)
+    ours = compute_random_v0_(z, shape, scale=2.0)
     torch.testing.assert_close(ours, xavier.square())
-    assert compute_random_v0_mean(shape, 1.0, 2.0) == 2 * compute_random_v0_mean(shape, 1.0)
+    assert compute_random_v0_mean(shape, 2.0) == 2 / 800
+    authors, paper = (V0InitArguments(v0_init="random", v0_preset=name) for name in ("authors_code", "paper"))
+    assert authors.get_v0_scale(0.999) == 2 * paper.get_v0_scale(0.999) == 200.0
 
 
-def test_data_driven_and_first_gradient_are_their_formulas():
+@pytest.mark.parametrize(("preset", "one_dimensional"), [("paper", False), ("authors_code", True)])
+def test_presets_are_the_pass_over_5000_samples(preset, one_dimensional):
+    settings = V0InitArguments(v0_init="data_driven", v0_preset=preset)
+    assert (settings.v0_statistic, settings.v0_num_samples, settings.v0_scale) == ("per_sample", 5000, 1.0)
+    assert settings.v0_one_dimensional == one_dimensional
+    with pytest.raises(
+        InputError, match=f"v0_preset={preset} has v0_scale=1.0, and 3.0 was given: drop one of the two"
+    ):
+        V0InitArguments(v0_init="data_driven", v0_preset=preset, v0_scale=3.0)
+    with pytest.raises(InputError, match="first_gradient, which the paper does not have"):
+        V0InitArguments(v0_init="first_gradient", v0_preset=preset)
+
+
+def test_data_driven_is_its_formula():
     g = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
     assert torch.equal(compute_data_driven_v0_(g.square(), 3.0), 3.0 * g**2)
-    assert torch.equal(compute_first_gradient_v0_(g.clone(), 3.0), 3.0 * g**2)
 
 
 @pytest.mark.parametrize(

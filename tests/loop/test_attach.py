@@ -1,0 +1,536 @@
+"""`attach_v0` in loops of every kind: v0 is made of the gradients that the optimizer sees, at its own first step."""
+
+import copy
+import io
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from hf_v0init import InputError, attach_v0, compute_multiplier, compute_scale_for_warmup, read_second_moment
+from hf_v0init.closed_form.defaults import DEFAULT_SCALE
+from hf_v0init.optimizers.state import is_untouched
+
+
+def make_network(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def make_batches(num: int, dtype=torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 6, generator=generator).to(dtype) for _ in range(num)]
+
+
+def compute_loss(model, batch) -> torch.Tensor:
+    return (model(batch) - 1).square().mean()
+
+
+def make_adam(model, **options) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), **options)
+
+
+def train(model, optimizer, batches) -> None:
+    for batch in batches:
+        optimizer.zero_grad()
+        compute_loss(model, batch).backward()
+        optimizer.step()
+
+
+def compute_gradients(batches, model=None) -> dict[str, list[torch.Tensor]]:
+    """By name, the gradient of each batch at the weights as they are."""
+    model = copy.deepcopy(make_network() if model is None else model)
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for batch in batches:
+        model.zero_grad()
+        compute_loss(model, batch).backward()
+        for name, p in model.named_parameters():
+            gradients[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+    return gradients
+
+
+def mean_square(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(gradients).double().square().mean(0)
+
+
+def catch_v0(steps, optimizer, model) -> dict[str, torch.Tensor]:
+    """Filled, when v0 has been written and before the step is made, with the second moments by name."""
+    caught: dict[str, torch.Tensor] = {}
+
+    def look():
+        for name, p in model.named_parameters():
+            moment = read_second_moment(optimizer, p)
+            if moment is not None:
+                caught[name] = moment.clone()
+
+    steps.observers.append(look)
+    return caught
+
+
+def assert_v0_is_mean_square(caught, gradients, scale: float = 1.0) -> None:
+    assert sorted(caught) == sorted(name for name, g in gradients.items() if g[0].dim() >= 2)
+    for name, v0 in caught.items():
+        torch.testing.assert_close(v0.double(), scale * mean_square(gradients[name]), rtol=1e-5, atol=1e-15)
+
+
+# ---- loops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_in_a_plain_loop_v0_is_the_mean_square_of_the_first_gradients(num):
+    model, batches = make_network(), make_batches(5)
+    optimizer = make_adam(model)
+    steps = attach_v0(optimizer, model, v0_measure_steps=num, v0_scale=2.0)
+    caught, start = catch_v0(steps, optimizer, model), copy.deepcopy(model.state_dict())
+    train(model, optimizer, batches[: num - 1])
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    assert steps.report is None and steps.is_waiting
+    train(model, optimizer, batches[num - 1 :])
+    assert_v0_is_mean_square(caught, compute_gradients(batches[:num]), 2.0)
+    report = steps.report
+    assert (report.strategy, report.scale, report.measure_steps) == ("data_driven", 2.0, num)
+    assert (report.num_parameters_with_v0, report.num_parameters_without_v0) == (2, 2)
+    assert report.v0_mean == pytest.approx(float(torch.cat([v.flatten() for v in caught.values()]).mean()), rel=1e-6)
+    assert not steps.is_attached and optimizer.state[model[0].weight]["step"] == 5 - num + 1
+    # 1-D parameters start at zero, from the same step on
+    g = compute_gradients(batches[num - 1 : num])["0.bias"][0]
+    stock = make_network()
+    fresh = make_adam(stock)
+    stock[0].bias.grad = g
+    fresh.step()
+    assert not caught.keys() & {"0.bias", "2.bias"}
+    one_step = make_network()
+    again = make_adam(one_step)
+    attach_v0(again, one_step, v0_measure_steps=num)
+    train(one_step, again, batches[:num])
+    assert torch.equal(one_step[0].bias, stock[0].bias)
+
+
+def test_first_gradient_is_gi_adam():
+    model, (batch,) = make_network(), make_batches(1)
+    optimizer = make_adam(model, weight_decay=0.0)
+    caught = catch_v0(attach_v0(optimizer, model, "first_gradient"), optimizer, model)
+    start = model[2].weight.detach().clone()
+    train(model, optimizer, [batch])
+    g = compute_gradients([batch])["2.weight"][0]
+    assert torch.equal(caught["2.weight"], g.square())
+    expected = -1e-2 * g / (g.square() + 0.98 / 0.02 * g.square()).sqrt()
+    torch.testing.assert_close(model[2].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_zeros_attaches_nothing_and_takes_any_optimizer():
+    optimizer = torch.optim.SGD(make_network().parameters(), lr=0.1)
+    assert attach_v0(optimizer, None, "zeros") is None
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.fixture
+def make_accelerator():
+    """Accelerate keeps its state for the process: a test must not leave it to the next."""
+
+    def make(**options) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, **options)
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerator):
+    accelerator = make_accelerator(gradient_accumulation_steps=2)
+    model, batches = make_network(), make_batches(4)
+    optimizer = make_adam(model)
+    model, prepared = accelerator.prepare(model, optimizer)
+    steps = attach_v0(prepared, model, v0_measure_steps=2)
+    caught = catch_v0(steps, optimizer, model)
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(compute_loss(model, batch))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.05)
+            prepared.step()
+            prepared.zero_grad()
+    gradients = compute_gradients(batches)
+    seen = {name: [] for name in gradients}
+    for first in (0, 2):
+        pair = {name: (g[first] + g[first + 1]) / 2 for name, g in gradients.items()}
+        norm = torch.stack([g.norm() for g in pair.values()]).norm()
+        assert norm > 0.1
+        for name, g in pair.items():
+            seen[name].append(g * (0.05 / norm))
+    assert_v0_is_mean_square(caught, seen)
+    assert steps.report is not None and not steps.is_attached
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keyword):
+    model, batches = make_network(), make_batches(4)
+    optimizer = make_adam(model)
+    caught, calls = catch_v0(attach_v0(optimizer, model, v0_measure_steps=2), optimizer, model), []
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = compute_loss(model, batches[len(calls) - 1])
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure=closure) if as_keyword else optimizer.step(closure) for _ in range(4)]
+    plain = make_network()
+    other = make_adam(plain)
+    attach_v0(other, plain, v0_measure_steps=2)
+    train(plain, other, batches)
+    assert len(calls) == 4 and losses[0].item() == compute_loss(make_network(), batches[0]).item()
+    assert_v0_is_mean_square(caught, compute_gradients(batches[:2]))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_compiled_step_is_the_plain_one():
+    weights = []
+    for compiled in (False, True):
+        model, batches = make_network(), make_batches(5)
+        optimizer = make_adam(model)
+        steps = attach_v0(optimizer, model, v0_measure_steps=2)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for batch in batches:
+            optimizer.zero_grad()
+            compute_loss(model, batch).backward()
+            step()
+        assert steps.report.num_parameters_with_v0 == 2 and optimizer.state[model[0].weight]["step"] == 4
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for plain, of_compiled in zip(*weights, strict=True):
+        torch.testing.assert_close(of_compiled, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["data_driven", "first_gradient", "random"])
+def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
+    """The hook sees scaled gradients there, and an overflow, in whose step it waits."""
+    model, batches = make_network(), make_batches(3)
+    optimizer = make_adam(model, fused=True)
+    steps = attach_v0(optimizer, model, strategy, v0_scale=1.0)
+    caught = catch_v0(steps, optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number, batch in enumerate(batches):
+        optimizer.zero_grad()
+        scaler.scale(compute_loss(model, batch)).backward()
+        if number == 0:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert steps.is_waiting == (number == 0)
+        if number == 0:
+            assert scaler.get_scale() == 512.0 and not optimizer.state[model[0].weight]["exp_avg_sq"].any()
+            assert torch.equal(model[0].weight, make_network()[0].weight)
+    assert optimizer.state[model[0].weight]["step"] == 2
+    assert not caught.pop("0.bias").any() and not caught.pop("2.bias").any()  # fused Adam had made their states
+    gradients = compute_gradients(batches[1:2])
+    if strategy != "random":
+        assert_v0_is_mean_square(caught, gradients)
+    else:
+        ratios = torch.cat([(v0 / gradients[name][0].square()).flatten() for name, v0 in caught.items()])
+        assert steps.report.measured_ratio == pytest.approx(float(ratios.median()), rel=1e-5)
+
+
+# ---- what is waited for, and refused ---------------------------------------------------------------------------------
+
+
+def test_steps_without_a_gradient_are_not_measured():
+    """Loading a distributed checkpoint makes a step with zero gradients, so that there is state to load into."""
+    model, batches = make_network(), make_batches(2)
+    optimizer = make_adam(model)
+    steps = attach_v0(optimizer, model, "first_gradient")
+    caught = catch_v0(steps, optimizer, model)
+    optimizer.step()
+    assert steps.is_waiting and steps.num_measured == 0
+    get_optimizer_state_dict(model, optimizer)
+    assert steps.is_waiting and steps.num_measured == 0 and steps.report is None
+    optimizer.state.clear()
+    train(model, optimizer, batches)
+    assert_v0_is_mean_square(caught, compute_gradients(batches[:1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_by_name(bad):
+    model, (batch,) = make_network(), make_batches(1)
+    optimizer = make_adam(model)
+    attach_v0(optimizer, model)
+    compute_loss(model, batch).backward()
+    model[2].weight.grad[1, 1] = bad
+    start = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"gradient of parameter '2.weight' is not finite.*v0_init=zeros"):
+        optimizer.step()
+    assert is_untouched(optimizer)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_parameters_outside_of_the_model_get_a_v0_too():
+    model, head, (batch,) = make_network(), nn.Linear(3, 2), make_batches(1)
+    groups = [{"params": model.parameters()}, {"params": head.parameters(), "lr": 1e-3}]
+    for given, names in (
+        (model, {"0.weight", "2.weight", "group 1, parameter 0"}),
+        (None, {"group 0, parameter 0", "group 0, parameter 2", "group 1, parameter 0"}),
+    ):
+        groups = [{"params": list(model.parameters())}, {"params": list(head.parameters()), "lr": 1e-3}]
+        optimizer = torch.optim.AdamW(groups)
+        steps = attach_v0(optimizer, given)
+        head.zero_grad(), model.zero_grad()
+        head(model(batch)).square().mean().backward()
+        squares = head.weight.grad.square()
+        seen = []
+        steps.observers.append(lambda o=optimizer, seen=seen: seen.append(read_second_moment(o, head.weight).clone()))
+        optimizer.step()
+        assert set(steps.report.parameters) == names
+        assert torch.equal(seen[0], squares)
+
+
+def test_a_random_v0_is_drawn_by_name_and_so_is_the_same_whatever_else_there_is():
+    (batch,) = make_batches(1)
+    drawn = []
+    for options in ({}, {"foreach": False}):
+        model = make_network()
+        optimizer = make_adam(model, **options)
+        caught = catch_v0(attach_v0(optimizer, model, "random", v0_seed=5), optimizer, model)
+        torch.manual_seed(len(drawn))
+        state = torch.get_rng_state()
+        train(model, optimizer, [batch])
+        assert torch.equal(state, torch.get_rng_state())
+        drawn.append(caught)
+    assert all(torch.equal(v0, drawn[1][name]) for name, v0 in drawn[0].items())
+    mean = DEFAULT_SCALE["random"] / (6 + 16)
+    assert drawn[0]["0.weight"].mean().item() == pytest.approx(mean, rel=4 * (2 / 96) ** 0.5)
+
+
+def test_attaching_twice_is_refused_and_after_remove_it_is_not():
+    model, batches = make_network(), make_batches(2)
+    optimizer = make_adam(model)
+    steps = attach_v0(optimizer, model)
+    with pytest.raises(InputError, match="attach_v0 was called twice"):
+        attach_v0(optimizer, model, "random")
+    steps.remove()
+    assert not steps.is_attached and not optimizer._optimizer_step_pre_hooks
+    stock = make_network()
+    stock_optimizer = make_adam(stock)
+    train(stock, stock_optimizer, batches[:1])
+    train(model, optimizer, batches[:1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), stock.parameters(), strict=True))
+    fresh = make_adam(model)
+    attach_v0(fresh, model, "random").remove()
+    attach_v0(fresh, model)
+    train(model, fresh, batches[1:])
+    assert not is_untouched(fresh) and steps.report is None
+
+
+def test_hooks_of_others_are_called_and_ours_goes():
+    model, batches = make_network(), make_batches(4)
+    optimizer, calls = make_adam(model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    steps = attach_v0(optimizer, model, v0_measure_steps=2)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("after"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(model, optimizer, batches)
+    assert calls == ["before", "after", "post"] * 4
+    assert not steps.is_attached and len(optimizer._optimizer_step_pre_hooks) == 2
+
+
+def test_an_optimizer_that_has_made_steps_keeps_its_state():
+    model, batches = make_network(), make_batches(4)
+    stock = make_network()
+    optimizer, stock_optimizer = make_adam(model), make_adam(stock)
+    train(model, optimizer, batches[:2])
+    train(stock, stock_optimizer, batches[:2])
+    steps = attach_v0(optimizer, model)
+    train(model, optimizer, batches[2:])
+    train(stock, stock_optimizer, batches[2:])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), stock.parameters(), strict=True))
+    assert steps.report is None and not steps.is_attached
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"v0_init": "xavier"}, "v0_init='xavier': choose one of"),
+        ({"v0_scale": -1.0}, "scale=-1"),
+        ({"v0_measure_steps": 0}, "v0_measure_steps=0: must be a whole number >= 1"),
+        ({"v0_measure_steps": 5, "v0_init": "random"}, "only data_driven per_step takes the mean over steps"),
+        ({"v0_measure_steps": 5, "max_steps": 5}, "v0_measure_steps=5: the run has 5 steps"),
+        ({"v0_scale": 1.0, "v0_warmup_steps": 3}, "both set the size of v0"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_step(options, words):
+    model = make_network()
+    optimizer = make_adam(model)
+    with pytest.raises(InputError, match=words) as caught:
+        attach_v0(optimizer, model, **options)
+    assert "\n" not in str(caught.value) and not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_model_without_matrices_is_refused_and_nothing_stays_attached():
+    model = nn.BatchNorm1d(4)
+    optimizer = make_adam(model)
+    with pytest.raises(InputError, match="no trainable parameter of two or more dimensions"):
+        attach_v0(optimizer, model)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert attach_v0(optimizer, model, v0_one_dimensional=True).is_waiting
+
+
+def test_warmup_steps_need_a_decaying_second_moment():
+    model = make_network()
+    with pytest.raises(InputError, match="no decaying mean of g\\^2"):
+        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_warmup_steps=5)
+
+
+# ---- stopping while v0 is measured -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
+    batches = make_batches(7, dtype)
+    straight = make_network(dtype)
+    straight_optimizer = make_adam(straight)
+    attach_v0(straight_optimizer, straight, v0_measure_steps=4)
+    train(straight, straight_optimizer, batches)
+
+    model = make_network(dtype)
+    optimizer = make_adam(model)
+    steps = attach_v0(optimizer, model, v0_measure_steps=4)
+    train(model, optimizer, batches[:stop])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "v0": steps.state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()))
+    assert saved["v0"] == {"num_measured": min(stop, 4), "num_measure_steps": 4}
+
+    resumed = make_network(dtype)
+    resumed_optimizer = make_adam(resumed)
+    handle = attach_v0(resumed_optimizer, resumed, v0_measure_steps=4)
+    resumed.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    handle.load_state_dict(saved["v0"])
+    train(resumed, resumed_optimizer, batches[stop:])
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
+        a, b = straight_optimizer.state[p], resumed_optimizer.state[q]
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert a["step"] == 4
+
+
+def test_bf16_sums_are_right_to_the_precision_of_the_state():
+    """32 steps: a bf16 running sum would lose several per cent."""
+    batches = make_batches(32, torch.bfloat16)
+    model = make_network(torch.bfloat16)
+    optimizer = make_adam(model)
+    caught = catch_v0(attach_v0(optimizer, model, v0_measure_steps=32), optimizer, model)
+    train(model, optimizer, batches)
+    for name, gradients in compute_gradients(batches, make_network(torch.bfloat16)).items():
+        if name in caught:
+            assert caught[name].dtype == torch.bfloat16
+            torch.testing.assert_close(caught[name].double(), mean_square(gradients), rtol=2**-7, atol=1e-30)
+
+
+# ---- parameters whose first gradient comes later ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num, scale, caplog):
+    model, batches = make_network(), make_batches(6)
+    model[0].weight.requires_grad_(False)
+    optimizer = make_adam(model, weight_decay=0.0)
+    steps = attach_v0(optimizer, model, v0_measure_steps=num, v0_scale=scale)
+    with caplog.at_level(logging.INFO, logger="hf_v0init"):
+        train(model, optimizer, batches[:3])
+        assert steps.report.without_gradient == ["0.weight"] and steps.is_attached
+        assert read_second_moment(optimizer, model[0].weight) is None
+        model[0].weight.requires_grad_(True)
+        g, start = compute_gradients(batches[3:4], model)["0.weight"][0], model[0].weight.detach().clone()
+        train(model, optimizer, batches[3:4])
+    assert not steps.is_attached and steps.report.without_gradient == []
+    assert "v0 written at the first gradient of 1 further tensors: 0.weight" in caplog.text
+    v1 = 0.98 * scale * g.square() + 0.02 * g.square()
+    torch.testing.assert_close(read_second_moment(optimizer, model[0].weight), v1, rtol=1e-5, atol=1e-20)
+    expected = -1e-2 * g / ((v1 / 0.02).sqrt() + 1e-8)
+    torch.testing.assert_close(model[0].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
+
+
+class LowRank(nn.Module):
+    """As LoRA starts: B = 0, so A's gradient is exactly zero at step 1."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(6, 3).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("strategy", ["data_driven", "first_gradient"])
+def test_a_weight_whose_gradient_is_zero_at_first_gets_v0_at_the_first_that_is_not(strategy):
+    model, batches = LowRank(), make_batches(3)
+    optimizer = torch.optim.AdamW([model.a, model.b], lr=1e-2, betas=(0.9, 0.98))
+    steps = attach_v0(optimizer, model, strategy, v0_scale=0.5)
+    train(model, optimizer, batches[:1])
+    assert steps.report.without_gradient == ["a"] and set(steps.report.parameters) == {"b"}
+    g = compute_gradients(batches[1:2], model)["a"][0]
+    assert g.abs().min() > 0
+    train(model, optimizer, batches[1:2])
+    moment = read_second_moment(optimizer, model.a)
+    torch.testing.assert_close(moment, 0.98 * 0.5 * g.square() + 0.02 * g.square(), rtol=1e-5, atol=1e-20)
+    assert not steps.is_attached
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def make_two_groups(model):
+    groups = [
+        {"params": list(model[0].parameters()), "betas": (0.9, 0.9)},
+        {"params": list(model[2].parameters()), "betas": (0.9, 0.99)},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_each_group_gets_the_scale_of_its_own_beta2(num):
+    model, batches = make_network(), make_batches(num)
+    optimizer = make_two_groups(model)
+    caught = catch_v0(attach_v0(optimizer, model, v0_warmup_steps=4, v0_measure_steps=num), optimizer, model)
+    train(model, optimizer, batches)
+    gradients = compute_gradients(batches)
+    for name, beta2 in (("0.weight", 0.9), ("2.weight", 0.99)):
+        scale = compute_scale_for_warmup(4, beta2)
+        assert compute_multiplier(4, scale, beta2) == pytest.approx(0.9)
+        torch.testing.assert_close(caught[name].double(), scale * mean_square(gradients[name]), rtol=1e-5, atol=1e-20)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_random_with_warmup_steps_is_as_large_beside_g2_as_its_length_asks_for(groups):
+    model, batches = make_network(), make_batches(1)
+    optimizer = make_adam(model) if groups == 1 else make_two_groups(model)
+    steps = attach_v0(optimizer, model, "random", v0_warmup_steps=6)
+    caught = catch_v0(steps, optimizer, model)
+    train(model, optimizer, batches)
+    gradients = compute_gradients(batches)
+    if groups == 1:
+        ratios = torch.cat([(v0 / gradients[name][0].square()).flatten() for name, v0 in caught.items()])
+        ratio = float(ratios.median())
+        assert steps.report.measured_ratio == pytest.approx(ratio, rel=0.02)
+        assert compute_multiplier(6, ratio, 0.98) == pytest.approx(0.9, rel=0.05)
+        return
+    for name, beta2 in (("0.weight", 0.9), ("2.weight", 0.99)):
+        ratio = float((caught[name] / gradients[name][0].square()).median())
+        assert compute_multiplier(6, ratio, beta2) == pytest.approx(0.9, rel=0.05), name
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(None, 1), (50, 1), (100, 1), (250, 2), (3200, 32), (10**6, 32)])
+def test_by_default_one_per_cent_of_the_run_is_measured(max_steps, expected):
+    model = make_network()
+    assert attach_v0(make_adam(model), model, max_steps=max_steps).num_measure_steps == expected
