@@ -34,6 +34,7 @@ from ..optimizers.table import make_cells, make_markdown_table
 from ..plots import draw_multiplier, require_figure_path
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
+from .report import add_commands as add_report
 
 TARGETS = (0.5, 0.9, 0.99)
 RATIOS = (1.0, 1e2, 1e4, 1e6)
@@ -129,6 +130,7 @@ def optimizers(
 
 
 add_commands(app)
+add_report(app)
 add_comparison(app)
 
 

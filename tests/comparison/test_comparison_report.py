@@ -325,7 +325,7 @@ def test_runs_that_diverged_before_any_loss_do_not_break_it(tmp_path):
     rows = {
         row["arm"]: row for row in read_table((tmp_path / "report.md").read_text(), "Arms at their best learning rate")
     }
-    assert rows["data_driven 10"]["final validation loss (nats a token)"] == "diverged"
+    assert rows["data_driven 10"]["final validation loss (nats per token)"] == "diverged"
 
 
 def test_runs_that_did_not_begin_alike_come_before_the_conclusion(tmp_path, without_figures):
