@@ -108,7 +108,10 @@ def test_everything_diverged_says_so(tmp_path):
 
 def test_a_missing_side_is_named(tmp_path):
     conclusion = conclude_on(tmp_path / "warmup", 5.0, None, 2.0)
-    assert conclusion.verdict == "no_warmup" and "3.000 below `zeros`, the plain start, beyond noise" in conclusion.headline
+    assert (
+        conclusion.verdict == "no_warmup"
+        and "3.000 below `zeros`, the plain start, beyond noise" in conclusion.headline
+    )
     conclusion = conclude_on(tmp_path / "v0", 5.0, 2.0, None)
     assert conclusion.verdict == "no_v0" and "`warmup 200`" in get_point(conclusion, "Best so far")
     entries = [make_entry("zeros", "200", 1e-3, 1), make_entry("random 100", "none", 1e-3, 2)]
@@ -151,7 +154,11 @@ def test_a_share_needs_a_plain_start_with_as_many_rates_and_a_warmup_that_gains(
     entries = [
         make_entry(v0, w, rate, seed)
         for seed in (1, 2, 3)
-        for v0, w, rates in (("zeros", "none", (1e-3,)), ("zeros", "200", (1e-3, 2e-3)), ("data_driven 1", "none", (1e-3, 2e-3)))
+        for v0, w, rates in (
+            ("zeros", "none", (1e-3,)),
+            ("zeros", "200", (1e-3, 2e-3)),
+            ("data_driven 1", "none", (1e-3, 2e-3)),
+        )
         for rate in rates
     ]
     write_plan(tmp_path / "fewer", entries)
@@ -168,7 +175,9 @@ def test_a_share_needs_a_plain_start_with_as_many_rates_and_a_warmup_that_gains(
 
 def test_without_a_warmup_a_harmful_v0_is_not_advised(tmp_path):
     conclusion = conclude_on(tmp_path, 3.0, None, 4.0)
-    assert conclusion.verdict == "v0_harms" and "1.000 above `zeros`, the plain start, beyond noise" in conclusion.headline
+    assert (
+        conclusion.verdict == "v0_harms" and "1.000 above `zeros`, the plain start, beyond noise" in conclusion.headline
+    )
     assert get_point(conclusion, "Use").startswith("`zeros`")
 
 
@@ -184,7 +193,10 @@ def test_a_winner_over_the_warmup_is_not_advised_where_a_noisy_plain_start_has_t
         return plain[seed] if (v0, warmup) == ("zeros", "none") else (3.3 if v0 != "zeros" else 3.6) + NOISE[seed]
 
     conclusion = conclude(write_grid(tmp_path, outcome))
-    assert conclusion.verdict == "undecided" and "The plain start, `zeros`, ends 0.267 below v0, within noise" in conclusion.headline
+    assert (
+        conclusion.verdict == "undecided"
+        and "The plain start, `zeros`, ends 0.267 below v0, within noise" in conclusion.headline
+    )
     assert get_point(conclusion, "Use").startswith("Nothing yet. `zeros`")
 
 
@@ -218,7 +230,9 @@ def test_an_accuracy_is_maximised(tmp_path):
 
 def conclude_on_trials(folder, finals, seeds, rates=(1e-3,)):
     """Arms by (v0, warmup) with a final loss by seed; those without a seed are not planned there."""
-    entries = [make_entry(*arm, rate, seed) for seed in seeds for arm in finals for rate in rates if seed in finals[arm]]
+    entries = [
+        make_entry(*arm, rate, seed) for seed in seeds for arm in finals for rate in rates if seed in finals[arm]
+    ]
     write_plan(folder, entries)
     for entry in entries:
         write_run(folder, entry, finals[entry["v0"], entry["warmup"]][entry["seed"]])
@@ -280,7 +294,12 @@ def test_a_best_rate_at_the_edge_is_said_with_the_rate_to_add(tmp_path):
 def test_a_diverged_arm_is_said_to_have_and_has_no_difference(tmp_path):
     conclusion = conclude_on(tmp_path, 5.0, 2.0, "diverged")
     assert "ending at 2.0" in get_point(conclusion, "Use")
-    finals = {("zeros", "200"): 2.0, ("zeros", "none"): 5.0, ("data_driven 10", "none"): 2.1, ("random 100", "none"): "diverged"}
+    finals = {
+        ("zeros", "200"): 2.0,
+        ("zeros", "none"): 5.0,
+        ("data_driven 10", "none"): 2.1,
+        ("random 100", "none"): "diverged",
+    }
     folder = write_grid(tmp_path / "default", lambda v0, w, r, s: finals[v0, w], arms=list(finals))
     assert "`random 100` diverged." in get_point(conclude(folder), "Tuning")
 

@@ -149,13 +149,9 @@ def draw_quality_and_cost(canvas: Canvas, name: str) -> None:
             hours, mean = sum_hours(arm.runs), arm.best.final.mean
             colour, _, marker = FAMILY_LOOKS[arm.kind]
             right.plot([hours], [mean], marker, color=colour, ms=6, alpha=0.85)
-            if i < MAX_NAMES:
-                place = {
-                    "xytext": (6, 0 if i % 2 else 5),
-                    "textcoords": "offset points",
-                    "va": "center",
-                    "fontsize": 7.5,
-                }
+            if arm.kind not in named:
+                named.add(arm.kind)
+                place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
                 right.annotate(shorten(arm.name, 28), (hours, mean), color=colour, **place)
         if (limits := compute_limits([arm.best.final.mean for arm in arms], [arms[0].best.final.mean])) is not None:
             right.set_ylim(*limits)

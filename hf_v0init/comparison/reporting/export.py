@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
