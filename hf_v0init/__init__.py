@@ -4,23 +4,47 @@ Names are loaded when they are first used, so that `import hf_v0init` and the co
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__getattr__`
+    from .closed_form.multiplier import (
+        compute_multiplier as compute_multiplier,
+        compute_scale_for_warmup as compute_scale_for_warmup,
+        compute_steps_to_multiplier as compute_steps_to_multiplier,
+    )
+    from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
+    from .errors import InputError as InputError
+    from .initialization.first_steps import attach_v0 as attach_v0
+    from .loop.initialize import initialize_v0 as initialize_v0
+    from .optimizers.state import read_second_moment as read_second_moment
+    from .settings import V0InitArguments as V0InitArguments
+    from .trainer.arguments import (
+        V0InitSeq2SeqTrainingArguments as V0InitSeq2SeqTrainingArguments,
+        V0InitTrainingArguments as V0InitTrainingArguments,
+    )
+    from .trainer.callback import V0InitCallback as V0InitCallback
+    from .trainer.mixin import (
+        V0InitMixin as V0InitMixin,
+        V0InitSeq2SeqTrainer as V0InitSeq2SeqTrainer,
+        V0InitTrainer as V0InitTrainer,
+    )
 
 _HOME = {
     "InputError": "errors",
     "V0InitArguments": "settings",
     "V0InitTrainingArguments": "trainer.arguments",
     "V0InitSeq2SeqTrainingArguments": "trainer.arguments",
+    "V0InitCallback": "trainer.callback",
     "V0InitMixin": "trainer.mixin",
     "V0InitTrainer": "trainer.mixin",
-    "V0DiagnosticsCallback": "diagnostics.callback",
-    "initialize_v0": "loop.initialize",
     "V0InitSeq2SeqTrainer": "trainer.mixin",
-    "STRATEGIES": "closed_form.defaults",
-    "compute_random_v0_": "initialization.strategies",
-    "compute_data_driven_v0_": "initialization.strategies",
-    "compute_first_gradient_v0_": "initialization.strategies",
-    "visit_gradients": "gradients.statistics",
-    "compute_grad_sq_mean_": "gradients.statistics",
+    "SafeCheckpointsMixin": "trainer.safe_checkpoints",
+    "V0DiagnosticsCallback": "diagnostics.callback",
+    "attach_v0": "initialization.first_steps",
+    "initialize_v0": "loop.initialize",
+    "measure_trust_radius": "gradients.trust_radius",
+    "TrustRadius": "gradients.trust_radius",
+    "compute_warmup_length": "closed_form.length",
     "read_second_moment": "optimizers.state",
     "compute_multiplier": "closed_form.multiplier",
     "compute_scale_for_warmup": "closed_form.multiplier",
@@ -29,7 +53,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

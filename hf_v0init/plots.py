@@ -1,4 +1,4 @@
-"""Pictures: the multiplier m(t), and loss and update size of training runs side by side.
+"""Pictures: the multiplier m(t), the trust radius, and loss and update size of training runs side by side.
 
 matplotlib is imported inside the functions that draw, so that importing this module costs nothing.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .closed_form.multiplier import compute_multiplier
 from .errors import InputError
+from .extras import require_extra
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = (
@@ -48,8 +49,10 @@ def require_figure_path(path: str | os.PathLike) -> Path:
     """Return `path` if a figure can be written there; creates nothing.
 
     Raises:
-        InputError: an extension other than .png, .svg, .pdf; a folder that is missing or cannot be written.
+        InputError: an extension other than .png, .svg, .pdf; a folder that is missing or cannot be written; matplotlib is
+            not installed.
     """
+    require_extra("compare", "matplotlib")
     path = Path(path)
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise InputError(f"figure {path}: the extension must be one of {', '.join(FIGURE_SUFFIXES)}")
@@ -116,6 +119,31 @@ def draw_multiplier(
     write_figure(figure, path)
 
 
+def draw_trust_radius(
+    path: str | os.PathLike,
+    displacements: Sequence[float],
+    rho: Sequence[float],
+    *,
+    d50: float | None,
+    learning_rate: float,
+) -> None:
+    """Draw rho over the displacement (logarithmic), with d50 and the learning rate, into the file `path`."""
+    plt = import_pyplot()
+    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    lowest = -0.5  # rho far below 0 says no more than that the step fails
+    axes.plot(displacements, [max(value, lowest) for value in rho], "o-", color=COLOURS[0], lw=2, label="rho")
+    axes.axhline(0.5, color="0.7", lw=1)
+    if d50 is not None:
+        axes.axvline(d50, color=COLOURS[0], ls="--", lw=1.5, label=f"d50 = {d50:.3g}")
+    axes.axvline(learning_rate, color=COLOURS[1], ls="-.", lw=1.5, label=f"learning rate {learning_rate:g}")
+    axes.set_xscale("log")
+    axes.set(xlabel="displacement d of every weight", ylim=(lowest - 0.05, None))
+    axes.set_ylabel("decrease of the loss / decrease predicted")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False)
+    write_figure(figure, path)
+
+
 def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve], *, title: str) -> None:
     """Draw training loss (left) and update size of the first steps (right) of several runs into `path`."""
     plt = import_pyplot()
@@ -138,30 +166,9 @@ def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve
     write_figure(figure, path)
 
 
-def draw_losses(path: str | os.PathLike, runs: Sequence, *, title: str) -> None:
-    """Draw the training (left) and validation loss (right) of finished runs into the file `path`.
-
-    Args:
-        runs: objects with `name`, `train_steps`, `train_losses`, `eval_steps`, `eval_losses` (nats a token).
-    """
-    plt = import_pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained", sharey=True)
-    for run, colour in zip(runs, COLOURS, strict=False):
-        left.plot(run.train_steps, run.train_losses, color=colour, lw=1.6, label=run.name)
-        right.plot(run.eval_steps, run.eval_losses, color=colour, lw=1.8, marker="o", ms=4, label=run.name)
-    left.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Training")
-    right.set(xlabel="optimizer step", title="Validation")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(frameon=False)
-    figure.suptitle(title)
-    write_figure(figure, path)
-
-
 def import_pyplot():
     """Return `matplotlib.pyplot` with a backend that draws into files; imported late, since it takes its time."""
+    require_extra("compare", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

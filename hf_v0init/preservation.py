@@ -1,8 +1,13 @@
 """Leaves the user's run as it was: whatever a look at the gradients switches for a moment is put back."""
 
+import collections
 import contextlib
+import copy
 import random
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,21 +52,71 @@ def preserve_rng() -> Iterator[None]:
         write_rng_states(states)
 
 
+_interrupted = False
+
+
 @contextlib.contextmanager
-def preserve_model(model: nn.Module) -> Iterator[None]:
-    """Restore train/eval modes, buffers (BatchNorm statistics and the like) and gradients on leaving.
+def defer_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait for `raise_if_interrupted`, or for the end of this context, so that it never cuts off what is being put back.
+
+    A second Ctrl-C acts at once. Outside the main thread, which signals do not reach, and inside itself nothing changes.
+    """
+    global _interrupted
+    previous = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(previous) or getattr(previous, "defers", False):
+        yield
+        return
+
+    def note(signum, frame) -> None:
+        global _interrupted
+        if _interrupted:
+            previous(signum, frame)
+        _interrupted = True
+
+    note.defers = True
+    _interrupted = False
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        waited, _interrupted = _interrupted, False
+        if waited:
+            previous(signal.SIGINT, None)
+
+
+def raise_if_interrupted() -> None:
+    """Raise `KeyboardInterrupt` if Ctrl-C was pressed since `defer_interrupts` began."""
+    global _interrupted
+    if _interrupted:
+        _interrupted = False
+        raise KeyboardInterrupt
+
+
+MAX_COPIED_BYTES = 1 << 30  # of weights that are not trained, which a forward may update (momentum encoders)
+
+
+@contextlib.contextmanager
+def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Restore train/eval modes, buffers (also new ones, and those that were None), weights that are not trained, and gradients.
 
     Inside, every `grad` is None. Buffers are copied, in place where the module kept the tensor, so aliases stay
-    valid; gradients are set aside, not copied. Weights are not touched by a backward pass and are not copied.
+    valid; gradients are set aside, not copied. Trained weights are not touched by a backward pass and are not copied; those
+    that are not trained are, up to 1 GiB of them in all.
+
+    Args:
+        other_parameters: outside the model, whose gradients are kept as well.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = {id(b): b.detach().clone() for _, kept in buffers for b in kept.values() if b is not None}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad and not parameter.is_meta]
+    if sum(parameter.numel() * parameter.element_size() for parameter in frozen) <= MAX_COPIED_BYTES:
+        frozen_copies = [(parameter, parameter._version, parameter.detach().clone()) for parameter in frozen]
+    else:
+        frozen_copies = []
+    gradients = [(parameter, parameter.grad) for parameter in {*model.parameters(), *other_parameters}]
     try:
         for parameter, _ in gradients:
             parameter.grad = None
@@ -70,8 +125,75 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                buffer.copy_(saved)
-                module._buffers[name] = buffer
+            for module, kept in buffers:
+                module._buffers.clear()
+                module._buffers.update(kept)
+                for buffer in kept.values():
+                    if buffer is not None:
+                        buffer.copy_(copies[id(buffer)])
+            for parameter, version, saved in frozen_copies:
+                if parameter._version != version:
+                    parameter.copy_(saved)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def preserve_generators(*owners: Any) -> Iterator[None]:
+    """Restore the private random number generators of objects such as a data set or a collator, up to four attributes deep."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting, seen = collections.deque((owner, 0) for owner in owners), set()
+    while waiting:
+        owner, depth = waiting.popleft()  # the closest first, or its own attributes would be too deep
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        if isinstance(owner, torch.Generator):
+            found[id(owner)] = (owner, owner.get_state())
+        elif isinstance(owner, random.Random):
+            found[id(owner)] = (owner, owner.getstate())
+        elif isinstance(owner, np.random.RandomState):
+            found[id(owner)] = (owner, owner.get_state())
+        elif isinstance(owner, np.random.Generator):
+            found[id(owner)] = (owner, copy.deepcopy(owner.bit_generator.state))
+        elif depth < 4 and hasattr(owner, "__dict__") and not isinstance(owner, type):
+            waiting += [(value, depth + 1) for value in vars(owner).values()]
+    try:
+        yield
+    finally:
+        for generator, state in found.values():
+            if isinstance(generator, random.Random):
+                generator.setstate(state)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                generator.set_state(state)
+
+
+@contextlib.contextmanager
+def preserve_bookkeeping(owner: Any) -> Iterator[None]:
+    """Restore the numbers and the plain containers (counters, metric stores, logs) among an object's attributes, in place."""
+    numbers = {k: v for k, v in vars(owner).items() if isinstance(v, (int, float, str, type(None)))}
+    containers = []
+    for value in vars(owner).values():
+        if isinstance(value, (dict, list, set, collections.deque)) and _is_plain(value):
+            containers.append((value, copy.deepcopy(value)))
+    try:
+        yield
+    finally:
+        for name, value in numbers.items():
+            setattr(owner, name, value)
+        for container, saved in containers:
+            container.clear()
+            getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(saved)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a container holds nothing but numbers, text, small tensors, and containers of these."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() <= 1024
+    if isinstance(value, dict):
+        return depth < 6 and all(_is_plain(inner, depth + 1) for inner in value.values())
+    if isinstance(value, (list, tuple, set, collections.deque)):
+        return depth < 6 and len(value) < 100_000 and all(_is_plain(inner, depth + 1) for inner in value)
+    return isinstance(value, (int, float, str, type(None)))

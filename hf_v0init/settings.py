@@ -1,6 +1,5 @@
 """The flags. `V0InitArguments` alone for people with their own argument classes, or joined to transformers' own."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,15 +10,19 @@ from .errors import InputError
 
 STATISTICS = ("per_sample", "per_step")
 AUTO = "auto"  # of v0_num_samples
-PRESETS = ("paper",)
-# What the paper has beside its scales; eq. 10 over 5,000 samples, eq. 11, tensors of two or more dimensions.
-PAPER_SETTINGS = {
-    "v0_statistic": "per_sample",
-    "v0_num_samples": 5000,
-    "v0_one_dimensional": False,
-    "v0_floor": 0.0,
-    "v0_fan_factor": 1.0,
-    "v0_warmup_steps": None,
+# What each preset selects, by strategy; other flags must not contradict it.
+_PASS = {"v0_statistic": "per_sample", "v0_num_samples": 5000, "v0_warmup_steps": None}
+PRESETS = {
+    # arXiv 2412.02153: eq. 10 over 5,000 samples before training, eq. 11, tensors of two or more dimensions.
+    "paper": {
+        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_one_dimensional": False},
+        "random": {"v0_scale": PAPER_SCALE["random"], "v0_warmup_steps": None, "v0_one_dimensional": False},
+    },
+    # What the authors' released code does instead: eq. 11 times 2 (a squared Xavier-normal draw), one-dimensional tensors in eq. 10.
+    "authors_code": {
+        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_one_dimensional": True},
+        "random": {"v0_scale": 2 * PAPER_SCALE["random"], "v0_warmup_steps": None, "v0_one_dimensional": False},
+    },
 }
 
 
@@ -42,9 +45,9 @@ class V0InitArguments:
     v0_init: str = field(
         default="zeros",
         metadata={
-            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2] over training "
-            "samples, eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' "
-            "(v0 = scale * g0^2 of the first batch, GI-Adam). Default: zeros.",
+            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2], see --v0_statistic; "
+            "eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' (v0 = scale * g1^2 of the run's "
+            "first step, GI-Adam). Default: zeros.",
             "choices": list(STRATEGIES),
         },
     )
@@ -58,34 +61,42 @@ class V0InitArguments:
     v0_preset: str | None = field(
         default=None,
         metadata={
-            "help": "'paper': the settings of arXiv 2412.02153 whatever the defaults of this version are, scale 1 for data_driven and "
-            "100 for random; other flags must not contradict it. Default: none.",
+            "help": "'paper': the settings of arXiv 2412.02153, whatever the defaults of this version are: a pass over 5,000 samples "
+            "before training (--v0_statistic per_sample), scale 1 for data_driven and 100 for random. 'authors_code': what their "
+            "released code does instead (random twice as large, one-dimensional tensors too). Other flags must not contradict it. "
+            "Default: none.",
             "choices": list(PRESETS),
+        },
+    )
+    v0_measure_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps K over which data_driven takes the mean of g^2 (--v0_statistic per_step). The first K - 1 make no "
+            "update; the schedule runs on. Default: a hundredth of the run, between 1 and 32."
         },
     )
     v0_num_samples: SampleCount = field(
         default=5000,
         metadata={
-            "help": "Number of random training samples from which data_driven estimates E[g^2] (eq. 10), counted over all "
+            "help": "Number of random training samples of the pass before training (--v0_statistic per_sample), counted over all "
             "processes. More than the data set has: all are used. 'auto': 128 and twice as many again until two halves of them "
             "agree within a tenth (median over elements), 5000 at most. Default: 5000 samples."
         },
     )
-    v0_statistic: str = field(
-        default="per_sample",
+    v0_statistic: str | None = field(
+        default=None,
         metadata={
-            "help": "Whose square data_driven takes: 'per_sample', E[g^2] of single samples (eq. 10), or 'per_step', E[g_B^2] of "
-            "this run's effective batch of B samples, mean^2 + Var/B, at which Adam's second moment settles. "
-            "Default: per_sample.",
+            "help": "Whose square data_driven takes: 'per_step', of the gradients of the run's own first steps as Adam sees them "
+            "(accumulated, reduced, unscaled, clipped; --v0_measure_steps), or 'per_sample', of single training samples by a pass "
+            "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: per_step.",
             "choices": list(STATISTICS),
         },
     )
     v0_stats_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Samples a forward-backward of the statistics pass. E[g^2] is mean^2 + b*Var over batches of size b, exact at 1. "
-            "Default: per_device_train_batch_size, at most v0_num_samples / 64; with v0_num_samples auto at most 8; times the "
-            "data-parallel processes where parameters are sharded."
+            "help": "Samples per forward and backward of the pass before training. E[g^2] is mean^2 + b*Var over batches of size b, exact "
+            "at 1. Default: 1; the training batch with batch norms and where parameters are sharded; with v0_num_samples auto at most 8."
         },
     )
     v0_seed: int | None = field(
@@ -104,17 +115,10 @@ class V0InitArguments:
     v0_warmup_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Choose the scale so that the closed-form multiplier m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)) reaches "
-            "0.9 at this optimizer step: scale = 0.2346 * (beta2^-t - 1). Below 1, as with --warmup_steps, a share of the run's "
-            "steps. For data_driven and first_gradient. Excludes --v0_scale. Default: none."
-        },
-    )
-    v0_floor: float = field(
-        default=0.0,
-        metadata={
-            "help": "Smallest data_driven v0 of an element, as a share of its tensor's mean v0. Rows of an embedding whose tokens no "
-            "sample held have v0 = 0 and take a full step when they first appear, as in stock Adam; a floor damps it. "
-            "Dimensionless, 0 to 1. Default: 0 (no floor)."
+            "help": "Choose the scale so that the multiplier m(t) = 1 / sqrt(1 + r * beta2^t / (1 - beta2^t)) reaches 0.9 at this "
+            "optimizer step: r = 0.2346 * (beta2^-t - 1), r the size of v0 beside g^2, which is the scale for data_driven and "
+            "first_gradient and measured at the first step for random. Below 1, as with --warmup_steps, a share of the run's steps. "
+            "Excludes --v0_scale. Default: none."
         },
     )
     v0_optimizer: str | None = field(
@@ -123,13 +127,6 @@ class V0InitArguments:
             "help": "The optimizer as package:Class, such as pytorch_optimizer:AdaBelief, in place of --optim. It gets the Trainer's "
             "learning rate, betas and weight decay and, before these, --optim_args 'k=v,...'. `hf-v0init optimizers` lists which "
             "take a v0. Default: none, --optim decides."
-        },
-    )
-    v0_fan_factor: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor on the random v0 (eq. 11): 1 is the paper's formula, 2 the authors' code (a squared Xavier-normal draw). "
-            "Dimensionless. Default: 1."
         },
     )
     untuned_warmup: str | None = field(
@@ -160,6 +157,10 @@ class V0InitArguments:
         self.v0_init = getattr(self.v0_init, "value", self.v0_init)
         if self.v0_init not in STRATEGIES:
             raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.v0_preset is not None:
+            self._take_preset()
+        if self.v0_statistic is None:
+            self.v0_statistic = "per_step"
         if self.v0_statistic not in STATISTICS:
             raise InputError(f"v0_statistic={self.v0_statistic!r}: choose one of {', '.join(STATISTICS)}")
         if self.v0_scale is not None and self.v0_warmup_steps is not None:
@@ -168,47 +169,49 @@ class V0InitArguments:
             )
         if self.v0_scale is not None:
             self.v0_scale = require_scale(_require_number("v0_scale", self.v0_scale))
-        self.v0_fan_factor = _require_number("v0_fan_factor", self.v0_fan_factor)
-        if not (math.isfinite(self.v0_fan_factor) and self.v0_fan_factor > 0):
-            raise InputError(
-                f"v0_fan_factor={self.v0_fan_factor}: must be a finite number > 0; 1 (paper) or 2 (its code)"
-            )
-        self.v0_floor = _require_number("v0_floor", self.v0_floor)
-        if not 0.0 <= self.v0_floor <= 1.0:
-            raise InputError(f"v0_floor={self.v0_floor}: must be from 0 (no floor) to 1 (the tensor's mean v0)")
         if self.v0_num_samples != AUTO:
             self._require_count("v0_num_samples", "5000 samples is the paper's number", f", or {AUTO}")
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")
         if self.v0_warmup_steps is not None:
             self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
-            if self.v0_init in ("random", "zeros"):
+            if self.v0_init == "zeros":
                 raise InputError(
-                    f"v0_warmup_steps={self.v0_warmup_steps} with v0_init={self.v0_init}: the closed form relates v0 to E[g^2], "
-                    "which only data_driven and first_gradient do; use one of them, or v0_scale"
+                    f"v0_warmup_steps={self.v0_warmup_steps} with v0_init=zeros: there is no v0 to size; use --warmup_steps, or "
+                    "v0_init=data_driven"
+                )
+        if self.v0_measure_steps is not None:
+            self._require_count("v0_measure_steps", "leave it out for 1% of the run")
+            if self.v0_init != "data_driven" or self.v0_statistic != "per_step":
+                raise InputError(
+                    f"v0_measure_steps={self.v0_measure_steps} with v0_init={self.v0_init}, v0_statistic={self.v0_statistic}: only "
+                    "data_driven per_step takes the mean over steps; leave v0_measure_steps out"
                 )
         if self.untuned_warmup is not None and self.untuned_warmup not in UNTUNED_WARMUPS:
             raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {', '.join(UNTUNED_WARMUPS)}")
-        if self.v0_preset is not None:
-            self._require_preset()
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
 
-    def _require_preset(self) -> None:
+    def _take_preset(self) -> None:
+        """Select what the preset has; a flag that says otherwise is refused."""
         if self.v0_preset not in PRESETS:
-            raise InputError(f"v0_preset={self.v0_preset!r}: choose {', '.join(PRESETS)}, or leave it out")
-        if self.v0_init not in ("zeros", *PAPER_SCALE):
+            raise InputError(f"v0_preset={self.v0_preset!r}: choose one of {', '.join(PRESETS)}, or leave it out")
+        if self.v0_init == "zeros":
+            return
+        wanted = PRESETS[self.v0_preset].get(self.v0_init)
+        if wanted is None:
             raise InputError(
                 f"v0_preset={self.v0_preset} with v0_init={self.v0_init}, which the paper does not have: choose "
                 f"{' or '.join(PAPER_SCALE)}, or drop v0_preset"
             )
-        wanted = PAPER_SETTINGS | {"v0_scale": PAPER_SCALE.get(self.v0_init)}
+        defaults = {f.name: f.default for f in fields(V0InitArguments)}
         for name, value in wanted.items():
             given = getattr(self, name)
-            if given != value and not (name == "v0_scale" and given is None):
+            if given != value and given != defaults[name]:
                 raise InputError(
                     f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two"
                 )
+            setattr(self, name, value)
 
     def _require_count(self, name: str, remedy: str, or_else: str = "") -> None:
         value = getattr(self, name)
@@ -242,7 +245,7 @@ class V0InitArguments:
             return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
         if self.v0_scale is not None:
             return self.v0_scale
-        return (DEFAULT_SCALE if self.v0_preset is None else DEFAULT_SCALE | PAPER_SCALE)[self.v0_init]
+        return DEFAULT_SCALE[self.v0_init]
 
 
 def _require_number(name: str, value: Any) -> float:

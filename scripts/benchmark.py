@@ -22,7 +22,7 @@ from typing import Annotated
 
 import datasets
 import typer
-from benchmarks import rows_commands, rows_draw, rows_pass, rows_training, rows_translation
+from benchmarks import rows_commands, rows_draw, rows_first_step, rows_pass, rows_training, rows_translation
 from benchmarks.measuring import MISSED, Conditions, Row, use_one_thread
 from benchmarks.record import (
     RECORD_PATH,
@@ -41,15 +41,14 @@ from hf_v0init.tasks.translation import script as run_translation
 
 EXIT_WORSE = 1
 MEASURES: dict[str, Callable[[Conditions], Row | list[Row]]] = {
+    "first_step": rows_first_step.measure_first_steps,
+    "measuring": rows_first_step.measure_measuring_memory,
+    "later": rows_first_step.measure_later_steps,
     "pass": rows_pass.measure_pass_time,
     "memory": rows_pass.measure_pass_memory,
     "samples": rows_pass.measure_sample_counts,
-    "growth": rows_pass.measure_growth,
-    "random": rows_draw.measure_random_v0,
     "shards": rows_draw.measure_shards,
-    "draw": rows_draw.measure_element,
     "reduction": rows_draw.measure_reduction,
-    "optimizer": rows_training.measure_optimizer_steps,
     "trainer": rows_training.measure_trainer_steps,
     "translation": rows_translation.measure_translation,
     "preprocessing": rows_translation.measure_preprocessing,
@@ -72,7 +71,7 @@ def benchmark(
     data_dir: Annotated[
         Path,
         typer.Option("--data_dir", help="Folder with multi30k/ and ptb/; without them the embedded corpus serves."),
-    ] = Path("../shared/data"),
+    ] = Path("data"),
 ) -> None:
     """Measure, print the table and, if asked, compare with the committed record or replace it."""
     names = rows.split(",") if rows else list(MEASURES)

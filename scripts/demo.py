@@ -79,7 +79,9 @@ def read_settings(argv: list[str]) -> DemoSettings:
     defaults = DemoSettings()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="demo.py")
     parser.add_argument("--output_dir", default=defaults.output_dir, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps a run; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="optimizer steps per run; default: %(default)s"
+    )
     parser.add_argument(
         "--seed", type=int, default=defaults.seed, help="of weights, data order and corpus; default: %(default)s"
     )

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hf_v0init.errors import InputError
+from hf_v0init.extras import require_extra
 
 LANGUAGES = ("de", "en")
 TEST_PARTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
@@ -147,12 +148,9 @@ def load_tokenizers(tokenize: bool) -> Tokenize:
     """
     if not tokenize:
         return lambda line, language: line
-    try:
-        from sacremoses import MosesTokenizer
-    except ImportError as error:
-        raise InputError(
-            "Moses' tokens need sacremoses, which is not installed: pip install sacremoses, or give --no-tokenize"
-        ) from error
+    require_extra("iwslt")
+    from sacremoses import MosesTokenizer
+
     tokenizers = {language: MosesTokenizer(lang=language) for language in LANGUAGES}
     return lambda line, language: tokenizers[language].tokenize(line, return_str=True)
 

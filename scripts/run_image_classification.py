@@ -2,11 +2,10 @@
 
 python scripts/run_image_classification.py CONFIG.yaml --output_dir outputs/mine
 
-The same as `python -m hf_v0init.tasks.images.script`; `--help` lists the flags.
+The same as `hf-v0init images`, and as `python -m hf_v0init.tasks.images.script`; `--help` lists the flags.
 """
 
-from hf_v0init.tasks.images.script import main
-from hf_v0init.tasks.script_support import run_script
+from hf_v0init.commands.scripts import run_named
 
 if __name__ == "__main__":
-    run_script(main)
+    run_named("images")

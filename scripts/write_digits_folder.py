@@ -2,8 +2,8 @@
 
     python scripts/write_digits_folder.py data/digits
 
-makes data/digits/train, validation and test with one folder a digit, as the configs/image_classification/digits_*.yaml
-expect them. Needs scikit-learn: pip install scikit-learn
+makes data/digits/train, validation and test with one folder per digit, as the configs/image_classification/digits_*.yaml
+expect them. Needs scikit-learn: pip install 'hf_v0init[images]'
 """
 
 from dataclasses import dataclass, field

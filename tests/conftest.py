@@ -1,6 +1,7 @@
 """Tiny models and data that every test can afford."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,3 +39,21 @@ def gpt2():
 @pytest.fixture
 def sequences():
     return make_sequences()
+
+
+@pytest.fixture(scope="session")
+def find_data():
+    """A function that returns the folder of a data set, "multi30k" or "ptb", or skips the test that asks for it."""
+
+    def find(name: str) -> Path:
+        places = [Path(__file__).resolve().parents[1] / "data"]
+        if "HF_V0INIT_DATA" in os.environ:
+            places.append(Path(os.environ["HF_V0INIT_DATA"]))
+        for place in places:
+            if (place / name).is_dir():
+                return place / name
+        pytest.skip(
+            f"no {name} in {' or '.join(map(str, places))}: configs/README.md says how to get it (or set HF_V0INIT_DATA)"
+        )
+
+    return find

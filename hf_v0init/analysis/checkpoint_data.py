@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import InputError
 from ..tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
-from ..tasks.language_modeling.samples import CausalCollator
+from ..tasks.language_modeling.samples import PaddingCollator
 from ..tasks.text_files import read_lines
 from ..tasks.translation.pairs import load_pair_files, select_pairs
 from .batch_loss import NO_TARGET, make_batch_loss
@@ -132,7 +132,7 @@ def load_batch_loss(
                 "a causal language model is measured on one text file: give --file, and no source and target file"
             )
         samples = _cut_windows(tokenizer, read_lines(file), num_samples, max_length)
-        collate = CausalCollator(tokenizer.pad_token_id)
+        collate = PaddingCollator(tokenizer.pad_token_id)
     return make_batch_loss(collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size))
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..distributed.parts import clean_parameter_name, draw_standard_normal_
+from ..distributed.draws import draw_standard_normal_
+from ..distributed.parts import clean_parameter_name
 from ..errors import InputError
 from ..preservation import seed_everything
 from .weights import Weights, borrow_model, list_untrained

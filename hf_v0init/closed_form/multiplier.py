@@ -16,7 +16,6 @@ import math
 from ..errors import InputError
 
 PRINTED_STEPS = (1, 10, 100, 1000)
-SMALLEST_USUAL_BETA2 = 0.9  # nothing smaller is advised to anyone
 WASHED_OUT = 0.9  # m(t) from which on v0 is said to have washed out
 
 
@@ -152,27 +151,25 @@ def describe_multiplier(scale: float, beta2: float, max_steps: int) -> str:
     return ", ".join(f"{value:.3g} at step {step:,}" for step, value in table.items())
 
 
-def compute_washout_warning(scale: float, beta2: float, max_steps: int) -> str | None:
-    """Return a warning if m(`max_steps`) < 0.9, with remedies that bring it to 0.9 after a third of the run; else None.
+def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_for: float | None = None) -> str | None:
+    """Return a warning if m(`max_steps`) < 0.9, with the flag that brings it to 0.9 after a third of the run; else None.
 
     A third, since v0 of that length came close to the best warmup at both beta2 (configs/compare/results/ptb_pocket, 600 steps).
+
+    Args:
+        ratio: v0 over the g^2 of a step.
+        asked_for: the `v0_warmup_steps` that the user gave, if any.
     """
-    at_end = compute_multiplier(max_steps, scale, beta2)
+    at_end = compute_multiplier(max_steps, ratio, beta2)
     if at_end >= WASHED_OUT:
         return None
-    needed = math.ceil(compute_steps_to_multiplier(WASHED_OUT, scale, beta2))
+    needed = math.ceil(compute_steps_to_multiplier(WASHED_OUT, ratio, beta2))
     third = max(1, max_steps // 3)
-    # m(T) >= target needs beta2^T <= k / (scale + k), so a smaller beta2 washes v0 out in time.
-    k = 1.0 / WASHED_OUT**2 - 1.0
-    fitting_beta2 = (k / (scale + k)) ** (1.0 / third)
-    fitting_scale = k * math.expm1(min(700.0, -third * math.log(beta2)))
-    remedies = [
-        f"v0_scale divided by {scale / fitting_scale:.3g} (for data_driven the same as v0_warmup_steps={third})"
-    ]
-    if fitting_beta2 >= SMALLEST_USUAL_BETA2:
-        remedies.append(f"adam_beta2 <= {math.floor(fitting_beta2 * 1e4) / 1e4:g}")
-    remedies.append(f"{math.ceil(needed / third):,} times as many steps")
+    if asked_for is not None:
+        remedy = f"--v0_warmup_steps {third}: the {asked_for:g} given are more than the run has"
+    else:
+        remedy = f"--v0_warmup_steps {third} (a third of the run) instead of --v0_scale"
     return (
-        f"v0 will not have washed out: the closed-form multiplier is {at_end:.3g} at the last step ({max_steps:,}) and "
-        f"reaches {WASHED_OUT} only after {needed:,} steps. Remedy: {', or '.join(remedies)}; then it does after a third of the run"
+        f"v0 will not have washed out: it still multiplies the step by {at_end:.3g} at the last step ({max_steps:,}) and reaches "
+        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}"
     )

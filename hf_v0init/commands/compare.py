@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,41 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import InputError
+from ..extras import require_extra
 
 if TYPE_CHECKING:
     from ..comparison.planning.plan import Plan
+    from ..comparison.running.runs import RunQueue
 
 EXIT_ALL_FAILED, EXIT_INTERRUPTED = 1, 130
+LAUNCHERS = LOCAL, SLURM = "local", "slurm"
 
 
 def compare(
     config: Annotated[Path, typer.Argument(help="YAML file of the comparison, such as configs/compare/tiny.yaml.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the runs and the report.")],
-    jobs: Annotated[int, typer.Option("--jobs", help="Runs side by side.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs side by side. [default: one for each GPU; 1 without]")
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            help="GPUs to use, such as 0,1, or none; a run of one process gets one of them. [default: all that are visible]",
+        ),
+    ] = None,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            "--launcher", help="local, or slurm: an array job over the runs, with what the file says under `slurm`."
+        ),
+    ] = LOCAL,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving", help="Successive halving: only the better half of each family of arms gets the next seed."
+        ),
+    ] = False,
     pocket: Annotated[
         bool,
         typer.Option("--pocket", help="The file's pocket scale: the same arms, small and short enough for a laptop."),
@@ -41,6 +66,16 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the runs and the first command; start none.")
     ] = False,
+    list_commands: Annotated[
+        bool,
+        typer.Option(
+            "--list_commands",
+            help="Print a command line for each run that is not over, for another scheduler; start none.",
+        ),
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Train this run alone, by the name of its folder; writes no report.")
+    ] = None,
     report_only: Annotated[
         bool, typer.Option("--report_only", help="Write the report on what the folder holds; start no run.")
     ] = False,
@@ -62,62 +97,52 @@ def compare(
     """Train a grid of runs (v0 x warmup x optimizer x learning rate x seed) and report whether v0 beats the warmup.
 
     A second call with the same folder continues: runs that are over are not repeated, interrupted ones start anew or, with
-    --resume_runs, go on from their last checkpoint. The exit status is 0 when every run is over and at least one did not fail, 1
-    when all failed, 130 when the comparison was stopped.
+    --resume_runs, go on from their last checkpoint. Calls at the same time, on one machine or several, share the runs. The exit
+    status is 0 when every run is over and at least one did not fail, 1 when all failed, 130 when the comparison was stopped.
     """
+    require_extra("compare")
     from ..comparison.planning.plan import read_plan
     from ..comparison.reading.results import FAILED
-    from ..comparison.running.folder import (
-        end_left_runs,
-        find_waiting_runs,
-        lock_folder,
-        require_usable_folder,
-        write_plan,
-    )
-    from ..comparison.running.progress import ProgressDisplay
-    from ..comparison.running.runs import RunQueue
+    from ..comparison.running.devices import choose_jobs, list_devices
+    from ..comparison.running.folder import require_usable_folder
 
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"jobs={jobs}: must be a whole number >= 1, the runs side by side")
-    if dry_run and report_only:
-        raise InputError("dry_run and report_only both start no run: give one")
+    if launcher not in LAUNCHERS:
+        raise InputError(
+            f"launcher={launcher!r}: choose {' or '.join(LAUNCHERS)}; for another scheduler there is --list_commands"
+        )
+    chosen = {"dry_run": dry_run, "report_only": report_only, "list_commands": list_commands, "run": run is not None}
+    given = [name for name, is_given in chosen.items() if is_given]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} each do something else: give one")
     if at_step is not None and not report_only:
         raise InputError(f"at_step={at_step} is for a report on runs that are there: give report_only too")
+    if launcher == SLURM and (jobs is not None or devices is not None):
+        raise InputError(
+            "jobs and devices are for runs on this machine; with launcher=slurm the file's `slurm` says what a run gets"
+        )
+    if halving and (list_commands or run is not None):
+        raise InputError("halving decides seed by seed what is trained: leave it out with list_commands and run")
     console = Console(highlight=False, markup=False)
     plan = read_plan(config, pocket)
     require_usable_folder(plan, output_dir)
     if dry_run:
         _print_plan(console, plan, output_dir)
-        return
-    if report_only:
+    elif report_only:
         _report_only(console, plan, output_dir, summary_dir, at_step)
-        return
-    interrupted = False
-    with lock_folder(output_dir), _stop_on_signals():
-        left = end_left_runs(output_dir)
-        num_others = write_plan(plan, output_dir)
-        waiting = find_waiting_runs(plan, output_dir, retry_failed)
-        _print_rules(console, plan, len(waiting), jobs)
-        if left:
-            console.print(f"Ended what a call that was killed had left running: {', '.join(left)}.", soft_wrap=True)
-        if num_others:
-            console.print(
-                f"{num_others} runs in {output_dir} are not in this plan; they stay there and out of the report."
-            )
-        try:
-            with ProgressDisplay(console, len(plan.runs), len(plan.runs) - len(waiting), jobs) as progress:
-                RunQueue(plan, output_dir, waiting, jobs, progress, resume_runs).run()
-        except KeyboardInterrupt:
-            interrupted = True
-        states = _print_outcome(console, plan, output_dir, summary_dir)
-    if interrupted:
-        console.print(
-            "Stopped. The same command continues; runs that were cut off start anew, or with --resume_runs from their last checkpoint.",
-            soft_wrap=True,
-        )
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if set(states) == {FAILED}:
-        raise typer.Exit(EXIT_ALL_FAILED)
+    elif list_commands:
+        _list_commands(plan, config, output_dir, pocket, retry_failed)
+    elif run is not None:
+        _train_one(console, plan, output_dir, run, retry_failed, resume_runs)
+    elif launcher == SLURM:
+        _submit(console, plan, output_dir, retry_failed, halving)
+    else:
+        found = list_devices(plan, devices)
+        number = jobs or choose_jobs(plan, found)
+        states = _train(console, plan, output_dir, summary_dir, number, found, retry_failed, resume_runs, halving)
+        if set(states) == {FAILED}:
+            raise typer.Exit(EXIT_ALL_FAILED)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -148,6 +173,158 @@ def _stop_on_signals() -> Iterator[None]:
             signal.signal(number, old)
 
 
+def _train(
+    console: Console,
+    plan: Plan,
+    folder: Path,
+    summary_dir: Path | None,
+    jobs: int,
+    devices: tuple[str, ...] | None,
+    retry_failed: bool,
+    resume_runs: bool,
+    halving: bool,
+) -> Counter[str]:
+    """Train what is not over, on this machine; return the states of the runs."""
+    from ..comparison.running.claims import join_folder, list_calls, lock_plan
+    from ..comparison.running.folder import find_waiting_runs, write_plan
+    from ..comparison.running.progress import ProgressDisplay
+    from ..comparison.running.runs import RunQueue
+
+    interrupted, elsewhere = False, []
+    with _stop_on_signals():
+        with lock_plan(folder):
+            num_others = write_plan(plan, folder)
+        with join_folder(folder):
+            waiting = find_waiting_runs(plan, folder, retry_failed)
+            _print_rules(console, plan, len(waiting), jobs, devices)
+            _print_others(console, folder, num_others, list_calls(folder))
+            try:
+                with ProgressDisplay(console, len(plan.runs), len(plan.runs) - len(waiting), jobs) as progress:
+                    queue = RunQueue(plan, folder, waiting, jobs, progress, resume_runs, devices, halving)
+                    queue.run()
+                    elsewhere = queue.list_elsewhere()
+            except KeyboardInterrupt:
+                interrupted = True
+            if halving and not interrupted:
+                _print_halving(console, plan, queue)
+        with lock_plan(folder):  # another call may be writing its report
+            states = _print_outcome(console, plan, folder, summary_dir)
+    if interrupted:
+        console.print(
+            "Stopped. The same command continues; runs that were cut off start anew, or with --resume_runs from their last checkpoint.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if elsewhere:
+        console.print(
+            f"Under way in other calls: {', '.join(elsewhere)}. The last to end reports on all.", soft_wrap=True
+        )
+    return states
+
+
+def _count_runs(number: int) -> str:
+    return f"{number} run" + ("" if number == 1 else "s")
+
+
+def _print_others(console: Console, folder: Path, num_others: int, calls: list[str]) -> None:
+    if calls:
+        console.print(
+            f"At work in {folder} too: {', '.join(calls)}. Each run is trained by one of the calls.", soft_wrap=True
+        )
+    if num_others:
+        console.print(f"{num_others} runs in {folder} are not in this plan; they stay there and out of the report.")
+
+
+def _print_halving(console: Console, plan: Plan, queue: RunQueue) -> None:
+    from ..comparison.planning.halving import select_runs
+
+    selection = select_runs(plan.runs, queue.scores)
+    console.print(
+        f"Halving: {len(selection.over)} of {len(plan.runs)} runs were trained; {len(selection.dropped)} of arms and rates in the worse "
+        "half of their family were left out. Without --halving the same command trains them too.",
+        soft_wrap=True,
+    )
+
+
+def _find_run(plan: Plan, name: str) -> str:
+    from ..comparison.planning.axes import suggest
+
+    names = [run.name for run in plan.runs]
+    if name not in names:
+        raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --dry_run lists them")
+    return name
+
+
+def _train_one(console: Console, plan: Plan, folder: Path, name: str, retry_failed: bool, resume_runs: bool) -> None:
+    """Train one run, as a scheduler's job."""
+    from ..comparison.reading.results import FAILED, INTERRUPTED
+    from ..comparison.running.claims import lock_plan
+    from ..comparison.running.folder import write_plan
+    from ..comparison.running.slurm import train_one
+
+    _find_run(plan, name)
+    with _stop_on_signals():
+        with lock_plan(folder):
+            write_plan(plan, folder)
+        try:
+            state = train_one(plan, folder, name, retry_failed, resume_runs)
+        except KeyboardInterrupt:
+            state = INTERRUPTED
+    console.print(f"{name}: {state}.", soft_wrap=True)
+    if state == INTERRUPTED:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if state == FAILED:
+        raise typer.Exit(EXIT_ALL_FAILED)
+
+
+def _list_commands(plan: Plan, config: Path, folder: Path, pocket: bool, retry_failed: bool) -> None:
+    """Print a line for each run that is not over; nothing else, so that it can be piped."""
+    from ..comparison.running.folder import find_waiting_runs
+
+    options = ["--pocket"] * pocket + ["--retry_failed"] * retry_failed
+    program = [sys.executable, "-m", "hf_v0init.commands.main", "compare", str(config), "--output_dir", str(folder)]
+    for waiting in find_waiting_runs(plan, folder, retry_failed):
+        print(shlex.join([*program, "--run", waiting.name, "--resume_runs", *options]))
+
+
+def _submit(console: Console, plan: Plan, folder: Path, retry_failed: bool, halving: bool) -> None:
+    """Submit the runs that are not over and not in SLURM's queue."""
+    from ..comparison.planning.halving import select_runs
+    from ..comparison.running.claims import lock_plan
+    from ..comparison.running.folder import find_waiting_runs, write_plan
+    from ..comparison.running.runs import read_scores
+    from ..comparison.running.slurm import find_queued, make_executor, submit_runs
+
+    executor = make_executor(plan, folder)
+    with lock_plan(folder):
+        write_plan(plan, folder)
+        waiting = find_waiting_runs(plan, folder, retry_failed)
+        queued = find_queued(folder, waiting)
+        if halving:
+            now = {chosen.name for chosen in select_runs(plan.runs, read_scores(plan, folder, waiting)).now}
+            waiting = [chosen for chosen in waiting if chosen.name in now]
+        new = [chosen for chosen in waiting if chosen.name not in queued]
+        if plan.arguments.get("save_strategy") == "no":
+            console.print(
+                "Note: save_strategy is no, so a run that is preempted or reaches its time limit starts anew. Give save_strategy: steps "
+                "and save_steps in `arguments`.",
+                soft_wrap=True,
+            )
+        jobs = submit_runs(plan, folder, new, executor, retry_failed) if new else []
+    if jobs:
+        first = jobs[0].job_id.split("_")[0]
+        console.print(f"Submitted {_count_runs(len(jobs))} as job {first}; logs in {executor.folder}.", soft_wrap=True)
+    else:
+        console.print("Nothing to submit.")
+    if queued:
+        console.print(f"{_count_runs(len(queued))} {'is' if len(queued) == 1 else 'are'} in the queue already.")
+    if halving and waiting:
+        console.print("When they are over, the same command submits what halving leaves of the next seed.")
+    console.print(
+        "The same command with --report_only instead of --launcher writes the report at any time.", soft_wrap=True
+    )
+
+
 def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
     from ..comparison.reading.results import OUTPUT_FOLDER, RUNS_FOLDER
     from ..comparison.running.launch import make_command
@@ -162,13 +339,14 @@ def _print_plan(console: Console, plan: Plan, folder: Path) -> None:
     console.print(shlex.join(command), soft_wrap=True)
 
 
-def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int) -> None:
+def _print_rules(console: Console, plan: Plan, num_waiting: int, jobs: int, devices: tuple[str, ...] | None) -> None:
     console.print(Text(plan.title, style="bold"))
     num_arms, num_seeds = len({run.arm for run in plan.runs}), len({run.seed for run in plan.runs})
+    on = f", on device {', '.join(devices)}" if devices else ""
     lines = [
-        f"{len(plan.runs)} runs ({num_arms} arms, {num_seeds} seeds), of which {len(plan.runs) - num_waiting} are over; {jobs} at a time.",
+        f"{len(plan.runs)} runs ({num_arms} arms, {num_seeds} seeds), of which {len(plan.runs) - num_waiting} are over; {jobs} at a time{on}.",
         "Same seed: same initial weights, data order and dropout in every arm; checked by a fingerprint of each run.",
-        "The statistics pass is charged to v0: its samples and seconds count as training.",
+        "What v0 cost is charged to it: samples and seconds of a pass before training count as training.",
         f"Selection by {plan.metric}, on validation data; test data are used once, at the end of a run.",
     ]
     if plan.stop_hopeless:
@@ -194,14 +372,15 @@ def _report_only(console: Console, plan: Plan, folder: Path, summary_dir: Path |
     A plan that differs from the folder's takes its place, but not while another call is at work there.
     """
     from ..comparison.reading.results import PENDING
-    from ..comparison.running.folder import PLAN_FILE, lock_folder, read_json, read_run_record, write_plan
+    from ..comparison.running.claims import lock_plan
+    from ..comparison.running.folder import PLAN_FILE, read_json, read_run_record, write_plan
 
     if not any(read_run_record(folder, run).get("state", PENDING) != PENDING for run in plan.runs):
         raise InputError(f"{folder} holds no run of this plan: call without report_only first")
-    if read_json(folder / PLAN_FILE) != plan.to_dict():
-        with lock_folder(folder):
+    with lock_plan(folder):
+        if read_json(folder / PLAN_FILE) != plan.to_dict():
             write_plan(plan, folder)
-    _print_outcome(console, plan, folder, summary_dir, at_step)
+        _print_outcome(console, plan, folder, summary_dir, at_step)
 
 
 def _print_outcome(

@@ -32,9 +32,12 @@ from ..closed_form.multiplier import (
 from ..errors import InputError
 from ..optimizers.table import make_cells, make_markdown_table
 from ..plots import draw_multiplier, require_figure_path
+from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
+from .probe import add_commands as add_probe
 from .report import add_commands as add_report
+from .scripts import add_commands as add_scripts
 
 TARGETS = (0.5, 0.9, 0.99)
 RATIOS = (1.0, 1e2, 1e4, 1e6)
@@ -132,6 +135,8 @@ def optimizers(
 add_commands(app)
 add_report(app)
 add_comparison(app)
+add_probe(app)
+add_scripts(app)
 
 
 def compute_scale_in_force(
@@ -252,6 +257,7 @@ def _exit_with_error(message: str) -> NoReturn:
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit status 2."""
+    drop_known_messages()
     try:
         status = app(standalone_mode=False)
     except InputError as error:

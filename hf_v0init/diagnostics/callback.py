@@ -42,7 +42,8 @@ from transformers.utils import logging
 from ..closed_form.defaults import SCALED_BY_GRADIENTS
 from ..closed_form.multiplier import compute_multiplier
 from ..errors import InputError
-from ..optimizers.state import read_beta2
+from ..initialization.first_steps import find_first_steps
+from ..optimizers.state import SecondMoments
 from ..settings import read_v0_arguments
 from .element_samples import MAX_PER_TENSOR, ElementSamples, compute_weighted_quantiles
 
@@ -127,6 +128,11 @@ class V0DiagnosticsCallback(TrainerCallback):
         step = state.global_step + 1
         if self._moment_samples is None:
             self._choose_elements(optimizer)
+            self._first_steps = find_first_steps(optimizer)
+            if self._first_steps is not None and self._first_steps.is_waiting:
+                self._first_steps.observers.append(self._read_v0)
+            else:
+                self._read_v0()
         if step <= self.num_update_steps:
             self._before = self._update_samples.read_parameters()
         self._spend(begin)
@@ -136,7 +142,9 @@ class V0DiagnosticsCallback(TrainerCallback):
             return
         begin = time.perf_counter()
         step = state.global_step + 1
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))  # fp16: the gradients had overflowed
+        # fp16: the gradients had overflowed; or they were measured, for a v0
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        skipped = skipped or (self._first_steps is not None and self._first_steps.is_waiting)
         self._num_steps_taken += not skipped
         if self._before is not None:
             self._record_update(step)
@@ -181,11 +189,12 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._moments: list[tuple[int, int, np.ndarray]] = []  # (global step, steps since v0, v)
         self._multiplier: dict[str, list] = {}
         self._v0: np.ndarray | None = None
+        self._first_steps = None
         self._num_steps_taken, self._num_logged = 0, (0, 0)
         self._seconds, self._first_began, self._last_ended, self._written_at = 0.0, None, None, -math.inf
 
     def _choose_elements(self, optimizer) -> None:
-        """Choose the elements to look at, and read v0 before the first step."""
+        """Choose the elements to look at."""
         self._update_samples = ElementSamples(optimizer, self.max_per_tensor)
         self._moment_samples = ElementSamples(optimizer, self.max_per_tensor, MAX_MOMENTS)
         self._weights = self._moment_samples.weights
@@ -198,13 +207,17 @@ class V0DiagnosticsCallback(TrainerCallback):
             "num_elements_for_second_moments": self._moment_samples.num_looked_at,
             "num_tensors_left_out": self._update_samples.num_left_out,
         }
+        self._reads_moments = False
+
+    def _read_v0(self) -> None:
+        """Read v0, once it has been written."""
         groups = self._moment_samples.optimizer.param_groups
         try:
             v0 = self._moment_samples.read_second_moments()
-            betas = [read_beta2(optimizer, group) for group in groups]
+            moments = SecondMoments(self._moment_samples.optimizer)
+            betas = [moments.read_beta2(group) for group in groups]
         except InputError as error:
             logger.info(f"{self.file_name} holds no second moments: {error}")
-            self._reads_moments = False
             return
         self._reads_moments = True
         self._settings["beta2"] = betas[0]
@@ -214,7 +227,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         if self._resumed_at == 0 and bool((v0 > 0).any()) and betas[0] is not None:
             self._v0 = v0
             self._epsilon = max(torch.finfo(dtype).eps for dtype in self._find_state_dtypes())
-            self._settings |= self._find_scales(betas[0])
+            self._settings |= self._find_scales()
 
     def _find_state_dtypes(self) -> set[torch.dtype]:
         return {
@@ -224,11 +237,17 @@ class V0DiagnosticsCallback(TrainerCallback):
             if p.is_floating_point()
         }
 
-    def _find_scales(self, beta2: float) -> dict:
-        """Find v0 / E[g^2] as the settings say, and as the Trainer measured it in its pass."""
-        scale = self._arguments.get_v0_scale(beta2) if self._arguments.v0_init in SCALED_BY_GRADIENTS else None
-        report = getattr(self._trainer, "get_v0_report", lambda: None)() or {}
-        return {"scale": scale, "measured_ratio": report.get("measured_ratio")}
+    def _find_scales(self) -> dict:
+        """Find v0 / g^2 as it was asked for, and as it was measured."""
+        report = self._first_steps.report if self._first_steps is not None else None
+        if report is not None:
+            found = {"scale": report.scale, "measured_ratio": report.measured_ratio}
+        else:
+            stored = getattr(self._trainer, "get_v0_report", lambda: None)() or {}
+            found = {"scale": stored.get("scale"), "measured_ratio": stored.get("measured_ratio")}
+        if self._arguments.v0_init not in SCALED_BY_GRADIENTS:
+            found["scale"] = None
+        return found
 
     def _record_update(self, step: int) -> None:
         after = self._update_samples.read_parameters()

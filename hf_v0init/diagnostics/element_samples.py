@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..distributed.parts import get_local_part, order_of_memory, view_flat
-from ..optimizers.state import read_second_moment, unwrap_optimizer
+from ..optimizers.state import SecondMoments, unwrap_optimizer
 
 MAX_PER_TENSOR = 4096
 
@@ -127,16 +127,17 @@ class ElementSamples:
         Raises:
             InputError: the optimizer keeps no second moment that is known.
         """
-        parts = []
+        parts, moments = [], SecondMoments(self.optimizer)
         for key, device in self._devices.items():
-            values = [self._read_second_moment(one, key) for one in device.sampled]
+            values = [self._read_second_moment(moments, one, key) for one in device.sampled]
             parts.append(_widen(torch.cat(values)).cpu().double().numpy())
         return np.concatenate(parts)
 
-    def _read_second_moment(self, one: _Sampled, device: torch.device) -> torch.Tensor:
-        moment = read_second_moment(self.optimizer, one.parameter)
-        if moment is None:
+    def _read_second_moment(self, moments: SecondMoments, one: _Sampled, device: torch.device) -> torch.Tensor:
+        state = moments.find_state(one.parameter, self.optimizer.param_groups[one.group])
+        if state is None:
             return torch.zeros(one.count, device=device)
+        moment = moments.layout.read(state)
         local = get_local_part(one.parameter)
         return get_local_part(moment).detach().permute(order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
 

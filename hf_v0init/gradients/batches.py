@@ -8,9 +8,10 @@ run's data loader nor its sampler is used. A random collator (masking, augmentat
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.utils.data
 
 from ..errors import InputError
@@ -31,11 +32,42 @@ def choose_samples(num_available: int, num_samples: int, seed: int) -> list[int]
     return random.Random(seed).sample(range(num_available), min(num_samples, num_available))
 
 
-def choose_batch_size(requested: int | None, train_batch_size: int, num_samples: int) -> int:
-    """Choose the samples a batch: as requested, else the training batch size but at least 64 batches in the pass."""
-    if requested is not None:
-        return requested
-    return max(1, min(train_batch_size, num_samples // 64))
+def choose_batch_size(requested: int | None, at_once: int) -> int:
+    """Choose the samples per batch: as requested, else `at_once`: 1, which is exact, or as many as a batch norm or a sharded model
+    needs."""
+    return at_once if requested is None else requested
+
+
+def cut_into_batches(samples: list[int], batch_size: int) -> list[list[int]]:
+    """Cut sample numbers into batches; a single sample that is left joins the batch before it, since not every loss takes one."""
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
+
+
+def deal_out(numbers: list[int], rank: int, world_size: int) -> list[tuple[int, bool]]:
+    """Deal batch numbers out to process `rank` in turn, as many to each: (number, whether it counts).
+
+    A process that would have one fewer gets the last once more, which does not count: a loss that communicates must be computed as
+    often on every process.
+    """
+    dealt = [(number, True) for number in numbers[rank::world_size]]
+    if numbers and len(dealt) < -(-len(numbers) // world_size):
+        dealt.append((numbers[-1], False))
+    return dealt
+
+
+IGNORED_LABEL = -100
+
+
+def has_targets(inputs: Any) -> bool:
+    """Whether collated inputs have any label that is not ignored (-100), beside the first of each row; True without labels."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dim() == 0 or labels.numel() == 0:
+        return True
+    valid = labels != IGNORED_LABEL
+    return bool((valid[:, 1:] if labels.dim() > 1 and labels.shape[1] > 1 else valid).any())
 
 
 class SampledBatches(torch.utils.data.Dataset):
@@ -62,21 +94,23 @@ class SampledBatches(torch.utils.data.Dataset):
         batch_range: tuple[int, int] | None = None,
     ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
-        batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        batches = cut_into_batches(samples, batch_size)
         first, end = batch_range or (0, len(batches))
-        self.batches = [(k, batch) for k, batch in enumerate(batches[:end]) if k >= first and k % world_size == rank]
+        numbers = list(range(first, min(end, len(batches))))
+        self.batches = [(k, batches[k], counts) for k, counts in deal_out(numbers, rank, world_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, item: int) -> StatisticsBatch:
-        index, samples = self.batches[item]
+        index, samples, counts = self.batches[item]
         seed_everything(compute_batch_seed(self.seed, index))
         if hasattr(self.dataset, "__getitems__"):
             features = self.dataset.__getitems__(samples)
         else:
             features = [self.dataset[sample] for sample in samples]
-        return StatisticsBatch(self.collate(features), len(samples), index)
+        inputs = self.collate(features)
+        return StatisticsBatch(inputs, len(samples), index, counts, has_targets(inputs))
 
 
 def require_reiterable(dataset: Any) -> None:
@@ -114,12 +148,33 @@ def iterate_streamed_batches(
     require_reiterable(dataset)
     first, end = batch_range or (0, math.ceil(num_samples / batch_size))
     stream = itertools.islice(iter(dataset), first * batch_size, min(end * batch_size, num_samples))
-    for index in itertools.count(first):
-        features = list(itertools.islice(stream, batch_size))
-        if not features:
-            if index == 0:
-                raise InputError("the training data stream is empty, so v0 has no gradients to be taken from")
-            return
-        if index % world_size == rank:
-            seed_everything(compute_batch_seed(seed, index))
-            yield StatisticsBatch(collate(features), len(features), index)
+    features: list = []
+    num_batches = num_mine = 0
+    for features in _cut_stream(stream, batch_size):
+        if num_batches % world_size == rank:
+            num_mine += 1
+            yield _collate_seeded(collate, features, seed, first + num_batches, True)
+        num_batches += 1
+    if num_batches == 0 and first == 0:
+        raise InputError("the training data stream is empty, so v0 has no gradients to be taken from")
+    if num_mine < math.ceil(num_batches / world_size):
+        yield _collate_seeded(collate, features, seed, first + num_batches - 1, False)
+
+
+def _cut_stream(stream: Iterator, batch_size: int) -> Iterator[list]:
+    """Cut a stream into batches as `cut_into_batches` does."""
+    batch = list(itertools.islice(stream, batch_size))
+    while batch:
+        following = list(itertools.islice(stream, batch_size))
+        if batch_size > 1 and len(following) == 1:
+            batch, following = batch + following, []
+        yield batch
+        batch = following
+
+
+def _collate_seeded(
+    collate: Callable[[list], Any], features: list, seed: int, index: int, counts: bool
+) -> StatisticsBatch:
+    seed_everything(compute_batch_seed(seed, index))
+    inputs = collate(features)
+    return StatisticsBatch(inputs, len(features), index, counts, has_targets(inputs))

@@ -28,28 +28,44 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.parts import get_local_part, split_rows, view_flat
+from ..distributed.parts import CAST_BLOCK_NUMEL, get_local_part, split_rows, view_flat
+from ..distributed.processes import get_rank_and_world_size
 from ..errors import InputError
-from ..preservation import preserve_model, preserve_rng, seed_everything
+from ..preservation import (
+    defer_interrupts,
+    preserve_model,
+    preserve_rng,
+    raise_if_interrupted,
+    seed_everything,
+)
 
 DIRECT_NUMEL = 1 << 18  # elements from which on an all-reduce of a tensor alone costs no more than its bytes
 REDUCTION_BUCKET_NUMEL = 1 << 23  # elements that smaller tensors are joined to, 32 MiB of fp32
-CAST_BLOCK_NUMEL = 1 << 23  # elements of a narrow gradient that are widened at a time
 
 
 @dataclass
 class StatisticsBatch:
-    """One batch of the pass: `inputs` as the loss callable takes them, their number of samples, and `index`, the
-    batch's number in the whole pass (over all processes), which seeds its dropout."""
+    """One batch of the pass.
+
+    Attributes:
+        inputs: as the loss callable takes them.
+        num_samples: how many samples they are.
+        index: the batch's number in the whole pass (over all processes), which seeds its dropout.
+        counts: whether its gradients count. False for a repetition by which a process has as many batches as the others, whose
+            losses may be collective.
+        has_loss: whether any target is left to compute a loss of. A batch without is run and skipped.
+    """
 
     inputs: Any
     num_samples: int
     index: int
+    counts: bool = True
+    has_loss: bool = True
 
 
 @dataclass
 class PassCounts:
-    """What a pass saw: samples, batches, wall-clock seconds, mean loss.
+    """What a pass saw: samples, batches, wall-clock seconds, mean loss, and samples skipped since they had no loss.
 
     Of this process alone, or, where `are_global`, of all of them; then the gradients that were visited were already those
     of the whole batch, too, and nothing is left to reduce.
@@ -60,6 +76,7 @@ class PassCounts:
     seconds: float = 0.0
     loss_sum: float = 0.0
     are_global: bool = False
+    num_skipped: int = 0
 
     @property
     def mean_loss(self) -> float:
@@ -74,6 +91,7 @@ class PassCounts:
             self.seconds + later.seconds,
             self.loss_sum + later.loss_sum,
             later.are_global,
+            self.num_skipped + later.num_skipped,
         )
 
 
@@ -125,6 +143,7 @@ def visit_gradients(
     seed: int | None = 0,
     loss_scale: float = 1.0,
     on_batch: Callable[[StatisticsBatch], None] | None = None,
+    other_parameters: Iterable[nn.Parameter] = (),
 ) -> PassCounts:
     """Run forward and backward on each batch in training mode and hand every finished gradient to `visit`.
 
@@ -141,13 +160,15 @@ def visit_gradients(
             None leaves the random states alone (they are still restored at the end).
         loss_scale: the loss is multiplied by it before backward, and gradients are divided by it (fp16).
         on_batch: called after each batch, for progress.
+        other_parameters: outside the model, such as a loss module's, whose gradients must be left as they were, too.
 
     Raises:
-        InputError: a loss that is NaN or infinite (names the batch), a parameter that got its gradient in parts.
+        InputError: a loss that is NaN or infinite (names the batch), a parameter that got its gradient in parts, a forward that
+            changes weights.
     """
     counts = PassCounts()
     start = time.perf_counter()
-    current = {"seen": set(), "num_samples": 0}
+    current: dict[str, Any] = {"seen": set(), "num_samples": 0, "counts": True}
     pending: list[tuple[int, int, torch.Tensor]] = []
 
     def check_losses() -> None:
@@ -156,29 +177,50 @@ def visit_gradients(
         pending.clear()
 
     def unscaled_visit(parameter: nn.Parameter, gradient: torch.Tensor, num_samples: int) -> None:
-        visit(parameter, gradient if loss_scale == 1.0 else gradient.div_(loss_scale), num_samples)
+        if current["counts"]:
+            visit(parameter, gradient if loss_scale == 1.0 else gradient.div_(loss_scale), num_samples)
 
-    with preserve_rng(), preserve_model(model):
+    versions = [(name, parameter, parameter._version) for name, parameter in named_parameters]
+    with defer_interrupts(), preserve_rng(), preserve_model(model, other_parameters):
         model.train()
         with torch.enable_grad(), _visit_on_backward(named_parameters, unscaled_visit, current):
             for batch in batches:
                 current["seen"], current["num_samples"] = set(), batch.num_samples
                 if seed is not None:
                     seed_everything(compute_batch_seed(seed, batch.index))
+                current["counts"] = batch.counts and batch.has_loss
                 loss = compute_loss(model, batch.inputs)
-                pending.append((batch.index, batch.num_samples, loss.detach()))
+                if current["counts"]:
+                    pending.append((batch.index, batch.num_samples, loss.detach()))
                 if loss.device.type == "cpu" or len(pending) >= 16:  # reading a loss waits for the device
                     check_losses()
                 (loss * loss_scale if loss_scale != 1.0 else loss).backward()
                 for parameter in model.parameters():  # those we do not look at
                     parameter.grad = None
-                counts.num_samples += batch.num_samples
-                counts.num_batches += 1
+                if current["counts"]:
+                    counts.num_samples += batch.num_samples
+                    counts.num_batches += 1
+                elif batch.counts:
+                    counts.num_skipped += batch.num_samples
+                if versions:
+                    _require_same_versions(versions)
+                    versions = []
                 if on_batch is not None:
                     on_batch(batch)
+                raise_if_interrupted()
             check_losses()
     counts.seconds = time.perf_counter() - start
     return counts
+
+
+def _require_same_versions(versions: list[tuple[str, nn.Parameter, int]]) -> None:
+    """Refuse a model whose forward changes the weights that are being trained, which a pass cannot leave as they were."""
+    changed = [name for name, parameter, version in versions if parameter._version != version]
+    if changed:
+        raise InputError(
+            f"the model's forward changes its own weights ({changed[0]!r}), so a pass before training would change the run: use "
+            "v0_statistic=per_step, which takes v0 from the run's own first steps"
+        )
 
 
 def compute_batch_seed(seed: int, index: int, part: int = 0) -> int:
@@ -218,17 +260,6 @@ def make_sum_visitor(sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]
     return visit
 
 
-def make_gradient_visitor(sums: dict[nn.Parameter, torch.Tensor]) -> Visitor:
-    """Make a visitor that adds g to `sums[parameter]`, in its dtype, as `make_sum_visitor` does."""
-    sums = {parameter: get_local_part(tensor) for parameter, tensor in sums.items()}
-
-    def visit(parameter: nn.Parameter, gradient: torch.Tensor, _: int) -> None:
-        for part, total in _pair_blocks(get_local_part(gradient.detach()), sums[parameter]):
-            total.add_(part)
-
-    return visit
-
-
 def _pair_blocks(gradient: torch.Tensor, *sums: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the gradient in the dtype of the sums, with the sums: whole if it has that dtype, else in blocks of rows."""
     if gradient.dtype == sums[0].dtype:
@@ -236,29 +267,6 @@ def _pair_blocks(gradient: torch.Tensor, *sums: torch.Tensor) -> Iterator[tuple[
         return
     for part, *totals in zip(*(split_rows(tensor, CAST_BLOCK_NUMEL) for tensor in (gradient, *sums)), strict=True):
         yield part.to(sums[0].dtype), *totals
-
-
-def raise_together(error: BaseException | None) -> None:
-    """Raise on every process if any process failed, so that none waits for ever in the reduction.
-
-    The failing process raises its own exception, the others the same message as `InputError` (or a `RuntimeError` where
-    it was no input error).
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        if error is not None:
-            raise error
-        return
-    mine = None if error is None else (isinstance(error, InputError), f"{error}" or type(error).__name__)
-    if getattr(error, "raised_alone", False):  # the others wait elsewhere, see `sharded_pass`
-        raise error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if error is not None:
-        raise error
-    for rank, theirs in enumerate(everyone):
-        if theirs is not None:
-            is_input_error, message = theirs
-            raise (InputError if is_input_error else RuntimeError)(f"process {rank}: {message}")
 
 
 def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
@@ -269,7 +277,7 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
     Returns the counts over all processes (seconds: the slowest's). Nothing happens without a process group, or if
     `counts.are_global`.
     """
-    if counts.are_global or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if counts.are_global or get_rank_and_world_size()[1] == 1:
         return counts
     under_way, by_kind = [], {}
     for tensor in tensors:
@@ -292,12 +300,13 @@ def reduce_sums(tensors: list[torch.Tensor], counts: PassCounts) -> PassCounts:
     for reduction in under_way:
         reduction.wait()
     device = tensors[0].device if tensors else torch.device("cpu")
-    totals = torch.zeros(3 + dist.get_world_size(), dtype=torch.float64, device=device)
-    totals[:3] = torch.tensor([counts.num_samples, counts.num_batches, counts.loss_sum], dtype=torch.float64)
-    totals[3 + dist.get_rank()] = counts.seconds
+    totals = torch.zeros(4 + dist.get_world_size(), dtype=torch.float64, device=device)
+    mine = [counts.num_samples, counts.num_batches, counts.loss_sum, counts.num_skipped]
+    totals[:4] = torch.tensor(mine, dtype=torch.float64)
+    totals[4 + dist.get_rank()] = counts.seconds
     dist.all_reduce(totals)
-    samples, batches, loss_sum, *seconds = totals.tolist()
-    return PassCounts(int(samples), int(batches), max(seconds), loss_sum, are_global=True)
+    samples, batches, loss_sum, skipped, *seconds = totals.tolist()
+    return PassCounts(int(samples), int(batches), max(seconds), loss_sum, are_global=True, num_skipped=int(skipped))
 
 
 def _all_reduce_bucket(bucket: list[torch.Tensor]) -> None:
@@ -339,6 +348,6 @@ def require_enough_batches(num_batches: int, num_samples: int) -> None:
         raise InputError("the gradient statistics saw no sample: the training data set is empty")
     if num_batches == 1 and num_samples > 1:
         raise InputError(
-            f"v0_num_samples={num_samples} fit into one batch of v0_stats_batch_size, so their spread is not known; "
-            f"use v0_stats_batch_size <= {max(1, num_samples // 2)} or more samples"
+            f"the {num_samples} samples of the gradient statistics fit into one batch, so their spread is not known; give more samples or "
+            f"batches of at most {max(1, num_samples // 2)} (v0_stats_batch_size), or use v0_statistic=per_step"
         )

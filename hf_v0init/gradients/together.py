@@ -19,21 +19,21 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.parts import DataShare, match_placements, reshard
+from ..distributed.fsdp import DataShare, match_placements, reshard
+from ..distributed.processes import get_rank_and_world_size, raise_together
 from ..preservation import preserve_rng, seed_everything
 from .statistics import (
     PassCounts,
     StatisticsBatch,
     Visitor,
     compute_batch_seed,
-    raise_together,
     require_finite_loss,
     visit_gradients,
 )
@@ -57,13 +57,13 @@ def visit_gradients_together(
     visit: Visitor,
     *,
     share: DataShare,
-    own_batches: bool = False,
     count_items: Callable[[Any], Any] = lambda inputs: None,
     is_narrow: bool = False,
     place_gradient: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] = match_placements,
     seed: int | None = 0,
     loss_scale: float = 1.0,
     on_batch: Callable[[StatisticsBatch], None] | None = None,
+    other_parameters: Iterable[nn.Parameter] = (),
 ) -> PassCounts:
     """Run the same batches on all processes and hand the gradient of each whole batch to `visit`.
 
@@ -75,8 +75,6 @@ def visit_gradients_together(
         compute_loss: see `ComputeLoss`.
         visit: gets gradients as `place_gradient` returns them.
         share: this process's part of each batch.
-        own_batches: `batches` are this process's own instead, as many as on any other, and their losses are taken as they
-            are: the gradient is its mean over the processes.
         count_items: counts what the mean loss of a collated batch is over, as `compute_loss` takes it (None: it takes none).
         place_gradient: maps (gradient, parameter) to the mean over the processes, placed as the optimizer's state is; by
             default a DTensor of the parameter's own placement.
@@ -94,8 +92,8 @@ def visit_gradients_together(
         loss_sum = 0.0
 
         def prepare(batch: StatisticsBatch) -> StatisticsBatch:
-            part = _Part(batch.inputs, None, 1.0, 0) if own_batches else splitter.split(batch)
-            return StatisticsBatch((batch, part), batch.num_samples, batch.index)
+            part = splitter.split(batch)
+            return replace(batch, inputs=(batch, part))
 
         def compute_part(_: nn.Module, inputs: tuple[StatisticsBatch, _Part]) -> torch.Tensor:
             nonlocal loss_sum
@@ -103,7 +101,8 @@ def visit_gradients_together(
             if seed is not None:
                 seed_everything(compute_batch_seed(seed, batch.index, part.number))
             loss, mean = lockstep.compute(lambda: compute_loss(model, part.inputs, part.num_items) * part.weight)
-            loss_sum += require_finite_loss(mean, batch.index, batch.num_samples) * batch.num_samples
+            if batch.has_loss:
+                loss_sum += require_finite_loss(mean, batch.index, batch.num_samples) * batch.num_samples
             return loss
 
         try:
@@ -116,14 +115,11 @@ def visit_gradients_together(
                 seed=seed,
                 loss_scale=loss_scale,
                 on_batch=on_batch,
+                other_parameters=other_parameters,
             )
         finally:
             reshard(model)
         counts.loss_sum, counts.are_global = loss_sum, True
-        if own_batches:
-            replicas = lockstep.num_processes // share.num_parts
-            counts.num_samples = round(lockstep.agree(None, counts.num_samples) / replicas)
-            counts.num_batches = round(lockstep.agree(None, counts.num_batches) / replicas)
         return counts
 
 
@@ -146,8 +142,8 @@ class _Lockstep:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.group, self.forwards = model, None, 0
-        self.active = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.num_processes = dist.get_world_size() if self.active else 1
+        self.num_processes = get_rank_and_world_size()[1]
+        self.active = self.num_processes > 1
 
     def __enter__(self) -> "_Lockstep":
         self.hook = self.model.register_forward_hook(self._count_forward)

@@ -5,8 +5,8 @@ second moment, sigma (here `scale`) its size.
 
     zeros            v0 = 0                                              stock Adam
     random           v0 ~ scale / (fan_in + fan_out) * chi^2_1           eq. 11
-    data_driven      v0 = scale * (E[g]^2 + Var[g]) = scale * E[g^2]     eq. 10
-    first_gradient   v0 = scale * g0^2, g0 of the first batch            GI-Adam (Kalra & Barkeshli, 2024)
+    data_driven      v0 = scale * (E[g]^2 + Var[g]) = scale * E[g^2]     eq. 10; g of a sample, or of a step
+    first_gradient   v0 = scale * g1^2, g1 of the first step             GI-Adam (Kalra & Barkeshli, 2024)
 """
 
 import math
@@ -28,47 +28,32 @@ def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1] * receptive_field, shape[0] * receptive_field
 
 
-def compute_random_v0_mean(shape: tuple[int, ...], scale: float, fan_factor: float = 1.0) -> float:
-    """Compute the mean of the random v0 (eq. 11): fan_factor * scale / (fan_in + fan_out), since E[chi^2_1] = 1.
+def compute_random_v0_mean(shape: tuple[int, ...], scale: float) -> float:
+    """Compute the mean of the random v0 (eq. 11): scale / (fan_in + fan_out), since E[chi^2_1] = 1.
 
-    `fan_factor` 1 is the paper's formula; 2 is the authors' code, which squares a Xavier-normal draw.
+    The authors' code squares a Xavier-normal draw, which is twice that.
     """
     fan_in, fan_out = compute_fans(shape)
-    return fan_factor * scale / (fan_in + fan_out)
+    return scale / (fan_in + fan_out)
 
 
-def compute_random_v0_(
-    standard_normal: torch.Tensor, shape: tuple[int, ...], scale: float, fan_factor: float = 1.0
-) -> torch.Tensor:
+def compute_random_v0_(standard_normal: torch.Tensor, shape: tuple[int, ...], scale: float) -> torch.Tensor:
     """Turn standard normal draws into a random v0 in place (eq. 11): c * z^2 is c * chi^2_1.
 
     Args:
         standard_normal: draws z, floating point, any shape (a whole tensor or a shard of it); overwritten.
         shape: the shape of the *whole* parameter, from which the fans are taken.
-        scale, fan_factor: see `compute_random_v0_mean`.
+        scale: sigma, see `compute_random_v0_mean`.
 
     Returns:
         `standard_normal`, now holding v0 in units of gradient squared.
     """
-    return standard_normal.square_().mul_(compute_random_v0_mean(shape, scale, fan_factor))
+    return standard_normal.square_().mul_(compute_random_v0_mean(shape, scale))
 
 
 def compute_data_driven_v0_(grad_sq_mean: torch.Tensor, scale: float) -> torch.Tensor:
     """Turn E[g^2] into the data-driven v0 in place (eq. 10): scale * E[g^2]. Returns `grad_sq_mean`."""
     return grad_sq_mean.mul_(scale)
-
-
-def apply_floor_(v0: torch.Tensor, share: float, mean: float | torch.Tensor) -> torch.Tensor:
-    """Lift every element of `v0` to at least `share` of the tensor's `mean` v0, in place. Returns `v0`.
-
-    Not in the paper: it concerns elements whose gradient was zero on all samples, such as the rows of rare tokens.
-    """
-    return v0.clamp_min_(share * mean)
-
-
-def compute_first_gradient_v0_(first_gradient: torch.Tensor, scale: float) -> torch.Tensor:
-    """Turn the first batch's gradient g0 into v0 in place: scale * g0^2. Returns `first_gradient`."""
-    return first_gradient.square_().mul_(scale)
 
 
 def takes_v0(shape: tuple[int, ...], one_dimensional: bool = False) -> bool:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from ..distributed.parts import find_data_share, is_sharded
+from ..distributed.fsdp import find_data_share
+from ..distributed.parts import is_sharded
+from ..distributed.processes import gather_objects, get_rank_and_world_size, raise_together
 from ..errors import InputError
-from ..gradients.statistics import PassCounts, StatisticsBatch, raise_together, visit_gradients
+from ..gradients.statistics import PassCounts, StatisticsBatch, visit_gradients
 from ..gradients.together import visit_gradients_together
 from ..preservation import preserve_model, preserve_rng
 
@@ -60,7 +61,7 @@ class LoopGradients:
         rank, self.world_size = get_rank_and_world_size()
         self.share = find_data_share(self.inner) if is_sharded(self.inner) else None
         # Processes of one tensor-parallel group have the same batches; the first of each group speaks for it.
-        parts = _gather(rank if self.share is None else self.share.part)
+        parts = gather_objects(rank if self.share is None else self.share.part)
         self.speakers = [parts.index(part) for part in sorted(set(parts))]
         self.part = sorted(set(parts)).index(parts[rank])
         precision = getattr(accelerator, "mixed_precision", "no")
@@ -87,7 +88,7 @@ class LoopGradients:
                 error = exception
             try:
                 raise_together(error)
-                sizes = _gather(size)
+                sizes = gather_objects(size)
                 self.first_size = sizes[self.speakers[0]]
                 self.num_samples_at_once = sum(sizes[rank] for rank in self.speakers)
                 self.batches = itertools.chain([self.first], iterator)
@@ -103,35 +104,25 @@ class LoopGradients:
         """
         return self._run(named_parameters, visit, self._number(self.batches, batch_range))
 
-    def run_first_batch(self, named_parameters, visit) -> PassCounts:
-        """Run the first batch of each process; may be called again."""
-        return self._run(named_parameters, visit, self._number(iter([self.first])))
-
-    def run_first_step(self, named_parameters, visit, num_batches: int) -> PassCounts:
-        """Run the `num_batches` batches of a process that the first optimizer step averages, with the random states of now."""
-        numbered = itertools.islice(self._number(self.batches), num_batches)
-        return self._visit(named_parameters, visit, numbered, seed=None, own_batches=True, divisor=num_batches)
-
     def _run(self, named_parameters, visit, numbered: Iterator[StatisticsBatch]) -> PassCounts:
         return self._visit(
             named_parameters, visit, self._gather_batches(numbered) if self.share else numbered, self.seed
         )
 
-    def _visit(self, named_parameters, visit, batches, seed, own_batches: bool = False, divisor: int = 1) -> PassCounts:
+    def _visit(self, named_parameters, visit, batches, seed) -> PassCounts:
         function = visit_gradients
         if self.share is not None:
-            options = {"share": self.share, "own_batches": own_batches, "is_narrow": self.is_narrow}
+            options = {"share": self.share, "is_narrow": self.is_narrow}
             function = functools.partial(visit_gradients_together, **options)
-        compute_loss = functools.partial(self._compute_loss, divisor=divisor)
         options = {"seed": seed, "loss_scale": self.loss_scale}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_refuse_wrapped(self.model))
             for module in self.other_modules:
                 stack.enter_context(preserve_model(module))
                 stack.enter_context(_without_gradients(module, self.inner))
-            return function(self.inner, named_parameters, batches, compute_loss, visit, **options)
+            return function(self.inner, named_parameters, batches, self._compute_loss, visit, **options)
 
-    def _compute_loss(self, model: nn.Module, batch: Any, _=None, divisor: int = 1) -> torch.Tensor:
+    def _compute_loss(self, model: nn.Module, batch: Any, _=None) -> torch.Tensor:
         if model.training:
             for module, training in self.modes:
                 module.training = training
@@ -144,7 +135,7 @@ class LoopGradients:
                 "loss_fn's loss has no gradient: it must be computed from the model that loss_fn is given, without no_grad, "
                 "detach or item"
             )
-        return loss / divisor
+        return loss
 
     def _number(self, batches: Iterator, batch_range: tuple[int, float] = (0, math.inf)) -> Iterator[StatisticsBatch]:
         """Yield this process's batches, numbered as if one process had dealt them out in turn."""
@@ -167,7 +158,7 @@ class LoopGradients:
             raise_together(error)
             if batch is not None:
                 batch.inputs = send_to_device(batch.inputs, "cpu")
-            everyone = _gather(batch)
+            everyone = gather_objects(batch)
             theirs = [everyone[rank] for rank in self.speakers if everyone[rank] is not None]
             if not theirs:
                 return
@@ -287,22 +278,3 @@ def _find_loader_parts(batches: Any) -> list:
             found.append(part)
             waiting.extend(vars(part).values())
     return found
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def get_rank_and_world_size() -> tuple[int, int]:
-    """Return this process's rank and the number of processes; (0, 1) without a process group."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-
-
-def _gather(mine: Any) -> list:
-    """What every process has, by rank."""
-    world_size = get_rank_and_world_size()[1]
-    if world_size == 1:
-        return [mine]
-    everyone: list = [None] * world_size
-    dist.all_gather_object(everyone, mine)
-    return everyone

@@ -7,27 +7,26 @@ ZeRO steps an inner optimizer over flat fp32 tensors, one or more a parameter gr
 | 1, 2 | `single_partition_of_fp32_groups[i]` | the fragment that `parameter._hp_mapping` links, if any lies on this process |
 | 3 | `fp32_partitioned_groups_flat[i]` | elements rank * n to (rank + 1) * n of the flattened parameter, n = its partition |
 
-Contract. `PartitionedOptimizer` shows that as an optimizer over the model's own parameters: the functions of
-`optimizer_state` take it, and give `Fragment`s where they give tensors otherwise. The state that is written is the one that the
-inner optimizer would create for its flat tensors at its first step, with v0 in place; flat tensors without any v0 get none.
+Contract. `ZeroPartitions` says which flat tensors there are, and which part of which parameter lies where in them. The state
+that is written is the one that the inner optimizer would create for its flat tensors at its first step.
 
-Gradients. `visit_partitioned_gradients` takes ZeRO's own gradient hooks off the parameters for the length of the pass, so
-the engine sees no backward: no bucket, averaged gradient, norm or micro-step of it changes. Each gradient is averaged over
-the processes in fp32 and cut to the fragment. All processes run each batch together, as in `sharded_pass`.
+Gradients. At the inner optimizer's step the flat tensors' own gradients are those that its Adam sees. For a pass before training
+ZeRO's gradient hooks are taken off the parameters (`take_off_gradient_hooks`), so that the engine sees no backward: no
+bucket, averaged gradient, norm or micro-step of it changes. Each gradient is then averaged over the processes in fp32 and cut to
+the fragment (`place_gradient`).
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.parts import DataShare, Fragment, get_full_shape
+from ..distributed.fsdp import DataShare
+from ..distributed.parts import CAST_BLOCK_NUMEL, Fragment, get_full_shape
 from ..errors import InputError
-from ..gradients.statistics import CAST_BLOCK_NUMEL, PassCounts
-from ..gradients.together import visit_gradients_together
 from .layouts import PlainLayout, State
 
 STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -40,8 +39,8 @@ DEEPSPEED_ADAMS = ("deepspeed.ops.adam.fused_adam.FusedAdam", "deepspeed.ops.ada
 _REMEDY = "use ZeRO stage 1, 2 or 3 with optim=adamw_torch, or v0_init=zeros"
 
 
-def adapt_optimizer(optimizer):
-    """Return a `PartitionedOptimizer` for ZeRO's optimizer (also inside accelerate's wrapper), else `optimizer` itself.
+def find_partitions(optimizer) -> "ZeroPartitions | None":
+    """Return where parameters lie in the flat tensors of ZeRO's optimizer (also inside accelerate's wrapper); None for others.
 
     Raises:
         InputError: an optimizer of DeepSpeed's that is not one of ZeRO 1 to 3, or whose state is not known here.
@@ -49,10 +48,10 @@ def adapt_optimizer(optimizer):
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         name = _name_of(candidate)
         if name in (STAGE_1_AND_2, STAGE_3):
-            return PartitionedOptimizer(candidate)
+            return ZeroPartitions(candidate)
         if name.startswith("deepspeed.runtime."):
             raise InputError(f"v0_init under DeepSpeed's {type(candidate).__name__} is not supported; {_REMEDY}")
-    return optimizer
+    return None
 
 
 def require_supported_config(config: dict) -> None:
@@ -86,31 +85,31 @@ def require_supported_config(config: dict) -> None:
         )
 
 
-class PartitionedOptimizer:
-    """ZeRO's optimizer, seen as one over the model's parameters; see the contract at the head of this file.
+class ZeroPartitions:
+    """Where the parameters of a model lie in the flat tensors that ZeRO's inner optimizer steps.
 
     Attributes:
-        param_groups: the inner optimizer's groups with the model's own parameters in them.
+        inner: that optimizer.
+        layout: how it keeps the state of a flat tensor.
+        param_groups: its groups with the model's own parameters in them.
         share: this process's part of each batch.
     """
-
-    is_partitioned = True
 
     def __init__(self, zero) -> None:
         self.zero, self.inner = zero, zero.optimizer
         self.stage = 3 if _name_of(zero) == STAGE_3 else 2
         name = _name_of(self.inner)
         if name in TORCH_ADAMS:
-            self.inner_layout = PlainLayout(scalars={"step": 0.0}, conditional=(("amsgrad", "max_exp_avg_sq"),))
+            self.layout: PlainLayout = PlainLayout(scalars={"step": 0.0}, conditional=(("amsgrad", "max_exp_avg_sq"),))
         elif name in DEEPSPEED_ADAMS:
-            self.inner_layout = _DeepSpeedAdamLayout()
+            self.layout = _DeepSpeedAdamLayout()
         else:
             raise InputError(f"v0_init under DeepSpeed with the optimizer {name} is not supported; {_REMEDY}")
         if getattr(zero, "_leaf_module_hooks", None):
             raise InputError(
                 "v0_init under ZeRO-3 with leaf modules (mixture of experts) is not supported; use v0_init=zeros"
             )
-        self.v0_layout = PartitionLayout(self)
+        self._inner_groups = list(self.inner.param_groups)  # in the middle of a step ZeRO shows only some of them
         self._slots = self._find_slots()
         self.param_groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": parameters}
@@ -121,20 +120,34 @@ class PartitionedOptimizer:
         if self.share.num_parts != dist.get_world_size():
             raise InputError("v0_init under DeepSpeed with model, sequence or expert parallelism is not supported")
 
-    def find_slot(self, parameter: nn.Parameter) -> "_Slot":
-        """Find where this process's part of `parameter` lies; its length may be 0."""
-        return self._slots[parameter]
+    def list_flat(self) -> list[tuple[torch.Tensor, dict, list[nn.Parameter]]]:
+        """List the flat tensors, each with the inner optimizer's group it belongs to and the parameters in it.
 
-    def find_inner_group(self, flat: torch.Tensor) -> dict:
-        """Return the inner optimizer's group of a flat tensor (stage 3 takes the tensors out of it between steps)."""
-        return self.inner.param_groups[self._group_numbers[flat]]
+        Between steps stage 3 takes the tensors out of the groups, so they are listed by the slots and not from there.
+        """
+        inside: dict[torch.Tensor, list[nn.Parameter]] = {flat: [] for flat in self._group_numbers}
+        for parameter, slot in self._slots.items():
+            inside[slot.flat].append(parameter)
+        return [(flat, self._inner_groups[self._group_numbers[flat]], held) for flat, held in inside.items()]
+
+    def cut(self, tensor: torch.Tensor, parameter: nn.Parameter) -> Fragment:
+        """Cut the parameter's fragment out of a tensor that lies like its flat one; its length may be 0."""
+        slot = self._slots[parameter]
+        return Fragment(tensor.narrow(0, slot.place, slot.numel), get_full_shape(parameter), slot.start)
+
+    def read(self, parameter: nn.Parameter) -> Fragment | None:
+        """Return this process's part of the parameter's second moment; None before its flat tensor has state."""
+        if parameter not in self._slots:
+            return None
+        state = self.inner.state.get(self._slots[parameter].flat)
+        return None if not state else self.cut(state[self.layout.second_moment], parameter)
 
     def place_gradient(self, gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Return this process's part of the gradient's mean over the processes: 1-D, fp32, where the state lies.
 
         The whole is reduced block by block, so that no second whole gradient is made.
         """
-        flat, slot = gradient.detach().reshape(-1), self.find_slot(parameter)
+        flat, slot = gradient.detach().reshape(-1), self._slots[parameter]
         part = torch.empty(slot.numel, dtype=torch.float32, device=slot.flat.device)
         for first in range(0, flat.numel(), CAST_BLOCK_NUMEL):
             block = flat[first : first + CAST_BLOCK_NUMEL].to(torch.float32, copy=True)
@@ -214,88 +227,6 @@ class _Slot:
     numel: int
     start: int
 
-    def cut(self, flat_values: torch.Tensor, parameter: nn.Parameter) -> Fragment:
-        """Cut the parameter's fragment out of a tensor that lies like `flat`."""
-        return Fragment(flat_values.narrow(0, self.place, self.numel), get_full_shape(parameter), self.start)
-
-
-@dataclass
-class _FlatDraft:
-    """The state of one flat tensor while the v0 of the parameters in it is being computed."""
-
-    state: State
-    tensors: list[torch.Tensor]
-
-
-@dataclass
-class PartitionDraft:
-    """As `optimizer_state.StateDraft`, for a parameter of a `PartitionedOptimizer`; `tensors` are fragments."""
-
-    flat_draft: _FlatDraft
-    slot: _Slot
-    tensors: tuple[Fragment, ...]
-
-    def finish(self, v0: Fragment) -> State:
-        """Take v0, the last of `tensors`, as final."""
-        self.tensors = ()
-        return {"v0": v0, "flat_draft": self.flat_draft, "slot": self.slot}
-
-
-@dataclass
-class PartitionLayout:
-    """Creates, finds and writes states for `optimizer_state`, one parameter at a time; the flat states are shared."""
-
-    optimizer: PartitionedOptimizer
-    drafts: dict[torch.Tensor, _FlatDraft] = field(default_factory=dict)
-
-    def draft_state(self, parameter: nn.Parameter, num_tensors: int, for_sums: bool) -> PartitionDraft:
-        """Begin the state of a parameter, with `num_tensors` zero-filled fragments of the flat state to compute in."""
-        slot = self.optimizer.find_slot(parameter)
-        draft = self.drafts.get(slot.flat)
-        if draft is None:
-            draft = self.drafts[slot.flat] = self._draft_flat(slot.flat, num_tensors, for_sums)
-        return PartitionDraft(
-            draft, slot, tuple(slot.cut(tensor, parameter) for tensor in draft.tensors[-num_tensors:])
-        )
-
-    def _draft_flat(self, flat: torch.Tensor, num_tensors: int, for_sums: bool) -> _FlatDraft:
-        layout, group = self.optimizer.inner_layout, self.optimizer.find_inner_group(flat)
-        with torch.no_grad():
-            state = layout.create_state(self.optimizer.inner, flat, group)
-            tensors = [state[layout.scratch], state[layout.second_moment]]
-            if for_sums and flat.dtype not in (torch.float32, torch.float64):
-                tensors = [torch.zeros_like(flat, dtype=torch.float32, requires_grad=False) for _ in range(num_tensors)]
-        return _FlatDraft(state, tensors)
-
-    def read(self, state: State) -> Fragment:
-        """Return the second moment of a parameter's state, of the draft or of the optimizer's."""
-        return state["v0"]
-
-    def read_beta2(self, group: dict) -> float | None:
-        """Read the decay of the second moment."""
-        return self.optimizer.inner_layout.read_beta2(group)
-
-    def find_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State | None:
-        """Return the parameter's part of the flat state that steps, a checkpoint or a v0 have left, or None."""
-        slot = self.optimizer.find_slot(parameter)
-        inner = self.optimizer.inner
-        state = inner.state.get(slot.flat)
-        if not state or self.optimizer.inner_layout.second_moment not in state:
-            return None
-        return {"v0": slot.cut(state[self.optimizer.inner_layout.second_moment], parameter)}
-
-    def put_states(self, states: dict[nn.Parameter, State]) -> None:
-        """Make the finished flat states part of the inner optimizer."""
-        layout, inner = self.optimizer.inner_layout, self.optimizer.inner
-        flat_drafts = {state["slot"].flat: state["flat_draft"] for state in states.values()}
-        for flat, draft in flat_drafts.items():
-            with torch.no_grad():
-                for lent in draft.tensors[:-1]:
-                    lent.zero_()
-                layout.write_(draft.state, draft.tensors[-1])
-            inner.state[flat] = draft.state
-        self.drafts.clear()
-
 
 class _DeepSpeedAdamLayout(PlainLayout):
     """DeepSpeed's FusedAdam and DeepSpeedCPUAdam, whose `step` is a Python number."""
@@ -307,14 +238,6 @@ class _DeepSpeedAdamLayout(PlainLayout):
             dtype = torch.float32
         moments = ("exp_avg", "exp_avg_sq")
         return {"step": 0} | {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in moments}
-
-
-def visit_partitioned_gradients(optimizer: PartitionedOptimizer, *args, **options) -> PassCounts:
-    """Run `sharded_pass.visit_gradients_together` past the engine: visitors get this process's fragment of each gradient."""
-    with optimizer.take_off_gradient_hooks():
-        return visit_gradients_together(
-            *args, share=optimizer.share, place_gradient=optimizer.place_gradient, **options
-        )
 
 
 def _name_of(instance) -> str:

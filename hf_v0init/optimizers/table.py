@@ -167,7 +167,7 @@ SUPPORTED_ROWS: tuple[OptimizerRow, ...] = (
         second_moment="`exp_avg_sq`, 4-bit codes",
         stored_error=0.25,
         error=0.55,
-        note="16 levels a block: elements under 1/16 of its largest are stored as that, anything under 6·10⁻¹⁴ as that, so v0 is too large there; "
+        note="16 levels per block: elements under 1/16 of its largest are stored as that, anything under 6·10⁻¹⁴ as that, so v0 is too large there; "
         + _FP32,
     ),
     OptimizerRow(
@@ -302,7 +302,7 @@ SUPPORTED_ROWS: tuple[OptimizerRow, ...] = (
         package=PYTORCH_OPTIMIZER,
         layout="yogi",
         start="v0 for `initial_accumulator`",
-        note="moves towards g² by (1−beta2)·g² a step, however far off: m(t) does not hold, a large v0 stays long",
+        note="moves towards g² by (1−beta2)·g² per step, however far off: m(t) does not hold, a large v0 stays long",
     ),
 )
 
@@ -421,7 +421,7 @@ def find_row_of_optim(value: str) -> OptimizerRow | None:
 
 
 def make_markdown_table() -> str:
-    """Make the table of the README: one line an optimizer, in GitHub's Markdown, without a trailing newline."""
+    """Make the table of this folder's README: one line per optimizer, in GitHub's Markdown, without a trailing newline."""
     lines = [TABLE_HEADINGS, ("---",) * len(TABLE_HEADINGS), *make_cells()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

@@ -1,11 +1,24 @@
-"""Tells a whole checkpoint from one whose save was cut off. Looks at folders only: knows no Trainer and no torch.
+"""Tells a whole checkpoint from a damaged one. Looks at folders only: knows no Trainer and no torch.
 
 A save of ours writes `save_state.json` twice: first `{"complete": false}`, before anything else in the folder is touched,
-and when every file is on the disk `{"complete": true, "files": {name: bytes}}`. Both are written aside and renamed, so a
-process that dies at any moment leaves a folder that says what it is. A checkpoint without that file (the stock Trainer's)
-is judged by its contents: the Trainer writes `trainer_state.json` last, a safetensors header tells the file's length, and
-the directory of a torch file stands at its end. One thing cannot be seen there: a stock save that was cut off while it
-wrote over an older whole checkpoint of the same step.
+and when every file is on the disk `{"complete": true, "files": {name: {"bytes": ..., "crc32": ...}}}`. Both are written
+aside and renamed, so a process that dies at any moment leaves a folder that says what it is. Later the files are held
+against that list. People do change checkpoints on purpose, so the rule is:
+
+| a file against the list | is taken for |
+| --- | --- |
+| same size, same CRC | as saved |
+| same size, other bytes | damaged: bad disks, power failures and copies leave the length as it was, a re-save hardly ever |
+| the same, but a torch file with other entries, each as its own CRC says | saved again on purpose (torch pads, so sizes often stay) |
+| other size, and it shows by itself that it is whole (a safetensors header with the file's length, the directory at the end of a torch file, JSON that parses, templates and code people write) | changed on purpose |
+| other size, anything else | damaged |
+| gone, where a run can do without it (optimizer, schedule, scaler, random states, texts), or weights of which other whole ones stand there | removed or re-saved on purpose |
+| gone, anything else | damaged |
+
+Who changed bytes on purpose and kept the size (a digit in config.json, averaged weights) deletes `save_state.json`. A
+checkpoint without it (the stock Trainer's) is judged by its contents: the Trainer writes `trainer_state.json` last, a
+safetensors header tells the file's length, the directory of a torch file stands at its end, JSON parses. What cannot be
+seen there: other bytes at the same size, and a stock save that was cut off over an older whole checkpoint of the same step.
 
 Nothing here deletes, except `delete_old_checkpoints`, which does what `save_total_limit` asks for.
 """
@@ -17,12 +30,16 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
 
 SAVE_STATE_FILE = "save_state.json"
+NO_FOLDER = "there is no such folder"
+_REMEDY = f" (if that was on purpose, delete its {SAVE_STATE_FILE}: then it is judged by the files that are left)"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
@@ -33,36 +50,62 @@ _TORCH_FILE = re.compile(
 _WEIGHTS = re.compile(
     r".+\.(safetensors|distcp|gguf|h5)|(pytorch_model|adapter_model|model).*\.(bin|pt|pth)|.*mp_rank.*\.pt"
 )
-# What people edit by hand or delete without harm: judged, where resuming reads it, by whether it can be read.
-_TEXT = (".json", ".jsonl", ".txt", ".md", ".jinja", ".yaml", ".yml", ".py", ".tmp")
+_OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # FSDP's
+_MODEL_FILE = re.compile(r"(adapter_model|pytorch_model|model)\b[^/]*\.(safetensors|bin)")
+# What a run resumes without, if with other random numbers or a new optimizer.
+_DISPENSABLE = re.compile(
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|training_args\.bin|.*\.(json|txt|jinja|ya?ml|py)"
+)
+_TEMPLATES_AND_CODE = (".jinja", ".yaml", ".yml", ".py")  # people write them: of any length
+_NOTES = (".md", ".jsonl", ".log", ".tmp")  # never read by a run that resumes
+_BLOCK = 1 << 22  # bytes
 
 Judge = Callable[[str], "str | None"]
+Stamps = dict[str, tuple[int, int, int]]  # (inode, bytes, time of change in ns) by name: tells a file written again
 
 
 # ---- is it whole? ----------------------------------------------------------------------------------------------------
 
 
-def find_defect(folder: str | os.PathLike) -> str | None:
+def find_defect(folder: str | os.PathLike, read_bytes: bool = True) -> str | None:
     """Say in a few words what is wrong with a checkpoint folder, or None if a run can be resumed from it.
 
-    Reads the sizes of the files, the headers of safetensors files and the directories at the end of torch files; no weight.
-    Whether `optimizer.pt` and what goes with it are there at all is the choice of `save_only_model`, and no defect.
+    Whether `optimizer.pt` and what goes with it are there at all is the choice of `save_only_model`, or of whoever removed
+    them, and no defect.
+
+    Args:
+        read_bytes: hold every byte against the CRCs in `save_state.json`, which takes as long as reading the files does.
+            Without it: only the names, the sizes, the headers of safetensors files and the directories of torch files.
     """
-    folder = Path(folder)
+    return inspect_checkpoint(folder, read_bytes)[0]
+
+
+def inspect_checkpoint(folder: str | os.PathLike, read_bytes: bool = True) -> tuple[str | None, list[str]]:
+    """Judge a checkpoint folder.
+
+    Returns:
+        What `find_defect` does; and where that is None, what was changed on purpose since the save, a phrase per file.
+    """
+    folder, changes = Path(folder), []
     if not folder.is_dir():
-        return "there is no such folder"
+        return NO_FOLDER, []
     try:
         sizes = _list_sizes(folder)
         record = _read_record(folder)
+        files = {} if record is None else record["files"]
         if record is not None:
-            defect = _find_difference(record, sizes)
-            if defect is not None:
-                return defect
-        return _find_damage(folder, sizes, must_have_weights=record is None)
+            if record.get("complete") is not True:
+                return "its save was cut off", []
+            changes = _compare_sizes(folder, files, sizes)
+        had_weights = record is None or any(_is_weights(name) for name in files)
+        _require_contents(folder, sizes, must_have_weights=had_weights)
+        if read_bytes:
+            changes += _compare_bytes(folder, files, sizes)
     except _Damage as damage:
-        return str(damage)
+        return str(damage), []
     except OSError as error:
-        return f"it cannot be read ({error})"
+        return f"it cannot be read ({error})", []
+    return None, changes
 
 
 class _Damage(Exception):
@@ -80,40 +123,131 @@ def _list_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, needs_keys: bool = True):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _Damage(f"{path.name} is damaged") from error
-    if not isinstance(content, dict):
+    if needs_keys and not isinstance(content, dict):
         raise _Damage(f"{path.name} is damaged")
     return content
 
 
 def _read_record(folder: Path) -> dict | None:
     path = folder / SAVE_STATE_FILE
-    return _read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = _read_json(path)
+    files = record.get("files", {})
+    if not all(isinstance(saved, dict) and {"bytes", "crc32"} <= saved.keys() for saved in files.values()):
+        files = {}  # 0.1.0 knew no CRCs: by contents, then
+    return record | {"files": files}
 
 
-def _find_difference(record: dict, sizes: dict[str, int]) -> str | None:
-    if record.get("complete") is not True:
-        return "its save was cut off"
-    for name, size in record.get("files", {}).items():
+def _compare_sizes(folder: Path, files: dict[str, dict], sizes: dict[str, int]) -> list[str]:
+    """What was changed on purpose, seen by names and sizes; raises `_Damage` where the table above says so."""
+    changes = []
+    for name, saved in files.items():
         if name not in sizes:
-            return f"{name} is missing (without {SAVE_STATE_FILE} it is judged by the files that are left)"
-        if sizes[name] != size:
-            return f"{name} has {sizes[name]} of its {size} bytes"
-    return None
+            if not _may_go(name, sizes):
+                raise _Damage(f"{name} is missing{_REMEDY}")
+            anew = ", so optimizer and schedule start anew" if name.startswith("optimizer") else ""
+            changes.append(f"{name} was removed{anew}")
+        elif sizes[name] != saved["bytes"]:
+            try:
+                shows = _shows_that_it_is_whole(folder / name, name)
+            except _Damage:
+                shows = False
+            if not shows:
+                raise _Damage(f"{name} has {sizes[name]} of its {saved['bytes']} bytes")
+            changes.append(f"{name} was changed ({saved['bytes']} bytes when saved, {sizes[name]} now)")
+    return changes
 
 
-def _find_damage(folder: Path, sizes: dict[str, int], must_have_weights: bool) -> str | None:
-    """Judge by contents alone."""
+def _may_go(name: str, sizes: dict[str, int]) -> bool:
+    """Whether a checkpoint whose file `name` is gone can be whole."""
+    parent, base = os.path.split(name)
+    if _OPTIMIZER_FOLDER.fullmatch(parent):
+        return not any(other.startswith(f"{parent}/") for other in sizes)
+    if _DISPENSABLE.fullmatch(name):
+        return True
+    saved = _MODEL_FILE.fullmatch(base)
+    others = [_MODEL_FILE.fullmatch(os.path.basename(other)) for other in sizes if os.path.dirname(other) == parent]
+    return saved is not None and any(
+        other and (other[1] == "adapter_model") == (saved[1] == "adapter_model") for other in others
+    )
+
+
+def _shows_that_it_is_whole(path: Path, name: str) -> bool:
+    """Judge one file by itself: raises `_Damage` if it is none, False if such a file does not tell."""
+    if name.endswith(_TEMPLATES_AND_CODE):
+        return path.stat().st_size > 0
+    if name.endswith(".json"):
+        _read_json(path, needs_keys=False)
+        return True
+    if name.endswith(".safetensors"):
+        _require_whole_safetensors(path, name)
+        return True
+    if name.endswith((".pt", ".pth", ".bin")):
+        return _require_whole_torch_file(path, name)
+    return False
+
+
+def _compare_bytes(folder: Path, files: dict[str, dict], sizes: dict[str, int]) -> list[str]:
+    """As `_compare_sizes`, for the files of unchanged size, by their bytes."""
+    names, changes = [name for name, saved in files.items() if sizes.get(name) == saved["bytes"]], []
+    for name, crc in _compute_crcs(folder, names).items():
+        if crc == files[name]["crc32"]:
+            continue
+        if not _was_saved_again(folder / name, files[name].get("entries")):
+            raise _Damage(f"{name} is damaged: of its {sizes[name]} bytes some are not what was saved{_REMEDY}")
+        changes.append(f"{name} was changed (of unchanged size)")
+    return changes
+
+
+def _read_entries(path: Path) -> str | None:
+    """A CRC-32 of the names and CRCs that the directory of a torch file holds; None for other files."""
+    if not path.name.endswith((".pt", ".pth", ".bin")) or not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        entries = [(entry.filename, entry.CRC) for entry in file.infolist()]
+    return f"{zlib.crc32(repr(entries).encode()):08x}"
+
+
+def _was_saved_again(path: Path, entries: str | None) -> bool:
+    """Whether a torch file holds other entries than when it was saved, every one as its own CRC says."""
+    try:
+        if entries is None or _read_entries(path) in (None, entries):
+            return False
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return False
+
+
+def _compute_crcs(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """CRC-32 of files as eight hexadecimal digits, by name; in threads, since zlib lets go of the interpreter."""
+
+    def compute(name: str) -> str:
+        crc = 0
+        with open(folder / name, "rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                crc = zlib.crc32(block, crc)
+        return f"{crc:08x}"
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(compute, names), strict=True))
+
+
+def _require_contents(folder: Path, sizes: dict[str, int], must_have_weights: bool) -> None:
+    """Judge by contents alone, without reading weights: raises `_Damage`."""
     if "trainer_state.json" not in sizes:
-        return "trainer_state.json, which is written last, is missing"
+        raise _Damage("trainer_state.json, which is written last, is missing")
     if not isinstance(_read_json(folder / "trainer_state.json").get("global_step"), int):
-        return "trainer_state.json is damaged"
-    if must_have_weights and not any(_WEIGHTS.fullmatch(os.path.basename(name)) for name in sizes):
-        return "it holds no weights"
+        raise _Damage("trainer_state.json is damaged")
+    if must_have_weights and not any(_is_weights(name) for name in sizes):
+        raise _Damage("it holds no weights")
     for name in sizes:
         base = os.path.basename(name)
         if base.endswith(".safetensors"):
@@ -121,22 +255,28 @@ def _find_damage(folder: Path, sizes: dict[str, int], must_have_weights: bool) -
         elif _TORCH_FILE.fullmatch(name):
             _require_whole_torch_file(folder / name, name)
         elif base.endswith((".safetensors.index.json", ".bin.index.json")):
-            _require_shards(folder / name, sizes)
+            if name.removesuffix(".index.json") not in sizes:  # else the Trainer loads that one file
+                _require_shards(folder / name, sizes)
+        elif base.endswith(".json") and _is_recorded(name):
+            _read_json(folder / name, needs_keys=False)
         elif base.endswith(".distcp") and not sizes.get(os.path.join(os.path.dirname(name), ".metadata")):
-            return f"{os.path.dirname(name)}/.metadata, which is written last, is missing"
+            raise _Damage(f"{os.path.dirname(name)}/.metadata, which is written last, is missing")
         shard = _SHARD.fullmatch(base)
         if shard and not base.startswith("adapter_"):
             index = os.path.join(os.path.dirname(name), f"{shard[1]}{shard[2]}.index.json")
             if index not in sizes and os.path.join(os.path.dirname(name), shard[1] + shard[2]) not in sizes:
-                return f"{index}, which is written last of the weights, is missing"
+                raise _Damage(f"{index}, which is written last of the weights, is missing")
     top = {name.split("/")[0] for name in sizes}
     if any(re.fullmatch(r"optimizer(\.pt|\.bin|_\d+)", name) for name in top) and "scheduler.pt" not in top:
-        return "scheduler.pt is missing, and without it the optimizer would not be loaded either"
+        raise _Damage("scheduler.pt is missing, and without it the optimizer would not be loaded either")
     if any(re.fullmatch(r"global_step\d+", name) for name in top):  # DeepSpeed's own folder
         tag = (folder / "latest").read_text(encoding="utf-8").strip() if "latest" in sizes else None
         if tag not in top:
-            return "the file 'latest', which DeepSpeed writes last, is missing or names no folder"
-    return None
+            raise _Damage("the file 'latest', which DeepSpeed writes last, is missing or names no folder")
+
+
+def _is_weights(name: str) -> bool:
+    return not name.startswith("optimizer") and _WEIGHTS.fullmatch(os.path.basename(name)) is not None
 
 
 def _require_whole_safetensors(path: Path, name: str) -> None:
@@ -155,17 +295,19 @@ def _require_whole_safetensors(path: Path, name: str) -> None:
         raise _Damage(f"{name} has {size} of its {expected} bytes")
 
 
-def _require_whole_torch_file(path: Path, name: str) -> None:
+def _require_whole_torch_file(path: Path, name: str) -> bool:
+    """Raise `_Damage` unless it is whole; False where that cannot be told."""
     with open(path, "rb") as file:
         start = file.read(2)
         if start[:1] == b"\x80":  # a plain pickle, which torch wrote before 1.6: its end cannot be told
-            return
+            return False
         if start != b"PK":
             raise _Damage(f"{name} is damaged" if start else f"{name} is empty")
         try:
             zipfile.ZipFile(file).close()
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise _Damage(f"{name} is cut off") from error
+    return True
 
 
 def _require_shards(path: Path, sizes: dict[str, int]) -> None:
@@ -213,14 +355,17 @@ def require_whole(folder: str | os.PathLike, others: Iterable[str], judge: Judge
         others: the checkpoints from which the newest whole one is named in the message, newest first.
 
     Raises:
-        InputError: says what is wrong with `folder` and which one to take instead.
+        InputError: says what is wrong with `folder` and which one to take instead, after the stock Trainer's phrase.
     """
     defect = judge(str(folder))
     if defect is None:
         return
     newest, _ = find_newest_whole((o for o in others if os.path.abspath(o) != os.path.abspath(folder)), judge)
-    remedy = f"the newest whole checkpoint is {newest}" if newest else "no other checkpoint there is whole: start anew"
-    raise InputError(f"cannot resume from {folder}: {defect}; {remedy}")
+    if newest is not None:
+        defect += f"; the newest whole checkpoint is {newest}"
+    elif defect != NO_FOLDER:
+        defect += "; no other checkpoint there is whole: start anew"
+    raise InputError(f"Can't find a valid checkpoint at {folder}: {defect}")  # begins as the Trainer's does
 
 
 def describe_passed_over(passed_over: dict[str, str], newest: str | None) -> str:
@@ -241,30 +386,53 @@ def begin_save(folder: str | os.PathLike) -> None:
     _write_record(Path(folder), {"complete": False})
 
 
-def complete_save(folder: str | os.PathLike) -> None:
-    """Bring every file of a checkpoint to the disk, then mark the folder as whole, with the sizes of its binary files."""
-    folder = Path(folder)
-    files = {}
-    for name in sorted(_list_sizes(folder)):
-        with open(folder / name, "rb") as file:
-            _sync(file.fileno())
-            if _is_recorded(name):
-                files[name] = os.fstat(file.fileno()).st_size
-    for parent, _, _ in os.walk(folder):
-        _sync_folder(parent)
-    _write_record(folder, {"complete": True, "files": files})
-    _sync_folder(folder.absolute().parent)
+def complete_save(folder: str | os.PathLike) -> Stamps:
+    """Bring every file of a checkpoint to the disk, then mark the folder as whole, with sizes and CRCs of its files.
+
+    Returns:
+        What `update_record` needs to see later changes.
+    """
+    return _complete(Path(folder), {}, {})
 
 
-def update_record(folder: str | os.PathLike) -> None:
-    """List the files of a whole checkpoint again if callbacks added or took away some after its save."""
+def update_record(folder: str | os.PathLike, stamps: Stamps) -> Stamps:
+    """List the files of a whole checkpoint again if callbacks added, changed or took away some since `complete_save`.
+
+    Only files that were written again are read again.
+    """
     folder = Path(folder)
     record = _read_record(folder)
-    if record is None or record.get("complete") is not True:
-        return
-    sizes = {name: size for name, size in _list_sizes(folder).items() if _is_recorded(name)}
-    if sizes != record.get("files"):
-        complete_save(folder)
+    if record is None or record.get("complete") is not True or _read_stamps(folder) == stamps:
+        return stamps
+    return _complete(folder, record["files"], stamps)
+
+
+def _complete(folder: Path, known: dict[str, dict], known_stamps: Stamps) -> Stamps:
+    stamps = _read_stamps(folder)
+    kept = {name for name in known if name in stamps and stamps[name] == known_stamps.get(name)}
+    for name in _list_sizes(folder).keys() - kept:
+        with open(folder / name, "rb") as file:
+            _sync(file.fileno())
+    for parent, _, _ in os.walk(folder):
+        _sync_folder(parent)
+    crcs = _compute_crcs(folder, [name for name in stamps if name not in kept])
+    files = {}
+    for name, (_, size, _) in stamps.items():
+        if name in kept:
+            files[name] = known[name]
+            continue
+        files[name] = {"bytes": size, "crc32": crcs[name]}
+        entries = _read_entries(folder / name)
+        if entries is not None:
+            files[name]["entries"] = entries
+    _write_record(folder, {"complete": True, "files": files})
+    _sync_folder(folder.absolute().parent)
+    return stamps
+
+
+def _read_stamps(folder: Path) -> Stamps:
+    names = sorted(name for name in _list_sizes(folder) if _is_recorded(name))
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name in names for s in [(folder / name).stat()]}
 
 
 def delete_old_checkpoints(
@@ -289,7 +457,10 @@ def delete_old_checkpoints(
     if max(times.values()) - min(times.values()) >= 1.0:
         folders.sort(key=times.get)
     candidates = [folder for folder in folders if os.path.abspath(folder) not in kept]
-    candidates.sort(key=lambda folder: find_defect(folder) is None)  # stable: broken ones, then by age
+    broken_first = [
+        find_defect(folder, read_bytes=False) is None for folder in candidates
+    ]  # not gigabytes at each save
+    candidates = [folder for _, folder in sorted(zip(broken_first, candidates, strict=True), key=lambda pair: pair[0])]
     for folder in candidates[:excess]:
         with contextlib.suppress(OSError):  # as the Trainer: what cannot be deleted stays
             begin_save(folder)  # a deletion cut off half-way leaves no folder that looks whole
@@ -298,9 +469,9 @@ def delete_old_checkpoints(
 
 
 def _is_recorded(name: str) -> bool:
-    """Not what people edit, nor what a file system, a file manager or the Hub's client leaves behind in hidden files."""
+    """Not notes, nor our own mark, nor what a file system, a file manager or the Hub's client leaves in hidden files."""
     hidden = any(part.startswith(".") and part != ".metadata" for part in name.split("/"))
-    return not hidden and not name.endswith(_TEXT)
+    return not hidden and not name.endswith(_NOTES) and name != SAVE_STATE_FILE
 
 
 def _write_record(folder: Path, record: dict) -> None:

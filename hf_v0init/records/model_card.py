@@ -19,14 +19,19 @@ V0_TAGS = ["hf_v0init", "arxiv:2412.02153"]
 SECTION_TITLE = "Start of Adam's second moment (v0)"
 SECTION_BEGIN = "<!-- hf_v0init: begin -->"
 SECTION_END = "<!-- hf_v0init: end -->"
+RESULTS_TITLE = "Results"
+RESULTS_BEGIN = "<!-- hf_v0init results: begin -->"
+RESULTS_END = "<!-- hf_v0init results: end -->"
 FOLLOWING_HEADING = "## Training procedure"
+
+_SAMPLES_TITLE = "### Samples"
 
 # The Trainer knows the names of the metrics that the Hub lists, but not these.
 FURTHER_METRICS = ("chrf", "perplexity")
 
 _PAPER = "[arXiv:2412.02153](https://arxiv.org/abs/2412.02153)"
 _ORIGINS = {
-    "data_driven": f"the scaled mean square of the gradients, measured before the first step ({_PAPER})",
+    "data_driven": f"the scaled mean square of the gradients ({_PAPER})",
     "random": f"scaled chi-squared draws over the sum of each tensor's fans ({_PAPER})",
     "first_gradient": "the scaled square of the first gradient (GI-Adam, Kalra & Barkeshli, NeurIPS 2024)",
 }
@@ -58,12 +63,13 @@ def compose_v0_section(report: Mapping[str, Any] | None) -> str:
     facts = _list_facts(report)
     if facts:
         parts += ["### What the run did", "\n".join(f"- {fact}" for fact in facts)]
-    table = _list_multipliers(report)
-    if table:
+    if report.get("multiplier"):
+        rows = [(_format_count(t), _format_short(value)) for t, value in report["multiplier"].items()]
+        ratio = report.get("measured_ratio")
+        size = "" if ratio is None else f" v0 was {_format_short(ratio)} times the squared gradients of a step."
         parts += [
-            "Factor m(t) by which v0 multiplies the step at optimizer step t: expected by the closed form for "
-            "stationary gradients, or measured by comparing v0 with squared gradients before the first step.",
-            _compose_table(*table),
+            f"Factor m(t) by which v0 multiplies the step at optimizer step t, for gradients that stay as they were.{size}",
+            _compose_table(("t", "m(t)"), rows),
         ]
     parts += [
         "### How to reproduce it",
@@ -96,11 +102,11 @@ def compose_flags(report: Mapping[str, Any]) -> str:
         add("v0_scale", "scale")
     if strategy == "data_driven":
         add("v0_statistic", "statistic")
-        requested = "num_samples_requested"
-        add("v0_num_samples", requested if report.get(requested) is not None else "num_samples")
-        add("v0_stats_batch_size", "stats_batch_size")
-    if strategy == "random" and report.get("fan_factor") not in (None, 1, 1.0):
-        add("v0_fan_factor", "fan_factor")
+        add("v0_measure_steps", "measure_steps")
+        if report.get("statistic") == "per_sample":
+            requested = "num_samples_requested"
+            add("v0_num_samples", requested if report.get(requested) is not None else "num_samples")
+            add("v0_stats_batch_size", "stats_batch_size")
     add("v0_seed", "seed")
     if report.get("one_dimensional"):
         flags.append("--v0_one_dimensional")
@@ -125,16 +131,74 @@ def add_v0_section(card_text: str, report: Mapping[str, Any] | None) -> str:
     """
     card = _parse_card(card_text)
     card.data["tags"] = _merge_unique(card.data.get("tags"), V0_TAGS)
-    block = f"{SECTION_BEGIN}\n{compose_v0_section(report)}\n{SECTION_END}"
-    earlier = re.search(f"{re.escape(SECTION_BEGIN)}.*?{re.escape(SECTION_END)}", card.text, flags=re.DOTALL)
-    following = re.search(rf"^{re.escape(FOLLOWING_HEADING)}\s*$", card.text, flags=re.MULTILINE)
-    if earlier:
-        card.text = card.text[: earlier.start()] + block + card.text[earlier.end() :]
-    elif following:
-        card.text = f"{card.text[: following.start()]}{block}\n\n{card.text[following.start() :]}"
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{block}\n"
+    card.text = _put_section(card.text, compose_v0_section(report), SECTION_BEGIN, SECTION_END)
     return str(card)
+
+
+def add_results_section(card_text: str, results: Mapping[str, Any], samples: Sequence[Mapping[str, str]] = ()) -> str:
+    """Add what evaluations measured to a model card, and samples of what the model does.
+
+    The section replaces an earlier one where there is one; else it goes before "## Training procedure", or to the end.
+    Metadata and other text stay as they are.
+
+    Args:
+        card_text: the card, as for `add_v0_section`.
+        results: the metrics as in `all_results.json`, "eval_..." of validation, "predict_..." or "test_..." of test. Others,
+            and those that tell of speed, are left out.
+        samples: rows of a table, by the names of its columns; without any, those of an earlier section stay.
+
+    Returns:
+        The new card; the card as it is, if there is nothing to add.
+
+    Raises:
+        InputError: the card's metadata is not a YAML mapping.
+    """
+    rows = list(_list_results(results))
+    card = _parse_card(card_text)
+    if not samples:
+        earlier = re.search(
+            rf"{re.escape(_SAMPLES_TITLE)}\n.*?(?=\n{re.escape(RESULTS_END)})", card.text, flags=re.DOTALL
+        )
+        sample_part = earlier[0] if earlier else ""
+    else:
+        columns = tuple(samples[0])
+        table = _compose_table(columns, [tuple(_escape_cell(row[name]) for name in columns) for row in samples])
+        sample_part = f"{_SAMPLES_TITLE}\n\n{table}"
+    if not (rows or sample_part):
+        return card_text
+    parts = [f"## {RESULTS_TITLE}"]
+    if rows:
+        parts.append(_compose_table(("Data", "Metric", "Value"), rows))
+    if sample_part:
+        parts.append(sample_part)
+    card.text = _put_section(card.text, "\n\n".join(parts), RESULTS_BEGIN, RESULTS_END)
+    return str(card)
+
+
+def _list_results(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    for prefix, data in (("eval_", "validation"), ("predict_", "test"), ("test_", "test")):
+        for key, value in sorted(results.items()):
+            name = key.removeprefix(prefix)
+            if not key.startswith(prefix) or name.endswith(("runtime", "per_second", "model_preparation_time")):
+                continue
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            yield data, name, f"`{shown}`" if isinstance(value, str) else shown
+
+
+def _escape_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _put_section(text: str, section: str, begin: str, end: str) -> str:
+    """Return the card's text with the section in place of an earlier one, or before the training procedure, or at the end."""
+    block = f"{begin}\n{section}\n{end}"
+    earlier = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
+    following = re.search(rf"^{re.escape(FOLLOWING_HEADING)}\s*$", text, flags=re.MULTILINE)
+    if earlier:
+        return text[: earlier.start()] + block + text[earlier.end() :]
+    if following:
+        return f"{text[: following.start()]}{block}\n\n{text[following.start() :]}"
+    return f"{text.rstrip()}\n\n{block}\n"
 
 
 def add_task_and_metrics(card_text: str, task: str | Sequence[str] | None, metrics: Iterable[str] = ()) -> str:
@@ -201,12 +265,10 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("scale chosen for m(t) = 0.9 at step", "warmup_steps", _format_count)
     if strategy == "data_driven":
         add("statistic", "statistic", "`{}`".format)
-        if report.get("statistic") == "per_step":
-            add("samples an optimizer step", "effective_batch_size", _format_exact)
-        add("samples", "num_samples", _format_count)
-        add("samples a batch of the statistics pass", "stats_batch_size", _format_count)
-    if strategy == "random":
-        add("fan factor", "fan_factor", _format_exact)
+        add("optimizer steps measured", "measure_steps", _format_count)
+        if report.get("statistic") == "per_sample":
+            add("samples", "num_samples", _format_count)
+            add("samples per batch of the pass before training", "stats_batch_size", _format_count)
     add("seed", "seed", _format_exact)
     add("one-dimensional tensors", "one_dimensional", lambda wanted: "get a v0" if wanted else "start at zero")
     add("optimizer", "optimizer", "`{}`".format)
@@ -225,7 +287,7 @@ def _list_facts(report: Mapping[str, Any]) -> list[str]:
             rest = "" if without_v0 is None else f"; without: {_format_count(without_v0)}"
             facts.append(f"{label} with v0: {_format_count(with_v0)}{rest}")
     if report.get("without_gradient"):
-        facts.append(f"Tensors that got no gradient and start at zero: {len(report['without_gradient'])}")
+        facts.append(f"Tensors that had no gradient when v0 was written: {len(report['without_gradient'])}")
     values = [(name, report.get(f"v0_{name}")) for name in ("mean", "min", "max")]
     known = [f"{name} {_format_short(value)}" for name, value in values if value is not None]
     if known:
@@ -234,19 +296,8 @@ def _list_facts(report: Mapping[str, Any]) -> list[str]:
         batches, processes = report.get("num_batches"), report.get("num_processes") or 1
         over = f", {_format_count(batches)} batches" if batches else ""
         on = f" on {processes} processes" if processes > 1 else ""
-        facts.append(f"Time before the first step: {_format_short(report['seconds'])} s{over}{on}")
+        facts.append(f"Time that measuring and writing took: {_format_short(report['seconds'])} s{over}{on}")
     return facts
-
-
-def _list_multipliers(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Return header and rows of the table of m(t), expected and measured; None if neither is known."""
-    columns = {"expected m(t)": report.get("multiplier"), "measured m(t)": report.get("multiplier_measured")}
-    columns = {title: values for title, values in columns.items() if values}
-    if not columns:
-        return None
-    steps = _merge_unique(None, (step for values in columns.values() for step in values))
-    rows = [(_format_count(t), *(_format_short(values.get(t)) for values in columns.values())) for t in steps]
-    return ("t", *columns), rows
 
 
 def _parse_card(card_text: str) -> RepoCard:

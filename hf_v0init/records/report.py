@@ -1,6 +1,7 @@
 """What a run did about v0: the report kept in memory, in `v0_init.json` beside every checkpoint, and in words."""
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,30 +15,41 @@ MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does 
 
 # The settings that must be the same for a resumed run to be the run that was begun.
 SETTINGS = (
-    "strategy", "scale", "statistic", "num_samples_requested", "stats_batch_size", "seed", "one_dimensional", "fan_factor", "floor",
-)  # fmt: skip
+    "strategy",
+    "scale",
+    "statistic",
+    "measure_steps",
+    "num_samples_requested",
+    "stats_batch_size",
+    "seed",
+    "one_dimensional",
+)
+
+logger = logging.getLogger("hf_v0init")
 
 
 @dataclass
 class V0Report:
     """What was written, and from what.
 
-    v0 figures are in units of gradient squared and taken over all elements that got a v0; `seconds` is wall-clock time of
-    the pass and the write; `num_samples` and `num_batches` are over all processes.
+    v0's statistics are in units of gradient squared and taken over all elements that got a v0; `seconds` is wall-clock time of
+    measuring and writing; `num_samples`, `num_batches` and `num_skipped` (samples without a loss) are of the pass before training,
+    over all processes. `measured_ratio` is v0 over the g^2 of an optimizer step, the median over elements; `multiplier` is m(t) of
+    that ratio, by step.
     """
 
     strategy: str
     scale: float
     seed: int
     statistic: str | None = None
+    measure_steps: int | None = None
     num_samples_requested: int | str | None = None
     num_samples: int = 0
     num_batches: int = 0
+    num_skipped: int = 0
     stats_batch_size: int | None = None
     effective_batch_size: float | None = None
     one_dimensional: bool = False
-    fan_factor: float = 1.0
-    floor: float = 0.0
     warmup_steps: int | None = None
     optimizer: str | None = None
     beta2: float | None = None
@@ -57,7 +69,6 @@ class V0Report:
     v0_max: float | None = None
     measured_ratio: float | None = None
     multiplier: dict[str, float] = field(default_factory=dict)
-    multiplier_measured: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, dict] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -65,64 +76,84 @@ class V0Report:
         """Return the report as plain JSON types."""
         return asdict(self)
 
+    @property
+    def ratio(self) -> float:
+        """The size of v0 beside the g^2 of an optimizer step, as measured; the scale where it was not."""
+        return self.scale if self.measured_ratio is None else self.measured_ratio
+
+    @property
+    def is_all_zero(self) -> bool:
+        """Whether no element has a v0 above zero, so that the run is one without a v0."""
+        return self.v0_max == 0.0
+
     def add_expectation(self, max_steps: int) -> None:
-        """Fill in the multiplier m(t) that the closed form expects over a run of `max_steps` optimizer steps."""
+        """Fill in the multiplier m(t) over a run of `max_steps` optimizer steps, where the closed form holds."""
         self.max_steps = max_steps
-        if self.beta2 is None:
-            return
-        if self.strategy != "random":
-            table = compute_multiplier_table(self.scale, self.beta2, max_steps)
+        if self.beta2 is not None and not self.is_all_zero:
+            table = compute_multiplier_table(self.ratio, self.beta2, max_steps)
             self.multiplier = {str(step): value for step, value in table.items()}
-        if self.measured_ratio is not None:
-            table = compute_multiplier_table(self.measured_ratio, self.beta2, max_steps)
-            self.multiplier_measured = {str(step): value for step, value in table.items()}
 
     def describe(self) -> list[str]:
-        """Return the summary: what was done, and what it will do on this run."""
-        seen = f" from {self.num_samples:,} samples in {self.num_batches:,} batches" if self.num_samples else ""
-        lines = [
-            f"v0 ({self.strategy}, scale {self.scale:g}) written in {self.seconds:.1f} s{seen}: "
-            f"mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max {self.v0_max:.3g}; {self.num_parameters_with_v0} parameter "
-            f"tensors with v0, {self.num_parameters_without_v0} without"
-        ]
+        """Return the summary, two lines at most: what was written, from what; and what it will do on this run."""
+        if self.strategy == "random":
+            source = "drawn"
+        elif self.statistic == "per_sample":
+            skipped = f", {self.num_skipped:,} without a loss skipped" if self.num_skipped else ""
+            source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
+        else:
+            steps = self.measure_steps or 1
+            source = (
+                "from the gradient of the first step"
+                if steps == 1
+                else f"from the gradients of the first {steps} steps"
+            )
+        zeros = ""
         if self.num_zero_elements:
             share = self.num_zero_elements / max(1, self.num_elements_with_v0)
-            lines.append(
-                f"{self.num_zero_elements:,} elements ({share:.2%}) had no gradient on any sample: v0 = 0, as in stock Adam"
-            )
+            zeros = f"; {share:.2%} of their elements had no gradient and start at 0, as in stock Adam"
+        later = ""
         if self.without_gradient:
             shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
+            what = "start at 0" if self.statistic == "per_sample" else "get theirs at their first gradient"
+            later = f"; {len(self.without_gradient)} without a gradient so far {what}: {shown}"
+        lines = [
+            f"v0 ({self.strategy}, scale {self.scale:g}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
+            f"{self.v0_max:.3g}; {self.num_parameters_with_v0} tensors with v0, {self.num_parameters_without_v0} without{zeros}{later}"
+        ]
+        if self.beta2 is not None and self.max_steps and not self.is_all_zero:
             lines.append(
-                f"{len(self.without_gradient)} tensors got no gradient in the pass and start at v0 = 0: {shown}"
+                f"v0 is {self.ratio:.3g} times g^2 (median over elements), which multiplies the step by "
+                + describe_multiplier(self.ratio, self.beta2, self.max_steps)
             )
-        if self.beta2 is not None and self.max_steps:
-            if self.strategy != "random":
-                lines.append(
-                    f"expected multiplier of the step, closed form (beta2 {self.beta2:g}, scale {self.scale:g}): "
-                    + describe_multiplier(self.scale, self.beta2, self.max_steps)
-                )
-            if self.measured_ratio is not None:
-                against = "one batch's g^2" if self.strategy == "random" else "E[g^2] of one step"
-                lines.append(
-                    f"measured: v0 is {self.measured_ratio:.3g} times {against} (median over elements), which gives "
-                    + describe_multiplier(self.measured_ratio, self.beta2, self.max_steps)
-                )
         return lines
 
     def find_warning(self) -> str | None:
-        """Return the warning that v0 will not wash out within this run, with its remedy, or None."""
+        """Return the one warning that this run needs, with a remedy that can be typed, or None."""
+        if self.is_all_zero:
+            if self.statistic == "per_sample":
+                remedy = "use --v0_statistic per_step, which takes v0 from the run's own first steps"
+            else:
+                remedy = "check that the loss depends on the optimizer's parameters"
+            return f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"
         if not self.max_steps:
             return None
-        ratio = self.scale if self.measured_ratio is None else self.measured_ratio
         if self.beta2 is None:
-            if ratio <= MUCH_WITHOUT_DECAY:
+            if self.ratio <= MUCH_WITHOUT_DECAY:
                 return None
             return (
-                f"v0 is {ratio:.3g} times the gradients' square (median over elements), and this optimizer's second moment does not "
-                "decay as Adam's does: v0 may hold the steps back for the whole run. Remedy: a smaller v0_scale, or "
-                "v0_init=data_driven, whose v0 has the gradients' own size"
+                f"v0 is {self.ratio:.3g} times the gradients' square (median over elements), and this optimizer's second moment does not "
+                "decay as Adam's does: v0 may hold the steps back for the whole run. Remedy: --v0_init data_driven, whose v0 has the "
+                "gradients' own size"
             )
-        return compute_washout_warning(ratio, self.beta2, self.max_steps)
+        return compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.warmup_steps)
+
+    def log(self) -> None:
+        """Log the summary, and the warning if there is one."""
+        for line in self.describe():
+            logger.info(line)
+        warning = self.find_warning()
+        if warning is not None:
+            logger.warning(warning)
 
     def find_differences(self, other: dict) -> list[str]:
         """Name the settings in which this report and the stored one `other` differ, as 'name: stored -> now'."""

@@ -6,6 +6,7 @@
 | --- | --- |
 | `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and two clocks in seconds since `train()` began, the v0 pass included: `seconds`, and `train_seconds` without the evaluations |
 | `fingerprint.json` | SHA-256 of the initial weights, of the batches of the first four optimizer steps and of torch's random state before the first step |
+| `v0_init.json` | what was done about v0, as beside a checkpoint, also of a run that saves nothing |
 | `v0_diagnostics.json` | see `diagnostics` |
 
 Runs that are to differ in the optimizer alone must have equal fingerprints: the same weights, the same data in the same
@@ -17,11 +18,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+
+from .report import write_report
 
 LOG_FILE = "run_log.jsonl"
 FINGERPRINT_FILE = "fingerprint.json"
@@ -32,9 +35,14 @@ class RunRecordCallback(TrainerCallback):
     """Writes `run_log.jsonl` and `fingerprint.json`; see the top of the file.
 
     Must be the first callback, so that its clock starts before v0 is computed. `record_batches` is called by the Trainer.
+
+    Args:
+        get_v0_report: returns what was done about v0 so far, None if nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, get_v0_report: Callable[[], dict | None] = lambda: None) -> None:
+        self._get_v0_report = get_v0_report
+        self._v0_report: dict | None = None  # as it was written
         self._watches = False
         self._began, self._evaluating, self._earlier = 0.0, 0.0, (0.0, 0.0)
         self._fingerprint: dict | None = None
@@ -47,7 +55,7 @@ class RunRecordCallback(TrainerCallback):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._began, self._evaluating = time.perf_counter(), 0.0
         self._earlier = _keep_log_until(self._folder / LOG_FILE, state.global_step)
-        self._fingerprint = None
+        self._fingerprint = self._v0_report = None
         if state.global_step == 0:
             self._fingerprint = {"initial_weights": hash_tensors(model.named_parameters()), "batches": [], "rng": None}
 
@@ -76,6 +84,8 @@ class RunRecordCallback(TrainerCallback):
         seconds = self._earlier[0] + time.perf_counter() - self._began
         clocks = {"seconds": seconds, "train_seconds": self._earlier[1] + seconds - self._earlier[0] - self._evaluating}
         figures = {name: value for name, value in logs.items() if isinstance(value, int | float | str)}
+        if self._v0_report is None:  # now, for a run that will be cut off; again at the end
+            self._write_v0_report()
         with open(self._folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures | {"step": state.global_step} | clocks) + "\n")
 
@@ -83,6 +93,14 @@ class RunRecordCallback(TrainerCallback):
         if self._fingerprint is not None and len(self._fingerprint["batches"]) < NUM_BATCHES:
             self._write_fingerprint()  # a run of fewer steps
         self._fingerprint = None
+        if self._watches:
+            self._write_v0_report()
+
+    def _write_v0_report(self) -> None:
+        report = self._get_v0_report()
+        if report is not None and report != self._v0_report:
+            write_report(report, self._folder)
+            self._v0_report = report
 
     def _write_fingerprint(self) -> None:
         path = self._folder / FINGERPRINT_FILE

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import difflib
+import errno
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.utils
 import yaml
 from datasets.utils import logging as datasets_logging
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
@@ -32,6 +35,14 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
 from ..records.checkpoints import describe_passed_over, find_newest_whole, list_checkpoints, require_whole
+from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
+from .value_checks import (
+    choose_better_direction,
+    join_lines,
+    require_findable_names,
+    require_makeable_folder,
+    require_possible_training,
+)
 
 logger = logging.getLogger("hf_v0init")
 
@@ -39,10 +50,16 @@ CONFIG_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 HUB_ERROR_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_CHOICES_NAMED = 8
 
 # How long another process waits for the main one to report the same error first. The launcher ends this
 # process as soon as the main one has exited, so the wait is only served in full if the main one is well.
 SECONDS_FOR_MAIN_PROCESS_TO_REPORT = 10.0
+
+# Of the run whose flags were read last: where `run_script` looks for a checkpoint when something fails.
+_output_dir: contextvars.ContextVar[str | None] = contextvars.ContextVar("output_dir", default=None)
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -52,10 +69,23 @@ class _OneLineParser(HfArgumentParser):
     """`HfArgumentParser` whose complaints are an `InputError` and whose flags cannot be abbreviated."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise InputError(re.sub(r"^argument (--\w+)\S*:", r"\1:", join_lines(message)))
+        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", join_lines(message))
+        raise InputError(_shorten_choices(message))
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple:
+def _shorten_choices(message: str) -> str:
+    """argparse's complaint with the closest few of many choices in place of all of them."""
+    found = re.fullmatch(r"--(\w+): invalid choice: (.*) \(choose from (.*)\)", message)
+    if found is None:
+        return message
+    flag, value, choices = found[1], found[2], [choice.strip("' ") for choice in found[3].split(",")]
+    if len(choices) <= MOST_CHOICES_NAMED:
+        return f"--{flag}: {value} is none of {', '.join(choices)}"
+    closest = difflib.get_close_matches(value.strip("'").lower(), choices, n=3, cutoff=0.0)
+    return f"--{flag}: {value} is none of its {len(choices)} choices; the closest are {', '.join(closest)}"
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], examples: str = "") -> tuple:
     """Read a script's flags into one instance of each of `dataclass_types`.
 
     Args:
@@ -64,19 +94,26 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
             the command line override it. In FILE, `1e-3` is a number (plain YAML reads text), `no` is the
             choice "no" where a flag has such a choice, `null` is None, and lists and mappings are taken
             where the flag's type has them.
+        examples: commands that `--help` shows on top, one a line.
 
     Returns:
-        A tuple of instances, in the order of `dataclass_types`. `--help` prints and exits with status 0.
+        A tuple of instances, in the order of `dataclass_types`. `--help` and `--help_all` print and exit with status 0.
 
     Raises:
         InputError: FILE is missing or not a mapping; an unknown flag (the closest valid one is named); a
-            value of the wrong type or not among the choices; whatever the dataclasses' own checks refuse;
-            several processes that were started together but are not joined; a tracker that is not installed.
+            value of the wrong type, not among the choices, or that can never be right; whatever the
+            dataclasses' own checks refuse; a model, tokenizer or data set that is neither a folder nor a name of
+            the Hub; several processes that were started together but are not joined; a tracker that is not
+            installed.
     """
     argv = list(argv)
     parser = _OneLineParser(dataclass_types, allow_abbrev=False)
     # argparse before Python 3.14 takes -1e-3 for a flag
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+    if {*HELP_FLAGS, *HELP_ALL_FLAGS} & {*argv}:
+        everything = bool({*HELP_ALL_FLAGS} & {*argv})
+        print(compose_help(parser, dataclass_types, Path(sys.argv[0]).name, examples, everything), end="")
+        raise SystemExit(0)
     path, tokens, keys_in_file = None, [], set()
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
@@ -105,10 +142,20 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
                 f"{flag!r} belongs to no flag: every value follows its --flag (only a file may come first)"
             )
         raise InputError(f"unknown flag {flag.split('=')[0]}{_suggest_flag(parser, flag)}")
+    given = overridden | keys_in_file
     for arguments in parsed:
+        require_findable_names(arguments)
+        require_makeable_folder("cache_dir", getattr(arguments, "cache_dir", None))
         if isinstance(arguments, TrainingArguments):
+            _output_dir.set(arguments.output_dir)
+            require_possible_training(arguments)
+            choose_better_direction(arguments, was_given="greater_is_better" in given)
             _require_joined_processes(arguments)
             _require_installed_trackers(arguments)
+            if arguments.device.type == "cpu":
+                arguments.dataloader_pin_memory = False  # without effect there, but torch would warn of it
+            if "disable_tqdm" not in given and not sys.stderr.isatty():
+                arguments.disable_tqdm = True  # a bar in a log file is a line for every few batches
     return tuple(parsed)
 
 
@@ -143,7 +190,8 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         Flag names (underscores, no leading dashes) to values as the file has them.
 
     Raises:
-        InputError: another suffix, missing or unreadable file, bad syntax (with its line), no flat mapping.
+        InputError: another suffix, missing or unreadable file, bad syntax (with its line), a key that is given
+            twice, no flat mapping.
     """
     path = Path(path)
     if path.suffix.lower() not in CONFIG_FILE_SUFFIXES:
@@ -152,16 +200,54 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        if path.suffix.lower() == ".json":
+            values = json.loads(text, object_pairs_hook=_make_mapping)
+        else:
+            values = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
         raise InputError(f"cannot read the file of flags {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the file of flags {path} is not UTF-8 (byte {error.start})") from error
+    except _DuplicateKeyError as error:
+        raise InputError(f"the file of flags {path}: {error}") from error
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise InputError(f"the file of flags {path} cannot be parsed: {join_lines(str(error))}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"the file of flags {path} must be a mapping of flag names to values")
-    return {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
+    try:
+        return _make_mapping([(key.lstrip("-").replace("-", "_"), value) for key, value in values.items()])
+    except _DuplicateKeyError as error:
+        raise InputError(f"the file of flags {path}: {error}") from error
+
+
+class _DuplicateKeyError(Exception):
+    """A key that stands twice; the message says where."""
+
+
+def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise _DuplicateKeyError(f"{key!r} is given twice; remove one of the two")
+        mapping[key] = value
+    return mapping
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, that does not take the last of several values of one key in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        """Construct a mapping whose keys are different ones."""
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if isinstance(key, str) and key in lines:
+                raise _DuplicateKeyError(
+                    f"{key!r} is given twice, in lines {lines[key]} and {line}; remove one of the two"
+                )
+            if isinstance(key, str):
+                lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 def _turn_values_into_flags(
@@ -191,7 +277,7 @@ def _turn_values_into_flags(
                     raise InputError(f"{path}: --{key}: {join_lines(str(error))}") from error
             elif type(value) not in accepted:
                 kind = "list" if isinstance(value, list) else "mapping"
-                raise InputError(f"{path}: --{key}: a {kind} is no value of this flag")
+                raise InputError(f"{path}: --{key}: expects a single value, got a {kind}")
             parser.set_defaults(**{key: value})
             action.required = False
         else:
@@ -212,27 +298,71 @@ def _suggest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
     return f"; did you mean --{closest[0]}?" if closest else "; --help lists the flags"
 
 
-def join_lines(message: str) -> str:
-    """`message` with every run of white space, line breaks included, as one space."""
-    return " ".join(message.split())
-
-
 # ----------------------------------------------------------------------------------------------- exit status
+
+
+class NothingToDoError(Exception):
+    """The run that is asked for has been made; the message says where. Ends a script with status 0."""
 
 
 def run_script(main: Callable[[list[str]], Any]) -> None:
     """Call `main(sys.argv[1:])` and turn bad input into one line on stderr and exit status 2.
 
-    `InputError` ends with `error: ...` and status 2, Ctrl-C with one line and status 130; every other
-    exception is a defect and keeps its traceback. With several processes the main one prints the line;
+    `InputError` ends with `error: ...` and status 2, Ctrl-C with one line and status 130, a full disk with one line
+    that names the newest whole checkpoint and status 74, `NothingToDoError` with its message on stdout and status 0;
+    every other exception is a defect and keeps its traceback. With several processes the main one prints the line;
     another one prints only if the main process has not failed too (a file that one machine lacks).
     """
     try:
         main(sys.argv[1:])
+    except NothingToDoError as done:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(join_lines(str(done)))
     except InputError as error:
         _exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         _exit_with_line("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        line = describe_full_disk(error, _output_dir.get())
+        if line is None:
+            raise
+        _exit_with_line(f"error: {line}", EXIT_DISK_FULL)
+
+
+def describe_full_disk(error: BaseException, output_dir: str | None) -> str | None:
+    """Describe in one line an error that comes of a full disk, a quota or a limit on files; None for other errors.
+
+    Args:
+        output_dir: the run's, whose newest whole checkpoint is named.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    reason = next((reason for link in chain if (reason := _find_storage_reason(link))), None)
+    if reason is None:
+        return None
+    line = f"{reason}; free some, and give the same command again"
+    newest = None
+    if output_dir is not None and Path(output_dir).is_dir():
+        newest, _ = find_newest_whole(list_checkpoints(output_dir))
+    return f"{line}: it goes on from {newest}, which is whole" if newest else f"{line} (no checkpoint was saved yet)"
+
+
+def _find_storage_reason(error: BaseException) -> str | None:
+    text = join_lines(str(error))
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        at = f" at {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno).lower()}{at}"
+    for number in STORAGE_ERRNOS:  # the Rust of safetensors, and Arrow, put the error of the system into words
+        if os.strerror(number) in text or f"os error {number})" in text or f"code: {number}," in text:
+            return os.strerror(number).lower()
+    if isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter failed|inline_container|unexpected pos", text
+    ):
+        return "a file could not be written to its end, so there is no space left on the disk, or a quota is used up"
+    return None
 
 
 def _exit_with_line(line: str, status: int) -> typing.NoReturn:
@@ -324,9 +454,15 @@ def find_checkpoint_to_resume(training_args: TrainingArguments, overwrite: bool)
             )
         require_whole(wanted, list_checkpoints(Path(wanted).absolute().parent))
     elif continues:
+        was_asked_for = wanted is not None
         wanted, passed_over = find_newest_whole(checkpoints)
         if passed_over and training_args.process_index == 0:
             logger.warning(describe_passed_over(passed_over, wanted))
+        if wanted is not None and not was_asked_for and training_args.process_index == 0:
+            logger.warning(
+                f"{output_dir} holds checkpoints of this run: it goes on from {Path(wanted).name}; to start anew instead, give "
+                "--overwrite_output_dir or another --output_dir"
+            )
     require_writable_output(output_dir, overwrite=overwrite or continues)
     return wanted
 
@@ -387,5 +523,7 @@ def start_logging(training_args: TrainingArguments) -> None:
     datasets_logging.set_verbosity(at_least_warning if training_args.log_level == "passive" else level)
     if not (training_args.should_log and sys.stderr.isatty()):
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()  # of loading weights
+        huggingface_hub.utils.disable_progress_bars()
     for talkative in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(talkative).setLevel(at_least_warning)

@@ -5,13 +5,18 @@ Which of the equally long samples share a batch, and the order of the batches, d
 """
 
 import inspect
+import logging
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import InputError
+
+logger = logging.getLogger("hf_v0init")
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
@@ -65,6 +70,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self._boundaries) - 1
+
+    def compute_batch_sizes(self) -> list[int]:
+        """Returns the numbers of samples of an epoch's batches, from the shortest samples to the longest."""
+        return np.diff(self._boundaries).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration: the same epoch gives the same order."""
@@ -131,6 +140,8 @@ class _EpochForwardingDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 class TokenBudgetMixin:
@@ -164,6 +175,37 @@ class TokenBudgetMixin:
         )
         return self.accelerator.prepare(loader)
 
+    def _inner_training_loop(self, *args, **kwargs):
+        """Train as the Trainer does, whose log would name --per_device_train_batch_size, which has no effect here."""
+        if self.max_tokens_per_batch is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        sampler = self._get_token_budget_sampler()
+        sizes = sampler.compute_batch_sizes()
+        log = logging.getLogger("transformers.trainer")
+        log.addFilter(_is_true_under_budget)
+        logger.info(
+            f"batches by token budget: {len(sizes):,} of at most {self.max_tokens_per_batch:,} tokens, with {min(sizes):,} to "
+            f"{max(sizes):,} samples, {sum(sizes) / len(sizes):.1f} on average; samples per optimizer step: "
+            f"{self.get_v0_effective_batch_size():.1f} on average"
+        )
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            log.removeFilter(_is_true_under_budget)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the card as the Trainer does, with the token budget in place of a batch size that had no effect."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir, "README.md")
+        if self.max_tokens_per_batch is None or not self.is_world_process_zero() or not path.is_file():
+            return
+        mean = self.get_v0_effective_batch_size()
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"^- total_train_batch_size: .*\n", "", text, flags=re.MULTILINE)
+        budget = f"- train_batch_size: {self.max_tokens_per_batch} tokens per batch; {mean:.1f} samples per optimizer step on average"
+        text = re.sub(r"^- train_batch_size: .*$", budget, text, flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
+
     def get_v0_effective_batch_size(self) -> float:
         """Mean number of samples an optimizer step sees, over accumulation and processes."""
         if self.max_tokens_per_batch is None:
@@ -184,6 +226,12 @@ class TokenBudgetMixin:
             return dataset
         accepted = {*inspect.signature(self.model.forward).parameters, "labels"}
         return dataset.select_columns([name for name in dataset.column_names if name in accepted])
+
+
+def _is_true_under_budget(record: logging.LogRecord) -> bool:
+    """Whether a line of the Trainer's log speaks of something else than the fixed batch size."""
+    message = record.getMessage()
+    return "Instantaneous batch size" not in message and "Total train batch size" not in message
 
 
 def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int) -> TokenBudgetBatchSampler:
@@ -216,6 +264,9 @@ def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int
 
 def _compute_lengths(dataset) -> tuple[list[int], list[int]]:
     """Tokens of "input_ids" and of "labels" of every sample."""
+    if hasattr(dataset, "compute_lengths"):  # of samples whose labels are as long as they and costly to make
+        lengths = dataset.compute_lengths()
+        return lengths, lengths
     if isinstance(dataset, datasets.Dataset):
         source_lengths, target_lengths = [], []
         for rows in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=1000):

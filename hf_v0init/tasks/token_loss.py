@@ -1,6 +1,6 @@
 """Cross-entropy a target token: for training, over the whole step; for evaluation, over the whole set.
 
-In training, transformers' encoder-decoder models average over each micro-batch by themselves, although their
+In training, transformers' encoder-decoder and masked models average over each micro-batch by themselves, although their
 signature makes the Trainer believe that they divide by the tokens of the whole step. So k accumulated batches,
 or k processes, give k times the gradient, which an optimizer state estimated beforehand (v0) does not match.
 `TokenCrossEntropy` divides by the tokens of the whole step.
@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 
 class TokenCrossEntropy:
-    """A Trainer's `compute_loss_func` for encoder-decoder models: mean cross-entropy a target token, in nats.
+    """A Trainer's `compute_loss_func` for encoder-decoder and masked models: mean cross-entropy per target token, in nats.
 
     Args:
         label_smoothing: epsilon in (1 - epsilon) * nll + epsilon * (mean nll over the vocabulary).
@@ -38,9 +38,8 @@ class TokenCrossEntropy:
         )
         if num_items_in_batch is None:
             num_items_in_batch = labels.ne(-100).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        # without a target the loss is 0, not 0 / 0
+        return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
 def compute_row_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,12 +15,15 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
 
-PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+PAD, BOS, EOS, UNK, MASK = "<pad>", "<s>", "</s>", "<unk>", "<mask>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)  # ids 0, 1, 2, 3
+MASKING_SPECIAL_TOKENS = (*SPECIAL_TOKENS, MASK)  # with id 4, for masked language models
 NUM_BYTES = 256
 
 
-def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, *, for_translation: bool) -> PreTrainedTokenizerFast:
+def train_bpe_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, for_translation: bool, for_masking: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: no text is unknown to it and `decode(encode(x)) == x`.
 
     Args:
@@ -28,19 +31,21 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, *, for_translatio
         vocab_size: number of entries, special tokens and the 256 bytes included; a small corpus gives fewer.
         for_translation: append `</s>` to every encoding (both sides), and let a word at the beginning of a
             text be the same token as in the middle of it. Without it, as GPT-2 has it: nothing is appended.
+        for_masking: for a masked language model, as RoBERTa has it: `<mask>` as id 4, every encoding between `<s>` and `</s>`.
 
     Returns:
         A tokenizer with `<pad>`, `<s>`, `</s>`, `<unk>` as ids 0 to 3. The round trip holds with
-        `skip_special_tokens=True`, for texts that do not contain these four literally.
+        `skip_special_tokens=True`, for texts that do not contain these literally.
 
     Raises:
-        InputError: `vocab_size` below 260, or no text.
+        InputError: `vocab_size` below 260 (261 with `<mask>`), or no text.
     """
-    smallest = NUM_BYTES + len(SPECIAL_TOKENS)
+    special_tokens = MASKING_SPECIAL_TOKENS if for_masking else SPECIAL_TOKENS
+    smallest = NUM_BYTES + len(special_tokens)
     if vocab_size < smallest:
         raise InputError(
             f"a vocabulary of {vocab_size} is too small for byte-level BPE: it needs at least {smallest} "
-            f"({NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens); raise --vocab_size"
+            f"({NUM_BYTES} bytes and {len(special_tokens)} special tokens); raise --vocab_size"
         )
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,24 +59,27 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, *, for_translatio
         _require_text(texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=list(special_tokens),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         ),
     )
-    if for_translation:
-        _append_end_of_text(tokenizer)
-    return _wrap(tokenizer)
+    if for_translation or for_masking:
+        _frame(tokenizer, for_masking)
+    return _wrap(tokenizer, for_masking)
 
 
-def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_word_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, for_masking: bool = False
+) -> PreTrainedTokenizerFast:
     """Make a tokenizer of whole words, split at white space: the vocabulary of a corpus such as PTB.
 
     Every encoding ends with `</s>`, the end-of-line word that word-level perplexities count by convention.
 
     Args:
         texts: the training text, one line or document each, read once.
-        vocab_size: number of entries, the 4 special tokens included; the most frequent words are kept.
+        vocab_size: number of entries, the special tokens included; the most frequent words are kept.
+        for_masking: for a masked language model: `<mask>` as id 4, and `<s>` at the beginning of every encoding.
 
     Returns:
         A tokenizer with `<pad>`, `<s>`, `</s>`, `<unk>` as ids 0 to 3. A literal `<unk>` in the text is the
@@ -80,21 +88,22 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     Raises:
         InputError: `vocab_size` leaves no room for a word, or no text.
     """
-    if vocab_size <= len(SPECIAL_TOKENS):
+    special_tokens = MASKING_SPECIAL_TOKENS if for_masking else SPECIAL_TOKENS
+    if vocab_size <= len(special_tokens):
         raise InputError(
-            f"a vocabulary of {vocab_size} leaves no room for words beside the {len(SPECIAL_TOKENS)} special "
+            f"a vocabulary of {vocab_size} leaves no room for words beside the {len(special_tokens)} special "
             "tokens; raise --vocab_size"
         )
     counts = Counter(word for text in _require_text(texts) for word in text.split())
-    for special_token in SPECIAL_TOKENS:
+    for special_token in special_tokens:
         counts.pop(special_token, None)
-    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(SPECIAL_TOKENS)]
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(special_tokens)]
+    vocabulary = {token: index for index, token in enumerate([*special_tokens, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _append_end_of_text(tokenizer)
-    return _wrap(tokenizer)
+    tokenizer.add_special_tokens(list(special_tokens))
+    _frame(tokenizer, for_masking)
+    return _wrap(tokenizer, for_masking)
 
 
 def train_on_main_process(
@@ -128,13 +137,18 @@ def _require_text(texts: Iterable[str]) -> Iterable[str]:
         raise InputError("there is no text to train a tokenizer on; check the training file and its text column")
 
 
-def _append_end_of_text(tokenizer: Tokenizer) -> None:
+def _frame(tokenizer: Tokenizer, for_masking: bool) -> None:
+    """End every encoding with `</s>`, and for masking begin it with `<s>`."""
+    first = f"{BOS} " if for_masking else ""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", pair=f"$A {EOS} $B:1 {EOS}:1", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+        single=f"{first}$A {EOS}",
+        pair=f"{first}$A {EOS} $B:1 {EOS}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)],
     )
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer, for_masking: bool) -> PreTrainedTokenizerFast:
+    roles = {"mask_token": MASK, "cls_token": BOS, "sep_token": EOS} if for_masking else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -143,4 +157,5 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        **roles,
     )

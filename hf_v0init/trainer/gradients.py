@@ -1,18 +1,22 @@
-"""The gradients that v0 is taken from, through the Trainer's own data, collator, precision and loss.
+"""The paper's pass through a Trainer: over training samples, with the Trainer's own collator, precision and loss, before training.
 
 Which samples, in which batches, on which process, and the loss as training computes it. What becomes of the gradients is
-decided by whoever asks for them, with a `visit` function as `gradient_statistics.visit_gradients` takes it.
+decided by whoever asks for them, with a `visit` function as `gradients.statistics.visit_gradients` takes it.
 """
 
 import contextlib
+import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..distributed.parts import find_data_share, is_sharded
+from ..distributed.fsdp import find_data_share
+from ..distributed.parts import is_sharded
 from ..errors import InputError
 from ..gradients.batches import (
     SampledBatches,
@@ -21,183 +25,45 @@ from ..gradients.batches import (
     iterate_streamed_batches,
     require_reiterable,
 )
-from ..gradients.statistics import PassCounts, StatisticsBatch, visit_gradients
-from ..gradients.stopping import BATCH_SIZE
-from ..gradients.together import visit_gradients_together
-from ..optimizers.deepspeed import adapt_optimizer, visit_partitioned_gradients
-from ..preservation import preserve_rng
-from ..settings import AUTO, V0InitArguments, read_v0_arguments
+from ..gradients.statistics import PassCounts, visit_gradients
+from ..gradients.stopping import BATCH_SIZE, list_stages
+from ..gradients.together import count_row_items, visit_gradients_together
+from ..optimizers.state import SecondMoments
+from ..preservation import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
+from ..settings import AUTO, V0InitArguments
 
 logger = logging.getLogger("hf_v0init")
 
 FP16_LOSS_SCALE = 1024.0  # keeps fp16 gradients of the pass out of the subnormal range; divided out again
+NUM_ROWS_TRIED = 3  # of the look whether a loss is a mean over independent samples
+TOLERANCE, TOLERANCE_NARROW = 1e-3, 3e-2  # relative, of that look
+
+PER_STEP = "use v0_statistic=per_step (the default), which takes v0 from the run's own first steps"
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
-class TrainerGradientsMixin:
-    """Gives a `transformers.Trainer` subclass the passes over training samples that a v0 needs."""
+class TrainerGradients:
+    """The passes over training samples that the paper's v0 needs, for a Trainer that this holds.
 
-    _v0_given_arguments: V0InitArguments | None = None
-    _v0_looks_ahead = False  # at the first step's batches, before that step
+    Args:
+        trainer: a `transformers.Trainer`, its model and optimizer prepared.
+        settings: with `v0_statistic="per_sample"`.
+        moments: of its optimizer.
+        seed: of the choice of samples and of their dropout.
+    """
 
-    @property
-    def v0_arguments(self) -> V0InitArguments:
-        """The v0 settings of this Trainer; from the start of a training on, a share of the run is a number of steps."""
-        state = getattr(self, "state", None)
-        max_steps = getattr(state, "max_steps", 0) or self.args.max_steps
-        return (self._v0_given_arguments or read_v0_arguments(self.args)).resolve(max_steps)
+    def __init__(self, trainer, settings: V0InitArguments, moments: SecondMoments, seed: int) -> None:
+        self.trainer, self.settings, self.moments, self.seed = trainer, settings, moments, seed
+        self.args = trainer.args
 
-    def _get_v0_seed(self) -> int:
-        return self.args.seed if self.v0_arguments.v0_seed is None else self.v0_arguments.v0_seed
+    # ---- what is refused -------------------------------------------------------------------------------------------
 
-    def _count_statistics_samples(self) -> int:
-        """The most samples that the pass takes: as asked for, or all there are."""
-        num_samples = self.v0_arguments.get_max_num_samples()
-        with contextlib.suppress(TypeError):
-            num_samples = min(num_samples, len(self.train_dataset))
-        return num_samples
-
-    def _choose_stats_batch_size(self) -> int:
-        at_once = self._train_batch_size
-        if self.v0_arguments.v0_num_samples == AUTO:
-            at_once = min(at_once, BATCH_SIZE)
-        if self._runs_together():  # a batch is shared out: each process gets its training batch's part of it
-            at_once = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-        return choose_batch_size(self.v0_arguments.v0_stats_batch_size, at_once, self._count_statistics_samples())
-
-    def _count_parts(self) -> int:
-        """Among how many processes the batches of the pass are dealt out: 1, where it is run together."""
-        return 1 if self._runs_together() else self.args.world_size
-
-    def _make_statistics_batches(self, batch_range: tuple[int, int] | None):
-        """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream).
-
-        With `batch_range` only those of these numbers: from the first to the one before the second.
-        """
-        seed, dataset = self._get_v0_seed(), self.train_dataset
-        world_size = self._count_parts()
-        rank = self.args.process_index % world_size
-        batch_size, num_samples = self._choose_stats_batch_size(), self.v0_arguments.get_max_num_samples()
-        try:
-            import datasets
-
-            is_arrow = isinstance(dataset, datasets.Dataset)
-        except ImportError:
-            is_arrow = False
-        if is_arrow:
-            dataset, collate = self._remove_unused_columns(dataset, description="training"), self.data_collator
-        else:
-            collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        place = {"seed": seed, "rank": rank, "world_size": world_size, "batch_range": batch_range}
-        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
-            return iterate_streamed_batches(dataset, collate, num_samples, batch_size, **place), None
-        if batch_range is None and num_samples > len(dataset):
-            logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
-        samples = choose_samples(len(dataset), num_samples, seed)
-        batches = SampledBatches(dataset, collate, samples, batch_size, **place)
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
-        return loader, len(batches)
-
-    def _run_statistics_pass(
-        self, named_parameters, visit, batch_range: tuple[int, int] | None = None, show_progress: bool = True
-    ) -> PassCounts:
-        """Run the pass over random training samples through `compute_loss`, on this process's batches."""
-        batches, total = self._make_statistics_batches(batch_range)
-        hidden = self.args.disable_tqdm or self.args.process_index != 0 or not show_progress
-        bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
-        with bar, self._count_items_locally():
-            return self._get_visit_function(count_items=self._count_loss_items)(
-                self.model,
-                named_parameters,
-                batches,
-                self._compute_statistics_loss,
-                visit,
-                seed=self._get_v0_seed(),
-                loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
-                on_batch=lambda batch: bar.update(1),
-            )
-
-    def _runs_together(self) -> bool:
-        """Whether all processes run each batch of the pass together, since none has all parameters or optimizer states."""
-        return is_sharded(self.model) or self.is_deepspeed_enabled
-
-    def _get_visit_function(self, **options) -> Callable[..., PassCounts]:
-        """Each process alone where it has the whole model, else all processes together."""
-        if not self._runs_together():
-            return visit_gradients
-        self.accelerator.gradient_state._set_sync_gradients(True)
-        options["is_narrow"] = self.args.bf16 or self.args.fp16
-        if self.is_deepspeed_enabled:
-            return functools.partial(visit_partitioned_gradients, adapt_optimizer(self.optimizer), **options)
-        return functools.partial(visit_gradients_together, share=find_data_share(self.model), **options)
-
-    def _count_loss_items(self, batch):
-        """Count what the loss of a batch is the mean over, as `compute_loss` takes it; None if it takes nothing."""
-        num_items = self._get_num_items_in_batch([batch], self.args.device)
-        # The Trainer divides by the processes that see the same batch, expecting the sum over all of them.
-        return None if num_items is None else num_items * self.get_tp_size()
-
-    def _compute_statistics_loss(self, model, batch, num_items=None) -> torch.Tensor:
-        """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
-        if num_items is None:
-            num_items = self._get_num_items_in_batch([batch], self.args.device)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items)
-        return loss.mean() if loss.dim() > 0 else loss
-
-    def _run_first_step(self, named_parameters, visit, train_dataloader) -> PassCounts:
-        """Run the micro-batches that the first optimizer step will see, with the dropout it will see."""
-        with preserve_rng():
-            iterator = iter(train_dataloader)
-            self._v0_looks_ahead = True
-            try:
-                micro_batches, num_items = self.get_batch_samples(
-                    iterator, self.args.gradient_accumulation_steps, self.args.device
-                )
-                if not micro_batches:
-                    raise InputError("the training data set is empty, so there is no first gradient to take v0 from")
-                scaled = self.loss_is_scaled_for_ga
-                if scaled is None:
-                    scaled = (
-                        self.model_accepts_loss_kwargs and num_items is not None
-                    ) or self.compute_loss_func is not None
-                divisor = 1 if scaled else len(micro_batches)
-
-                def compute_loss(model, inputs, _=None) -> torch.Tensor:
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items)
-                    return (loss.mean() if loss.dim() > 0 else loss) / divisor
-
-                return self._get_visit_function(own_batches=True)(
-                    self.model,
-                    named_parameters,
-                    (StatisticsBatch(b, _count_samples(b), index) for index, b in enumerate(micro_batches)),
-                    compute_loss,
-                    visit,
-                    seed=None,
-                    loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
-                )
-            finally:
-                self._v0_looks_ahead = False
-                iterator.close() if hasattr(iterator, "close") else None
-                if hasattr(train_dataloader, "end"):
-                    train_dataloader.end()  # accelerate: this look is not an iteration of the run
-
-    @contextlib.contextmanager
-    def _count_items_locally(self) -> Iterator[None]:
-        """Count the loss's items a process, not over all: processes may have different numbers of batches."""
-        before = self.args.average_tokens_across_devices
-        self.args.average_tokens_across_devices = False
-        try:
-            yield
-        finally:
-            self.args.average_tokens_across_devices = before
-
-    def _require_readable_data(self) -> None:
-        dataset = self.train_dataset
-        if dataset is None:
-            raise InputError(
-                f"v0_init={self.v0_arguments.v0_init} takes v0 from training samples: give a train_dataset"
-            )
+    def require_readable_data(self) -> None:
+        """Raise `InputError` unless there are training data that can be read before the training reads them."""
+        dataset = self.trainer.train_dataset
+        if dataset is None or isinstance(dataset, dict):
+            what = "without a train_dataset" if dataset is None else "with a dictionary of training data sets"
+            raise InputError(f"v0_statistic=per_sample {what}: it reads samples before training; {PER_STEP}")
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise InputError(
                 "the training data set is empty, so v0 has no gradients to be taken from: check the data files"
@@ -205,8 +71,213 @@ class TrainerGradientsMixin:
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
             require_reiterable(dataset)
 
+    def require_independent_samples(self) -> None:
+        """Raise `InputError` if this Trainer's loss is no mean over independent samples, as far as can be told."""
+        for name in ("training_step", "get_train_dataloader", "_get_train_sampler"):
+            home = _find_home(type(self.trainer), name)
+            if home is not None and not home.startswith(("transformers.", "hf_v0init.")):
+                raise InputError(
+                    f"v0_statistic=per_sample with {type(self.trainer).__name__}, which has a {name} of its own: a pass over single "
+                    f"samples would not see what the training sees; {PER_STEP}"
+                )
+        if self._runs_together():
+            return
+        with self._preserve():
+            losses = self._compare_losses()
+        if losses is None:
+            return
+        of_batch, of_rows = losses
+        tolerance = TOLERANCE_NARROW if self.args.bf16 or self.args.fp16 else TOLERANCE
+        if all(abs(of_batch - value) > tolerance * max(abs(of_batch), abs(value), 1e-12) for value in of_rows):
+            raise InputError(
+                f"v0_statistic=per_sample with a loss that is no mean over its samples: {of_batch:.6g} for {NUM_ROWS_TRIED} samples "
+                f"together, {of_rows[0]:.6g} on average one by one (in-batch negatives?); {PER_STEP}"
+            )
 
-def _count_samples(inputs) -> int:
-    """The samples of a collated batch: the length of its first tensor."""
-    sizes = [value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
-    return sizes[0] if sizes else 1
+    def _compare_losses(self) -> tuple[float, list[float]] | None:
+        """The loss of some samples together, and what it may be if they are independent: means over rows and over labels."""
+        dataset, collate = self._prepare_data()
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            features = list(itertools.islice(iter(dataset), NUM_ROWS_TRIED))
+        else:
+            features = [dataset[i] for i in range(min(NUM_ROWS_TRIED, len(dataset)))]
+        if len(features) < 2:
+            return None
+        model = self.trainer.model
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad():
+                together = collate(list(features))
+                rows = [collate([one]) for one in features]
+                losses = torch.tensor([self._compute_loss_alone(model, batch) for batch in (together, *rows)])
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not losses.isfinite().all():
+            return None  # rows without targets
+        weights = [torch.ones(len(rows))]
+        for num_skipped in (0, 1):
+            items = [sum(count_row_items(batch, 1, num_skipped)) for batch in rows]
+            if sum(items):
+                weights.append(torch.tensor(items, dtype=torch.float32))
+        return float(losses[0]), [float((losses[1:] * w).sum() / w.sum()) for w in weights]
+
+    def _compute_loss_alone(self, model, batch) -> float:
+        """The loss of one batch, after which all is as before, also what the model's forward moves."""
+        with preserve_rng(), preserve_model(model, self._find_other_parameters()):
+            return float(self._compute_loss(model, batch))
+
+    # ---- the pass --------------------------------------------------------------------------------------------------
+
+    def list_passes(self) -> list[Callable]:
+        """List the stages of the pass, each to be called with (named parameters, visit); one, unless `v0_num_samples` is auto."""
+        if self.settings.v0_num_samples != AUTO:
+            return [self.run]
+        stages = list_stages(self.choose_batch_size(), self._count_samples())
+        return [functools.partial(self.run, batch_range=stage) for stage in stages]
+
+    def run(self, named_parameters, visit, batch_range: tuple[int, int] | None = None) -> PassCounts:
+        """Run the pass over random training samples through `compute_loss`, on this process's batches."""
+        with self._preserve():
+            batches, total = self._make_batches(batch_range)
+            hidden = self.args.disable_tqdm or self.args.process_index != 0
+            bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
+            zero = self.moments.zero
+            with bar, self._count_items_locally(), zero.take_off_gradient_hooks() if zero else contextlib.nullcontext():
+                return self._get_visit_function()(
+                    self.trainer.model,
+                    named_parameters,
+                    batches,
+                    self._compute_loss,
+                    visit,
+                    seed=self.seed,
+                    loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
+                    on_batch=lambda batch: bar.update(1),
+                    other_parameters=self._find_other_parameters(),
+                )
+
+    def choose_batch_size(self) -> int:
+        """Return the samples per batch of the pass: 1, unless asked for or needed otherwise."""
+        at_once = 1
+        if self._runs_together():  # a batch is shared out: each process gets its training batch's part of it
+            at_once = self.trainer.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+        elif any(isinstance(module, BATCH_NORMS) for module in self.trainer.model.modules()):
+            at_once = min(self.trainer._train_batch_size, max(2, self._count_samples() // 2))
+        elif self.settings.v0_num_samples == AUTO:
+            at_once = min(self.trainer._train_batch_size, BATCH_SIZE)
+        return choose_batch_size(self.settings.v0_stats_batch_size, at_once)
+
+    def _count_samples(self) -> int:
+        """The most samples that the pass takes: as asked for, or all there are."""
+        num_samples = self.settings.get_max_num_samples()
+        with contextlib.suppress(TypeError):
+            num_samples = min(num_samples, len(self.trainer.train_dataset))
+        return num_samples
+
+    def _prepare_data(self):
+        """The data set and a collator of its own, as the Trainer's loader would use them."""
+        trainer, dataset = self.trainer, self.trainer.train_dataset
+        collator = copy.deepcopy(trainer.data_collator)
+        try:
+            import datasets
+
+            is_arrow = isinstance(dataset, datasets.Dataset)
+        except ImportError:
+            is_arrow = False
+        if is_arrow:
+            return trainer._remove_unused_columns(dataset, description="training"), collator
+        return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
+
+    def _make_batches(self, batch_range: tuple[int, int] | None):
+        """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream)."""
+        dataset, collate = self._prepare_data()
+        world_size = 1 if self._runs_together() else self.args.world_size
+        batch_size, num_samples = self.choose_batch_size(), self.settings.get_max_num_samples()
+        place = {"seed": self.seed, "rank": self.args.process_index % world_size, "world_size": world_size}
+        place["batch_range"] = batch_range
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+            return iterate_streamed_batches(dataset, collate, num_samples, batch_size, **place), None
+        if batch_range is None and num_samples > len(dataset):
+            logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
+        samples = choose_samples(len(dataset), num_samples, self.seed)
+        batches = SampledBatches(dataset, collate, samples, batch_size, **place)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
+        return loader, len(batches)
+
+    def _runs_together(self) -> bool:
+        """Whether all processes run each batch of the pass together, since none has all parameters or optimizer states."""
+        return is_sharded(self.trainer.model) or self.moments.zero is not None
+
+    def _get_visit_function(self) -> Callable[..., PassCounts]:
+        """Each process alone where it has the whole model, else all processes together."""
+        if not self._runs_together():
+            return visit_gradients
+        self.trainer.accelerator.gradient_state._set_sync_gradients(True)
+        options = {"count_items": self._count_loss_items, "is_narrow": self.args.bf16 or self.args.fp16}
+        if self.moments.zero is not None:
+            options |= {"share": self.moments.zero.share, "place_gradient": self.moments.zero.place_gradient}
+        else:
+            options["share"] = find_data_share(self.trainer.model)
+        return functools.partial(visit_gradients_together, **options)
+
+    def _count_loss_items(self, batch):
+        """Count what the loss of a batch is the mean over, as `compute_loss` takes it; None if it takes nothing."""
+        num_items = self.trainer._get_num_items_in_batch([batch], self.args.device)
+        # The Trainer divides by the processes that see the same batch, expecting the sum over all of them.
+        return None if num_items is None else num_items * self.trainer.get_tp_size()
+
+    def _compute_loss(self, model, batch, num_items=None) -> torch.Tensor:
+        """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
+        trainer = self.trainer
+        if num_items is None:
+            num_items = trainer._get_num_items_in_batch([batch], self.args.device)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=num_items)
+        return loss.mean() if loss.dim() > 0 else loss
+
+    def _find_other_parameters(self) -> list[nn.Parameter]:
+        """The parameters outside the model that the loss may use: the optimizer's, and those of modules that the Trainer holds."""
+        held = [p for group in self.moments.list_groups() for p in group["params"]]
+        for value in vars(self.trainer).values():
+            if isinstance(value, nn.Module) and value is not self.trainer.model:
+                held += list(value.parameters())
+        return held
+
+    @contextlib.contextmanager
+    def _preserve(self) -> Iterator[None]:
+        """Leave the Trainer's logs, counters and metric stores and all private generators as they were."""
+        trainer = self.trainer
+        had_log = "log" in vars(trainer)
+        kept = vars(trainer).get("log")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preserve_rng())
+            stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
+            stack.enter_context(preserve_bookkeeping(trainer))
+            stack.enter_context(preserve_bookkeeping(trainer.state))
+            trainer.log = lambda *_, **__: None
+            try:
+                yield
+            finally:
+                if had_log:
+                    trainer.log = kept
+                else:
+                    del trainer.log
+
+    @contextlib.contextmanager
+    def _count_items_locally(self) -> Iterator[None]:
+        """Count the loss's items per process, not over all: processes may have different batches."""
+        before = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = before
+
+
+def _find_home(cls: type, name: str) -> str | None:
+    """The module in which the method that a class uses is defined."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return base.__module__
+    return None

@@ -1,8 +1,8 @@
-"""The Trainer's side of checkpoint safety: saves that can be cut off at any moment, resumes from the newest whole one.
+"""Checkpoints that a kill cannot turn into a trap, for any Trainer: `class MyTrainer(SafeCheckpointsMixin, Trainer)`.
 
-Which checkpoint is whole is decided in `checkpoint_safety`; this file says when the Trainer asks. With several processes
-the first of every machine looks and all take the same decision, so that a checkpoint counts only if every machine can
-read it.
+Which checkpoint is whole is decided in `records/checkpoints.py`; this file says when the Trainer asks. It knows no v0. With
+several processes the first of every machine looks and all take the same decision, so that a checkpoint counts only if every
+machine can read it.
 """
 
 import logging
@@ -17,8 +17,8 @@ from ..records.checkpoints import (
     complete_save,
     delete_old_checkpoints,
     describe_passed_over,
-    find_defect,
     find_newest_whole,
+    inspect_checkpoint,
     list_checkpoints,
     require_whole,
     update_record,
@@ -30,34 +30,48 @@ logger = logging.getLogger("hf_v0init")
 class _UpdateRecord(TrainerCallback):
     """Lets what other callbacks add to a fresh checkpoint or take out of it (`on_save`) count as part of it."""
 
-    def __init__(self, trainer: "SafeResumeMixin") -> None:
+    def __init__(self, trainer: "SafeCheckpointsMixin") -> None:
         self.trainer = trainer
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save and self.trainer._last_checkpoint is not None:
-            update_record(self.trainer._last_checkpoint)
+            folder, stamps = self.trainer._last_checkpoint
+            self.trainer._last_checkpoint = folder, update_record(folder, stamps)
 
     def on_step_begin(self, args, state, control, **kwargs):  # callbacks later in the row have had their turn too
-        if self.trainer._last_checkpoint is not None:
-            self.on_save(args, state, control)
-            self.trainer._last_checkpoint = None
+        self.on_save(args, state, control)
+        self.trainer._last_checkpoint = None
 
     on_train_end = on_step_begin
 
 
-class SafeResumeMixin:
-    """Gives a `transformers.Trainer` subclass checkpoints that a kill cannot turn into a trap.
+class SafeCheckpointsMixin:
+    """Gives a `transformers.Trainer`, ours or any other, checkpoints that can be cut off or damaged without harm.
 
-    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint of the output folder and names those passed over
-    in a warning; if there are only broken ones it starts anew. A broken checkpoint asked for by name is an `InputError`.
+    Put it first: `class MyTrainer(SafeCheckpointsMixin, V0InitTrainer)`. Every checkpoint gets a `save_state.json`; with it
+
+    - `train(resume_from_checkpoint=True)` takes the newest whole checkpoint of the output folder and names those passed over
+      in a warning; if there are only broken ones it starts anew. A broken one asked for by name is an `InputError`.
+    - files that were changed on purpose and are whole (re-saved in bf16, resharded, the optimizer removed) are named in a
+      warning and taken; bytes that are not those that were saved are damage. `records/checkpoints.py` has the rule.
+    - `save_total_limit` never deletes the only whole checkpoint.
+    - a finished run that is resumed makes no further step.
+
+    What it costs: every byte of a checkpoint is brought to the disk and read once more when it is saved, and once before it
+    is resumed from, by one process of a machine.
     """
 
-    _last_checkpoint: str | None = None  # the one saved a moment ago
+    _last_checkpoint: tuple[str, dict] | None = None  # the one saved a moment ago, and how its files looked
     _unfinished_save: tuple[str, int | None] | None = None  # its folder, and save_total_limit
 
     def __init__(self, *args, **kwargs) -> None:
+        self._changes: dict[str, list[str]] = {}  # what was changed on purpose, by checkpoint
         super().__init__(*args, **kwargs)
         self.add_callback(_UpdateRecord(self))
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train as the Trainer does, from the checkpoint that `choose_checkpoint` finds."""
+        return super().train(self.choose_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     def choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         """Return the checkpoint folder that `train(resume_from_checkpoint=wanted)` resumes from; None for a new run.
@@ -65,28 +79,38 @@ class SafeResumeMixin:
         Every process must call it, and gets the same answer.
 
         Raises:
-            InputError: `wanted` is a folder that is not whole, or True where there is no checkpoint at all.
+            InputError: `wanted` is no folder, or one that is not whole; or it is True and there is no checkpoint at all. The
+                message begins as the stock Trainer's.
         """
         if wanted is None or wanted is False:
             return None
-        if wanted is not True:
-            others = list_checkpoints(os.path.dirname(os.path.abspath(wanted)))
-            require_whole(wanted, _gather(others)[0], self._find_defect)
-            return str(wanted)
-        checkpoints = _gather(list_checkpoints(self.args.output_dir))[0]
-        if not checkpoints:
-            raise InputError(
-                f"resume_from_checkpoint=True: no valid checkpoint found in output directory {self.args.output_dir}; give the "
-                "folder of a checkpoint, or leave resume_from_checkpoint out to start anew"
-            )
-        newest, passed_over = find_newest_whole(checkpoints, self._find_defect)
-        if passed_over:
-            logger.warning(describe_passed_over(passed_over, newest))
-        return newest
+        if wanted is True:
+            checkpoints = _gather(list_checkpoints(self.args.output_dir))[0]
+            if not checkpoints:
+                raise InputError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): give resume_from_checkpoint the "
+                    "folder of a checkpoint, or leave it out to start anew"
+                )
+            chosen, passed_over = find_newest_whole(checkpoints, self._find_defect)
+            if passed_over:
+                self._warn(describe_passed_over(passed_over, chosen))
+        else:
+            chosen = os.fspath(wanted)
+            others = list_checkpoints(os.path.dirname(os.path.abspath(chosen)))
+            require_whole(chosen, _gather(others)[0], self._find_defect)
+        if self._changes.get(chosen):
+            self._warn(f"{chosen} is not as it was saved, and taken as it is: {'; '.join(self._changes[chosen])}")
+        return chosen
+
+    def _warn(self, message: str) -> None:
+        if self.args.process_index == 0:
+            logger.warning(message)
 
     def _find_defect(self, folder: str) -> str | None:
         """What is wrong with a checkpoint on the first machine where something is."""
-        mine = find_defect(folder) if self.args.local_process_index == 0 else None
+        mine = None
+        if self.args.local_process_index == 0:
+            mine, self._changes[folder] = inspect_checkpoint(folder)
         return next((defect for defect in _gather(mine) if defect is not None), None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -94,7 +118,7 @@ class SafeResumeMixin:
 
         The Trainer itself makes one step too many there, unless the end is that of an epoch.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -134,12 +158,11 @@ class SafeResumeMixin:
         (folder, limit), self._unfinished_save = self._unfinished_save, None
         self.args.save_total_limit = limit
         if self.args.should_save:
-            complete_save(folder)
+            self._last_checkpoint = folder, complete_save(folder)
             best = self.state.best_model_checkpoint
             deleted = delete_old_checkpoints(os.path.dirname(folder), limit, folder, best)
             if deleted:
                 logger.debug(f"deleted under save_total_limit={limit}: " + ", ".join(deleted))
-        self._last_checkpoint = folder
 
 
 def _gather(mine) -> list:

@@ -30,8 +30,12 @@ def require_supported_run(trainer) -> None:
                 f"v0_init with {what} ({name}={size}) is not supported: there a process sees neither whole samples nor whole "
                 f"tensors; use FSDP2 or tensor parallelism ({name}=1), or v0_init=zeros"
             )
+
+
+def require_supported_pass(trainer) -> None:
+    """Raise `InputError` if the paper's pass before training cannot run in this set-up."""
     if trainer.args.n_gpu > 1:
         raise InputError(
-            f"v0_init with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process a GPU with "
-            "`accelerate launch` or `torchrun`"
+            f"v0_statistic=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
+            "GPU with `accelerate launch` or `torchrun`, or use v0_statistic=per_step (the default)"
         )

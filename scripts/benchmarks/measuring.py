@@ -164,13 +164,6 @@ def measure_memory(function: Callable[[], object]) -> MemoryUse:
     return MemoryUse(peak, now)
 
 
-def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Fit seconds = c * size^k by least squares of the logarithms; return k."""
-    x = [math.log(size) for size in sizes]
-    y = [math.log(value) for value in seconds]
-    return statistics.linear_regression(x, y).slope
-
-
 def use_one_thread() -> None:
     """Let torch compute in one thread, so that processor time is what the work takes."""
     torch.set_num_threads(1)

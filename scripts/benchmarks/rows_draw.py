@@ -1,56 +1,19 @@
-"""The random v0 and the reduction of the statistics, each beside torch's own operation on the same tensors."""
+"""The draw of a random v0 and the reduction of the statistics, each beside torch's own operation on the same tensors."""
 
 import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
-from benchmarks.tasks import make_gpt2
-from hf_v0init.distributed.parts import draw_standard_normal_
+from hf_v0init.distributed.draws import draw_standard_normal_
 from hf_v0init.initialization.strategies import compute_random_v0_
-from hf_v0init.initialization.writing import plan_v0, write_random_v0
-from hf_v0init.settings import V0InitArguments
 
 NUM_PROCESSES = 2
 TIME_LIMIT = 300
-
-
-def measure_random_v0(conditions: Conditions) -> Row:
-    """Writing a random v0 with its report, beside making the same state with torch's `normal_` for its second moments."""
-    model = make_gpt2(6, 512, vocabulary=20_000)
-    arguments, parameters = V0InitArguments(v0_init="random"), [p for p in model.parameters() if p.dim() > 1]
-    existing = [torch.zeros_like(p) for p in parameters]
-
-    def write() -> None:
-        optimizer = torch.optim.AdamW(model.parameters())
-        write_random_v0(optimizer, plan_v0(optimizer, model), arguments, 0)
-
-    def draw() -> None:
-        _ = [(torch.zeros_like(p), torch.empty_like(p).normal_()) for p in parameters]
-
-    def draw_over_existing() -> None:
-        for tensor in existing:
-            tensor.normal_()
-
-    num_pairs = conditions.choose(9, 25)
-    with torch.no_grad():
-        ratios = measure_pairs(write, draw, num_pairs)
-        bare = sorted(measure_pairs(write, draw_over_existing, num_pairs))[num_pairs // 2]
-    return Row(
-        "random v0",
-        f"writing a random v0, {sum(p.numel() for p in parameters) / 1e6:.0f}M elements, with its figures",
-        "making Adam's state with `normal_` for exp_avg_sq",
-        ratios,
-        aim=1.3,
-        note="Adam's state is due anyway; the figures give the ratio to `normal_` alone over tensors that exist already: the rest "
-        "of it is the first touch of the state's memory, which the first step would pay",
-        figures={"ratio_to_normal_over_existing_tensors": bare},
-    )
 
 
 def measure_shards(conditions: Conditions) -> Row:
@@ -82,37 +45,6 @@ def measure_shards(conditions: Conditions) -> Row:
     )
 
 
-def measure_element(conditions: Conditions) -> Row:
-    """Nanoseconds an element: the constant of the cost model."""
-    tensor = torch.empty(2048, 2048)
-
-    def draw() -> None:
-        draw_standard_normal_(tensor, name="w", seed=0, transform=lambda z: compute_random_v0_(z, z.shape, 100.0))
-
-    def fill() -> None:
-        torch.empty(2048, 2048).normal_()
-
-    pairs = measure_pairs(draw, fill, conditions.choose(9, 25))
-    seconds = _measure_seconds(draw)
-    return Row(
-        "draw",
-        "drawing, squaring and scaling in place",
-        "`normal_` into new memory",
-        pairs,
-        note=f"{seconds / tensor.numel() * 1e9:.2f} ns an element",
-        figures={"ns_per_element": seconds / tensor.numel() * 1e9},
-    )
-
-
-def _measure_seconds(function) -> float:
-    taken = []
-    for _ in range(7):
-        begin = time.process_time()
-        function()
-        taken.append(time.process_time() - begin)
-    return min(taken)
-
-
 def measure_reduction(conditions: Conditions) -> Row:
     """The reduction of the pass's sums over two gloo processes, beside one all-reduce of as many bytes."""
     path = Path(conditions.work_dir) / "reduction.json"
@@ -131,7 +63,7 @@ def measure_reduction(conditions: Conditions) -> Row:
         measured["ratios"],
         aim=1.1,
         clock=WALL,
-        note="gloo; once a run; GPT-2, 2 layers of 1,024; medians of a few pairs vary from 1.00 to 1.14. The figure is for 6"
+        note="gloo; once per run; GPT-2, 2 layers of 1,024; medians of a few pairs vary from 1.00 to 1.14. The figure is for 6"
         " layers of 512, with twice as many tensors for half the bytes: what is above 1 is the fixed cost of an all-"
         "reduce a tensor. Joining them in one buffer was slower still, 1.6 and 2.1, and needs its memory",
         figures={"ratio_at_6_layers_of_512": statistics.median(measured["narrow"])},

@@ -1,4 +1,4 @@
-"""The statistics pass: its time and memory, how it grows, and how many samples it needs."""
+"""The paper's pass before training: its time and memory, and how many samples it needs."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from benchmarks.measuring import BYTES, Conditions, Row, fit_exponent, measure_memory, measure_pairs, measure_times
+from benchmarks.measuring import BYTES, Conditions, Row, measure_memory, measure_pairs
 from benchmarks.tasks import load_translation_task, make_arguments, make_gpt2, make_random_sequences, read_penn_treebank
 from hf_v0init.gradients.statistics import PassCounts, StatisticsBatch, make_sum_visitor, visit_gradients
 from hf_v0init.gradients.stopping import TOLERANCE, SumsSeen, compute_relative_errors, list_stages, see_sums
-from hf_v0init.initialization.writing import plan_v0, write_data_driven_v0
-from hf_v0init.optimizers.state import draft_state
-from hf_v0init.settings import V0InitArguments
+from hf_v0init.initialization.plan import plan_v0
+from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
+from hf_v0init.trainer.gradients import TrainerGradients
 from hf_v0init.trainer.mixin import V0InitTrainer
 
 BATCH_SIZE = 8
@@ -24,20 +24,12 @@ def _stack(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _make_batches(rows: Sequence[dict]) -> list[StatisticsBatch]:
-    starts = range(0, len(rows), BATCH_SIZE)
-    cut = [rows[start : start + BATCH_SIZE] for start in starts]
-    return [StatisticsBatch(_stack(part), len(part), number) for number, part in enumerate(cut)]
-
-
 def _compute_loss(model: nn.Module, inputs: dict) -> torch.Tensor:
     return model(**inputs).loss
 
 
-def _draft_sums(optimizer, plan) -> dict[nn.Parameter, tuple[torch.Tensor, ...]]:
-    return {
-        p: draft_state(optimizer, p, group, num_tensors=2, for_sums=True).tensors for _, p, group in plan.parameters
-    }
+def _make_sums(plan) -> dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]:
+    return {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, p in plan.named_parameters}
 
 
 def measure_pass_time(conditions: Conditions) -> Row:
@@ -47,17 +39,17 @@ def measure_pass_time(conditions: Conditions) -> Row:
     # and then what ran before, and what it freed, makes differences of 5% between runs of one and the same function.
     data = make_random_sequences(BATCH_SIZE * per_pair, 10_000)
     model = make_gpt2(vocabulary=10_000)
-    settings = {"v0_init": "data_driven", "v0_num_samples": len(data), "v0_stats_batch_size": BATCH_SIZE}
+    settings = {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": BATCH_SIZE}
     arguments = make_arguments(conditions.work_dir, per_device_train_batch_size=BATCH_SIZE, **settings)
     trainer = V0InitTrainer(model=model, args=arguments, train_dataset=data)
-    optimizer = trainer.create_optimizer()
-    plan = plan_v0(optimizer, model)
-    visit = make_sum_visitor(_draft_sums(optimizer, plan))
-    inputs = [trainer._prepare_inputs(batch.inputs) for batch in trainer._make_statistics_batches(None)[0]]
+    plan = plan_v0(trainer.create_optimizer(), model)
+    gradients = TrainerGradients(trainer, trainer.v0_arguments, plan.moments, seed=0)
+    visit = make_sum_visitor(_make_sums(plan))
+    inputs = [trainer._prepare_inputs(batch.inputs) for batch in gradients._make_batches(None)[0]]
     num_items = BATCH_SIZE * inputs[0]["labels"].shape[1]
 
     def run_pass() -> None:
-        trainer._run_statistics_pass(plan.named_parameters, visit)
+        gradients.run(plan.named_parameters, visit)
 
     def run_plainly() -> None:
         model.train()
@@ -71,7 +63,7 @@ def measure_pass_time(conditions: Conditions) -> Row:
         "training's loss and its backward of the same batches",
         measure_pairs(run_pass, run_plainly, num_pairs),
         aim=1.03,
-        note="GPT-2, 4 layers of 128, 8 x 128 tokens a batch, 10,000 words; medians of 9 pairs vary from 1.01 to 1.04 "
+        note="GPT-2, 4 layers of 128, 8 x 128 tokens per batch, 10,000 words; medians of 9 pairs vary from 1.01 to 1.04 "
         "between runs, and were 1.06 to 1.08 with 4,000 words, where a batch is shorter",
     )
 
@@ -95,7 +87,7 @@ def _compare_memory(name: str, model: nn.Module, batch_size: int, what_it_is: st
         def run_pass(named_parameters, visit) -> PassCounts:
             return visit_gradients(model, named_parameters, batches, _compute_loss, visit)
 
-        write_data_driven_v0(optimizer, plan, V0InitArguments(v0_init="data_driven"), 0, run_pass, batch_size)
+        write_v0(plan, estimate_grad_sq_mean(plan, run_pass, batch_size), 1.0)
         return optimizer
 
     def train():
@@ -123,49 +115,6 @@ def _compare_memory(name: str, model: nn.Module, batch_size: int, what_it_is: st
     )
 
 
-def _time_pass(model: nn.Module, batches: Sequence[StatisticsBatch]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters())
-    plan = plan_v0(optimizer, model)
-    visit = make_sum_visitor(_draft_sums(optimizer, plan))
-    return lambda: visit_gradients(model, plan.named_parameters, batches, _compute_loss, visit) and None
-
-
-def _fit_row(
-    name: str, what: str, expected: float, sizes: Sequence[float], passes: Sequence[Callable], rounds: int
-) -> Row:
-    best = [min(seconds) for seconds in zip(*measure_times(passes, rounds), strict=True)]
-    figures = {f"seconds_at_{size:g}": value for size, value in zip(sizes, best, strict=True)}
-    exponent = fit_exponent(sizes, best)
-    note = f"fitted exponent {exponent:.3f}"
-    return Row(name, what, f"an exponent of {expected:g}", [exponent / expected], note=note, figures=figures)
-
-
-def measure_growth(conditions: Conditions) -> list[Row]:
-    """How the pass's time grows with samples, with parameters (by depth), and with processes among which it is dealt out."""
-    rounds = conditions.choose(2, 5)
-    model = make_gpt2(2, 64, vocabulary=256)
-    batches = _make_batches(make_random_sequences(16 * BATCH_SIZE, 256))
-    counts = (2, 4, 8, 16)
-    by_samples = [_time_pass(model, batches[:count]) for count in counts]
-    by_processes = [_time_pass(model, batches[::processes]) for processes in (1, 2, 4, 8)]
-    deep = {depth: make_gpt2(depth, 64, vocabulary=256) for depth in (2, 4, 8, 16)}
-    by_depth = [_time_pass(one, batches[:2]) for one in deep.values()]
-    sizes = [sum(p.numel() for p in one.parameters() if p.dim() > 1) for one in deep.values()]
-    samples = [count * BATCH_SIZE for count in counts]
-    return [
-        _fit_row("growth with samples", "pass time against samples", 1.0, samples, by_samples, rounds),
-        _fit_row("growth with parameters", "pass time against parameters, by depth", 1.0, sizes, by_depth, rounds),
-        _fit_row(
-            "growth with processes",
-            "time of a process's share of the batches, alone",
-            -1.0,
-            (1, 2, 4, 8),
-            by_processes,
-            rounds,
-        ),
-    ]
-
-
 def measure_sample_counts(conditions: Conditions) -> list[Row]:
     """The error of v0 from fewer samples against that from 5,000, and what `--v0_num_samples auto` takes."""
     task = load_translation_task(conditions.data_dir, conditions.work_dir, 29_000)
@@ -189,7 +138,7 @@ def _choose(num_available: int) -> list[int]:
 def _find_errors(name: str, model: nn.Module, data: Sequence, collate: Callable) -> Row:
     """One pass, which is looked at after so many samples as each stage has."""
     plan = plan_v0(torch.optim.AdamW(model.parameters()), model)
-    sums = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, p in plan.named_parameters}
+    sums = _make_sums(plan)
     spacing = {p: max(1, p.numel() // LOOKED_AT) for p in sums}
     visit, counts, seen = make_sum_visitor(sums), PassCounts(), []
     for first, end in list_stages(BATCH_SIZE, len(data)):

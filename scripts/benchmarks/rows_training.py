@@ -2,14 +2,11 @@
 
 import time
 
-import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from benchmarks.measuring import WALL, Conditions, Row, measure_pairs, measure_times
+from benchmarks.measuring import WALL, Conditions, Row, measure_times
 from benchmarks.tasks import make_arguments, make_gpt2, make_random_sequences
 from hf_v0init.diagnostics.callback import V0DiagnosticsCallback
-from hf_v0init.initialization.writing import plan_v0, write_random_v0
-from hf_v0init.settings import V0InitArguments
 from hf_v0init.trainer.mixin import V0InitTrainer
 
 BATCH_SIZE = 8
@@ -33,22 +30,6 @@ class StepClock(TrainerCallback):
         return self.end - self.begin
 
 
-def measure_optimizer_steps(conditions: Conditions) -> Row:
-    """`optimizer.step()` from a written v0, beside that from nothing."""
-    steps = []
-    for with_v0 in (True, False):
-        model = make_gpt2(4, 256)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        if with_v0:
-            write_random_v0(optimizer, plan_v0(optimizer, model), V0InitArguments(v0_init="random"), 0)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        optimizer.step()
-        steps.append(lambda optimizer=optimizer: [optimizer.step() for _ in range(5)] and None)
-    ratios = measure_pairs(*steps, conditions.choose(15, 50))
-    return Row("optimizer steps", "AdamW's step after a v0", "AdamW's step", ratios, aim=1.03, note="1 within noise")
-
-
 def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callbacks=(), **settings) -> float:
     """Train from scratch; return the processor seconds of `num_steps` steps."""
     clock = StepClock()
@@ -69,7 +50,7 @@ def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callback
 def measure_trainer_steps(conditions: Conditions) -> list[Row]:
     """Steps of the Trainer after a v0 beside those of the stock Trainer; and what the diagnostics add to them."""
     num_steps, num_watched = conditions.choose(10, 60), conditions.choose(40, 200)
-    v0 = {"v0_init": "data_driven", "v0_num_samples": 16}
+    v0 = {"v0_init": "data_driven"}
     times = measure_times(
         [
             lambda: _train(conditions, V0InitTrainer, num_steps, **v0),

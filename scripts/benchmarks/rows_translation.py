@@ -51,7 +51,7 @@ def measure_translation(conditions: Conditions) -> list[Row]:
     return [
         Row(
             "translation training",
-            f"tokens a second of run_translation's Trainer, {MAX_TOKENS} tokens a batch",
+            f"tokens per second of run_translation's Trainer, {MAX_TOKENS} tokens per batch",
             "a hand-written loop over the same batches",
             [theirs / ours for ours, theirs in times],
             aim=0.95,
@@ -247,7 +247,7 @@ def measure_generation(conditions: Conditions) -> list[Row]:
                 model.generate(**inputs, max_length=65, num_beams=NUM_BEAMS)
 
     times = measure_times([predict, generate_sorted, predict_with_loss], conditions.choose(3, 5))
-    what = f"sentences a second of run_translation's Trainer, beam {NUM_BEAMS}, {num_sentences} sentences"
+    what = f"sentences per second of run_translation's Trainer, beam {NUM_BEAMS}, {num_sentences} sentences"
     against = "transformers' `generate` in batches sorted by length"
     return [
         Row(

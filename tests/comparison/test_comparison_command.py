@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from rich.console import Console
 from hf_v0init.commands import main as cli
 from hf_v0init.comparison.planning.plan import read_plan
 from hf_v0init.comparison.running import runs as runs_module
-from hf_v0init.comparison.running.folder import lock_folder, write_plan
+from hf_v0init.comparison.running.claims import lock_plan
+from hf_v0init.comparison.running.folder import write_plan
 from hf_v0init.comparison.running.progress import ProgressDisplay, format_seconds
 from hf_v0init.comparison.running.runs import RunQueue
 
@@ -73,7 +75,7 @@ def test_the_command_prints_rules_progress_and_report(comparison):
     code, out, err = run_command(comparison, "--jobs", "2")
     assert (code, err) == (0, "")
     for words in ("Fake\n", "2 runs (2 arms, 1 seeds), of which 0 are over; 2 at a time", "Selection by eval_loss",
-        "charged to v0", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
+        "is charged to it", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
         "RuntimeError: the data are gone", "1 finished, 1 failed.", f"Report: {comparison.folder}/report.html"):  # fmt: skip
         assert words in out, out
     assert (comparison.folder / "report.html").read_text() == "reported"
@@ -103,6 +105,15 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--jobs", "x"), "--jobs"),
         (("--dry_run", "--report_only"), "give one"),
         (("--report_only",), "holds no run of this plan"),
+        (("--report_only", "--list_commands"), "report_only and list_commands each do something else: give one"),
+        (
+            ("--launcher", "pbs"),
+            "launcher='pbs': choose local or slurm; for another scheduler there is --list_commands",
+        ),
+        (("--launcher", "slurm", "--jobs", "2"), "jobs and devices are for runs on this machine"),
+        (("--halving", "--list_commands"), "halving decides seed by seed"),
+        (("--devices", "0,0"), "give each device once"),
+        (("--run", "plain"), "run=plain: the plan has no such run"),
         (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
     ],
 )
@@ -112,6 +123,36 @@ def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
     assert not comparison.folder.exists()
+
+
+def test_the_command_lines_for_another_scheduler_train_the_runs(comparison):
+    comparison.write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
+    code, out, err = run_command(comparison, "--list_commands")
+    lines = [shlex.split(line) for line in out.splitlines()]
+    names = [run.name for run in read_plan(comparison.config).runs]
+    assert (code, err) == (0, "") and [line[line.index("--run") + 1] for line in lines] == names
+    assert (
+        all(line[0] == sys.executable and "--resume_runs" in line for line in lines) and not comparison.folder.exists()
+    )
+    # All at once, as a scheduler would; the first command of a new folder writes the plan.
+    processes = [
+        subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in lines[:3]
+    ]
+    ended = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
+    assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
+    assert not (comparison.folder / "report.html").exists()
+    code, out, _ = run_command(comparison, "--list_commands")
+    assert [shlex.split(line) for line in out.splitlines()] == [lines[3]]
+    assert len(comparison.read_journal()) == 3
+
+
+def test_halving_says_what_it_left_out(comparison):
+    comparison.write([{"v0": ["random 1", "random 2"], "seed": [1, 2]}])
+    code, out, err = run_command(comparison, "--halving")
+    assert (code, err) == (0, "") and "Halving: 3 of 4 runs were trained; 1 of arms and rates in the worse half" in out
+    assert "3 finished, 1 pending." in out and len(comparison.read_journal()) == 3
 
 
 def test_report_only_writes_the_report_and_starts_nothing(comparison):
@@ -148,7 +189,7 @@ def test_report_only_while_another_call_is_at_work_reports_its_plan_and_no_other
     assert (code, err) == (0, "") and "1 finished, 1 running." in out
     comparison.write(behave("plain"))
     code, _, err = run_command(comparison, "--report_only")
-    assert code == 2 and f"another compare (process {first.pid}) is at work there" in err
+    assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
     assert (comparison.folder / "plan.json").read_bytes() == plan
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=30)
@@ -200,20 +241,65 @@ def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_run(comparison):
     assert not (comparison.folder / "report.html").exists()  # nothing to report
 
 
-def test_two_comparisons_in_one_folder(comparison):
+def test_a_run_that_a_killed_call_left_is_ended_and_started_anew(comparison):
     comparison.write(behave("hang_once", "plain"))
     first = start_command(comparison)
     wait_until(lambda: count_ready(comparison) == 1)
-    code, _, err = run_command(comparison)
-    assert code == 2 and f"another compare (process {first.pid}) is at work there" in err and err.count("\n") == 1
-    # The first is killed: its lock is free, and the run it left behind is ended before it starts anew.
     (left,) = [entry["pid"] for entry in comparison.read_journal()]
     first.kill()
     first.communicate(timeout=10)
     assert is_alive(left) and comparison.read_states() == {"behaviour=hang_once 42": "running"}
     code, out, _ = run_command(comparison)
-    assert code == 0 and "Ended what a call that was killed had left running: behaviour=hang_once" in out
+    assert code == 0 and "ended what a call that was killed had left running: behaviour=hang_once" in out
     assert not is_alive(left) and set(comparison.read_states().values()) == {"finished"}
+
+
+def test_two_calls_in_one_folder_train_every_run_once(comparison):
+    """As two machines do that share a folder: each run is claimed by one of them, and both reports are on all."""
+    comparison.write([{"v0": ["zeros", "random"], "seed": list(range(6))}], {"pause": 0.05})
+    calls = [start_command(comparison, "--jobs", "2") for _ in range(2)]
+    ended = [call.communicate(timeout=60) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0] and [err for _, err in ended] == ["", ""]
+    trained = sorted((entry["arm"], int(entry["seed"])) for entry in comparison.read_journal())
+    assert trained == [(arm, seed) for arm in ("random", "zeros") for seed in range(6)]
+    assert list(comparison.read_states().values()) == ["finished"] * 12
+    # Both took part, and each was told of what the other had done.
+    counts = [out.count("finished, step 20") for out, _ in ended]
+    assert min(counts) > 0 and sum(counts) == 12
+    assert any("12 finished." in out for out, _ in ended) and any(
+        "finished, by another call" in out for out, _ in ended
+    )
+    assert (comparison.folder / "report.html").read_text() == "reported"
+
+
+def test_a_call_leaves_what_another_is_training(comparison):
+    comparison.write(behave("hang_once", "plain"))
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    code, out, err = run_command(comparison)
+    assert (code, err) == (0, "") and f"At work in {comparison.folder} too: process {first.pid}." in out
+    assert re.search(rf"Under way in other calls: behaviour=hang_once\S+ \(process {first.pid}\)", out)
+    assert comparison.read_states() == {"behaviour=hang_once 42": "running", "behaviour=plain 42": "finished"}
+    # Another plan would rename or drop runs under the first call's feet.
+    comparison.write(behave("hang_once", "plain", "good"))
+    code, _, err = run_command(comparison)
+    assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+
+
+def test_a_call_takes_over_the_run_of_one_that_is_killed_meanwhile(comparison):
+    comparison.write(behave("hang_once", "plain"), {"pause": 0.5})
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    second = start_command(comparison)
+    wait_until(lambda: comparison.read_states().get("behaviour=plain 42") == "running")
+    first.kill()
+    first.communicate(timeout=10)
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "ended what a call that was killed had left running: behaviour=hang_once" in out
+    assert [entry["behaviour"] for entry in comparison.read_journal()] == ["hang_once", "plain", "hang_once"]
+    assert set(comparison.read_states().values()) == {"finished"}
 
 
 def test_a_process_that_has_the_number_of_a_lost_run_is_left_alone(comparison):
@@ -259,7 +345,7 @@ def test_the_live_table_names_runs_steps_and_losses(comparison):
     assert [format_seconds(s) for s in (0.4, 59, 200, 7500)] == ["0 s", "59 s", "3:20 min", "2:05 h"]
     plan = read_plan(comparison.write([{"seed": [1, 2]}], {"max_steps": 40, "pause": 0.1}).config)
     console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
-    with lock_folder(comparison.folder), ProgressDisplay(console, 2, 0, 1) as display:
+    with lock_plan(comparison.folder), ProgressDisplay(console, 2, 0, 1) as display:
         write_plan(plan, comparison.folder)
         RunQueue(plan, comparison.folder, plan.runs, 1, display).run()
     shown = console.file.getvalue()
@@ -279,7 +365,7 @@ def test_tiny_yaml_end_to_end(tmp_path):
     """Real training on the embedded corpus: three arms, two seeds, the report; a second call only reports."""
     words = [
         sys.executable,
-        "scripts/compare.py",
+        *("-m", "hf_v0init.commands.main", "compare"),
         "configs/compare/tiny.yaml",
         "--output_dir",
         str(tmp_path / "out"),

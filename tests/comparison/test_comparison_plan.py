@@ -1,8 +1,12 @@
 """The plan of a comparison: what its YAML means in flags, which runs a grid has, what is refused."""
 
+import ast
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 
 from hf_v0init.comparison.planning.axes import OPTIMIZERS, parse_optimizer, parse_v0, parse_warmup
 from hf_v0init.comparison.planning.plan import read_plan
-from hf_v0init.comparison.running.launch import make_command, make_flags
+from hf_v0init.comparison.running.launch import SCRIPT_MODULES, compute_script_hash, make_command, make_flags
 from hf_v0init.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +50,9 @@ def plan_of(tmp_path):
         ("first_gradient 1", "first_gradient 1", {"v0_init": "first_gradient", "v0_scale": 1.0}),
         ({"v0_init": "random", "v0_scale": 5, "v0_fan_factor": 2}, "random 5 v0_fan_factor=2", {"v0_init": "random", "v0_scale": 5.0, "v0_fan_factor": 2}),
         ({"name": "mine", "v0_init": "data_driven"}, "mine", {"v0_init": "data_driven", "v0_scale": 1.0}),
-        ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven 1", {"v0_init": "data_driven", "v0_scale": 1.0}),
+        ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven per_sample 1", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 1.0}),
+        ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 10.0}),
+        ("random warmup 0.33", "random warmup 0.33", {"v0_init": "random", "v0_warmup_steps": 0.33}),
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
@@ -61,6 +67,7 @@ def test_words_of_v0(value, name, flags):
         (None, "none", {"warmup_steps": 0}),
         (0, "none", {"warmup_steps": 0}),
         (200, "200", {"warmup_steps": 200}),
+        (0.3, "0.3", {"warmup_steps": 0.3}),
         ("untuned_linear", "untuned_linear", {"warmup_steps": 0, "untuned_warmup": "linear"}),
         ("untuned_exponential", "untuned_exponential", {"warmup_steps": 0, "untuned_warmup": "exponential"}),
         ({"name": "cosine", "lr_scheduler_type": "cosine", "warmup_steps": 7}, "cosine", {"lr_scheduler_type": "cosine", "warmup_steps": 7}),
@@ -78,7 +85,7 @@ def test_words_of_warmup(value, name, flags):
         (parse_v0, "", "no strategy"),
         (parse_v0, "zeros 1", "cannot be read"),
         (parse_v0, "random per_step 1", "cannot be read"),
-        (parse_v0, "random warmup 200", "cannot be read"),
+        (parse_v0, "zeros warmup 200", "cannot be read"),
         (parse_v0, "data_driven warmup 2.5", "whole number"),
         (parse_v0, "data_driven 0", "must be a number > 0"),
         (parse_v0, "data_driven nan", "must be a number > 0"),
@@ -86,7 +93,7 @@ def test_words_of_warmup(value, name, flags):
         (parse_v0, {"v0_init": "zeros", "v0_scale": 1}, "no further flags"),
         (parse_v0, {"v0_init": "random", "v0_scale": "big"}, "v0_scale='big'"),
         (parse_warmup, "linear", "untuned_linear"),
-        (parse_warmup, 0.1, "0.1"),
+        (parse_warmup, 1.5, "a share of the run below 1"),
         (parse_warmup, -5, "-5"),
         (parse_warmup, True, "True"),
         (parse_warmup, {"warmup_steps": 5}, "needs a name"),
@@ -270,6 +277,21 @@ def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkey
         ({"grids": [{"v0": ["data_drivn"]}]}, "did you mean data_driven"),
         ({"grids": [{"warmup_steps": [5]}]}, "belongs to the axis warmup"),
         ({"grids": [{"output_dir": ["x"]}]}, "output_dir is set by the comparison"),
+        ({"grids": [{"lr": [1e-3]}]}, "lr is no axis; did you mean learning_rate?"),
+        ({"grids": [{"seeds": [1, 2]}]}, "seeds is no axis; did you mean seed?"),
+        ({"grids": [{"learning_rates": [1e-3]}]}, "did you mean learning_rate?"),
+        ({"grids": [{"learnin_rate": [1e-3]}]}, "did you mean learning_rate?"),
+        ({"grids": [{"optimizers": ["adamw"]}]}, "did you mean optimizer?"),
+        ({"grids": [{"Warmup": [1]}]}, "did you mean warmup?"),
+        ({"slurm": ["gpu"]}, "slurm: ['gpu'] must be a mapping"),
+        ({"slurm": {"partitoin": "gpu"}}, "unknown key 'partitoin'; did you mean partition?"),
+        ({"slurm": {"time": "soon"}}, "time='soon' must be minutes"),
+        ({"slurm": {"time": 0}}, "time=0 must be minutes"),
+        ({"slurm": {"gpus": -1}}, "gpus=-1 must be a whole number >= 0"),
+        ({"slurm": {"gpus": 4}}, "write launch: torchrun --nproc_per_node 4, or gpus: 1"),
+        ({"slurm": {"memory_gb": 0}}, "memory_gb=0 must be"),
+        ({"slurm": {"setup": {"a": 1}}}, "must be a list of shell lines"),
+        ({"slurm": {"further": ["x"]}}, "must be a mapping of sbatch's options"),
         ({"grids": [{"learning_rate": ["fast"]}]}, "learning_rate: 'fast'"),
         ({"grids": [{"learning_rate": [0]}]}, "learning_rate: 0"),
         ({"grids": [{"seed": [-1]}]}, "seed: -1"),
@@ -327,16 +349,69 @@ def test_a_missing_file_is_named(tmp_path):
         read_plan(tmp_path / "nowhere.yaml")
 
 
-def test_a_package_without_its_scripts_says_so(plan_of, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_v0init.comparison.running.launch.SCRIPTS", tmp_path / "scripts")
-    with pytest.raises(InputError, match="installed without its scripts; give the path"):
-        plan_of(MINIMAL)
+def test_a_user_s_script_is_found_beside_the_file_and_known_by_its_whole_path(plan_of, tmp_path):
     (tmp_path / "mine.py").write_text("")
-    plan = plan_of(MINIMAL, script="mine.py")  # beside the YAML file
-    assert plan.script == str((tmp_path / "mine.py").resolve())
+    assert plan_of(MINIMAL, script="mine.py").script == str((tmp_path / "mine.py").resolve())
+
+
+@pytest.mark.parametrize(
+    ("given", "minutes"),
+    [("90", 90), ("1:30:00", 90), ("0:01", 1), ("1-02", 1560), ("1-02:00:30", 1561), ("12:00", 12)],
+)
+def test_what_is_asked_of_slurm(plan_of, given, minutes):
+    text = f"script: run_clm\ngrids: [{{v0: zeros}}]\nslurm: {{partition: gpu, time: {given}, gpus: 0, setup: module load x}}"
+    settings = plan_of(text).slurm
+    assert (settings.partition, settings.minutes, settings.gpus, settings.setup) == (
+        "gpu",
+        minutes,
+        0,
+        ("module load x",),
+    )
+
+
+def test_several_gpus_of_a_cluster_are_for_launchers(plan_of):
+    assert plan_of(MINIMAL).slurm is None
+    assert plan_of(MINIMAL, launch="accelerate launch --num_processes 4", slurm={"gpus": 4}).slurm.gpus == 4
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize("name", SCRIPT_MODULES)
+def test_the_package_s_scripts_are_modules_that_say_who_they_are(name):
+    """What `python -m`, `accelerate launch -m` and `torchrun -m` will find; the file is the one whose hash is kept."""
+    spec = importlib.util.find_spec(SCRIPT_MODULES[name])
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    assert ast.unparse(tree.body[-1]).startswith("if __name__ == '__main__':\n    run_script(")
+    assert compute_script_hash(name) == hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ("python", ["-m"]),
+        ("python -X dev", ["-X", "dev", "-m"]),
+        ("torchrun --nproc_per_node 2", ["--nproc_per_node", "2", "-m"]),
+        ("deepspeed --num_gpus 2", ["--num_gpus", "2", "--module"]),
+    ],
+)
+def test_launchers_start_a_module_of_the_package_and_a_file_of_the_user_s(tmp_path, monkeypatch, launch, words):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    command = make_command(launch, "run_clm", {}, tmp_path)
+    assert command[1:] == [
+        *words,
+        "hf_v0init.tasks.language_modeling.script",
+        f"--output_dir={tmp_path}",
+        "--v0_record_run=true",
+    ]
+    assert make_command(launch, "/mine/my.py", {}, tmp_path)[1:-2] == [*words[:-1], "/mine/my.py"]
+
+
+@pytest.mark.slow
+def test_a_named_script_runs_outside_of_a_checkout(tmp_path):
+    command = make_command("python", "run_clm", {}, tmp_path / "out")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: no model: give --model_name_or_path" in done.stderr
 
 
 def test_flags_are_written_so_that_scripts_read_them_back():
@@ -355,7 +430,8 @@ def test_flags_are_written_so_that_scripts_read_them_back():
 def test_runs_side_by_side_under_accelerate_get_ports_of_their_own(tmp_path):
     launch = "accelerate launch --num_processes 2"
     words = [make_command(launch, "run_clm", {}, tmp_path, jobs)[1:6] for jobs in (1, 2)]
-    assert words[0][:3] == ["launch", "--num_processes", "2"] and words[0][3].endswith("run_clm.py")
+    module = ["-m", "hf_v0init.tasks.language_modeling.script"]
+    assert words[0] == ["launch", "--num_processes", "2", *module]
     assert words[1] == ["launch", "--num_processes", "2", "--main_process_port", "0"]
     own = make_command(f"{launch} --main_process_port 7", "run_clm", {}, tmp_path, jobs=2)
     assert own[1:6] == ["launch", "--num_processes", "2", "--main_process_port", "7"]
@@ -411,6 +487,19 @@ def test_each_optimizer_word_makes_that_optimizer_with_the_run_s_settings(plan_o
         trainer.lr_scheduler.step()
     warmed_up = [0.5] * 6 if name == "schedule_free" else [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert rates == pytest.approx(warmed_up)
+
+
+def test_a_warmup_below_1_is_that_share_of_the_run(plan_of, tmp_path, gpt2, sequences):
+    (run,) = plan_of(
+        MINIMAL, arguments={"lr_scheduler_type": "constant"}, grids=[{"warmup": 0.3, "learning_rate": 0.5}]
+    ).runs
+    assert (run.arm, run.arguments["lr_scheduler_type"]) == ("warmup 0.3", "constant_with_warmup")
+    trainer = make_trainer(run, tmp_path, gpt2, sequences)  # of 20 steps
+    rates = []
+    for _ in range(8):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([0.5 * min(1.0, t / 6) for t in range(8)])
 
 
 @pytest.mark.parametrize(

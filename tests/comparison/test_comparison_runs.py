@@ -1,7 +1,9 @@
 """The runs of a comparison: started in order, some at a time, judged by what they leave, not repeated."""
 
+import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 
 from hf_v0init.comparison.reading.results import read_comparison
 from hf_v0init.comparison.running import runs as runs_module
-from hf_v0init.comparison.running.folder import lock_folder
+from hf_v0init.comparison.running.claims import lock_plan
 from hf_v0init.comparison.running.launch import count_cores, make_environment
 from hf_v0init.comparison.running.run_state import LossTrace, find_error_line, judge_run, remove_models
 from hf_v0init.errors import InputError
@@ -54,14 +56,16 @@ def test_runs_go_in_order_and_leave_what_they_were_made_with(comparison):
     assert {f"--output_dir={folder}/output", "--v0_record_run=true", "--v0_scale=100.0", "--seed=2"} <= set(
         record["command"]
     )
+    assert (
+        record["host"] == platform.node() and record["script_hash"] == hashlib.sha256(FAKE_SCRIPT.encode()).hexdigest()
+    )
     assert record["versions"]["torch"] and record["hardware"]["cores"] == os.cpu_count() and record["seconds"] > 0
     assert (folder / "log.txt").read_text() == "done\n" and "pid" not in record
 
 
 def test_jobs_run_side_by_side_with_their_share_of_the_cores(comparison, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    told = comparison.write([{"seed": [1, 2, 3, 4, 5, 6]}], {"pause": 0.1}).run(jobs=3)
+    told = comparison.write([{"seed": [1, 2, 3, 4, 5, 6]}], {"pause": 0.1}).run(jobs=3, devices=("4", "7"))
     assert told.most_active == 3
     environments = [entry["env"] for entry in comparison.read_journal()]
     assert {e["OMP_NUM_THREADS"] for e in environments} == {str(max(1, count_cores() // 3))}
@@ -98,7 +102,9 @@ def test_threads_and_devices_that_are_the_user_s_or_the_launcher_s(monkeypatch):
         ("fail", "6,4,3", "failed", "RuntimeError: the data are gone"),
         ("killed", "6,4,3", "failed", "ended by signal SIGKILL, out of memory?"),
         ("refuse", "6,4,3", "failed", "error: --behaviour=refuse: choose another"),
-        ("no_metric", "6,4,3", "failed", "the script ended well but left no eval_loss in all_results.json; does it evaluate at the end (do_eval)?"),
+        ("no_metric", "6,4,3", "failed", "the script ended well but left no eval_loss, neither in all_results.json nor in its log; let it evaluate, by eval_strategy: steps in `arguments` or trainer.evaluate() at the end of the script"),
+        ("plain_evaluate", "6,4,3", "finished", None),  # the metric is in the log alone
+        ("plain_evaluate", "6,4,7", "diverged", "the final validation loss, 7, is above the validation loss at the start, 6"),
     ],
 )  # fmt: skip
 def test_states_and_reasons(comparison, behaviour, losses, state, reason):
@@ -240,7 +246,7 @@ def test_folders_of_something_else_are_refused_and_left_alone(comparison):
         comparison.run()
     comparison.write(behave("other", "plain"), title="Another")  # shares a run with it
     assert [end[0] for end in comparison.run().ends] == ["behaviour=other"]
-    with pytest.raises(InputError, match="cannot be written"), lock_folder(Path("/proc/compare")):
+    with pytest.raises(InputError, match="cannot be written"), lock_plan(Path("/proc/compare")):
         pass
 
 
@@ -287,6 +293,70 @@ def test_a_run_that_was_cut_off_goes_on_from_its_newest_whole_checkpoint_if_aske
     assert record["state"] == "finished" and record["resumed_from"] == ["checkpoint-20"] and record["seconds"] > 1000.0
     assert (folder / "log.txt").read_text() == "before\ndone\n" and newest.exists()
     assert "resume_from_checkpoint" not in record["arguments"]
+
+
+def cut_off(comparison, step=20, **record):
+    """Mark the one run as cut off after its checkpoint of this step; return its folder and its record."""
+    (earlier,) = comparison.read_records().values()
+    folder = comparison.folder / "runs" / earlier["name"]
+    (folder / "record.json").write_text(json.dumps({**earlier, "state": "interrupted", "seconds": 1000.0, **record}))
+    write_checkpoint(folder / "output", step)
+    return folder, earlier
+
+
+@pytest.mark.parametrize("pause", [0.3, 0.0])  # noticed while it runs, or when it has ended already
+def test_a_script_that_cannot_resume_is_noticed(comparison, monkeypatch, pause):
+    comparison.write(behave("plain"), {"losses": "6,5,4,3"}).run()
+    folder, _ = cut_off(comparison)
+    script = comparison.root / "fake.py"
+    script.write_text(
+        FAKE_SCRIPT.replace('behaviour == "cannot_resume"', "True").replace('flags.get("pause", 0)', str(pause))
+    )
+    monkeypatch.setattr(runs_module, "POLL_SECONDS", 0.01 if pause else 1.5)
+    told = comparison.run(resume=True)
+    monkeypatch.setattr(runs_module, "POLL_SECONDS", 0.01)
+    warning = next(warning for warning in told.warnings if "was told to go on" in warning)
+    assert "from checkpoint-20 and began at step 0 again" in warning and "fake.py does not resume" in warning
+    assert "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)" in warning
+    record = json.loads((folder / "record.json").read_text())
+    assert record["state"] == "finished" and record["cannot_resume"] and not record.get("resumed_from")
+    assert record["seconds"] < 100.0  # not those before it was cut off: it is one whole run
+    last = comparison.read_journal()[1:]
+    # While it runs it is ended and started in an emptied folder, so that nothing is left of the first attempt.
+    assert [entry["checkpoint"] is not None for entry in last] == ([True, False] if pause else [True])
+    assert (folder / "output" / "checkpoint-20").exists() is not bool(pause)
+    # Cut off again, it starts anew at once.
+    cut_off(comparison, step=30)
+    assert not [w for w in comparison.run(resume=True).warnings if "was told to go on" in w]
+    assert comparison.read_journal()[-1]["checkpoint"] is None
+
+
+def test_a_log_that_was_cut_back_too_far_is_a_script_that_cannot_resume(comparison, monkeypatch):
+    """Of scripts that leave no fingerprint."""
+    script = comparison.root / "fake.py"
+    script.write_text(FAKE_SCRIPT.replace("if not resumed_at:", "if False:").replace('flags.get("pause", 0)', "0.2"))
+    comparison.write(behave("cannot_resume"), {"losses": "6,5,4,3"}).run()
+    folder, _ = cut_off(comparison)
+    told = comparison.run(resume=True)
+    assert any("began at step 0 again" in warning for warning in told.warnings)
+    assert json.loads((folder / "record.json").read_text())["cannot_resume"]
+
+
+def test_a_script_file_that_has_changed_between_runs_is_noticed_by_its_hash(comparison):
+    comparison.write(behave("plain", "good")).run()
+    comparison.write(behave("plain", "good", "other"))
+    assert comparison.run().warnings == []
+    comparison.write(behave("plain", "good", "other", "fourth"))
+    (comparison.root / "fake.py").write_text(FAKE_SCRIPT + "# another\n")
+    (warning,) = comparison.run().warnings
+    assert "fake.py has changed since 3 of the runs were made (behaviour" in warning
+    assert f"delete their folders in {comparison.folder}/runs" in warning
+    # And one that changes while the comparison goes on.
+    comparison.folder = comparison.root / "second"
+    script = comparison.root / "fake.py"
+    script.write_text(FAKE_SCRIPT + "open(__file__, 'a').write('#')\n")
+    told = comparison.write([{"seed": [1, 2, 3]}]).run()
+    assert ["since 1 of the runs" in told.warnings[0], "since 2 of the runs" in told.warnings[1]] == [True, True]
 
 
 def test_a_run_with_nothing_to_go_on_from_starts_anew(comparison):
@@ -374,6 +444,53 @@ def test_a_refused_first_run_stops_everything_and_is_tried_again(comparison):
     script = comparison.root / "fake.py"
     script.write_text(FAKE_SCRIPT.replace('if behaviour == "refuse"', "if False"))
     assert [end[2] for end in comparison.run().ends] == ["finished"] * 3
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+@pytest.mark.parametrize(
+    ("exchange", "words"),
+    [
+        ({}, "the first run failed before it had logged anything: ValueError: Some specified arguments are not used by the HfArgumentParser"),
+        ({"raise ValueError(": "import argparse; argparse.ArgumentParser(prog='my.py').error("}, "the first run was refused: my.py: error: Some specified"),
+        ({"raise ValueError(": "sys.exit("}, "the first run failed before it had logged anything: Some specified"),
+    ],
+    ids=["HfArgumentParser", "argparse", "sys.exit"],
+)  # fmt: skip
+def test_a_wrong_flag_is_found_by_one_start(comparison, exchange, words, jobs):
+    text = FAKE_SCRIPT
+    for old, new in exchange.items():
+        text = text.replace(old, new)
+    (comparison.root / "fake.py").write_text(text)
+    comparison.write([{"seed": list(range(20))}], {"behaviour": "no_start"})
+    with pytest.raises(InputError, match=re.escape(words)):
+        comparison.run(jobs=jobs)
+    assert len(comparison.read_journal()) == 1 and comparison.read_states() == {"zeros 0": "interrupted"}
+
+
+def test_a_later_run_that_fails_before_its_first_step_is_that_run_s_failure(comparison):
+    told = comparison.write(behave("plain", "no_start", "good")).run(jobs=2)
+    assert sorted(end[2] for end in told.ends) == ["failed", "finished", "finished"]
+
+
+def test_what_a_run_did_not_leave_is_said_once(comparison):
+    told = comparison.write([{"behaviour": ["early_evaluate"], "v0": ["zeros", "random"], "seed": [1, 2]}]).run()
+    (early,) = told.warnings
+    assert "was last evaluated at step 10, and training went on to step 20: its eval_loss is of step 10" in early
+    comparison.folder = comparison.root / "second"
+    told = comparison.write([{"behaviour": ["no_v0_report"], "v0": ["zeros", "random"], "seed": [1, 2]}]).run()
+    (unknown,) = told.warnings
+    assert re.match(
+        r"random-100\S*_seed1_\w+ left no v0_init.json, so what its v0 cost is unknown: the report charges", unknown
+    )
+    charged = {run.v0: run.v0_extra_steps for run in read_comparison(comparison.folder).runs}
+    assert charged == {"zeros": 0.0, "random 100": None}
+
+
+def test_a_metric_of_another_name_is_suggested(comparison):
+    with pytest.raises(
+        InputError, match=r"left no evil_loss, .*did you mean eval_loss\?; it left eval_loss, predict_bleu: name one"
+    ):
+        comparison.write([{"seed": [1, 2]}], metric="evil_loss").run()
 
 
 def test_a_first_run_without_the_metric_stops_everything(comparison):

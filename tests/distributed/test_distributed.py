@@ -12,21 +12,26 @@ import torch
 SCRIPT = Path(__file__).parents[1] / "launched" / "train.py"
 TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
 
+PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample", "max_steps": 1}
 RUNS = {
     "stock": {"stock": True, "max_steps": 20},
     "zeros": {"v0_init": "zeros", "max_steps": 20},
     "stock_accumulate": {"stock": True, "max_steps": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "zeros_accumulate": {"v0_init": "zeros", "max_steps": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
-    "random": {"v0_init": "random", "max_steps": 1, "max_grad_norm": 0.0},
-    "data_driven": {"v0_init": "data_driven", "max_steps": 1, "max_grad_norm": 0.0},
-    "data_driven_batches": {"v0_init": "data_driven", "v0_stats_batch_size": 4, "max_steps": 1, "num_samples": 37},
-    "first_gradient": {"v0_init": "first_gradient", "max_steps": 1, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2},
-    "one_sample": {"v0_init": "data_driven", "max_steps": 1, "num_samples": 1},
-    "uneven": {"v0_init": "data_driven", "max_steps": 1, "num_samples": 35, "v0_stats_batch_size": 8},
-    "fails": {"v0_init": "data_driven", "max_steps": 1, "fails": True},
-    "nan": {"v0_init": "data_driven", "max_steps": 1, "fails": True, "run_name": "nan"},
-    "nan_gradient": {"v0_init": "data_driven", "max_steps": 1, "fails": True, "run_name": "nan_gradient"},
+    "random": {"v0_init": "random", "max_steps": 1},
+    "data_driven": PER_SAMPLE | {"max_grad_norm": 0.0},
+    "data_driven_batches": PER_SAMPLE | {"v0_stats_batch_size": 4, "num_samples": 37},
+    "first_gradient": {"v0_init": "first_gradient", "max_steps": 1, "gradient_accumulation_steps": 2},
+    "per_step": {"v0_init": "data_driven", "v0_measure_steps": 3, "max_steps": 5, "dropout": 0.0, "logging_steps": 1},
+    "one_sample": PER_SAMPLE | {"num_samples": 1},
+    "uneven": PER_SAMPLE | {"num_samples": 35, "v0_stats_batch_size": 8},
+    "gathers": PER_SAMPLE | {"num_samples": 41, "trainer": "gathers", "dropout": 0.0},
+    "fails": PER_SAMPLE | {"trainer": "fails"},
+    "nan": PER_SAMPLE | {"trainer": "fails", "run_name": "nan"},
+    "nan_gradient": PER_SAMPLE | {"trainer": "fails", "run_name": "nan_gradient"},
+    "nan_gradient_of_a_step": {"v0_init": "data_driven", "max_steps": 2, "trainer": "nan_step"},
 }  # fmt: skip
+FAILING = ("fails", "nan", "nan_gradient", "nan_gradient_of_a_step")
 
 
 def launch(num_processes: int, runs: dict, folder: Path, script: Path = SCRIPT) -> dict[str, list[dict]]:
@@ -49,7 +54,9 @@ def launch(num_processes: int, runs: dict, folder: Path, script: Path = SCRIPT) 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    one = {name: run for name, run in RUNS.items() if "fails" not in run and "stock" not in run}
+    one = {name: run for name, run in RUNS.items() if name not in FAILING and "stock" not in run}
+    # The same global batch on one process: what the Trainer counts per process is doubled.
+    one["per_step"] = one["per_step"] | {"per_device_train_batch_size": 8}
     return {1: launch(1, one, folder / "1"), 2: launch(2, RUNS, folder / "2")}
 
 
@@ -65,7 +72,8 @@ def test_zeros_is_the_stock_trainer_bit_for_bit(results, suffix):
 
 
 @pytest.mark.parametrize(
-    "name", ["random", "data_driven", "data_driven_batches", "first_gradient", "uneven", "one_sample"]
+    "name",
+    ["random", "data_driven", "data_driven_batches", "first_gradient", "uneven", "one_sample", "per_step", "gathers"],
 )
 def test_v0_is_the_same_on_every_rank_bit_for_bit(results, name):
     first, second = results[2][name]
@@ -79,7 +87,7 @@ def test_random_v0_does_not_depend_on_the_number_of_processes(results):
     assert all(torch.equal(v0, two["v0"][key]) for key, v0 in one["v0"].items())
 
 
-@pytest.mark.parametrize("name", ["data_driven", "data_driven_batches", "uneven", "one_sample"])
+@pytest.mark.parametrize("name", ["data_driven", "data_driven_batches", "uneven", "one_sample", "gathers"])
 def test_data_driven_v0_equals_one_process_on_the_same_samples(results, name):
     """Dropout included: it is seeded by batch. fp32 sums in another order: 1e-6 relative, of the tensor's largest v0."""
     one, two = results[1][name][0], results[2][name][0]
@@ -89,9 +97,27 @@ def test_data_driven_v0_equals_one_process_on_the_same_samples(results, name):
         assert one["report"][figure] == two["report"][figure]
 
 
+def test_per_step_is_the_mean_square_of_the_reduced_gradients_and_that_of_one_process(results):
+    for saved in results[2]["per_step"]:
+        for key, v0 in saved["v0"].items():
+            expected = sum(g[key].double().square() for g in saved["gradients"][:3]) / 3
+            torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0)
+    one, two = results[1]["per_step"][0], results[2]["per_step"][0]
+    assert len(one["v0"]) == 10 and one["report"]["measure_steps"] == two["report"]["measure_steps"] == 3
+    for key, v0 in one["v0"].items():  # the same samples in a step; sums in another order
+        torch.testing.assert_close(two["v0"][key], v0, rtol=1e-4, atol=1e-6 * v0.max().item())
+
+
+def test_a_loss_that_gathers_is_computed_as_often_on_every_process(results):
+    """41 batches for two processes: one of them runs one more that does not count, or the other would wait for ever."""
+    first, second = (saved["num_losses"] for saved in results[2]["gathers"])
+    assert first == second
+    assert results[2]["gathers"][0]["report"]["num_samples"] == 41
+
+
 def test_samples_are_counted_over_all_processes(results):
     assert results[2]["data_driven_batches"][0]["report"]["num_samples"] == 37
-    assert results[2]["data_driven_batches"][0]["report"]["num_batches"] == 10  # nine of 4 and one of 1
+    assert results[2]["data_driven_batches"][0]["report"]["num_batches"] == 9  # eight of 4 and one of 5
     assert results[2]["one_sample"][1]["report"]["num_samples"] == 1
 
 
@@ -116,12 +142,17 @@ def test_the_pass_costs_one_reduction_of_two_numbers_a_parameter(results):
     saved = results[2]["data_driven"][0]
     calls, num_bytes = saved["all_reduces"]
     assert calls == 2
-    assert num_bytes == 2 * 4 * saved["report"]["num_elements_with_v0"] + 8 * (3 + 2)
+    assert num_bytes == 2 * 4 * saved["report"]["num_elements_with_v0"] + 8 * (4 + 2)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("fails", "disk full on this one"), ("nan", "loss is nan in batch 5"), ("nan_gradient", "not finite")],
+    [
+        ("fails", "disk full on this one"),
+        ("nan", "loss is nan in batch 5"),
+        ("nan_gradient", "not finite"),
+        ("nan_gradient_of_a_step", "the gradient of parameter 'transformer.wte.weight' is not finite"),
+    ],
 )
 def test_an_error_on_one_rank_stops_all_with_that_error_and_writes_nothing(results, name, words):
     for saved in results[2][name]:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_v0init import V0InitArguments
-from hf_v0init.distributed.parts import BLOCK_NUMEL
+from hf_v0init.distributed.draws import BLOCK_NUMEL
 from hf_v0init.gradients.statistics import CAST_BLOCK_NUMEL, REDUCTION_BUCKET_NUMEL, PassCounts, reduce_sums
 from hf_v0init.initialization import writing as initialization
 from hf_v0init.initialization.writing import V0Plan, write_data_driven_v0, write_random_v0

@@ -22,7 +22,7 @@ from conftest import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_v0init import InputError
-from hf_v0init.optimizers.deepspeed import adapt_optimizer
+from hf_v0init.optimizers.deepspeed import find_partitions
 from hf_v0init.trainer.supported_runs import require_supported_run
 
 FOLDER = Path(__file__).parents[1] / "launched"
@@ -34,22 +34,22 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0}
-DATA_DRIVEN = ONE_STEP | {"v0_init": "data_driven", "v0_stats_batch_size": 4}
+DATA_DRIVEN = ONE_STEP | {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 4}
 RUNS = {
     "random": ONE_STEP | {"v0_init": "random"},
     "data_driven": DATA_DRIVEN,
     "one_by_one": DATA_DRIVEN | {"v0_stats_batch_size": 1, "v0_num_samples": 12},
-    "per_step": DATA_DRIVEN | {"v0_statistic": "per_step"},  # on 2 and 4 processes of 4 and 2 samples a step
+    "per_step": {"v0_init": "data_driven", "v0_measure_steps": 3, "max_steps": 4},  # clipped, of 8 samples on any number
     "short_last_batch": DATA_DRIVEN | {"v0_stats_batch_size": 8, "num_samples": 35},
     "fewer_rows_than_processes": DATA_DRIVEN | {"v0_stats_batch_size": 3, "num_samples": 5},
-    "one_sample": ONE_STEP | {"v0_init": "data_driven", "num_samples": 1},
-    "floor": DATA_DRIVEN | {"v0_floor": 0.01},
+    "one_sample": DATA_DRIVEN | {"num_samples": 1},
     "one_dimensional": DATA_DRIVEN | {"v0_one_dimensional": True},
     "loss_ignores_items": DATA_DRIVEN | {"trainer": "rows_mean"},
     "loss_without_items": DATA_DRIVEN | {"trainer": "sample_mean"},
     "first_gradient": ONE_STEP | {"v0_init": "first_gradient", "gradient_accumulation_steps": 2},
 }  # fmt: skip
-SAME_AS_ONE_PROCESS = [name for name in RUNS if name not in ("random", "first_gradient")]
+OF_A_STEP = ("per_step", "first_gradient")
+SAME_AS_ONE_PROCESS = [name for name in RUNS if name != "random"]
 AT_FOUR = [
     "random", "data_driven", "one_by_one", "per_step", "fewer_rows_than_processes", "loss_ignores_items", "first_gradient",
 ]  # fmt: skip
@@ -61,7 +61,6 @@ FAILURES = {
         "the loss is nan in batch 2 of the gradient statistics",
     ),
 }
-KEPT = {"v0_init": "random", "max_steps": 3, "dropout": 0.2}
 AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": AUTO | {"torch_adam": True}}}
 REFUSED = {
@@ -128,8 +127,7 @@ def launch_modes(num_processes: int, modes: list[str], names, folder: Path, mode
 
 
 def expect_failures(mode: str) -> dict:
-    kept = {"kept": KEPT, "kept_unmeasured": KEPT | {"trainer": "unmeasured"}}
-    runs = {name: run for name, (run, _) in FAILURES.items()} | kept
+    runs = {name: run for name, (run, _) in FAILURES.items()}
     return {f"{mode}.{name}": run | {"mode": mode} for name, run in runs.items()}
 
 
@@ -190,8 +188,10 @@ PLACES = [
 ]
 
 
-def assert_equal_v0(ranks: list[dict], expected: dict[str, torch.Tensor], exact: bool = False) -> None:
-    """fp32 sums in another order: 1e-6 relative, of the tensor's largest v0 for those much smaller."""
+def assert_equal_v0(
+    ranks: list[dict], expected: dict[str, torch.Tensor], exact: bool = False, rtol: float = 1e-6
+) -> None:
+    """fp32 sums in another order: `rtol` relative, of the tensor's largest v0 for those much smaller."""
     assert [saved["error"] for saved in ranks] == [None] * len(ranks)
     for saved in ranks:
         # A flat partition of ZeRO holds vectors beside matrices: they start at zero, as without state.
@@ -200,25 +200,26 @@ def assert_equal_v0(ranks: list[dict], expected: dict[str, torch.Tensor], exact:
             if exact:
                 assert torch.equal(saved["v0"][name], v0), name
             else:
-                torch.testing.assert_close(saved["v0"][name], v0, rtol=1e-6, atol=1e-6 * v0.max().item())
+                torch.testing.assert_close(saved["v0"][name], v0, rtol=rtol, atol=rtol * v0.max().item())
 
 
 def assert_recurrence(saved: dict, rtol: float = 1e-6) -> None:
-    assert len(saved["moments"]) == len(saved["gradients"]) == NUM_PARAMETERS
+    assert len(saved["moments"]) == len(saved["gradients"][-1]) == NUM_PARAMETERS
     for name, v1 in saved["moments"].items():
-        g = saved["gradients"][name].double()
+        g = saved["gradients"][-1][name].double()
         v0 = saved["v0"].get(name, torch.zeros_like(g)).double()
         torch.testing.assert_close(v1.double(), 0.999 * v0 + 0.001 * g.square(), rtol=rtol, atol=1e-20)
 
 
 def test_fsdp2_gives_the_v0_of_one_process_and_stops_together_on_an_error(tmp_path, model_folder, alone):
-    """The fast one: a random and a data-driven run on two processes, and an error on one of them."""
-    runs = {name: RUNS[name] | {"mode": "fsdp2"} for name in ("random", "data_driven")}
+    """The fast one: runs of each strategy on two processes, and an error on one of them."""
+    runs = {name: RUNS[name] | {"mode": "fsdp2"} for name in ("random", "data_driven", "per_step")}
     runs["after_forward"] = FAILURES["after_forward"][0] | {"mode": "fsdp2"}
     saved = launch(2, runs, tmp_path / "runs", model_folder)
     assert [rank["num_sharded"] for rank in saved["random"]] == [NUM_PARAMETERS] * 2
     assert_equal_v0(saved["random"], alone["random"]["v0"], exact=True)
     assert_equal_v0(saved["data_driven"], alone["data_driven"]["v0"])
+    assert_equal_v0(saved["per_step"], alone["per_step"]["v0"], rtol=1e-5)
     assert_recurrence(saved["data_driven"][1])
     for rank in saved["after_forward"]:
         assert "disk full on this one" in rank["error"]
@@ -246,15 +247,16 @@ def test_data_driven_v0_is_that_of_one_process(sharded, alone, mode, num_process
     if num_processes == 4 and name not in AT_FOUR:
         pytest.skip("run on two processes only")
     ranks = sharded(mode, num_processes)[name]
-    assert_equal_v0(ranks, alone[name]["v0"])
+    assert_equal_v0(ranks, alone[name]["v0"], rtol=1e-5 if name in OF_A_STEP else 1e-6)
     for figure in ("num_samples", "num_batches", "num_zero_elements", "without_gradient", "num_elements_with_v0"):
         assert ranks[0]["report"][figure] == alone[name]["report"][figure]
     for figure in ("v0_mean", "v0_max", "mean_loss", "effective_batch_size"):
-        assert ranks[0]["report"][figure] == pytest.approx(alone[name]["report"][figure], rel=1e-6)
+        expected = alone[name]["report"][figure]
+        assert ranks[0]["report"][figure] == (None if expected is None else pytest.approx(expected, rel=1e-5))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["random", "data_driven", "first_gradient"])
+@pytest.mark.parametrize("name", ["random", "data_driven", "first_gradient", "per_step"])
 @pytest.mark.parametrize(("mode", "num_processes"), PLACES)
 def test_every_process_reports_and_steps_alike(sharded, mode, num_processes, name):
     ranks = sharded(mode, num_processes)[name]
@@ -265,13 +267,22 @@ def test_every_process_reports_and_steps_alike(sharded, mode, num_processes, nam
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", OF_A_STEP)
 @pytest.mark.parametrize(("mode", "num_processes"), PLACES)
-def test_first_gradient_is_that_of_the_first_step(sharded, mode, num_processes):
-    for saved in sharded(mode, num_processes)["first_gradient"]:
-        assert saved["report"]["num_samples"] == 16  # 8 a micro-batch over all processes, 2 micro-batches
-        for name, v0 in saved["v0"].items():
-            expected = saved["gradients"][name].square()
-            torch.testing.assert_close(v0, expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+def test_v0_is_the_mean_square_of_the_first_steps_reduced_gradients(sharded, mode, num_processes, name):
+    for saved in sharded(mode, num_processes)[name]:
+        steps = saved["gradients"]
+        assert len(steps) == (3 if name == "per_step" else 1)
+        clipped = RUNS[name].get("max_grad_norm", 1.0) > 0 and mode.startswith("zero")
+        for key in (k for k, v in saved["v0"].items() if v.dim() >= 2):
+            expected = sum(clip(step)[key].square() if clipped else step[key].square() for step in steps) / len(steps)
+            torch.testing.assert_close(saved["v0"][key], expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+
+
+def clip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ZeRO clips inside its step, after these were read."""
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    return {name: g / max(1.0, norm.item() + 1e-6) for name, g in gradients.items()}
 
 
 FAILING_PLACES = [
@@ -290,16 +301,6 @@ def test_an_error_on_one_process_stops_all_with_that_error_and_writes_nothing(sh
         assert FAILURES[name][1] in saved["error"]
         assert saved["num_states"] == 0
         assert saved["report"] is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "num_processes"), FAILING_PLACES)
-def test_a_look_at_the_gradients_changes_no_bit_of_the_training(sharded, mode, num_processes):
-    """Three steps with dropout, with the measured batch beside them and without it."""
-    runs = sharded(mode, num_processes)
-    for looked, unlooked in zip(runs["kept"], runs["kept_unmeasured"], strict=True):
-        assert looked["report"]["measured_ratio"] is not None and unlooked["report"]["measured_ratio"] is None
-        assert all(torch.equal(w, unlooked["weights"][name]) for name, w in looked["weights"].items())
 
 
 @pytest.mark.slow
@@ -327,7 +328,7 @@ def test_accelerates_fsdp2_plugin_and_bf16(tmp_path, model_folder, alone):
     for name in runs:
         assert_recurrence(saved[name][0])
     for name, v0 in saved["first_gradient"][0]["v0"].items():
-        expected = saved["first_gradient"][0]["gradients"][name].square()
+        expected = saved["first_gradient"][0]["gradients"][0][name].square()
         torch.testing.assert_close(v0, expected, rtol=1e-5, atol=1e-6 * expected.max().item())
     for name, v0 in alone["data_driven"]["v0"].items():
         torch.testing.assert_close(saved["bf16"][0]["v0"][name], v0, rtol=0.1, atol=0.02 * v0.max().item())
@@ -343,9 +344,15 @@ def test_accelerates_fsdp2_plugin_and_bf16(tmp_path, model_folder, alone):
     ],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one_and_takes_no_v0_again(tmp_path, model_folder, how):
-    run = DATA_DRIVEN | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | how
-    runs = {"through": run, "resumed": run | {"resume_from": "through/out/checkpoint-2"}}
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2} | how
+    runs = {}
+    for name, run in (("", DATA_DRIVEN), ("_measuring", {"v0_init": "data_driven", "v0_measure_steps": 3})):
+        runs[f"through{name}"] = run | saving
+        runs[f"resumed{name}"] = run | saving | {"resume_from": f"through{name}/out/checkpoint-2"}
     saved = launch(2, runs, tmp_path / "runs", model_folder)
+    for through, resumed in zip(saved["through_measuring"], saved["resumed_measuring"], strict=True):
+        assert all(torch.equal(w, resumed["weights"][name]) for name, w in through["weights"].items())
+        assert resumed["report"]["parameters"] == through["report"]["parameters"]
     for through, resumed in zip(saved["through"], saved["resumed"], strict=True):
         assert all(torch.equal(w, resumed["weights"][name]) for name, w in through["weights"].items())
         assert resumed["report"] == saved["through"][0]["report"]  # the main process's, with its seconds
@@ -428,6 +435,12 @@ def test_without_a_trainer_v0_is_that_of_one_process(plain, plain_alone, kind, n
         assert any("Shard" in placement for placement in saved["placements"].values())
         for name, v0 in plain_alone["random"].items():
             assert torch.equal(saved["random"][name], v0), name
+        for name, v0 in plain_alone["steps"]["data_driven"]["v0"].items():
+            torch.testing.assert_close(
+                saved["steps"]["data_driven"]["v0"][name], v0, rtol=1e-5, atol=1e-5 * v0.max().item()
+            )
+            g = saved["steps"]["data_driven"]["gradients"][name]
+            torch.testing.assert_close(saved["steps"]["data_driven"]["v0"][name], g.square(), rtol=1e-5, atol=1e-20)
         for name, v0 in plain_alone["data_driven"].items():
             torch.testing.assert_close(saved["data_driven"][name], v0, rtol=1e-6, atol=1e-6 * v0.max().item())
         assert saved["report"]["num_samples"] == 22
@@ -441,11 +454,14 @@ def test_without_a_trainer_v0_is_that_of_one_process(plain, plain_alone, kind, n
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_v0_survives_a_distributed_checkpoint(plain, num_processes):
-    for saved in (rank["checkpoint"] for rank in plain(num_processes)):
-        assert len(saved["written"]) == NUM_PARAMETERS
-        assert all(torch.equal(v0, saved["loaded"][name]) for name, v0 in saved["written"].items())
-        kept_on, loaded = saved["steps"]
-        assert all(torch.equal(w, loaded[name]) for name, w in kept_on.items())
+    for name, count in (("written", NUM_PARAMETERS), ("measuring", 16)):
+        for saved in (rank["checkpoint"][name] for rank in plain(num_processes)):
+            with_v0 = {key: v for key, v in saved["saved"].items() if v.any()}
+            assert len(with_v0) == count
+            assert all(torch.equal(v, saved["loaded"][key]) for key, v in with_v0.items())
+            kept_on, loaded = saved["steps"]
+            assert all(torch.equal(w, loaded[key]) for key, w in kept_on.items())
+            assert saved["moved"] and saved["report"] == (name == "measuring")
 
 
 @pytest.mark.slow
@@ -495,4 +511,4 @@ def test_parallelism_without_whole_samples_or_tensors_is_refused(settings, words
 
 def test_other_optimizers_are_not_taken_for_deepspeeds():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 2))])
-    assert adapt_optimizer(optimizer) is optimizer
+    assert find_partitions(optimizer) is None

@@ -1,15 +1,9 @@
 import pytest
 import torch
 
-from hf_v0init.distributed.parts import (
-    BLOCK_NUMEL,
-    Fragment,
-    clean_parameter_name,
-    compute_block_seed,
-    compute_figures,
-    draw_standard_normal_,
-    find_pieces,
-)
+from hf_v0init.distributed.draws import BLOCK_NUMEL, compute_block_seed, draw_standard_normal_
+from hf_v0init.distributed.parts import Fragment, clean_parameter_name, find_pieces
+from hf_v0init.distributed.tensor_statistics import compute_figures
 
 SHAPES = [(), (1,), (5,), (3, 7), (513, 1024), (700, 3, 5, 7), (2, BLOCK_NUMEL + 3)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.distributed.parts import DataShare
+from hf_v0init.distributed.fsdp import DataShare
 from hf_v0init.gradients.statistics import StatisticsBatch, make_sum_visitor, visit_gradients
 from hf_v0init.gradients.together import (
     _choose_probe,

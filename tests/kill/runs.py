@@ -16,7 +16,7 @@ from trainers import make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_v0init import V0InitTrainer
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
 from hf_v0init.optimizers.state import is_untouched
 from hf_v0init.records.checkpoints import find_defect, list_checkpoints
 
@@ -40,32 +40,18 @@ class ReportsPhases:
     note = staticmethod(lambda **news: None)
     in_pass = False
 
-    def _run_statistics_pass(self, *args, **kwargs):
-        self.in_pass = True
-        try:
-            return super()._run_statistics_pass(*args, **kwargs)
-        finally:
-            self.in_pass = False
-
-    def _write_v0(self, *args, **kwargs):
-        written = super()._write_v0(*args, **kwargs)
-        self.note(passes=1)
-        return written
-
     def choose_checkpoint(self, wanted):
         chosen = super().choose_checkpoint(wanted)
         self.note(resumed_from=None if chosen is None else os.path.basename(chosen))
         return chosen
 
-    def compute_loss(self, *args, **kwargs):
+    def compute_loss(self, model, *args, **kwargs):
         if self.in_pass:
             self.report("pass")
             time.sleep(PAUSE)
-        return super().compute_loss(*args, **kwargs)
-
-    def training_step(self, *args, **kwargs):
-        self.report("train")
-        return super().training_step(*args, **kwargs)
+        elif model.training:
+            self.report("train")
+        return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         self.report("evaluate")
@@ -77,7 +63,7 @@ class ReportsPhases:
         self.report("saved")
 
 
-class Ours(ReportsPhases, V0InitTrainer):
+class Ours(ReportsPhases, SafeCheckpointsMixin, V0InitTrainer):
     pass
 
 
@@ -87,7 +73,9 @@ class Stock(ReportsPhases, Trainer):
 
 def build(request: dict, report) -> Trainer:
     stock = request.get("stock", False)
-    options = OPTIONS | ({} if stock else {"v0_init": "data_driven", "v0_stats_batch_size": 2})
+    options = OPTIONS | (
+        {} if stock else {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 2}
+    )
     trainer = make_trainer(
         Path(request["folder"]) / "out",
         stock=stock,
@@ -98,7 +86,25 @@ def build(request: dict, report) -> Trainer:
         **options | request.get("options", {}),
     )
     trainer.report = report
+    if not stock:
+        report_pass(trainer)
     return trainer
+
+
+def report_pass(trainer) -> None:
+    """Let a Trainer know when the pass before training runs, and note each that came to its end."""
+    run_pass = trainer._v0_callback._run_pass
+
+    def reporting(*args, **kwargs):
+        trainer.in_pass = True
+        try:
+            written = run_pass(*args, **kwargs)
+        finally:
+            trainer.in_pass = False
+        trainer.note(passes=1)
+        return written
+
+    trainer._v0_callback._run_pass = reporting
 
 
 def warm_up() -> None:

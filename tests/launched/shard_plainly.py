@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from hf_v0init import V0InitArguments, read_second_moment
-from hf_v0init.distributed.parts import find_data_share
+from hf_v0init import attach_v0, read_second_moment
+from hf_v0init.distributed.fsdp import find_data_share
 from hf_v0init.gradients.statistics import StatisticsBatch
 from hf_v0init.gradients.together import visit_gradients_together
-from hf_v0init.initialization.writing import plan_v0, write_data_driven_v0, write_random_v0
+from hf_v0init.initialization.plan import plan_v0
+from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
 
 BATCH_SIZE = 4
 
@@ -94,18 +95,32 @@ def make_optimizer(model, **options) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False, **options)
 
 
+def step_once(model, optimizer, **settings) -> dict:
+    """One step with a v0 of `attach_v0`: v0 as the step sees it, the gradients, and the second moments after it, all whole."""
+    seen: dict = {}
+    attach_v0(optimizer, model, **settings)
+    optimizer.register_step_pre_hook(lambda *_: seen.update(v0=gather_second_moments(model, optimizer)))
+    model.train()
+    compute_token_loss(model, make_batches()[0].inputs).backward()
+    seen["gradients"] = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return seen | {"after": gather_second_moments(model, optimizer)}
+
+
 def write_both(model) -> dict:
-    """The random and the data-driven v0 of a model, whole, and the second moment and gradient of one step from the latter."""
-    arguments = V0InitArguments(v0_init="random")
-    optimizer = make_optimizer(model)
-    write_random_v0(optimizer, plan_v0(optimizer, model), arguments, seed=5)
-    random = gather_second_moments(model, optimizer)
-    arguments = V0InitArguments(v0_init="data_driven")
+    """The random, the first gradient's and the paper's v0 of a model, whole, and a step from each."""
+    before = [p.detach().clone() for p in model.parameters()]
+    steps = {}
+    for v0_init in ("random", "data_driven"):
+        steps[v0_init] = step_once(model, make_optimizer(model), v0_init=v0_init, v0_seed=5)
+        model.zero_grad()
+        with torch.no_grad():
+            for parameter, saved in zip(model.parameters(), before, strict=True):
+                parameter.copy_(saved)
     optimizer = make_optimizer(model)
     plan = plan_v0(optimizer, model)
-    report = write_data_driven_v0(
-        optimizer, plan, arguments, 5, lambda named, visit: run_pass(model, named, visit), 4.0
-    )
+    estimate = estimate_grad_sq_mean(plan, lambda named, visit: run_pass(model, named, visit), 4.0)
+    report = write_v0(plan, estimate, 1.0, seed=5)
     data_driven = gather_second_moments(model, optimizer)
     kept = all(
         isinstance(v, DTensor) == isinstance(p, DTensor)
@@ -118,7 +133,8 @@ def write_both(model) -> dict:
     gradients = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return {
-        "random": random,
+        "random": steps["random"]["v0"],
+        "steps": steps,
         "data_driven": data_driven,
         "report": report.to_dict(),
         "placed_as_parameters": kept,
@@ -142,38 +158,69 @@ def load_sharded(kind: str, model_dir: str) -> LlamaForCausalLM:
 
 
 def save_and_load(model_dir: str, folder: Path) -> dict:
-    """Save v0 before any step with torch.distributed.checkpoint, load it into a new optimizer, and go one step with both."""
-    model = load_sharded("fully_shard", model_dir)
-    optimizer = make_optimizer(model)
-    write_random_v0(
-        optimizer, plan_v0(optimizer, model, one_dimensional=True), V0InitArguments(v0_init="random"), seed=5
-    )
-    written = gather_second_moments(model, optimizer)
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
-    other = load_sharded("fully_shard", model_dir)
-    other_optimizer = make_optimizer(other)
-    # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
-    state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
-    dcp.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(other, other_optimizer, state["optimizer"])
-    loaded = gather_second_moments(other, other_optimizer)
-    steps = []
-    for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
-        compute_token_loss(each, make_batches()[0].inputs).backward()
-        its_optimizer.step()
-        steps.append({name: gather(p) for name, p in each.named_parameters()})
-    return {"written": written, "loaded": loaded, "steps": steps}
+    """Save with torch.distributed.checkpoint after, and in the middle of, the measuring steps; load; go on with both."""
+    results = {}
+    for num_before, name in ((3, "written"), (1, "measuring")):
+        model = load_sharded("fully_shard", model_dir)
+        optimizer = make_optimizer(model)
+        handle = attach_v0(optimizer, model, v0_init="data_driven", v0_measure_steps=3)
+        run_steps(model, optimizer, range(num_before))
+        place = folder / name
+        weights = {key: gather(p) for key, p in model.named_parameters()}
+        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=place)
+        other = load_sharded("fully_shard", model_dir)
+        with torch.no_grad():
+            for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+        other_optimizer = make_optimizer(other)
+        # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
+        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", v0_measure_steps=3)
+        state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
+        dcp.load(state, checkpoint_id=place)
+        set_optimizer_state_dict(other, other_optimizer, state["optimizer"])
+        if num_before < 3:
+            other_handle.load_state_dict(handle.state_dict())
+        loaded = gather_second_moments(other, other_optimizer)
+        saved = gather_second_moments(model, optimizer)
+        steps = []
+        for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+            run_steps(each, its_optimizer, range(num_before, 5))
+            steps.append({key: gather(p) for key, p in each.named_parameters()})
+        moved = any(not torch.equal(w, weights[key]) for key, w in steps[0].items())
+        results[name] = {
+            "saved": saved,
+            "loaded": loaded,
+            "steps": steps,
+            "moved": moved,
+            "report": other_handle.report is not None,
+        }
+    return results
+
+
+def run_steps(model, optimizer, numbers) -> None:
+    """Optimizer steps on these batches."""
+    batches = make_batches()
+    model.train()
+    for number in numbers:
+        compute_token_loss(model, batches[number].inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def draw_large(model: nn.Module) -> dict:
     """The bytes of the largest tensor made while drawing for a sharded layer of 4 million elements, and what was drawn."""
     largest = LargestTensor()
     optimizer = make_optimizer(model)
-    plan = plan_v0(optimizer, model)
+    seen = {}
+    attach_v0(optimizer, model, v0_init="random", v0_seed=5)
+    optimizer.register_step_pre_hook(lambda *_: seen.update(largest=largest.num_bytes))
+    optimizer.register_step_pre_hook(lambda *_: seen.update(drawn=gather_second_moments(model, optimizer)))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     with largest:
-        write_random_v0(optimizer, plan, V0InitArguments(v0_init="random"), seed=5)
-    drawn = gather_second_moments(model, optimizer)
-    return {"largest": largest.num_bytes, "drawn": drawn, "whole": max(p.numel() for p in model.parameters()) * 4}
+        optimizer.step()
+    drawn = seen["drawn"]
+    return {"largest": seen["largest"], "drawn": drawn, "whole": max(p.numel() for p in model.parameters()) * 4}
 
 
 def make_large(kind: str) -> nn.Module:

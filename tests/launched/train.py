@@ -19,14 +19,14 @@ from hf_v0init import V0InitTrainer
 
 
 class FailsOnOneRank(V0InitTrainer):
-    """Raises in the third batch of the statistics pass, on the last process only."""
+    """Raises in the third batch of the statistics pass, after a look at three samples, on the last process only."""
 
     calls = 0
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.calls += 1
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.calls == 3 and self.args.process_index == self.args.world_size - 1:
+        if model.training and self.calls == 7 and self.args.process_index == self.args.world_size - 1:
             if self.args.run_name == "nan":
                 return loss * float("nan")
             if self.args.run_name == "nan_gradient":
@@ -34,6 +34,28 @@ class FailsOnOneRank(V0InitTrainer):
                 return loss
             raise RuntimeError("disk full on this one")
         return loss
+
+
+class Gathers(V0InitTrainer):
+    """Its loss communicates, as losses over all processes' rows do."""
+
+    num_losses = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.num_losses += 1
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.accelerator.gather(loss.detach().reshape(1))
+        return loss
+
+
+class NanStep(V0InitTrainer):
+    """The gradient of its first step is not finite."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        return super().compute_loss(model, *args, **kwargs) * float("nan")
+
+
+TRAINERS = {"fails": FailsOnOneRank, "gathers": Gathers, "nan_step": NanStep}
 
 
 class CountCollectives:
@@ -63,7 +85,7 @@ def main(runs_file: str, output_dir: str) -> None:
             stock=run.pop("stock", False),
             model=make_gpt2(dropout=run.pop("dropout", 0.1)),
             data=make_sequences(run.pop("num_samples", 48)),
-            trainer_class=FailsOnOneRank if run.pop("fails", False) else None,
+            trainer_class=TRAINERS.get(run.pop("trainer", None)),
             callbacks=[recorder],
             **run,
         )
@@ -79,10 +101,11 @@ def main(runs_file: str, output_dir: str) -> None:
             {
                 "weights": weights_of(trainer),
                 "v0": recorder.v0,
-                "gradients": recorder.gradients[:1],
+                "gradients": recorder.gradients[:3],
                 "moments": recorder.moments[:1],
                 "report": trainer.get_v0_report() if hasattr(trainer, "get_v0_report") else None,
                 "error": error,
+                "num_losses": getattr(trainer, "num_losses", None),
                 "all_reduces": (collectives.calls, collectives.bytes),
                 "world_size": trainer.args.world_size,
                 "num_states": len(getattr(trainer.optimizer, "optimizer", trainer.optimizer).state) if error else None,

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from trainers import make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from hf_v0init import V0InitTrainer, read_second_moment
+from hf_v0init import V0InitTrainer
 from hf_v0init.distributed.parts import Fragment
-from hf_v0init.optimizers.deepspeed import adapt_optimizer
+from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
 
 # `DistributedConfig` of a mode; -n stands for the number of processes / n.
 FSDP2_MODES = {"fsdp2": {"fsdp_size": -1}, "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2}}
@@ -39,40 +40,62 @@ def gather(tensor: torch.Tensor | Fragment) -> torch.Tensor:
 
 
 class GatheringRecorder(TrainerCallback):
-    """Whole second moments before the first step and after it, and the whole gradients between."""
+    """Whole second moments before the first real step and after it, and the whole gradients of the steps up to it."""
 
     def __init__(self):
-        self.trainer, self.v0, self.gradients, self.moments = None, None, None, None
+        self.trainer, self.v0, self.moments, self.hooked = None, None, None, None
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.local: dict = {}
 
     def gather_moments(self):
-        optimizer = adapt_optimizer(self.trainer.optimizer)
-        moments = {name: read_second_moment(optimizer, p) for name, p in self.trainer.model.named_parameters()}
+        reader = SecondMoments(self.trainer.optimizer)
+        moments = {name: reader.read(p) for name, p in self.trainer.model.named_parameters()}
         return {name: gather(v) for name, v in moments.items() if v is not None}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.v0 is None:
-            self.v0 = self.gather_moments()
+        inner = unwrap_optimizer(self.trainer.optimizer)
+        if self.hooked is not inner:
+            self.hooked = inner
+            inner.register_step_pre_hook(self.look)
             if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
                 zero = self.trainer.optimizer.optimizer
                 zero.step = self.watch_step(zero.step)
+
+    def look(self, inner, args, kwargs):
+        """Before a step of the innermost optimizer, after ours: ZeRO makes one for each of its flat tensors."""
+        steps = find_first_steps(inner)
+        if self.v0 is not None or (
+            steps is not None and steps.is_waiting and steps.num_measured < steps.num_measure_steps
+        ):
+            return
+        # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
+        reader = SecondMoments(self.trainer.optimizer) if steps is None else steps.moments
+        for name, parameter in self.trainer.model.named_parameters():
+            moment = reader.read(parameter)
+            if moment is not None and name not in self.local:
+                if isinstance(moment, Fragment):
+                    moment = Fragment(moment.local.clone(), moment.full_shape, moment.start)
+                self.local[name] = moment if isinstance(moment, Fragment) else gather(moment)
 
     def watch_step(self, step):
         from deepspeed.utils import safe_get_full_grad
 
         def watched(*args, **kwargs):
-            if self.gradients is None:
+            if self.moments is None:
                 named = self.trainer.model.named_parameters()
-                self.gradients = {name: safe_get_full_grad(p).detach().clone() for name, p in named}
+                self.gradients.append({name: safe_get_full_grad(p).detach().clone() for name, p in named})
             return step(*args, **kwargs)
 
         return watched
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.gradients is None:
-            self.gradients = {n: gather(p.grad) for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        if self.moments is None:
+            named = self.trainer.model.named_parameters()
+            self.gradients.append({n: gather(p.grad) for n, p in named if p.grad is not None})
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.moments is None:
+        if self.moments is None and self.local:
+            self.v0 = {name: gather(v) for name, v in self.local.items()}
             self.moments = self.gather_moments()
 
 
@@ -103,13 +126,6 @@ class FailsOnOneRank(V0InitTrainer):
         if failing and self.args.run_name == "after_forward":
             raise RuntimeError("disk full on this one")
         return loss * float("nan") if failing and self.args.run_name == "nan" else loss
-
-
-class UnmeasuredTrainer(V0InitTrainer):
-    """Runs no batch beside the training: the random v0 is not compared with a gradient."""
-
-    def _can_measure(self):
-        return False
 
 
 class ShardedByAccelerateTrainer(V0InitTrainer):
@@ -145,7 +161,7 @@ class SampleMeanTrainer(RowsMeanTrainer):
 
 
 TRAINERS = {
-    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer, "unmeasured": UnmeasuredTrainer,
+    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer,
     "accelerate": ShardedByAccelerateTrainer, None: V0InitTrainer,
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_v0init.errors import InputError
 from hf_v0init.optimizers.probe import probe_layout
-from hf_v0init.optimizers.state import find_layout, is_untouched, read_beta2, read_second_moment
+from hf_v0init.optimizers.state import SecondMoments, find_layout, is_untouched, read_second_moment
 
 # What the dry run finds in pytorch_optimizer 4.1 beyond the rows of the table.
 FOUND_IN_PYTORCH_OPTIMIZER = [
@@ -82,7 +82,7 @@ class Mine(torch.optim.Optimizer):
 def test_state_of_any_name_is_found_and_written():
     parameter, v0 = make_parameter(), make_v0()
     optimizer = Mine([parameter], weight_decay=0.1)
-    assert find_layout(optimizer).second_moment == "energy" and read_beta2(optimizer) == 0.99
+    assert find_layout(optimizer).second_moment == "energy" and SecondMoments(optimizer).read_beta2() == 0.99
     write(optimizer, parameter, v0)
     assert set(optimizer.state[parameter]) == {"m", "energy"} and torch.equal(
         read_second_moment(optimizer, parameter), v0
@@ -214,7 +214,7 @@ def test_found_in_pytorch_optimizer_and_v0_acts(name):
         for optimizer, parameter in zip(optimizers, parameters, strict=True):
             step(optimizer, parameter, gradient)
         moments = [read_second_moment(o, p).double() for o, p in zip(optimizers, parameters, strict=True)]
-        expected = read_beta2(optimizers[0]) ** (number + 1) * make_v0().double()  # what is left of v0
+        expected = SecondMoments(optimizers[0]).read_beta2() ** (number + 1) * make_v0().double()  # what is left of v0
         if number == 0:
             torch.testing.assert_close(moments[0] - moments[1], expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(*parameters) and all(p.isfinite().all() for p in parameters)

@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 
 from hf_v0init.comparison.planning.plan import read_plan
-from hf_v0init.comparison.running.folder import find_waiting_runs, lock_folder, require_usable_folder, write_plan
+from hf_v0init.comparison.running.claims import join_folder, lock_plan
+from hf_v0init.comparison.running.folder import find_waiting_runs, require_usable_folder, write_plan
 from hf_v0init.comparison.running.runs import RunQueue
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
@@ -27,16 +28,32 @@ with open(flags["journal"], "a") as journal:
         "env": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")}}) + "\\n")
 if behaviour == "refuse":
     sys.exit(print("error: --behaviour=refuse: choose another", file=sys.stderr) or 2)
+if behaviour == "no_start":
+    raise ValueError("Some specified arguments are not used by the HfArgumentParser: ['--widht=16']")
+resumed_at = int(flags["resume_from_checkpoint"].rsplit("-", 1)[1]) if "resume_from_checkpoint" in flags else 0
+if behaviour == "cannot_resume":
+    resumed_at = 0
 os.makedirs(output, exist_ok="resume_from_checkpoint" in flags)
 weights = {"other_weights": "w2"}.get(behaviour, "w1") + flags["seed"]
 batches = ["b1", "b2", "b9" if behaviour == "other_data" else "b3", "b4"]
-json.dump({"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"},
-    open(output + "/fingerprint.json", "w"))
+begun = {"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"}
+if not resumed_at:
+    json.dump(begun, open(output + "/fingerprint.new", "w"))
+    os.replace(output + "/fingerprint.new", output + "/fingerprint.json")
+if flags["v0_init"] != "zeros" and behaviour != "no_v0_report":
+    json.dump({"strategy": flags["v0_init"], "num_samples": 0, "seconds": 0.0}, open(output + "/v0_init.json", "w"))
 words = flags.get("losses", "6,4,3").split(",")  # `wait` among them: nothing more happens until somebody stops it
 losses = [float(loss) for loss in words if loss != "wait"]
-with open(output + "/run_log.jsonl", "w") as log:
+log_file = output + "/run_log.jsonl"
+kept = [line for line in open(log_file) if json.loads(line)["step"] <= resumed_at] if resumed_at else []
+with open(log_file, "w") as log:
+    log.writelines(kept)
     for number, loss in enumerate(losses):
+        if resumed_at and 10 * number <= resumed_at:
+            continue
         entry = {"eval_loss": loss, "step": 10 * number, "epoch": 0.5 * number}
+        if behaviour == "no_metric" or behaviour == "early_evaluate" and number == len(losses) - 1:
+            entry["loss"] = entry.pop("eval_loss")
         if behaviour == "nan" and number == 1:
             entry = {"loss": float("nan"), "step": 10, "epoch": 0.5}
         if behaviour == "no_eval_on_start" and number == 0:
@@ -59,7 +76,8 @@ if behaviour == "save":
     for name in ("model.safetensors", "checkpoint-10/optimizer.pt", "tokenizer.json", "config.json", "v0_init.json"):
         open(output + "/" + name, "w").write("{}")
 results = {"eval_loss": losses[-1], "predict_bleu": 1.0}
-json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
+if behaviour not in ("plain_evaluate", "early_evaluate"):
+    json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
 print("done")
 """
 
@@ -68,13 +86,16 @@ class Recorder:
     """A `Progress` that keeps what it was told."""
 
     def __init__(self):
-        self.ends, self.warnings, self.most_active = [], [], 0
+        self.ends, self.elsewhere, self.warnings, self.most_active = [], [], [], 0
 
     def update(self, active, num_waiting):
         self.most_active = max(self.most_active, len(active))
 
     def report_end(self, run, state, reason, trace, seconds):
         self.ends.append((run.arm, run.seed, state, reason))
+
+    def report_elsewhere(self, run, state):
+        self.elsewhere.append((run.arm, run.seed, state))
 
     def warn(self, message):
         self.warnings.append(message)
@@ -93,14 +114,15 @@ class Comparison:
         self.config.write_text(yaml.safe_dump(content))
         return self
 
-    def run(self, jobs=1, retry_failed=False, resume=False) -> Recorder:
+    def run(self, jobs=1, retry_failed=False, resume=False, **options) -> Recorder:
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
-        with lock_folder(self.folder):
+        with lock_plan(self.folder):
             write_plan(plan, self.folder)
+        with join_folder(self.folder):
             waiting = find_waiting_runs(plan, self.folder, retry_failed)
             try:
-                RunQueue(plan, self.folder, waiting, jobs, recorder, resume).run()
+                RunQueue(plan, self.folder, waiting, jobs, recorder, resume, **options).run()
             finally:
                 self.last = recorder
         return recorder

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.optimizers.state import draft_state, read_second_moment, write_states
+from hf_v0init.optimizers.state import SecondMoments, StoredTensor, draft_state, read_second_moment
 from hf_v0init.optimizers.table import SUPPORTED_ROWS
 
 LR = 1e-2
@@ -203,8 +203,31 @@ def make_v0(shape=SHAPE) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(3)) * 0.9 + 0.1
 
 
+def find_stored(optimizer, parameter) -> tuple[SecondMoments, StoredTensor]:
+    """The second moments of an optimizer, and where this parameter is in them."""
+    moments = SecondMoments(optimizer)
+    return moments, next(stored for stored in moments.list_tensors({}) if stored.tensor is parameter)
+
+
+def create(optimizer, parameter) -> dict:
+    moments, stored = find_stored(optimizer, parameter)
+    return moments.create_state(stored.tensor, stored.group)
+
+
+def put(optimizer, parameter, state) -> None:
+    moments, stored = find_stored(optimizer, parameter)
+    moments.put_state(stored.tensor, stored.group, state)
+
+
+def has_state(optimizer, parameter) -> bool:
+    moments, stored = find_stored(optimizer, parameter)
+    return moments.find_state(stored.tensor, stored.group) is not None
+
+
 def write(optimizer, parameter, v0) -> None:
-    write_states(optimizer, {parameter: draft_state(optimizer, parameter).finish(v0)})
+    draft = draft_state(*find_stored(optimizer, parameter))
+    draft.tensors[-1].copy_(v0)
+    draft.finish()
 
 
 def step(optimizer, parameter, gradient) -> None:

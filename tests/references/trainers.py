@@ -4,7 +4,13 @@ import torch
 from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments, read_second_moment
+from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
+from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
+
+
+class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
+    """As the scripts' Trainers."""
 
 
 def make_arguments(output_dir, v0: bool = True, **overrides):
@@ -58,7 +64,8 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 
 def second_moments_of(trainer) -> dict[str, torch.Tensor]:
-    moments = {name: read_second_moment(trainer.optimizer, p) for name, p in trainer.model.named_parameters()}
+    reader = SecondMoments(trainer.optimizer)
+    moments = {name: reader.read(p) for name, p in trainer.model.named_parameters()}
     return {name: v.detach().clone() for name, v in moments.items() if v is not None}
 
 
@@ -70,42 +77,44 @@ def assert_equal_weights(a, b) -> None:
 
 
 class Recorder(TrainerCallback):
-    """Records what the run is made of: second moments before the first step, gradients and random states at each step."""
+    """Records what the run is made of: v0 as the first step sees it, gradients and random states at each step.
 
-    def __init__(self, trainer_of=None):
-        self.trainer = None
-        self.v0, self.gradients, self.rng, self.moments = None, [], [], []
+    `v0` and `step_gradients` are taken inside the optimizer's first real step, after v0 has been written and before Adam moves.
+    """
+
+    def __init__(self, erase: bool = False):
+        self.trainer, self.erase, self.hooked = None, erase, None
+        self.v0, self.step_gradients, self.gradients, self.rng, self.moments = None, None, [], [], []
+
+    def read_gradients(self):
+        return {n: p.grad.detach().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.rng.append(torch.get_rng_state())
-        if self.v0 is None:
-            self.v0 = second_moments_of(self.trainer)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append(
-            {n: p.grad.detach().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
-        )
+        self.gradients.append(self.read_gradients())
+        inner = unwrap_optimizer(self.trainer.optimizer)
+        if self.hooked is not inner:
+            self.hooked = inner
+            inner.register_step_pre_hook(self.look)  # after ours, which was there first
+
+    def look(self, optimizer, args, kwargs):
+        steps = find_first_steps(optimizer)
+        if self.v0 is not None or (steps is not None and steps.is_waiting):
+            return
+        self.v0, self.step_gradients = second_moments_of(self.trainer), self.read_gradients()
+        if self.erase:
+            optimizer.state.clear()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.moments.append(second_moments_of(self.trainer))
 
 
-class EraseV0(TrainerCallback):
-    """Throws the written state away, so that what remains of v0 is its side effects."""
-
-    def __init__(self):
-        self.erased = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 and not self.erased:
-            self.erased = len(self.trainer.optimizer.state)
-            (getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)).state.clear()
-
-
-def record(output_dir, **kwargs):
-    """Train and return (trainer, recorder)."""
-    recorder = Recorder()
-    trainer = make_trainer(output_dir, callbacks=[recorder], **kwargs)
+def record(output_dir, erase: bool = False, callbacks=(), **kwargs):
+    """Train and return (trainer, recorder); with `erase`, v0 is thrown away before the first step."""
+    recorder = Recorder(erase)
+    trainer = make_trainer(output_dir, callbacks=[*callbacks, recorder], **kwargs)
     recorder.trainer = trainer
     trainer.train()
     return trainer, recorder

@@ -1,4 +1,4 @@
-"""The README's tables of results hold what the committed comparisons gave."""
+"""The tables of results in the READMEs hold what the committed comparisons gave."""
 
 import csv
 import json
@@ -38,9 +38,9 @@ TASKS = {
 TASK_COLUMNS = {"v0 = 0": "zeros", "`random` 100": "random 100", "`data_driven` 1": "data_driven 1"}
 
 
-def read_table(heading: str) -> list[dict[str, str]]:
-    """The rows of the first table of the README whose header begins so."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def read_table(heading: str, readme: Path = RESULTS["compare"] / "README.md") -> list[dict[str, str]]:
+    """The rows of the first table of a README whose header begins so."""
+    lines = readme.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(heading))
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
     rows = []
@@ -115,7 +115,7 @@ def test_the_table_of_10_million_parameters_shows_every_arm_at_both_rates():
 
 
 def test_the_table_of_the_papers_tasks_shows_every_run_arm():
-    rows, task = read_table("| task | optimizer"), None
+    rows, task = read_table("| task | optimizer", RESULTS["paper"].parent / "README.md"), None
     shown = set()
     for row in rows:
         task = row["task"] or task
@@ -149,3 +149,63 @@ def test_the_table_of_the_papers_model_shows_the_arms_of_table_12():
         for column, warmup in columns.items():
             arm = arms[v0s[row["the arms of the paper's Table 12"]], warmup]
             assert without_bold(row[column]) == write_estimate(arm, "final", 3) and arm["final_n"] == "3"
+
+
+FIRST_TABLE = {
+    "Multi30k, 1.5M parameters": "multi30k_pocket",
+    "Multi30k, 10M parameters": "multi30k",
+    "Penn Treebank, 1.4M parameters": "ptb_pocket",
+}
+
+
+def test_the_first_table_of_the_readme():
+    rows = read_table("| task | no warmup", ROOT / "README.md")
+    assert [row["task"] for row in rows] == list(FIRST_TABLE)
+    for row in rows:
+        arms = [
+            arm
+            for arm in read_arms("compare", FIRST_TABLE[row["task"]])
+            if arm["optimizer"] == "adamw" and arm["final_mean"] and not json.loads(arm["other"] or "{}")
+        ]
+
+        def write_best(v0: str, takes, arms=arms) -> str:
+            found = [arm for arm in arms if arm["v0"] == v0 and takes(arm["warmup"])]
+            best = min(found, key=lambda arm: float(arm["final_mean"]), default=None)
+            return "-" if best is None else write_estimate(best, "final", 3)
+
+        lengths = {arm["warmup"] for arm in arms if arm["v0"] == "zeros" and arm["warmup"].isdigit()}
+        assert list(row.values())[1:] == [
+            write_best("zeros", lambda warmup: warmup == "none"),
+            write_best("zeros", lambda warmup: warmup == "untuned_linear"),
+            f"{write_best('zeros', str.isdigit)} ({len(lengths)})",
+            write_best("data_driven 1", lambda warmup: warmup == "none"),
+        ]
+
+
+def test_each_of_the_papers_tables_has_an_answer():
+    text = (RESULTS["paper"].parent / "README.md").read_text(encoding="utf-8")
+    rows = read_table("| table | what", RESULTS["paper"].parent / "README.md")
+    assert [int(row["table"]) for row in rows] == list(range(1, 13))
+    for row in rows:
+        config = f"configs/paper/table_{int(row['table']):02d}.yaml"
+        if row["table"] == "7":
+            assert row["command"].startswith("`hf-v0init saddle`") and not (ROOT / config).exists()
+        else:
+            assert config in row["command"] and (ROOT / config).is_file()
+        report = RESULTS["paper"] / f"table_{int(row['table']):02d}" / "report.md"
+        assert report.is_file() is (f"(results/{report.parent.name}/report.md)" in text)
+
+
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+READMES = [path for folder in ("", "hf_v0init", "scripts", "configs") for path in (ROOT / folder).glob("README.md")]
+READMES += [*(ROOT / "configs").glob("*/**/README.md"), *(ROOT / "hf_v0init").glob("*/README.md")]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(path):
+    dead = [
+        link
+        for link in LINK.findall(path.read_text(encoding="utf-8"))
+        if not (path.parent / link.split("#")[0]).exists()
+    ]
+    assert not dead

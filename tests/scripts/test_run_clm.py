@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init import V0InitTrainingArguments
+from hf_v0init.errors import InputError
 from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-CONFIGS = [p for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml")) if "awd_lstm" not in p.stem]
+CONFIGS = [
+    p
+    for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml"))
+    if "awd_lstm" not in p.stem and "mlm" not in p.stem
+]
 
 
 def load_script():
@@ -242,6 +248,87 @@ def test_streaming_trains_on_the_same_text(flags, tmp_path):
     assert math.isfinite(results["test_perplexity"])
 
 
+def test_a_validation_split_by_rows_is_the_same_streamed_or_not(flags, data, tmp_path):
+    """The first rows, and none of them in training: neither among its tokens nor in the tokenizer's vocabulary."""
+    lines = (data / "train.txt").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "train.txt"
+    path.write_text("\n".join([f"only{number} here" for number in range(7)] + lines) + "\n", encoding="utf-8")
+    changes = {
+        "tokenizer_kind": "word",
+        "vocab_size": 100,
+        "train_file": path,
+        "validation_file": None,
+        "do_eval": True,
+    }
+    results = []
+    for streaming in (True, False):
+        out = tmp_path / str(streaming)
+        run_clm.main(
+            flags(
+                **changes, validation_split_rows=7, streaming=streaming, output_dir=out, max_steps=1, learning_rate="0"
+            )
+        )
+        results.append(read_results(out))
+        words = {word for line in lines for word in line.split()}
+        assert set(AutoTokenizer.from_pretrained(out).get_vocab()) == words | {"<pad>", "<s>", "</s>", "<unk>"}
+    assert results[0]["eval_num_tokens"] == results[1]["eval_num_tokens"] == 7 * 3
+    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-6)
+
+
+def test_another_configuration_for_pretrained_weights(flags, tmp_path):
+    run_clm.main(flags(output_dir=tmp_path / "first"))
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**config, "resid_pdrop": 0.5}))
+    changes = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
+    run_clm.main(flags(**changes, config_name=tmp_path / "other.json", learning_rate="0", max_steps=1))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["resid_pdrop"] == 0.5
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "out"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    for difference, words in (
+        ({"n_layer": 3}, "transformer.h.2"),
+        ({"n_embd": 32}, "(280, 32)"),
+        ({"model_type": "llama"}, "llama, the model of gpt2"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps({**config, **difference}))
+        argv = flags(**changes, config_name=tmp_path / "other.json", output_dir=tmp_path / "bad")
+        with pytest.raises(InputError, match=re.escape(words)) as caught:
+            run_clm.main(argv)
+        assert "--config_name" in str(caught.value) and "drop one of the two" in str(caught.value)
+    assert not (tmp_path / "bad").exists()
+
+
+EARLY = {
+    "do_eval": True,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 2,
+    "max_steps": 20,
+}
+
+
+def test_early_stopping_ends_after_its_patience_and_a_resumed_run_where_the_straight_one_does(flags, tmp_path):
+    """At a learning rate of 0 no evaluation is better than the first, at step 2: the second worse one is at step 6."""
+    run_clm.main(flags(**EARLY, learning_rate="0", output_dir=tmp_path / "straight"))
+    state = json.loads((tmp_path / "straight" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6 and state["best_global_step"] == 2
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    for path in (tmp_path / "resumed").glob("*/trainer_state.json"):
+        path.write_text(path.read_text().replace("straight", "resumed"))
+    run_clm.main(flags(**EARLY, learning_rate="0", output_dir=tmp_path / "resumed"))
+    assert json.loads((tmp_path / "resumed" / "trainer_state.json").read_text())["global_step"] == 6
+
+
+def test_early_stopping_lets_a_run_that_gets_better_go_on(flags, tmp_path):
+    changes = EARLY | {"max_steps": 8}
+    run_clm.main(flags(**changes, output_dir=tmp_path / "better"))
+    assert json.loads((tmp_path / "better" / "trainer_state.json").read_text())["global_step"] == 8
+    # the same run, when nothing counts as better
+    run_clm.main(flags(**changes, early_stopping_threshold=100, output_dir=tmp_path / "threshold"))
+    assert json.loads((tmp_path / "threshold" / "trainer_state.json").read_text())["global_step"] == 6
+
+
 def test_words_and_a_validation_split(flags, data, tmp_path):
     out = tmp_path / "out"
     changes = {"tokenizer_kind": "word", "vocab_size": 100, "validation_file": None, "validation_split_percentage": 10}
@@ -277,14 +364,14 @@ BAD_INPUT = {
     "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
     "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
     "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
-    "unknown override": ({"config_overrides": "n_layers=3"}, ["n_layers=3", "key=value"]),
+    "unknown override": ({"config_overrides": "n_layers=3"}, ["no n_layers", "did you mean n_layer?"]),
     "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
     "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
     "missing model": (
         {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
-        ["./nowhere", "check the name"],
+        ["no such folder ./nowhere"],
     ),
-    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["./nowhere", "check the name"]),
+    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such folder ./nowhere"]),
     "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
     "vocabulary override": (
         {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},
@@ -319,6 +406,30 @@ BAD_INPUT = {
     "empty validation split": (
         {"validation_file": None, "do_eval": True, "validation_split_percentage": "0.1"},
         ["0.1", "60 rows"],
+    ),
+    "rows of a short stream": (
+        {"validation_file": None, "do_eval": True, "streaming": True, "validation_split_rows": 60},
+        ["--validation_split_rows=60", "no more rows"],
+    ),
+    "more rows than there are": (
+        {"validation_file": None, "do_eval": True, "validation_split_rows": 60},
+        ["--validation_split_rows=60", "60 rows", "0 for training"],
+    ),
+    "rows beside validation data": (
+        {"do_eval": True, "validation_split_rows": 6},
+        ["--validation_split_rows=6", "there is validation data"],
+    ),
+    "rows without evaluation": (
+        {"validation_file": None, "validation_split_rows": 6},
+        ["--validation_split_rows=6", "--do_eval"],
+    ),
+    "impatience": ({**EARLY, "early_stopping_patience": 0}, ["--early_stopping_patience=0", "1 or more"]),
+    "threshold without patience": ({"early_stopping_threshold": 1}, ["--early_stopping_threshold=1", "patience"]),
+    "negative threshold": ({**EARLY, "early_stopping_threshold": "-1"}, ["--early_stopping_threshold=-1"]),
+    "patience without evaluation": ({"early_stopping_patience": 2}, ["--early_stopping_patience=2", "--eval_strategy"]),
+    "patience without the best model": (
+        {**EARLY, "load_best_model_at_end": None},
+        ["--early_stopping_patience=2", "--load_best_model_at_end"],
     ),
     "split percentage": ({"validation_split_percentage": "120"}, ["120", "100"]),
     "block too long": ({"block_size": 17}, ["17", "16"]),

@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from hf_v0init.comparison.running.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
-from hf_v0init.records.run_table import read_run
 from hf_v0init.tasks.gan.dcgan import Generator
 from hf_v0init.tasks.script_support import parse_arguments
 
@@ -139,12 +138,19 @@ def test_a_run_leaves_figures_pictures_networks_and_a_record(finished, capsys):
     assert "started at zero" in (finished["zeros"] / "generator" / "README.md").read_text()
 
 
+def read_eval_losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+
+
 def test_the_log_is_a_trainers_and_can_be_compared(finished):
     folder = finished["data_driven"]
-    table = read_run(folder)
-    assert (table.num_steps, table.train_steps, table.eval_steps) == (6, [2, 4, 6], [0, 3, 6])
-    assert table.final_eval_loss == table.eval_losses[-1]
-    assert table.v0["strategy"] == "data_driven"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    steps = {key: [entry["step"] for entry in state["log_history"] if key in entry] for key in ("loss", "eval_loss")}
+    assert (state["global_step"], steps["loss"]) == (6, [2, 4, 6])
+    assert list(dict.fromkeys(steps["eval_loss"])) == [0, 3, 6]
+    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] == read_eval_losses(folder)[-1]
+    assert json.loads((folder / "v0_init.json").read_text())["strategy"] == "data_driven"
     log = read_lines(folder / "run_log.jsonl")
     for entry in log:
         if "loss" in entry:
@@ -163,7 +169,7 @@ def test_the_log_is_a_trainers_and_can_be_compared(finished):
 
 def test_v0_changes_the_run_and_the_start_is_the_same(finished):
     weights = {name: read_weights(folder) for name, folder in finished.items()}
-    starts = [read_run(folder).eval_losses[0] for folder in finished.values()]
+    starts = [read_eval_losses(folder)[0] for folder in finished.values()]
     assert starts[0] == starts[1] == starts[2]
     assert not torch.equal(
         weights["zeros"]["generator.layers.0.weight"], weights["random"]["generator.layers.0.weight"]
@@ -214,7 +220,7 @@ def test_a_finished_run_is_evaluated_again_without_training(images, finished, ca
     run(images, folder, do_train=False, seed=3)
     assert "eval: Frechet distance (halves classifier)" in capsys.readouterr().out
     measured = json.loads((folder / "eval_results.json").read_text())["eval_loss"]
-    assert measured == pytest.approx(read_run(folder).eval_losses[-1], rel=1e-6)
+    assert measured == pytest.approx(read_eval_losses(folder)[-1], rel=1e-6)
     assert all(torch.equal(value, read_weights(folder)[name]) for name, value in before.items())
 
 
@@ -436,7 +442,7 @@ def test_several_gpus_of_one_process_are_refused(images, tmp_path, monkeypatch):
 def test_a_diverging_run_says_so_and_ends_with_status_1(images, tmp_path, capsys):
     flags = make_flags(images, tmp_path / "out", learning_rate=1e30, max_steps=20, v0_record_run=True)
     with pytest.raises(SystemExit) as caught:
-        run_dcgan.run(flags)
+        run_dcgan.main(flags)
     assert caught.value.code == 1
     assert "error: the loss is" in capsys.readouterr().err
     assert judge_run(tmp_path / "out", "eval_loss")[0] == "diverged"

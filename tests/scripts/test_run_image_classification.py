@@ -357,7 +357,7 @@ BAD_INPUT = {
     "no model": ({"-config_name": 0}, ["no model", "--model_name_or_path"]),
     "two models": ({"model_type": "resnet"}, ["not both"]),
     "no classifier": ({"-config_name": 0, "model_type": "gpt2"}, ["--model_type=gpt2", "no image classifier"]),
-    "no configuration": ({"config_name": "/no/such.json"}, ["/no/such.json", "cannot be loaded"]),
+    "no configuration": ({"config_name": "/no/such.json"}, ["no such file /no/such.json"]),
     "bad override": ({"config_overrides": "embeding_size=3"}, ["--config_overrides", "embeding_size"]),
     "falling epochs": ({"lr_decay_epochs": [3, 2]}, ["--lr_decay_epochs", "increasing"]),
     "no factor": ({"lr_decay_epochs": [3], "lr_decay_factor": 1.5}, ["--lr_decay_factor=1.5"]),

@@ -287,7 +287,7 @@ BAD_INPUT = {
     ),
     "entry without text": (
         {"-train_source_file": 0, "-train_target_file": 0, "train_file": "{holes.jsonl}"},
-        ["example 0", "target"],
+        ["example 1", "target"],
     ),
     "zero samples": ({"max_train_samples": 0}, ["--max_train_samples=0", "1 or more"]),
     "budget too small": ({"max_tokens_per_batch": 3}, ["max_tokens_per_batch=3", "sample", "raise the budget"]),

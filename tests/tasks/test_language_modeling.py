@@ -6,7 +6,7 @@ import torch
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.language_modeling.samples import (
-    CausalCollator,
+    PaddingCollator,
     StreamedTokenWindows,
     TokenWindows,
     encode_prompts,
@@ -170,10 +170,10 @@ def test_rows_without_text_are_an_input_error(bpe, tmp_path, value):
 
 def test_batches_are_padded_at_the_right():
     samples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = CausalCollator(pad_token_id=0)(samples)
+    batch = PaddingCollator(pad_token_id=0)(samples)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert CausalCollator(None, length=5)(samples)["input_ids"].shape == (2, 5)
-    assert CausalCollator(9, pad_to_multiple_of=4)(samples)["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
+    assert PaddingCollator(None, length=5)(samples)["input_ids"].shape == (2, 5)
+    assert PaddingCollator(9, pad_to_multiple_of=4)(samples)["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]

@@ -14,7 +14,7 @@ from test_language_modeling import make_rows
 from transformers import Trainer, TrainingArguments
 
 from hf_v0init.tasks.language_modeling.perplexity import ExactPerplexityMixin, compute_perplexity, sum_token_losses
-from hf_v0init.tasks.language_modeling.samples import CausalCollator, StreamedTokenWindows, TokenWindows
+from hf_v0init.tasks.language_modeling.samples import PaddingCollator, StreamedTokenWindows, TokenWindows
 
 LENGTHS = (10, 7, 10, 2, 9, 3, 10, 10, 5, 10, 4)  # uneven, no multiple of any batch size used here
 
@@ -46,7 +46,7 @@ def evaluate(output_dir, samples, batch_size=4, label_smoothing=0.0, **arguments
             **arguments,
         ),
         eval_dataset=samples,
-        data_collator=CausalCollator(0),
+        data_collator=PaddingCollator(0),
     )
     return trainer.evaluate()
 
@@ -95,7 +95,7 @@ def test_the_stock_mean_of_batch_means_is_another_number(tmp_path):
         model=make_gpt2(),
         args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4),
         eval_dataset=samples,
-        data_collator=CausalCollator(0),
+        data_collator=PaddingCollator(0),
     )
     total, num_tokens, _ = evaluate_slowly(samples)
     assert abs(trainer.evaluate()["eval_loss"] - total / num_tokens) > 1e-4
@@ -156,7 +156,7 @@ def evaluate_on_two_processes(output_dir: str) -> None:
         args=TrainingArguments(
             output_dir, use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=2
         ),
-        data_collator=CausalCollator(0, length=10),
+        data_collator=PaddingCollator(0, length=10),
     )
     assert trainer.args.world_size == 2
     metrics = {"indexed": trainer.evaluate(make_samples()), "streamed": trainer.evaluate(Stream())}

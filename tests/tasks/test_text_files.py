@@ -42,6 +42,7 @@ def write_bad_files(folder) -> dict:
         "cut.gz": good[: len(good) // 2],
         "flipped.gz": good[:15] + bytes([good[15] ^ 0xFF]) + good[16:],
         "text.gz": b"not compressed\n",
+        "nul": b"eins\nzw\0ei\n",
     }
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
@@ -59,6 +60,7 @@ def write_bad_files(folder) -> dict:
         ("cut.gz", ["gzip", "again"]),
         ("flipped.gz", ["gzip", "again"]),
         ("text.gz", ["gzip"]),
+        ("nul", ["line 2", "NUL", "iconv"]),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, words):
@@ -84,8 +86,10 @@ def test_tables_come_with_all_their_columns(tmp_path):
         write(tmp_path / "e.csv", csv),
         write(tmp_path / "f.csv.gz", csv),
     ]
-    for path in files:
+    for path in files[:4]:
         assert load_local_files(path, role="train").to_list() == rows, path
+    for path in files[4:]:  # a CSV holds texts
+        assert load_local_files(path, role="train").to_list() == [{**row, "id": str(row["id"])} for row in rows], path
     assert load_local_files(write(tmp_path / "g.txt", "x\ny\n"), role="train").to_dict() == {"text": ["x", "y"]}
 
 
@@ -96,7 +100,12 @@ def test_tables_come_with_all_their_columns(tmp_path):
         ("b.jsonl", "17\n", ["line 1", "JSON object"]),
         ("c.json", '[{"a": 1},', ["line 1", "JSON"]),
         ("d.json", "[]", ["list of JSON objects"]),
-        ("e.csv", "a,b\n1,2\n3,4,5,6\n", ["CSV"]),
+        ("e.csv", "a,b\n1,2\n3,4,5,6\n", ["line 3", "4 fields", "a, b"]),
+        ("f.csv", "a,b\n1,2\n3\n", ["line 3", "1 fields"]),
+        ("g.csv", 'a,b\n1,2\n"3,4\n5,6\n', ["line 3", "quote", "never closed"]),
+        ("h.csv", "a;b\n1;2\n", ["separated by ';'", "'a;b'"]),
+        ("i.csv", "a,a\n1,2\n", ["two columns 'a'"]),
+        ("j.csv", "a,b\n", ["no rows"]),
     ],
 )
 def test_broken_tables_are_named(tmp_path, name, text, words):
@@ -141,8 +150,8 @@ def test_pairs_are_found_in_every_usual_layout(tmp_path):
         ({"source": [], "target": []}, {}, ["no examples"]),
         ({"source": ["a"], "german": ["b"]}, {}, ["'target'", "'german'", "--target_column"]),
         ({"source": ["a"], "target": ["b"]}, {"target_column": "source"}, ["both 'source'"]),
-        ({"source": ["a", None], "target": ["b", "c"]}, {}, ["example 1", "source", "None"]),
-        ({"source": ["a"], "target": [3]}, {}, ["example 0", "target", "3"]),
+        ({"source": ["a", None], "target": ["b", "c"]}, {}, ["example 2", "source is missing"]),
+        ({"source": ["a"], "target": [3]}, {}, ["example 1", "target", "3"]),
         ({"translation": [{"de": "a", "fr": "b"}]}, {"source_lang": "de"}, ["--target_lang", "de, fr"]),
         (
             {"translation": [{"de": "a", "fr": "b"}]},
@@ -161,8 +170,9 @@ def test_pairs_that_are_not_there_are_named(columns, options, words):
 def test_one_way_of_giving_a_file(tmp_path):
     source, target = write(tmp_path / "a", "x\n"), write(tmp_path / "b", "y\n")
     assert load_pair_files("test") is None
-    with pytest.raises(InputError, match="--test_source_file: needs --test_target_file"):
-        load_pair_files("test", source_file=source)
+    with pytest.raises(InputError, match="--validation_source_file: needs --validation_target_file"):
+        load_pair_files("validation", source_file=source)
+    assert load_pair_files("test", source_file=source).to_dict() == {"source": ["x"]}  # to be translated
     with pytest.raises(InputError, match="not both"):
         load_pair_files("test", source, source, target)
     with pytest.raises(InputError, match="line 1 is not 'source<TAB>target'"):

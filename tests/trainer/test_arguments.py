@@ -22,9 +22,9 @@ def test_ours_are_theirs_and_the_v0_flags(tmp_path, theirs, ours):
     assert set(mine) - set(stock) == set(FLAGS)
 
 
-def test_defaults_are_the_papers_and_leave_adam_alone():
+def test_the_defaults_leave_adam_alone_and_measure_the_runs_own_steps():
     arguments = V0InitArguments()
-    assert (arguments.v0_init, arguments.v0_num_samples, arguments.v0_statistic) == ("zeros", 5000, "per_sample")
+    assert (arguments.v0_init, arguments.v0_num_samples, arguments.v0_statistic) == ("zeros", 5000, "per_step")
     assert [V0InitArguments(v0_init=s).get_v0_scale(0.999) for s in ("random", "data_driven", "first_gradient")] == [
         100,
         1,
@@ -35,7 +35,12 @@ def test_defaults_are_the_papers_and_leave_adam_alone():
 def test_the_papers_preset_is_its_settings():
     scales = {s: V0InitArguments(v0_init=s, v0_preset="paper").get_v0_scale(0.999) for s in ("random", "data_driven")}
     assert scales == {"random": 100.0, "data_driven": 1.0}
-    V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_scale=1)  # says the same twice
+    paper = V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_scale=1)  # says the same twice
+    assert (paper.v0_statistic, paper.v0_num_samples, paper.v0_one_dimensional) == ("per_sample", 5000, False)
+    code = {s: V0InitArguments(v0_init=s, v0_preset="authors_code") for s in ("random", "data_driven")}
+    assert code["random"].get_v0_scale(0.999) == 200.0 and code["data_driven"].v0_one_dimensional
+    with pytest.raises(InputError, match="v0_preset=paper has v0_statistic=per_sample, and per_step was given"):
+        V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_statistic="per_step")
     given = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(["--v0_preset", "paper"])[0]
     assert given == V0InitArguments(v0_preset="paper")
 
@@ -43,11 +48,11 @@ def test_the_papers_preset_is_its_settings():
 def test_command_line_gives_every_flag_its_type():
     parsed = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
         "--v0_init data_driven --v0_scale 2.5 --v0_num_samples 100 --v0_statistic per_step --v0_stats_batch_size 8 "
-        "--v0_seed 3 --v0_one_dimensional --v0_fan_factor 2".split()
+        "--v0_seed 3 --v0_one_dimensional --v0_measure_steps 4".split()
     )[0]
     assert parsed == V0InitArguments(
         v0_init="data_driven", v0_scale=2.5, v0_num_samples=100, v0_statistic="per_step", v0_stats_batch_size=8, v0_seed=3,
-        v0_one_dimensional=True, v0_fan_factor=2.0,
+        v0_one_dimensional=True, v0_measure_steps=4,
     )  # fmt: skip
 
 
@@ -61,7 +66,7 @@ def test_help_names_the_equations_and_units():
     texts = {flag: V0InitArguments.__dataclass_fields__[flag].metadata["help"] for flag in FLAGS}
     assert "eq. 10" in texts["v0_init"] and "eq. 11" in texts["v0_init"]
     assert "dimensionless" in texts["v0_scale"] and "samples" in texts["v0_num_samples"]
-    assert "m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t))" in texts["v0_warmup_steps"]
+    assert "m(t) = 1 / sqrt(1 + r * beta2^t / (1 - beta2^t))" in texts["v0_warmup_steps"]
 
 
 def test_warmup_steps_give_the_scale_of_the_closed_form():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_v0init import InputError
-from hf_v0init.optimizers.deepspeed import STAGE_3, PartitionedOptimizer, adapt_optimizer, require_supported_config
+from hf_v0init.optimizers.deepspeed import STAGE_3, ZeroPartitions, find_partitions, require_supported_config
 from hf_v0init.trainer.supported_runs import require_supported_run
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -60,15 +60,15 @@ def make_fake(qualified_name: str, **attributes):
 def test_optimizers_that_are_not_known_are_refused():
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(InputError, match=r"with the optimizer torch\.optim\.sgd\.SGD"):
-        PartitionedOptimizer(make_fake(STAGE_3, optimizer=inner))
+        ZeroPartitions(make_fake(STAGE_3, optimizer=inner))
     with pytest.raises(InputError, match="DeepSpeed's BF16_Optimizer is not supported; use ZeRO stage 1, 2 or 3"):
-        adapt_optimizer(make_fake("deepspeed.runtime.bf16_optimizer.BF16_Optimizer"))
+        find_partitions(make_fake("deepspeed.runtime.bf16_optimizer.BF16_Optimizer"))
 
 
 def test_leaf_modules_are_refused():
     inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     with pytest.raises(InputError, match="leaf modules"):
-        PartitionedOptimizer(make_fake(STAGE_3, optimizer=inner, _leaf_module_hooks=[object()]))
+        ZeroPartitions(make_fake(STAGE_3, optimizer=inner, _leaf_module_hooks=[object()]))
 
 
 def test_fsdp_of_torch_xla_is_refused():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import make_gpt2, make_sequences
 from trainers import (
-    EraseV0,
     Recorder,
     assert_equal_weights,
     make_arguments,
@@ -14,8 +13,9 @@ from trainers import (
     weights_of,
 )
 
-from hf_v0init import InputError, V0InitTrainer
-from hf_v0init.optimizers.state import create_state, read_second_moment, write_states
+from hf_v0init import InputError, V0InitTrainer, attach_v0, read_second_moment
+
+PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
 
 
 def assert_recurrence(recorder, beta2=0.999, rtol=1e-6):
@@ -35,19 +35,23 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("strategy", ["data_driven", "first_gradient"])
-def test_no_side_effect_and_the_recurrence(tmp_path, mode, strategy):
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"v0_init": "first_gradient"}, PER_SAMPLE], ids=str)
+def test_no_side_effect_and_the_recurrence(tmp_path, mode, settings):
     options = MODES[mode] | {"max_steps": 3}
-    if mode != "accumulation_and_clipping":
-        _, recorder = record(tmp_path / "r", v0_init=strategy, **options | {"max_grad_norm": 0.0, "max_steps": 1})
-        assert_recurrence(recorder)
+    _, recorder = record(tmp_path / "r", **settings, **options | {"max_steps": 1})
+    assert_recurrence(recorder)
     stock = train(tmp_path / "a", stock=True, **options)
-    erase = EraseV0()
-    ours = make_trainer(tmp_path / "b", v0_init=strategy, callbacks=[erase], **options)
-    erase.trainer = ours
-    ours.train()
-    assert erase.erased == 10
+    ours, recorder = record(tmp_path / "b", erase=True, **settings, **options)
+    assert len(recorder.v0) == 10
     assert_equal_weights(stock, ours)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_v0_is_of_the_gradients_that_adam_sees(tmp_path, mode):
+    _, recorder = record(tmp_path, v0_init="data_driven", v0_measure_steps=2, max_steps=3, **MODES[mode])
+    for name, v0 in recorder.v0.items():
+        expected = sum(g[name].double().square() for g in recorder.gradients[:2]) / 2
+        torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -94,10 +98,7 @@ def test_fp16_overflow_on_the_first_step_does_not_lose_v0(fused):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(4, 3))
     optimizer = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.98), fused=fused)
-    v0 = torch.rand(4, 3)
-    state = create_state(optimizer, p)
-    state["exp_avg_sq"].copy_(v0)
-    write_states(optimizer, {p: state})
+    attach_v0(optimizer, v0_init="data_driven", v0_scale=3.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     g = torch.randn(4, 3)
     before = p.detach().clone()
@@ -108,8 +109,9 @@ def test_fp16_overflow_on_the_first_step_does_not_lose_v0(fused):
         scaler.step(optimizer)
         scaler.update()
         if gradient is not g:
-            assert torch.equal(read_second_moment(optimizer, p), v0) and torch.equal(p, before)
-            assert optimizer.state[p]["step"].item() == 0.0
+            assert read_second_moment(optimizer, p) is None or not read_second_moment(optimizer, p).any()
+            assert torch.equal(p, before)
+    v0 = 3.0 * g.square()
     torch.testing.assert_close(read_second_moment(optimizer, p), 0.98 * v0 + 0.02 * g.square(), rtol=1e-5, atol=1e-8)
     assert optimizer.state[p]["step"].item() == 1.0
 
@@ -117,12 +119,16 @@ def test_fp16_overflow_on_the_first_step_does_not_lose_v0(fused):
 def test_reentrant_checkpointing_of_a_shared_module_is_refused(tmp_path):
     """GPT-2's blocks are each used once, so reentrant is fine there; a block used twice is not."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    _, recorder = record(tmp_path / "a", v0_init="data_driven", max_steps=1, max_grad_norm=0.0, **options)
+    _, recorder = record(tmp_path / "a", max_steps=1, max_grad_norm=0.0, **PER_SAMPLE, **options)
     assert_recurrence(recorder)
-    model = make_gpt2()
-    model.transformer.h[1] = model.transformer.h[0]
+    shared = make_gpt2()
+    shared.transformer.h[1] = shared.transformer.h[0]
     with pytest.raises(InputError, match="use_reentrant"):
-        record(tmp_path / "b", model=model, v0_init="data_driven", max_steps=1, **options)
+        record(tmp_path / "b", model=shared, max_steps=1, **PER_SAMPLE, **options)
+    shared = make_gpt2()
+    shared.transformer.h[1] = shared.transformer.h[0]
+    _, recorder = record(tmp_path / "c", model=shared, v0_init="data_driven", max_steps=1, **options)
+    assert_recurrence(recorder)  # the step's own gradient is whole
 
 
 def test_frozen_parameters_get_no_state(tmp_path):
@@ -147,37 +153,49 @@ class WithUnused(torch.nn.Module):
         return self.gpt2(input_ids=input_ids, labels=labels)
 
 
-def test_parameters_without_gradient_start_at_zero_and_are_reported(tmp_path):
-    trainer, recorder = record(tmp_path, model=WithUnused(), v0_init="data_driven", max_steps=1)
-    report = trainer.get_v0_report()
-    assert report["without_gradient"] == ["unused.weight"]
+def test_parameters_without_gradient_are_reported(tmp_path):
+    trainer, recorder = record(tmp_path / "a", model=WithUnused(), max_steps=1, **PER_SAMPLE)
+    assert trainer.get_v0_report()["without_gradient"] == ["unused.weight"]
     assert not recorder.v0["unused.weight"].any()
     assert sum(bool(v0.any()) for v0 in recorder.v0.values()) == 10
+    trainer, recorder = record(tmp_path / "b", model=WithUnused(), v0_init="data_driven", max_steps=1)
+    assert trainer.get_v0_report()["without_gradient"] == ["unused.weight"]
+    assert "unused.weight" not in recorder.v0 and len(recorder.v0) == 10
 
 
-def test_rows_that_no_sample_touched_are_counted_and_a_floor_lifts_them(tmp_path):
-    """Untied embeddings: tokens 20..39 are in no sample, so 20 rows of wte have v0 = 0 unless a floor is set."""
+def test_rows_that_no_sample_touched_are_counted(tmp_path):
+    """Untied embeddings: tokens 20..39 are in no sample, so 20 rows of wte have v0 = 0, as in stock Adam."""
     data = [{k: v % 19 + 1 for k, v in row.items()} for row in make_sequences()]
-    untied = {"model": make_gpt2(tie_word_embeddings=False), "data": data, "v0_init": "data_driven", "max_steps": 1}
-    trainer, plain = record(tmp_path / "a", **untied)
+    trainer, plain = record(
+        tmp_path,
+        model=make_gpt2(tie_word_embeddings=False),
+        data=data,
+        v0_init="data_driven",
+        v0_measure_steps=8,
+        max_steps=12,
+    )
     wte = plain.v0["transformer.wte.weight"]
     assert not wte[20:].any() and wte[1:20].any(1).all()
     assert trainer.get_v0_report()["parameters"]["transformer.wte.weight"]["zeros"] == int((wte == 0).sum())
-    _, floored = record(tmp_path / "b", **untied | {"model": make_gpt2(tie_word_embeddings=False)}, v0_floor=0.1)
-    for name, v0 in plain.v0.items():
-        torch.testing.assert_close(floored.v0[name], v0.clamp_min(0.1 * v0.mean().item()), rtol=1e-5, atol=0)
 
 
-def test_lora_a_has_no_gradient_at_initialisation(tmp_path):
+def test_lora_a_gets_its_v0_at_step_two_where_it_has_its_first_gradient(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     model = peft.get_peft_model(make_gpt2(), config)
-    trainer, recorder = record(tmp_path, model=model, v0_init="data_driven", max_steps=2, max_grad_norm=0.0)
-    report = trainer.get_v0_report()
-    assert len(recorder.v0) == 4
-    assert all("lora_A" in name for name in report["without_gradient"]) and len(report["without_gradient"]) == 2
-    assert_recurrence(recorder)
+    trainer, recorder = record(
+        tmp_path, model=model, v0_init="data_driven", v0_scale=5.0, max_steps=3, max_grad_norm=0.0
+    )
     assert all(("lora_B" in name) == bool(v0.any()) for name, v0 in recorder.v0.items())
+    assert_recurrence(recorder)
+    late = [name for name in recorder.gradients[1] if "lora_A" in name]
+    assert len(late) == 2 and trainer.get_v0_report()["num_parameters_with_v0"] == 2
+    for name in late:
+        g = recorder.gradients[1][name].double()
+        torch.testing.assert_close(
+            recorder.moments[1][name].double(), 0.999 * 5.0 * g.square() + 0.001 * g.square(), rtol=1e-5, atol=0
+        )
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {3.0}
 
 
 class FirstBatchTooLarge(V0InitTrainer):
@@ -192,12 +210,13 @@ class FirstBatchTooLarge(V0InitTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize("fails_at", [3, 50])
-def test_auto_find_batch_size_writes_v0_once(tmp_path, fails_at):
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven", "v0_measure_steps": 3}, PER_SAMPLE], ids=str)
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_auto_find_batch_size_writes_v0_once(tmp_path, fails_at, settings):
     FirstBatchTooLarge.fails_at = fails_at
     recorder = Recorder()
     trainer = make_trainer(
-        tmp_path, trainer_class=FirstBatchTooLarge, v0_init="data_driven", auto_find_batch_size=True, callbacks=[recorder],
+        tmp_path, trainer_class=FirstBatchTooLarge, auto_find_batch_size=True, callbacks=[recorder], **settings,
     )  # fmt: skip
     recorder.trainer = trainer
     trainer.train()
@@ -218,24 +237,22 @@ class Stream(torch.utils.data.IterableDataset):
 
 def test_iterable_data_set_equals_its_list(tmp_path):
     rows = make_sequences(32)
-    common = {"v0_init": "data_driven", "max_steps": 2, "v0_stats_batch_size": 1}
+    common = PER_SAMPLE | {"max_steps": 2}
     _, listed = record(tmp_path / "a", data=rows, model=make_gpt2(dropout=0.0), **common)
     _, streamed = record(tmp_path / "b", data=Stream(rows), model=make_gpt2(dropout=0.0), **common)
     for name, v0 in listed.v0.items():
         torch.testing.assert_close(streamed.v0[name], v0, rtol=1e-5, atol=1e-12)
     stock = train(tmp_path / "c", data=Stream(rows), stock=True, max_steps=4)
-    erase = EraseV0()
-    ours = make_trainer(tmp_path / "d", data=Stream(rows), v0_init="data_driven", callbacks=[erase], max_steps=4)
-    erase.trainer = ours
-    ours.train()
-    assert_equal_weights(stock, ours)
+    for number, settings in enumerate(({"v0_init": "data_driven"}, PER_SAMPLE)):
+        ours, _ = record(tmp_path / f"d{number}", data=Stream(rows), erase=True, max_steps=4, **settings)
+        assert_equal_weights(stock, ours)
 
 
 def test_streaming_data_set_of_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = make_sequences(32)
     stream = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]).to_iterable_dataset()
-    common = {"v0_init": "data_driven", "max_steps": 2, "v0_stats_batch_size": 1}
+    common = PER_SAMPLE | {"max_steps": 2}
     _, listed = record(tmp_path / "a", data=rows, model=make_gpt2(dropout=0.0), **common)
     trainer, streamed = record(tmp_path / "b", data=stream, model=make_gpt2(dropout=0.0), **common)
     for name, v0 in listed.v0.items():
@@ -249,13 +266,10 @@ def test_every_trial_of_a_hyperparameter_search_gets_its_v0(tmp_path):
 
     class Watch(Recorder):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.v0 = None
+            self.v0 = self.hooked = None
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            fresh = self.v0 is None
-            super().on_step_begin(args, state, control, **kwargs)
-            if fresh:
-                recorder_of_trial.append((args.learning_rate, self.v0))
+        def on_train_end(self, args, state, control, **kwargs):
+            recorder_of_trial.append((args.learning_rate, self.v0))
 
     watch = Watch()
     trainer = V0InitTrainer(

@@ -2,8 +2,8 @@
 
 | axis | values |
 | --- | --- |
-| v0 | `zeros`; `random [SCALE]`; `data_driven [per_step] [SCALE]`, `data_driven [per_step] warmup STEPS`; `first_gradient [SCALE]`, `first_gradient warmup STEPS` |
-| warmup | `none`; a number of optimizer steps (linear); `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
+| v0 | `zeros`; `random`, `first_gradient`, `data_driven`, `data_driven per_step`, `data_driven per_sample`, each with a SCALE or `warmup STEPS` after it |
+| warmup | `none`; a number of optimizer steps (linear), or below 1 a share of the run; `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
 | optimizer | the keys of `OPTIMIZERS` |
 
 Each axis also takes a mapping `{name: ..., flag: value, ...}`; for v0 the name may be left out.
@@ -81,10 +81,10 @@ def parse_v0(value: Any) -> AxisValue:
             "flags"
         )
     flags: dict[str, Any] = {"v0_init": strategy}
-    if rest[:1] == ["per_step"] and strategy == "data_driven":
-        flags["v0_statistic"] = "per_step"
+    if rest[:1] in (["per_step"], ["per_sample"]) and strategy == "data_driven":
+        flags["v0_statistic"] = rest[0]
         rest = rest[1:]
-    if rest[:1] == ["warmup"] and len(rest) == 2 and strategy in ("data_driven", "first_gradient"):
+    if rest[:1] == ["warmup"] and len(rest) == 2 and strategy != NO_V0:
         steps = _read_number(rest[1])
         try:
             flags["v0_warmup_steps"] = require_warmup_steps(steps)
@@ -120,8 +120,6 @@ def _parse_v0_mapping(value: dict) -> AxisValue:
 def _name_v0(flags: dict[str, Any]) -> AxisValue:
     """Name a v0 by its flags, after writing out the default scale."""
     flags, strategy = dict(flags), flags["v0_init"]
-    if flags.get("v0_statistic") == "per_sample":
-        del flags["v0_statistic"]  # the default
     words = [strategy]
     if "v0_statistic" in flags:
         words.append(str(flags["v0_statistic"]))
@@ -156,7 +154,7 @@ def _read_number(text: str) -> float | None:
 
 
 def parse_warmup(value: Any) -> AxisValue:
-    """Parse a value of the axis warmup: none, steps of a linear warmup, an untuned warmup, or a named mapping.
+    """Parse a value of the axis warmup: none, steps or share of the run of a linear warmup, an untuned warmup, or a named mapping.
 
     Raises:
         InputError: none of these.
@@ -169,9 +167,11 @@ def parse_warmup(value: Any) -> AxisValue:
         return AxisValue(value, {"warmup_steps": 0, "untuned_warmup": UNTUNED[value]})
     if is_number(value) and value >= 1 and float(value).is_integer():
         return AxisValue(str(int(value)), {"warmup_steps": int(value)})
+    if is_number(value) and 0 < value < 1:  # transformers reads it so too
+        return AxisValue(name_number(value), {"warmup_steps": float(value)})
     raise InputError(
-        f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, {', '.join(UNTUNED)}, or a mapping "
-        "with a name and flags"
+        f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, a share of the run below 1 such as "
+        f"0.3, {', '.join(UNTUNED)}, or a mapping with a name and flags"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from ...errors import InputError
-from ..running.launch import SCRIPTS, find_script, split_launch
+from ..running.launch import find_script, is_one_process, split_launch
 from .axes import (
     DEFAULT_OPTIMIZER,
     NO_V0,
@@ -31,12 +32,17 @@ from .axes import (
 )
 from .metrics import find_direction
 from .published import get_published_tables
+from .slurm import SlurmSettings, read_slurm
 
 DEFAULT_LEARNING_RATE, DEFAULT_SEED = 5e-5, 42  # transformers'
 OF_THE_RUN = ("output_dir", "overwrite_output_dir", "v0_record_run", "resume_from_checkpoint")
 # What a comparison needs and a single run does not; `arguments` may say otherwise.
 DEFAULT_FLAGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
 AXES = ("v0", "warmup", "optimizer", "learning_rate", "seed")
+# What people write for an axis. A script would refuse most of them as unknown flags, but only when it is started.
+OTHER_WORDS = {"lr": "learning_rate", "rate": "learning_rate", "learningrate": "learning_rate", "random_seed": "seed"}
+OTHER_WORDS |= {"optimiser": "optimizer", "opt": "optimizer", "warm_up": "warmup", "init": "v0"}
+OTHER_WORDS |= {f"{axis}s": axis for axis in AXES} | {"lrs": "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Plan:
     arguments: dict[str, Any] = field(default_factory=dict)
     keep_models: bool = True
     stop_hopeless: StopHopeless | None = None
+    slurm: SlurmSettings | None = None
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +98,7 @@ class Plan:
 
 
 KEYS = ("title", "pocket", "script", "launch", "arguments_file", "arguments", "metric", "test_metrics", "published")
-KEYS += ("greater_is_better", "keep_models", "stop_hopeless", "grids")
+KEYS += ("greater_is_better", "keep_models", "stop_hopeless", "slurm", "grids")
 POCKET_KEYS = ("arguments_file", "arguments", "test_metrics", "grids", "seed")
 
 
@@ -99,7 +106,12 @@ POCKET_KEYS = ("arguments_file", "arguments", "test_metrics", "grids", "seed")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number and a key given twice an error."""
+    """YAML in which `1e-3` is a number, `4:00:00` the text that it looks like, and a key given twice an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":int")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -111,6 +123,11 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+|0[0-7_]+)$"),
+    list("-+0123456789"),
 )
 
 
@@ -187,7 +204,7 @@ def _make_plan(content: dict[str, Any], path: Path, pocket: bool = False) -> Pla
         raise InputError(
             "grids: give a list with at least one mapping of axes to values, such as - v0: [zeros, random 100]"
         )
-    identity = {"script": script.stem if script.parent == SCRIPTS else str(script), "launch": launch}
+    identity = {"script": script, "launch": launch}
     runs = list(_lay_out(grids, common, identity))
     _require_one_meaning(runs)
     title = content.get("title", path.stem)
@@ -197,7 +214,7 @@ def _make_plan(content: dict[str, Any], path: Path, pocket: bool = False) -> Pla
     direction = _take(content, "greater_is_better", bool, None) if "greater_is_better" in content else None
     return Plan(
         title=str(title),
-        script=identity["script"],
+        script=script,
         runs=tuple(_order_by_seed(runs)),
         pocket=_take(content, "pocket", bool, False),
         launch=launch,
@@ -208,6 +225,7 @@ def _make_plan(content: dict[str, Any], path: Path, pocket: bool = False) -> Pla
         arguments=common,
         keep_models=_take(content, "keep_models", bool, True),
         stop_hopeless=_read_stop_hopeless(content.get("stop_hopeless")),
+        slurm=_read_slurm(content.get("slurm"), launch),
         command=f"hf-v0init compare {path.as_posix()} --output_dir FOLDER" + (" --pocket" if pocket else ""),
     )
 
@@ -239,6 +257,16 @@ def _read_stop_hopeless(value: Any) -> StopHopeless | None:
     if not is_number(above) or above <= 1:
         raise InputError(f"stop_hopeless: above={above!r}: must be a factor > 1 on the best validation loss")
     return StopHopeless(int(step), float(above))
+
+
+def _read_slurm(value: Any, launch: str) -> SlurmSettings | None:
+    settings = read_slurm(value)
+    if settings is not None and settings.gpus > 1 and is_one_process(launch):
+        raise InputError(
+            f"slurm: gpus={settings.gpus} with launch: {launch}, where a run is one process and uses one GPU; write launch: torchrun "
+            f"--nproc_per_node {settings.gpus}, or gpus: 1"
+        )
+    return settings
 
 
 # --------------------------------------------------------------------------------------------------- the arguments
@@ -312,6 +340,11 @@ def _read_axes(grid: dict[str, Any], common: dict[str, Any]) -> tuple[dict[str, 
             raise InputError(f"{axis} is no axis of its own: it belongs to the axis {OWNERS[axis]}")
         if axis in OF_THE_RUN:
             raise InputError(f"{axis} is set by the comparison for each run")
+        meant = OTHER_WORDS.get(axis.lower()) or next(iter(difflib.get_close_matches(axis, AXES, 1, 0.8)), axis)
+        if meant != axis:
+            raise InputError(
+                f"{axis} is no axis; did you mean {meant}? (a flag of the script by that name goes into `arguments`)"
+            )
         if isinstance(values, list) and not values:
             raise InputError(f"{axis}: an empty list, so there is no run; give at least one value")
     if not grid:

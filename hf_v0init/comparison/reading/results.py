@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...records.report import read_report
-from ...records.run_table import RESULTS_FILE, STATE_FILE
+from ...records.run_files import RESULTS_FILE, STATE_FILE
 from ..planning.metrics import find_direction
 
 PLAN_FILE, RECORD_FILE = "plan.json", "record.json"

@@ -22,7 +22,7 @@ FAMILY_NAMES = {
     OTHER_OPTIMIZER: "other optimizers",
 }  # fmt: skip
 GAN_SCRIPT = "run_dcgan"
-OWN_SCRIPTS = ("run_translation", "run_clm", "run_embedded_translation")  # whose losses are in nats per token
+OWN_SCRIPTS = ("run_translation", "run_clm", "run_mlm")  # whose losses are in nats per token
 
 
 def format_number(value: float | None, digits: int = LOSS_DIGITS, *, signed: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a comparison: who holds it, what plan it has, which of its runs are over.
+"""The folder of a comparison: what plan it has, which of its runs are over.
 
 | a run's record says | the next call |
 | --- | --- |
@@ -8,21 +8,20 @@
 | interrupted, running (the call that started it is gone), nothing | starts it anew in an emptied folder |
 
 An interrupted run starts anew also if its script saves checkpoints: its clock and its curve are then those of one process. With
-`resume_runs` it goes on from the newest whole checkpoint that holds the optimizer's state, if there is one.
+`resume_runs` it goes on from the newest whole checkpoint that holds the optimizer's state, if there is one. A run that another call
+is training is left to it (see `claims`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from ...errors import InputError
 from ..planning.plan import Plan, PlannedRun
@@ -37,41 +36,9 @@ from ..reading.results import (
     RUNS_FOLDER,
     STOPPED_EARLY,
 )
-from .launch import kill_tree
+from .claims import LOCKS_FOLDER, list_calls
+from .launch import compute_script_hash, kill_tree
 from .run_state import read_json, write_json
-
-LOCK_FILE, HOLDER_FILE = ".compare.lock", ".compare.pid"
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder of a comparison, which is made if need be; the system frees it in whatever way this process ends.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written.
-    """
-    lock, holder = FileLock(folder / LOCK_FILE, timeout=0), folder / HOLDER_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        holder.write_text(f"{os.getpid()}\n")
-    except Timeout:
-        with contextlib.suppress(OSError):
-            pid = holder.read_text().strip()
-            raise InputError(
-                f"output_dir={folder}: another compare (process {pid}) is at work there; wait for it, stop it with Ctrl-C, or "
-                "give another --output_dir"
-            ) from None
-        raise InputError(f"output_dir={folder}: another compare has just begun or ended there; try again") from None
-    except OSError as error:
-        raise InputError(
-            f"output_dir={folder} cannot be written ({error.strerror}); give another --output_dir"
-        ) from error
-    try:
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def require_usable_folder(plan: Plan, folder: Path) -> None:
@@ -82,7 +49,7 @@ def require_usable_folder(plan: Plan, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={folder} is a file; give another --output_dir")
-    if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {LOCK_FILE, HOLDER_FILE}:
+    if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {LOCKS_FOLDER}:
         return
     stored = read_json(folder / PLAN_FILE)
     if stored is None:
@@ -109,9 +76,22 @@ def get_digest(place: Path) -> str:
 def write_plan(plan: Plan, folder: Path) -> int:
     """Write `plan.json`; runs of equal arguments that the folder has keep their results and get this plan's names.
 
+    To be called while holding `claims.lock_plan`.
+
     Returns:
         The number of runs in the folder that are not in the plan; they stay, and no report shows them.
+
+    Raises:
+        InputError: the folder has other runs planned, and another call is at work on those.
     """
+    stored = read_json(folder / PLAN_FILE)
+    if stored is not None and stored.get("runs") != plan.to_dict()["runs"]:
+        others = list_calls(folder)
+        if others:
+            raise InputError(
+                f"output_dir={folder}: another compare ({', '.join(others)}) is at work there on a plan with other runs; wait for it, "
+                "stop it with Ctrl-C, or give another --output_dir"
+            )
     planned = {run.digest: run for run in plan.runs}
     num_others = 0
     for place in list_run_folders(folder):
@@ -133,12 +113,27 @@ def describe_run(run: PlannedRun) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(run)))
 
 
-def find_waiting_runs(plan: Plan, folder: Path, retry_failed: bool) -> list[PlannedRun]:
-    """Return the runs that are to be started, in the order of the plan; see the table at the top."""
+def list_final_states(plan: Plan, retry_failed: bool = False) -> set[str]:
+    """Return the states in which a run is left as it is; see the table at the top."""
     over = {FINISHED, DIVERGED}
     over |= set() if retry_failed else {FAILED}
-    over |= set() if plan.stop_hopeless is None else {STOPPED_EARLY}
+    return over | (set() if plan.stop_hopeless is None else {STOPPED_EARLY})
+
+
+def find_waiting_runs(plan: Plan, folder: Path, retry_failed: bool) -> list[PlannedRun]:
+    """Return the runs that are to be started, in the order of the plan, those that other calls are training included."""
+    over = list_final_states(plan, retry_failed)
     return [run for run in plan.runs if read_run_record(folder, run).get("state") not in over]
+
+
+def find_changed_script(plan: Plan, folder: Path) -> list[str]:
+    """Return the names of the runs that are over and were made by a script file that has changed since."""
+    now = compute_script_hash(plan.script)
+    records = [(run.name, read_run_record(folder, run)) for run in plan.runs]
+    hashes = [
+        (name, r.get("script_hash")) for name, r in records if r.get("state") in (FINISHED, DIVERGED, STOPPED_EARLY)
+    ]
+    return [name for name, found in hashes if None not in (found, now) and found != now]
 
 
 def read_run_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
@@ -146,22 +141,20 @@ def read_run_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
     return read_json(folder / RUNS_FOLDER / run.name / RECORD_FILE) or {}
 
 
-def end_left_runs(folder: Path) -> list[str]:
-    """End the processes of runs whose comparison was killed; call it while holding the folder.
+def end_left_run(place: Path) -> bool:
+    """End the process of a run whose call was killed, if it is on this machine; call it while holding the run's claim.
 
     Returns:
-        The names of these runs.
+        Whether there was one.
     """
-    ended = []
-    for place in list_run_folders(folder):
-        record = read_json(place / RECORD_FILE) or {}
-        if record.get("state") != RUNNING or "pid" not in record:
-            continue
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(record["pid"])
-            # A process of that number that writes elsewhere is another one.
-            if any(word.endswith(f"{place.name}/{OUTPUT_FOLDER}") for word in process.cmdline()):
-                kill_tree(process.pid)
-                process.wait(10)
-                ended.append(place.name)
-    return ended
+    record = read_json(place / RECORD_FILE) or {}
+    if record.get("state") != RUNNING or "pid" not in record or record.get("host", platform.node()) != platform.node():
+        return False
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(record["pid"])
+        # A process of that number that writes elsewhere is another one.
+        if any(word.endswith(f"{place.name}/{OUTPUT_FOLDER}") for word in process.cmdline()):
+            kill_tree(process.pid)
+            process.wait(10)
+            return True
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,58 @@ import psutil
 from ...errors import InputError
 from ..planning.axes import suggest
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 PYTHON = "python"
+PACKAGE = Path(__file__).resolve().parents[2]
+
+# The scripts that come with the package, by the name that a comparison's file gives.
+SCRIPT_MODULES = {
+    "run_translation": "hf_v0init.tasks.translation.script",
+    "run_clm": "hf_v0init.tasks.language_modeling.script",
+    "run_mlm": "hf_v0init.tasks.language_modeling.masked_script",
+    "run_image_classification": "hf_v0init.tasks.images.script",
+    "run_dcgan": "hf_v0init.tasks.gan.script",
+}
+MODULE_FLAGS = {
+    "deepspeed": "--module"
+}  # what stands before a module's name; `-m` for python, accelerate launch, torchrun
 
 
-def find_script(name: str, folder: Path) -> Path:
-    """Find a script by its name in the checkout's `scripts/`, or by its path from here or from `folder`.
+def find_script(name: str, folder: Path) -> str:
+    """Return what a run of this script is known by: its name in `SCRIPT_MODULES`, or the whole path of a user's own.
+
+    Args:
+        name: such a name, or a path from here or from `folder`.
+        folder: that of the comparison's file.
 
     Raises:
         InputError: there is none.
     """
+    if name in SCRIPT_MODULES:
+        return name
     if re.fullmatch(r"\w+", name):
-        found = SCRIPTS / f"{name}.py"
-        if found.is_file():
-            return found
-        if not SCRIPTS.is_dir():
-            raise InputError(
-                f"script: {name}: the package was installed without its scripts; give the path of scripts/{name}.py in a "
-                "checkout, or of your own script"
-            )
-        known = sorted(file.stem for file in SCRIPTS.glob("run_*.py"))
         raise InputError(
-            f"script: there is no {name} in {SCRIPTS}{suggest(name, known)}; give the path of your script, or one of "
-            f"{', '.join(known)}"
+            f"script: the package has no {name}{suggest(name, SCRIPT_MODULES)}; give one of {', '.join(SCRIPT_MODULES)}, or the path "
+            "of a script of your own, such as my_script.py"
         )
     for place in (Path(name), folder / name):
         if place.is_file():
-            return place.resolve()
-    raise InputError(f"script: there is no file {name}; give the path of a script, or run_translation or run_clm")
+            return str(place.resolve())
+    raise InputError(
+        f"script: there is no file {name}, here or in {folder}; give the path of your script, or one of {', '.join(SCRIPT_MODULES)}"
+    )
+
+
+def compute_script_hash(script: str) -> str | None:
+    """Compute the SHA-256, as hex, of a script's own file; None if it cannot be read. What the script imports is left out."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(_find_file(script).read_bytes()).hexdigest()
+    return None
+
+
+def _find_file(script: str) -> Path:
+    if script not in SCRIPT_MODULES:
+        return Path(script)
+    return PACKAGE.parent.joinpath(*SCRIPT_MODULES[script].split(".")).with_suffix(".py")
 
 
 def split_launch(launch: str) -> list[str]:
@@ -82,8 +108,11 @@ def make_command(launch: str, script: str, arguments: dict[str, Any], output: Pa
     words = split_launch(launch)
     if jobs > 1 and launch.split()[:2] == ["accelerate", "launch"] and "--main_process_port" not in launch:
         words += ["--main_process_port", "0"]
-    flags = make_flags({**arguments, "output_dir": str(output), "v0_record_run": True})
-    return [*words, str(find_script(script, Path())), *flags]
+    if script in SCRIPT_MODULES:
+        words += [MODULE_FLAGS.get(launch.split()[0], "-m"), SCRIPT_MODULES[script]]
+    else:
+        words.append(script)
+    return [*words, *make_flags({**arguments, "output_dir": str(output), "v0_record_run": True})]
 
 
 def make_flags(arguments: dict[str, Any]) -> list[str]:
@@ -103,18 +132,25 @@ def _write_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def make_environment(launch: str, jobs: int, slot: int) -> dict[str, str]:
+def make_environment(launch: str, jobs: int, slot: int, devices: Sequence[str] | None = None) -> dict[str, str]:
     """Return the environment of the run in a slot.
 
-    A run of one process gets its share of the cores as `OMP_NUM_THREADS`, unless that is set, and one of several
-    `CUDA_VISIBLE_DEVICES`; other launchers deal out threads and devices themselves.
+    A run of one process gets its share of the cores as `OMP_NUM_THREADS`, unless that is set, and one of the devices as
+    `CUDA_VISIBLE_DEVICES`: with several the Trainer would split each batch over them (`DataParallel`), which no one asked for.
+    Other launchers deal out threads and devices themselves, among those of `devices`.
+
+    Args:
+        launch: the launcher.
+        jobs: runs side by side.
+        slot: the run's place among them, from 0.
+        devices: ids as in `CUDA_VISIBLE_DEVICES`; () for none; None leaves the variable as it is.
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if is_one_process(launch):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // jobs)))
-        devices = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
-        if len(devices) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        devices = devices and [devices[slot % len(devices)]]
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment
 
 

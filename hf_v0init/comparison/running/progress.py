@@ -94,6 +94,13 @@ class ProgressDisplay:
         text += f"{format_loss(trace.eval_loss)}, {format_seconds(seconds)}" + (f"; {reason}" if reason else "")
         self.console.print(Text(text, style=STYLES.get(state, "")), soft_wrap=True)
 
+    def report_elsewhere(self, run: PlannedRun, state: str) -> None:
+        """Print a line for a run that another call has brought to its end."""
+        self.num_over += 1
+        over = self.num_over + sum(self.states.values())
+        text = f"[{over}/{self.num_runs}] {run.name}: {state}, by another call"
+        self.console.print(Text(text, style=STYLES.get(state, "")), soft_wrap=True)
+
     def warn(self, message: str) -> None:
         """Print a warning."""
         self.console.print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ...records.checkpoints import find_defect, find_newest_whole, list_checkpoints
-from ...records.run_table import RESULTS_FILE, STATE_FILE
+from ...records.run_files import RESULTS_FILE, STATE_FILE
+from ..planning.axes import suggest
 from ..reading.fingerprints import PARTS
 from ..reading.results import DIVERGED, FAILED, FINISHED, LOG_FILE
 
-ERROR_LINE = re.compile(r"^(error: |[\w.]*(Error|Exception|Interrupt|Exit)\b)")
+_BESIDE = ("_runtime", "_per_second", "_samples", "_model_preparation_time")  # what stands beside metrics
+ERROR_LINE = re.compile(r"^((\S+\.py: )?error: |[\w.]*(Error|Exception|Interrupt|Exit)\b)")  # of ours, argparse, Python
 LAUNCHER_LINE = re.compile(r"^[\w.]*(ChildFailedError|CalledProcessError)\b")
 RANK = re.compile(
     r"^\[rank\d+\]:\s|\s\(process \d+\)$"
@@ -65,6 +67,7 @@ class LossTrace:
         first_train_loss: the first training loss logged.
         eval_losses: validation losses by optimizer step.
         not_finite: where the first loss that is no finite number occurred, "" if all are.
+        num_entries: how many entries have been taken in.
     """
 
     step: int = 0
@@ -74,6 +77,7 @@ class LossTrace:
     first_train_loss: float | None = None
     eval_losses: dict[int, float] = field(default_factory=dict)
     not_finite: str = ""
+    num_entries: int = 0
     _position: int = 0
 
     def read_new(self, path: Path) -> bool:
@@ -97,6 +101,7 @@ class LossTrace:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in one logged entry."""
+        self.num_entries += 1
         step = entry.get("step")
         self.step = max(self.step, int(step)) if isinstance(step, int | float) else self.step
         self.epoch = entry.get("epoch", self.epoch)
@@ -140,7 +145,7 @@ def judge_run(output: Path, metric: str) -> tuple[str, str | None]:
 
     Returns:
         State and reason: `diverged` if a loss was no finite number or the last validation loss is above that at the start;
-        `failed` if the metric by which runs are compared is missing; else `finished` and None.
+        `failed` if the metric by which runs are compared is missing from results and log; else `finished` and None.
     """
     trace, results = read_losses(output), read_json(output / RESULTS_FILE) or {}
     final = results.get("eval_loss", trace.eval_loss)
@@ -148,14 +153,58 @@ def judge_run(output: Path, metric: str) -> tuple[str, str | None]:
         trace.add({"eval_loss": final})
     if trace.not_finite:
         return DIVERGED, trace.not_finite
-    if results.get(metric) is None:
-        return (
-            FAILED,
-            f"the script ended well but left no {metric} in {RESULTS_FILE}; does it evaluate at the end (do_eval)?",
-        )
+    if find_metric(output, metric) is None:
+        return FAILED, f"the script ended well but left no {metric}, {_describe_found(output, metric)}"
     if final is not None and trace.start is not None and final > trace.start[0]:
         return DIVERGED, f"the final validation loss, {final:.4g}, is above {trace.start[1]}, {trace.start[0]:.4g}"
     return FINISHED, None
+
+
+@dataclass(frozen=True)
+class FoundMetric:
+    """A metric's value at the end of a run; `step` is that of the log's entry, None where it is from `all_results.json`."""
+
+    value: float
+    step: int | None = None
+
+
+def find_metric(output: Path, name: str) -> FoundMetric | None:
+    """Find a metric in `all_results.json`, or else the last that was logged; None if there is none."""
+    value = (read_json(output / RESULTS_FILE) or {}).get(name)
+    if value is not None:
+        return FoundMetric(value)
+    logged = [entry for entry in _read_log(output) if entry.get(name) is not None]
+    return FoundMetric(logged[-1][name], logged[-1].get("step")) if logged else None
+
+
+def count_entries(log: Path, step: int) -> int:
+    """Count the entries of a `run_log.jsonl` up to this optimizer step."""
+    return sum(entry.get("step", 0) <= step for entry in _read_lines(log))
+
+
+def _read_log(output: Path) -> list[dict[str, Any]]:
+    return _read_lines(output / LOG_FILE) or (read_json(output / STATE_FILE) or {}).get("log_history", [])
+
+
+def _read_lines(log: Path) -> list[dict[str, Any]]:
+    entries = []
+    with contextlib.suppress(OSError):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                entries += [entry] if isinstance(entry, dict) else []
+    return entries
+
+
+def _describe_found(output: Path, metric: str) -> str:
+    """Say where the metric was sought, what there was, and what to do."""
+    entries = [read_json(output / RESULTS_FILE) or {}, *_read_log(output)]
+    found = sorted({name for entry in entries for name in entry if name.startswith(("eval_", "predict_", "test_"))})
+    found = [name for name in found if not name.endswith(_BESIDE)]
+    where = f"neither in {RESULTS_FILE} nor in its log"
+    if found:
+        return f"{where}{suggest(metric, found)}; it left {', '.join(found[:8])}: name one of them as metric"
+    return f"{where}; let it evaluate, by eval_strategy: steps in `arguments` or trainer.evaluate() at the end of the script"
 
 
 def find_missing_metrics(output: Path, names: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a GAN's training, whole or recognisably not: `checkpoint_safety` tells which.
+"""Checkpoints of a GAN's training, whole or recognisably not: `records.checkpoints` tells which.
 
 checkpoint-N/generator/, discriminator/   weights and configuration, as `from_pretrained` reads them
 checkpoint-N/training_state.pt            both optimizers and schedules, number of processes

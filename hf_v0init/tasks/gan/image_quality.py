@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...errors import InputError
+from ...extras import describe_missing
 from ...preservation import preserve_rng, seed_everything
 
 logger = logging.getLogger("hf_v0init")
@@ -57,9 +58,8 @@ class InceptionFeatures(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except Exception as error:  # a torchvision that does not fit the installed torch raises RuntimeError
-            raise InputError(
-                f"FID needs torch-fidelity with a torchvision that fits this torch ({error}): pip install torch-fidelity, {remedy}"
-            ) from error
+            problem = f"FID needs torch-fidelity with a torchvision that fits this torch ({error})"
+            raise InputError(f"{describe_missing('fid', problem)}, {remedy}") from error
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights_path)
         except Exception as error:  # of many kinds: no network, not those weights, not a file of weights
@@ -224,9 +224,8 @@ class ImageQuality:
             from torchmetrics.image.fid import FrechetInceptionDistance
             from torchmetrics.image.inception import InceptionScore
         except Exception as error:  # beside torch-fidelity it imports torchvision, which may not fit this torch
-            raise InputError(
-                f"measuring images needs torchmetrics, which cannot be imported ({error}): pip install torchmetrics"
-            ) from error
+            problem = f"measuring images needs torchmetrics, which cannot be imported ({error})"
+            raise InputError(describe_missing("images", problem)) from error
         classes = {"FrechetInceptionDistance": FrechetInceptionDistance, "InceptionScore": InceptionScore}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the score keeps its inputs

@@ -8,7 +8,7 @@ from transformers import Trainer, get_scheduler
 from ...errors import InputError
 from ...optimizers.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
 from ...optimizers.schedules import add_untuned_warmup
-from ...optimizers.state import read_beta2
+from ...optimizers.state import SecondMoments
 
 
 def build_optimizer(network: nn.Module, training) -> torch.optim.Optimizer:
@@ -75,7 +75,7 @@ def _add_untuned_warmup(schedule: LRScheduler, training, num_warmup_steps: int) 
     shape = training.untuned_warmup
     if num_warmup_steps:
         raise InputError(f"untuned_warmup={shape} and warmup_steps={training.warmup_steps} are two warmups: give one")
-    beta2 = read_beta2(schedule.optimizer)
+    beta2 = SecondMoments(schedule.optimizer).read_beta2()
     if beta2 is None:
         name = type(schedule.optimizer).__name__
         raise InputError(f"untuned_warmup={shape} takes its length from beta2, and {name} has none; use warmup_steps")

@@ -41,6 +41,16 @@ from .training import DivergedError, GanTrainer
 
 logger = logging.get_logger("run_dcgan")
 
+EXAMPLES = """
+# a DCGAN on a folder of images, with a random v0 for both optimizers
+run_dcgan.py --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
+# flags from a file, the distance to the training images measured every 1,000 steps
+run_dcgan.py FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
+# measure the generator of a finished run
+run_dcgan.py FILE.yaml --do_train False --do_eval --output_dir out
+# two processes
+torchrun --nproc_per_node 2 run_dcgan.py FILE.yaml --output_dir out
+"""
 EXIT_DIVERGED = 1
 SMALLEST_EVAL = 2  # images that have a covariance
 # What of the Trainer's flags has a meaning here; V0InitArguments' all do.
@@ -65,7 +75,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
-    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder a class.")
+    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
     dataset_split: str = flag("train", "Split of --dataset_name.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
     label_column: str | None = flag(
@@ -188,7 +198,7 @@ def make_quality(
         labels = torch.from_numpy(images.labels)
         if images.class_names == NO_CLASSES:
             raise InputError(
-                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder a class, or "
+                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder per class, or "
                 "use --feature_extractor inception"
             )
         extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
@@ -227,9 +237,9 @@ def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
         print(f"train: {trainer.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this run")
 
 
-def main(argv: list[str]) -> None:
+def train_and_measure(argv: list[str]) -> None:
     model_args, data_args, quality_args, training = parse_arguments(
-        (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv
+        (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv, EXAMPLES
     )
     checkpoint = require_possible(training, quality_args.overwrite_output_dir)
     start_logging(training)
@@ -272,13 +282,13 @@ def main(argv: list[str]) -> None:
     trainer.accelerator.end_training()
 
 
-def run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     try:
-        main(argv)
+        train_and_measure(argv)
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
 
 
 if __name__ == "__main__":
-    run_script(run)
+    run_script(main)

@@ -24,8 +24,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
 from ...diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback
+from ...distributed.processes import raise_together
 from ...errors import InputError
-from ...gradients.statistics import raise_together
 from ...preservation import preserve_rng, seed_everything
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
@@ -35,7 +35,7 @@ from .checkpoints import load_gan_checkpoint, save_gan_checkpoint
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .image_quality import ImageQuality
 from .network_optimizers import build_optimizer, build_schedule
-from .v0 import find_setting_differences, write_gan_v0
+from .v0 import attach_gan_v0, compose_record, describe_settings, find_setting_differences, takes_pass, write_gan_v0
 
 logger = logging.getLogger("hf_v0init")
 
@@ -183,7 +183,14 @@ class GanTrainer:
         first_step, self._total_loss, self._total_steps = self.state.global_step, 0.0, 0
         self._call("on_train_begin", model=nn.ModuleDict(self.networks))
         start = time.perf_counter()
-        if checkpoint is None and self.training.v0_init != "zeros":
+        self.first_steps = attach_gan_v0(self.training, self.networks, self.prepared_optimizers, self.max_steps)
+        if checkpoint is not None and self.v0_report is None:
+            for steps in self.first_steps.values():
+                steps.remove()  # of a run without a v0
+        elif "measuring" in (self.v0_report or {}):
+            for name, steps in self.first_steps.items():
+                steps.load_state_dict(self.v0_report["measuring"][name])
+        if checkpoint is None and takes_pass(self.training):
             self.v0_report = write_gan_v0(
                 self.training,
                 self.wrapped,
@@ -191,7 +198,7 @@ class GanTrainer:
                 self.prepared_optimizers,
                 accelerator=self.accelerator,
                 num_images=len(self.pixels),
-                first_images=self.order.get(0),
+                num_first=len(self.order.get(0)),
                 take_images=self._take_images,
                 generate=lambda num: self.networks["generator"](self._draw_noise(num)),
                 max_steps=self.max_steps,
@@ -246,8 +253,24 @@ class GanTrainer:
         self.schedules[name].step()
         self.prepared_optimizers[name].zero_grad()
 
+    def _take_v0_record(self) -> None:
+        """Bring the record of v0 up to date, in the first steps."""
+        if not self.first_steps or (self.v0_report is not None and "measuring" not in self.v0_report):
+            return
+        reports = {name: steps.report for name, steps in self.first_steps.items()}
+        if all(reports.values()):
+            self.v0_report = compose_record(self.training, {name: report.to_dict() for name, report in reports.items()})
+        else:
+            measuring = {name: steps.state_dict() for name, steps in self.first_steps.items()}
+            self.v0_report = {
+                "strategy": self.training.v0_init,
+                "measuring": measuring,
+                "settings": describe_settings(self.training),
+            }
+
     def _follow_control(self) -> None:
         """Log, evaluate and save if it is time to."""
+        self._take_v0_record()
         self._call("on_step_end")
         if self.state.global_step % self.order.steps_per_epoch == 0:
             self._call("on_epoch_end")

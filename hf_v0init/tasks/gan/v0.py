@@ -7,12 +7,48 @@ import torch
 from torch import nn
 
 from ...gradients.batches import choose_samples
+from ...initialization.first_steps import FirstSteps
 from ...loop.initialize import initialize_v0
 from ...settings import AUTO
 from .dcgan import compute_discriminator_loss, compute_generator_loss
 
-SETTINGS = ("init", "scale", "num_samples", "statistic", "stats_batch_size", "seed", "one_dimensional", "warmup_steps")
-SETTINGS += ("floor", "fan_factor")
+SETTINGS = (
+    "init",
+    "scale",
+    "num_samples",
+    "statistic",
+    "measure_steps",
+    "stats_batch_size",
+    "seed",
+    "one_dimensional",
+    "warmup_steps",
+)
+
+
+def get_seed(training) -> int:
+    """Return the seed of v0's draws."""
+    return training.seed if training.v0_seed is None else training.v0_seed
+
+
+def attach_gan_v0(training, networks: dict[str, nn.Module], optimizers: dict, max_steps: int) -> dict[str, FirstSteps]:
+    """Let both second moments get a v0 at their own first step; {} where the paper's pass or nothing is asked for.
+
+    Args:
+        training: `V0InitTrainingArguments`.
+        networks, optimizers: "generator" and "discriminator".
+        max_steps: of the whole run.
+    """
+    if training.v0_init == "zeros" or takes_pass(training):
+        return {}
+    return {
+        name: FirstSteps(optimizers[name], network, training, seed=get_seed(training), max_steps=max_steps)
+        for name, network in networks.items()
+    }
+
+
+def takes_pass(training) -> bool:
+    """Whether v0 comes from the paper's pass before training."""
+    return training.v0_init == "data_driven" and training.v0_statistic == "per_sample"
 
 
 def write_gan_v0(
@@ -23,19 +59,19 @@ def write_gan_v0(
     *,
     accelerator,
     num_images: int,
-    first_images: torch.Tensor,
+    num_first: int,
     take_images: Callable[[torch.Tensor], torch.Tensor],
     generate: Callable[[int], torch.Tensor],
     max_steps: int,
 ) -> dict:
-    """Give both second moments a v0, each from its own network's loss as it is before any step.
+    """Give both second moments the paper's data-driven v0, each from its own network's loss as it is before any step.
 
     Args:
-        training: `V0InitTrainingArguments`, `v0_init` not zeros.
+        training: `V0InitTrainingArguments`, see `takes_pass`.
         wrapped, networks: "generator" and "discriminator", as the loop runs them and outside DDP.
         optimizers: of the same names, prepared.
         num_images: training images to choose from.
-        first_images: numbers of the images of the first step.
+        num_first: images of the first step.
         take_images: maps image numbers to images in [-1, 1].
         generate: draws noise and generates so many images.
         max_steps: of the whole run.
@@ -43,15 +79,13 @@ def write_gan_v0(
     Returns:
         The record of both, see `join_reports`.
     """
-    seed = training.seed if training.v0_seed is None else training.v0_seed
+    seed = get_seed(training)
     num_samples = min(training.get_max_num_samples(), num_images)
-    step_size = len(first_images)
+    step_size = num_first
     # With batch norms the gradient of an image depends on its batch: by default they are training's size.
     size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
-    batches = [first_images]
-    if training.v0_init == "data_driven":
-        samples = torch.tensor(choose_samples(num_images, num_samples, seed))
-        batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
+    samples = torch.tensor(choose_samples(num_images, num_samples, seed))
+    batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
 
     def compute_generators(_: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
         return compute_generator_loss(networks["discriminator"], generate(len(numbers)))
@@ -67,25 +101,25 @@ def write_gan_v0(
         report = initialize_v0(
             optimizers[name],
             model=wrapped[name],
-            strategy=training.v0_init,
             batches=batches,
             loss_fn=loss_fn,
             accelerator=accelerator,
-            scale=training.v0_scale,
-            warmup_steps=training.v0_warmup_steps,
-            num_samples=AUTO if training.v0_num_samples == AUTO else None,
-            statistic=training.v0_statistic,
-            seed=seed,
-            one_dimensional=training.v0_one_dimensional,
-            floor=training.v0_floor,
-            fan_factor=training.v0_fan_factor,
+            v0_scale=training.v0_scale,
+            v0_warmup_steps=training.v0_warmup_steps,
+            v0_num_samples=AUTO if training.v0_num_samples == AUTO else None,
+            v0_seed=seed,
+            v0_one_dimensional=training.v0_one_dimensional,
             effective_batch_size=float(step_size * accelerator.num_processes),
             other_modules=[network for other, network in networks.items() if other != name],
             max_steps=max_steps,
         )
-        if training.v0_init == "data_driven":
-            report.num_samples_requested = training.v0_num_samples
+        report.num_samples_requested = training.v0_num_samples
         reports[name] = report.to_dict()
+    return compose_record(training, reports)
+
+
+def compose_record(training, reports: dict[str, dict]) -> dict:
+    """Compose the record of both networks' v0 from their reports."""
     return join_reports(reports) | {"settings": describe_settings(training)}
 
 
@@ -95,9 +129,9 @@ def join_reports(reports: dict[str, dict]) -> dict:
     Counts and seconds are sums, v0 figures over the elements of both, `measured_ratio` the geometric mean.
     """
     first, *_ = reports.values()
-    left_out = ("parameters", "without_gradient", "mean_loss", "multiplier_measured")
+    left_out = ("parameters", "without_gradient", "mean_loss", "multiplier")
     joined = {name: value for name, value in first.items() if name not in left_out}
-    summed = ["num_samples", "num_batches", "seconds", "num_zero_elements"]
+    summed = ["num_samples", "num_batches", "num_skipped", "seconds", "num_zero_elements"]
     summed += [f"num_{kind}_{which}_v0" for kind in ("parameters", "elements") for which in ("with", "without")]
     for name in summed:
         joined[name] = sum(report[name] for report in reports.values())

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import InputError
+from ...extras import require_extra
 
 PIXELS, BRIGHTEST = 8, 16
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
@@ -24,15 +25,12 @@ def write_digits_folder(path, seed: int = 0, size: int = PIXELS) -> dict[str, in
         The images of each split: {"train": 1078, "validation": 359, "test": 360}.
 
     Raises:
-        InputError: scikit-learn is not installed; `size` is less than 8; `path` holds something.
+        InputError: scikit-learn, with which they come, is not installed; `size` is less than 8; `path` holds something.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise InputError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+    require_extra("images", "sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     path = Path(path)
     if size < PIXELS:
         raise InputError(f"size={size}: the scans have {PIXELS}x{PIXELS} pixels; give {PIXELS} or more")

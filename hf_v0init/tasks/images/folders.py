@@ -1,4 +1,4 @@
-"""Labelled images of a local folder (one subfolder a class) or of a loaded data set, in one form.
+"""Labelled images of a local folder (one subfolder per class) or of a loaded data set, in one form.
 
 Nothing is decoded here. The folder is listed by the rules below and not by the `imagefolder` loader of `datasets`, which
 takes split names out of paths (a class called "test"), drops the labels of folders of unequal depth in silence, and gives
@@ -56,10 +56,10 @@ def load_image_folder(path, *, role: str) -> LabelledImages:
     path = Path(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such folder"
-        raise InputError(f"--{role}_dir={path}: {what}; give a folder with one subfolder a class")
+        raise InputError(f"--{role}_dir={path}: {what}; give a folder with one subfolder per class")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if not folders:
-        raise InputError(f"--{role}_dir={path}: has no subfolders; put the images into one subfolder a class")
+        raise InputError(f"--{role}_dir={path}: has no subfolders; put the images into one subfolder per class")
     paths, labels = [], []
     for label, folder in enumerate(folders):
         files = sorted(file for file in folder.iterdir() if _is_image_name(file))

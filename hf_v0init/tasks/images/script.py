@@ -5,7 +5,7 @@
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 
-Images come from the Hub, or from folders with one subfolder a class. Losses and accuracies are exact: each image of the
+Images come from the Hub, or from folders with one subfolder per class. Losses and accuracies are exact: each image of the
 set counts once.
 """
 
@@ -23,6 +23,8 @@ from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
 from ...preservation import preserve_model, preserve_rng
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
+from ..run_identity import describe_run, require_same_model
 from ..script_stages import (
     DatasetArguments,
     HubArguments,
@@ -31,14 +33,17 @@ from ..script_stages import (
     flag,
     load_config,
     publish_card,
+    require_buildable,
     require_positive_counts,
     require_possible_run,
     require_sole_model_source,
     train_and_save,
 )
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayArguments, StepDecayMixin
 from ..token_loss import TokenCrossEntropy
+from ..value_checks import require_available_metric
 from .augmentation import RANDOM_CROPS, Augmentation
 from .cifar_resnet import CifarResNetConfig
 from .folders import (
@@ -64,6 +69,18 @@ from .top_k_accuracy import ExactAccuracyMixin
 logger = logging.get_logger("run_image_classification")
 
 MODEL_TYPES = [*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, CifarResNetConfig.model_type]
+METRICS = ("loss", "accuracy", "top5_accuracy", "num_images")
+EXAMPLES = """
+# a ResNet for small images, on folders with one subfolder a class, with its data-driven v0
+run_image_classification.py --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven \\
+  --output_dir out
+# flags from a file, a Vision Transformer from scratch
+run_image_classification.py FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
+# fine-tune a pretrained model, a tenth of the training images for validation
+run_image_classification.py FILE.yaml --model_name_or_path microsoft/resnet-18 --validation_split_percentage 10
+# two processes
+torchrun --nproc_per_node 2 run_image_classification.py FILE.yaml --output_dir out
+"""
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
@@ -100,7 +117,7 @@ class ModelArguments(HubArguments):
 
 @dataclass
 class DataArguments(DatasetArguments):
-    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder a class.")
+    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
     test_dir: str | None = flag(None, "The same for test.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
@@ -154,7 +171,7 @@ class DataArguments(DatasetArguments):
             raise InputError(f"--crop_fraction={self.crop_fraction}: must be above 0 and at most 1")
 
 
-class ImageTrainer(ExactAccuracyMixin, StepDecayMixin, ImageDrawsMixin, V0InitTrainer):
+class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, StepDecayMixin, ImageDrawsMixin, V0InitTrainer):
     """With exact evaluation, steps of the learning rate and reproducible augmentation."""
 
 
@@ -323,21 +340,32 @@ def list_local_data(data: DataArguments) -> list[Path]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    model_args, data_args, decay_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, StepDecayArguments, V0InitTrainingArguments), argv
-    )
-    start_logging(training_args)
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, data_args.overwrite_output_dir)
-    set_seed(training_args.seed)
+ARGUMENTS = (ModelArguments, DataArguments, StepDecayArguments, ProbeArguments, V0InitTrainingArguments)
 
-    images = load_images(data_args, model_args, training_args)
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, decay_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
+    start_logging(training_args)
+    require_available_metric(training_args, METRICS)
+    run = describe_run(training_args, model_args, data_args)
+    overwrite = data_args.overwrite_output_dir
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
     config = load_config(
         model_args.model_type,
         model_args.model_name_or_path or model_args.config_name,
         model_args.config_overrides,
         model_args,
     )
+    if model_args.model_name_or_path is None:
+        overrides = f"--config_overrides={model_args.config_overrides}" if model_args.config_overrides else None
+        source = overrides or f"--model_type={model_args.model_type or model_args.config_name}"
+        require_buildable(config, AutoModelForImageClassification, source)
+    require_same_model(checkpoint, config)
+    set_seed(training_args.seed)
+
+    images = load_images(data_args, model_args, training_args)
     images = choose_classes(images, config, model_args, training_args.do_train)
     image_format = choose_image_format(images, data_args, model_args, config)
     augmentation = Augmentation(data_args.random_crop, data_args.crop_padding, data_args.random_flip)
@@ -362,9 +390,13 @@ def main(argv: list[str]) -> None:
             # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             step_decay=decay_args,
+            run_identity=run,
         )
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
     if training_args.do_train:
-        metrics = train_and_save(trainer, checkpoint, data_args.overwrite_output_dir)
+        metrics = train_and_save(trainer, checkpoint, overwrite)
         save_results(trainer, "train", metrics)
         trainer.save_state()
     if training_args.do_eval:

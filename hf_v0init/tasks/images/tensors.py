@@ -36,7 +36,7 @@ def load_any_image_folder(path, *, role: str) -> LabelledImages:
     if folders:
         raise InputError(
             f"--{role}_dir={path}: holds images ({files[0].name}) beside folders ({folders[0].name}); give a folder of images, or of "
-            "one subfolder a class"
+            "one subfolder per class"
         )
     rows = datasets.Dataset.from_dict({"image": [str(file) for file in files]})
     rows = rows.cast_column("image", datasets.Image(decode=False))

@@ -48,12 +48,15 @@ def compute_perplexity(total_nll: float, num_tokens: float) -> float:
 
 
 class ExactPerplexityMixin:
-    """Put before a Trainer of a causal language model: its evaluations report exact figures.
+    """Put before a Trainer of a causal language model: its evaluations report exact numbers.
 
-    `eval_loss` (nats a target token, without label smoothing), `eval_perplexity`, `eval_accuracy` (the share
+    `eval_loss` (nats per target token, without label smoothing), `eval_perplexity`, `eval_accuracy` (the share
     of target tokens that were the most likely one) and `eval_num_tokens`, over the whole set and all
     processes. The logits are not kept, so `compute_metrics` gets nothing and is not called.
     """
+
+    perplexity_name = "perplexity"
+    labels_are_shifted = False  # whether position i of the labels is what position i of the logits forecasts
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -63,7 +66,7 @@ class ExactPerplexityMixin:
         total_nll, num_tokens, num_correct = self._evaluation_sums.tolist()
         figures = {
             "loss": total_nll / num_tokens if num_tokens else math.nan,
-            "perplexity": compute_perplexity(total_nll, num_tokens),
+            self.perplexity_name: compute_perplexity(total_nll, num_tokens),
             "accuracy": num_correct / num_tokens if num_tokens else math.nan,
             "num_tokens": int(num_tokens),
         }
@@ -75,8 +78,20 @@ class ExactPerplexityMixin:
         shift_labels = inputs.get("shift_labels")
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         logits = logits[0] if isinstance(logits, tuple | list) else logits
-        is_shifted = shift_labels is not None
-        sums = sum_token_losses(logits, shift_labels if is_shifted else labels, is_shifted)
+        if shift_labels is not None:
+            labels = shift_labels
+        sums = sum_token_losses(logits, labels, shift_labels is not None or self.labels_are_shifted)
         sums = self.accelerator.gather_for_metrics(sums)
         self._evaluation_sums += sums.double().sum(dim=0).cpu()
         return loss, None, None
+
+
+class MaskedPerplexityMixin(ExactPerplexityMixin):
+    """The same for a masked language model: over the masked tokens, each forecast where it stands.
+
+    exp(loss) is called `eval_pseudo_perplexity`: it is no probability of a text, and compares only with that of another model
+    whose masks are the same.
+    """
+
+    perplexity_name = "pseudo_perplexity"
+    labels_are_shifted = True

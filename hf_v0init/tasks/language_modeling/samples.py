@@ -1,7 +1,7 @@
 """Training and evaluation samples for causal language models: windows of a token stream, or prompt + completion.
 
 Samples are dicts of `input_ids` and `labels`, unpadded lists of equal length; the model shifts the labels by one
-itself. `CausalCollator` makes batches of them.
+itself. `PaddingCollator` makes batches of them. What reads, keeps and pads tokens serves masked models, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tokenize_texts(
         rows: a data set, or a stream, with the text column `column`.
         text_suffix: added to every text, such as the line end that reading lines took away.
         append_eos: end every row with the tokenizer's end-of-text token.
-        map_options: `num_proc`, `cache_dir`, `overwrite_cache`; see `_map_with_cache`. Not for a stream.
+        map_options: `num_proc`, `cache_dir`, `overwrite_cache`; see `map_with_cache`. Not for a stream.
 
     Returns:
         The rows with the single column `input_ids` (int32).
@@ -54,14 +54,14 @@ def tokenize_texts(
     last_token = [tokenizer.eos_token_id] if append_eos else []
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = _require_strings(batch[column], column)
+        texts = require_strings(batch[column], column)
         # verbose=False: rows longer than the model's positions are cut into windows later
         encoded = tokenizer([text + text_suffix for text in texts], return_attention_mask=False, verbose=False)
         return {"input_ids": [ids + last_token for ids in encoded["input_ids"]]}
 
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     key = ("texts", column, text_suffix, append_eos)
-    return _map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+    return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
 
 
 def tokenize_completions(
@@ -96,9 +96,9 @@ def tokenize_completions(
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        prompts = encode_prompts(_require_strings(batch[prompt_column], prompt_column), tokenizer, prompt_prefix)
+        prompts = encode_prompts(require_strings(batch[prompt_column], prompt_column), tokenizer, prompt_prefix)
         completions = tokenizer(
-            _require_strings(batch[completion_column], completion_column),
+            require_strings(batch[completion_column], completion_column),
             add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,
@@ -119,7 +119,7 @@ def tokenize_completions(
         }
     )
     key = ("completions", prompt_column, completion_column, max_length, prompt_prefix)
-    return _map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+    return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
 
 
 def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_prefix: str = "") -> list[list[int]]:
@@ -147,7 +147,8 @@ def list_columns(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]
     return rows.column_names if rows.column_names is not None else list(next(iter(rows), {}))
 
 
-def _require_strings(values: list, column: str) -> list[str]:
+def require_strings(values: list, column: str) -> list[str]:
+    """Return `values`; raise `InputError` if one is no text."""
     for value in values:
         if not isinstance(value, str):
             kind = "empty" if value is None else f"a {type(value).__name__}"
@@ -155,7 +156,7 @@ def _require_strings(values: list, column: str) -> list[str]:
     return values
 
 
-def _map_with_cache(
+def map_with_cache(
     rows: datasets.Dataset | datasets.IterableDataset,
     function: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -201,12 +202,44 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
 # --------------------------------------------------------------------------------------------------- windows
 
 
+class TokenRows:
+    """The tokens of all rows as one stream that is read by position; they stay where they are, usually a memory-mapped file.
+
+    Args:
+        rows: a data set with a column `input_ids`, and others of the same lengths that may be read.
+
+    Attributes:
+        ends: int64, the position behind each row's last token.
+        num_tokens: of all rows.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows.with_format("arrow")
+        lengths = [
+            pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
+            for table in self.rows.select_columns(["input_ids"]).iter(batch_size=10_000)
+        ]
+        self.ends = np.cumsum(np.concatenate([np.zeros(0, dtype=np.int64), *lengths]), dtype=np.int64)
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, stop: int, columns: tuple[str, ...] = ("input_ids",)) -> list[np.ndarray]:
+        """Return of each column the values of the tokens `start` to `stop`, which must not be empty."""
+        first_row = int(np.searchsorted(self.ends, start, side="right"))
+        last_row = int(np.searchsorted(self.ends, stop, side="left"))
+        offset = start - (int(self.ends[first_row - 1]) if first_row else 0)
+        table = self.rows[first_row : last_row + 1]
+        whole = (
+            np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks])
+            for column in columns
+        )
+        return [values[offset : offset + stop - start] for values in whole]
+
+
 class TokenWindows(torch.utils.data.Dataset):
     """All rows' tokens as one stream, cut into windows in which every token is a target exactly once.
 
     Windows have `window_length` tokens and begin with the last token of the one before (a model forecasts no
-    token without one before it); the last window holds what is left. The rows stay where they are, usually
-    in a memory-mapped file.
+    token without one before it); the last window holds what is left.
 
     Args:
         rows: a data set with a column `input_ids`.
@@ -225,14 +258,9 @@ class TokenWindows(torch.utils.data.Dataset):
         first_token: list[int],
         max_windows: int | None = None,
     ) -> None:
-        self.rows = rows.select_columns(["input_ids"]).with_format("arrow")
+        self.rows = TokenRows(rows.select_columns(["input_ids"]))
         self.window_length = window_length
-        lengths = [
-            pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
-            for table in self.rows.iter(batch_size=10_000)
-        ]
-        self._row_ends = np.cumsum(np.concatenate([np.zeros(0, dtype=np.int64), *lengths]), dtype=np.int64)
-        num_tokens = int(self._row_ends[-1]) if len(self._row_ends) else 0
+        num_tokens = self.rows.num_tokens
         self.first_token = [] if num_tokens and self._read(0, 1) == first_token else list(first_token)
         self.num_tokens = len(self.first_token) + num_tokens
         self._num_windows = -(-max(self.num_tokens - 1, 0) // (window_length - 1))
@@ -248,18 +276,13 @@ class TokenWindows(torch.utils.data.Dataset):
         if not 0 <= index < self._num_windows:
             raise IndexError(f"window {index} of {self._num_windows}")
         start = index * (self.window_length - 1) - len(self.first_token)
-        stop = min(start + self.window_length, int(self._row_ends[-1]))
+        stop = min(start + self.window_length, self.rows.num_tokens)
         tokens = (self.first_token if start < 0 else []) + self._read(max(start, 0), stop)
         return {"input_ids": tokens, "labels": list(tokens)}
 
     def _read(self, start: int, stop: int) -> list[int]:
         """Tokens `start` to `stop` of the rows' stream (without `first_token`)."""
-        first_row = int(np.searchsorted(self._row_ends, start, side="right"))
-        last_row = int(np.searchsorted(self._row_ends, stop, side="left"))
-        offset = start - (int(self._row_ends[first_row - 1]) if first_row else 0)
-        column = self.rows[first_row : last_row + 1]["input_ids"]
-        tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
-        return tokens[offset : offset + stop - start].tolist()
+        return self.rows.read(start, stop)[0].tolist()
 
 
 class StreamedTokenWindows(torch.utils.data.IterableDataset):
@@ -303,7 +326,7 @@ class StreamedTokenWindows(torch.utils.data.IterableDataset):
 # --------------------------------------------------------------------------------------------------- batches
 
 
-class CausalCollator:
+class PaddingCollator:
     """Pad samples at the right to one length: `input_ids`, `labels` (-100), `attention_mask` (0).
 
     Args:

@@ -20,33 +20,22 @@ from transformers import set_seed
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
-from ..checkpoint_averaging import require_enough_checkpoints
-from ..script_stages import (
-    count_steps,
-    describe_for_card,
-    flag,
-    publish_card,
-    require_positive_counts,
-    require_possible_run,
-    train_and_save,
-)
+from ..early_stopping import make_early_stopping
+from ..probing import ProbeArguments, probe_and_print, turn_into_probe
+from ..run_identity import describe_run, require_same_model
+from ..script_stages import flag, require_possible_run
 from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
-from ..step_decay import StepDecayArguments, StepDecayMixin
+from ..script_trainer import ScriptTrainerMixin
+from ..step_decay import StepDecayMixin
 from ..token_budget import TokenBudgetMixin
+from ..value_checks import require_available_metric
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
-from .model import ModelArguments, choose_block_size, load_model, load_tokenizer
+from .model import ModelArguments
 from .perplexity import ExactPerplexityMixin
-from .rows import (
-    DataArguments,
-    choose_text_column,
-    choose_text_suffix,
-    iterate_texts,
-    limit_rows,
-    load_rows,
-)
+from .rows import DataArguments, limit_rows
 from .samples import (
-    CausalCollator,
+    PaddingCollator,
     StreamedTokenWindows,
     TokenWindows,
     encode_prompts,
@@ -54,50 +43,48 @@ from .samples import (
     tokenize_completions,
     tokenize_texts,
 )
+from .shared_script import (
+    LanguageRunArguments,
+    choose_map_options,
+    finish,
+    prepare_all_samples,
+    prepare_run,
+    require_possible,
+    train_and_evaluate,
+)
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
 
+METRICS = ("loss", "perplexity", "accuracy", "num_tokens")
+EXAMPLES = """
+# GPT-2's architecture from scratch on a text file, with its data-driven v0
+run_clm.py --model_type gpt2 --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
+# flags from a file, a smaller model, the best checkpoint by perplexity
+run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
+  --metric_for_best_model perplexity
+# fine-tune a pretrained model on prompts with their completions
+run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a
+# data that does not fit on the disk
+run_clm.py FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
+# two processes
+torchrun --nproc_per_node 2 run_clm.py FILE.yaml --output_dir out
+"""
+
 
 @dataclass
-class RunArguments(StepDecayArguments):
-    overwrite_output_dir: bool = flag(
-        False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
-    )
-    average_checkpoints: int | None = flag(
-        None, "After training, average the last so many checkpoints; evaluate and save the average."
-    )
-    max_tokens_per_batch: int | None = flag(
-        None,
-        "With --prompt_column: training batches by token budget, padded tokens a batch, process and forward pass; "
-        "replaces --per_device_train_batch_size. Blocks are all of one size and need none.",
-    )
+class RunArguments(LanguageRunArguments):
+    """How a causal language model is trained, and what it writes at the end."""
+
     sample_prompt: str | None = flag(
         None, "At the end, continue this text by sampling; printed and saved to generated_sample.txt."
     )
     max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
 
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive_counts(self)
 
-
-class CausalTrainer(ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer):
+class CausalTrainer(
+    ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer
+):
     """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
-
-
-def require_possible(data: DataArguments, run: RunArguments, training) -> None:
-    """Refuses what the arguments alone rule out."""
-    if data.streaming and training.do_train and training.max_steps <= 0:
-        raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if data.streaming and run.max_tokens_per_batch:
-        raise InputError(
-            f"--max_tokens_per_batch={run.max_tokens_per_batch}: not with --streaming; drop one of the two"
-        )
-    if run.max_tokens_per_batch and data.prompt_column is None:
-        raise InputError(
-            f"--max_tokens_per_batch={run.max_tokens_per_batch}: blocks all have --block_size tokens, so give "
-            "--per_device_train_batch_size instead; the budget is for --prompt_column"
-        )
 
 
 def reads_streams(config, data: DataArguments) -> bool:
@@ -121,14 +108,7 @@ def require_possible_for_model(config, data: DataArguments, training) -> None:
 def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: DataArguments, training, cache_dir):
     """Blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
     limit = data.get_limit(role)
-    options = {}
-    if not data.streaming:
-        options = {
-            "num_proc": data.preprocessing_num_workers,
-            "cache_dir": cache_dir,
-            # the other processes read what the first has just written
-            "overwrite_cache": data.overwrite_cache and training.local_process_index == 0,
-        }
+    options = choose_map_options(data, training, cache_dir)
     if data.prompt_column is not None:
         columns = data.prompt_column, data.completion_column
         rows = limit_rows(rows, limit)
@@ -138,8 +118,8 @@ def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: D
     tokenized = tokenize_texts(
         rows,
         tokenizer,
-        choose_text_column(rows, data),
-        text_suffix=choose_text_suffix(data, role),
+        *data.choose_text_columns(rows),
+        text_suffix=data.choose_text_suffix(role),
         append_eos=data.append_eos,
         **options,
     )
@@ -154,15 +134,6 @@ def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: D
 
 
 # ----------------------------------------------------------------------------------------------- after training
-
-
-def save_results(trainer: CausalTrainer, role: str, metrics: dict) -> None:
-    """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
-    trainer.log_metrics(role, metrics)
-    trainer.save_metrics(role, metrics)
-    if f"{role}_perplexity" in metrics and trainer.is_world_process_zero():
-        figures = f"perplexity {metrics[f'{role}_perplexity']:.3f}, accuracy {metrics[f'{role}_accuracy']:.4f}"
-        print(f"{role}: {figures} over {metrics[f'{role}_num_tokens']:,} tokens")
 
 
 def complete(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
@@ -207,48 +178,44 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0InitTrainingArguments)
+
+
 def main(argv: list[str]) -> None:
-    model_args, data_args, run_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments), argv
-    )
+    """Do what the flags in `argv` say."""
+    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
+    if probe_args.probe_only:
+        turn_into_probe(training_args)
     require_possible(data_args, run_args, training_args)
+    require_available_metric(training_args, METRICS)
+    callbacks = make_early_stopping(run_args, training_args)
     start_logging(training_args)
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, run_args.overwrite_output_dir)
+    run = describe_run(training_args, model_args, data_args, run_args)
+    overwrite = run_args.overwrite_output_dir
+    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
+    config = model_args.load_config()
+    require_same_model(checkpoint, config)
     set_seed(training_args.seed)
 
-    config = model_args.load_config()
     require_possible_for_model(config, data_args, training_args)
-    rows = load_rows(data_args, model_args, training_args)
-    tokenizer = load_tokenizer(model_args, iterate_texts(rows.get("train"), data_args), checkpoint)
-    block_size = choose_block_size(data_args.block_size, config, tokenizer)
-    if run_args.max_tokens_per_batch is not None and run_args.max_tokens_per_batch < block_size:
-        raise InputError(
-            f"--max_tokens_per_batch={run_args.max_tokens_per_batch}: is less than the {block_size} tokens that a sample "
-            "may have; raise it, or lower --block_size"
-        )
-    if training_args.do_train and run_args.average_checkpoints is not None:
-        require_enough_checkpoints(training_args, run_args.average_checkpoints)
-    network = load_model(model_args, config, tokenizer)
-    samples = {}
-    for role, role_rows in rows.items():
-        with training_args.main_process_first(desc=f"tokenizing {role}"):
-            samples[role] = prepare_samples(
-                role_rows, role, tokenizer, block_size, config, data_args, training_args, model_args.cache_dir
-            )
-    if training_args.do_train and run_args.average_checkpoints is not None and not data_args.streaming:
-        is_known = run_args.max_tokens_per_batch is None or training_args.max_steps > 0
-        num_steps = count_steps(training_args, len(samples["train"])) if is_known else None
-        require_enough_checkpoints(training_args, run_args.average_checkpoints, num_steps)
+    prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
+    tokenizer, block_size = prepared.tokenizer, prepared.block_size
 
+    def prepare(rows, role: str):
+        return prepare_samples(
+            rows, role, tokenizer, block_size, config, data_args, training_args, model_args.cache_dir
+        )
+
+    samples = prepare_all_samples(prepared, prepare, data_args, run_args, training_args)
     require_possible_streams(training_args, samples.get("train"), [samples.get("validation"), samples.get("test")])
     if reads_streams(config, data_args):
         collator = SegmentCollator(tokenizer.pad_token_id)
     else:
         # A stream's batches are cut and joined across processes, so they must all be of one length.
-        collator = CausalCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None)
+        collator = PaddingCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None)
     with explain_hub_errors(training_args):
         trainer = CausalTrainer(
-            model=network,
+            model=prepared.network,
             args=training_args,
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
@@ -256,24 +223,19 @@ def main(argv: list[str]) -> None:
             data_collator=collator,
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
+            run_identity=run,
+            callbacks=callbacks,
         )
 
-    if training_args.do_train:
-        metrics = train_and_save(trainer, checkpoint, run_args.overwrite_output_dir, run_args.average_checkpoints)
-        save_results(trainer, "train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        save_results(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"))
-    if training_args.do_predict:
-        save_results(trainer, "test", trainer.predict(samples["test"], metric_key_prefix="test").metrics)
-        if data_args.prompt_column is not None:
-            write_test_completions(trainer, rows["test"], data_args, run_args.max_new_tokens)
+    if probe_args.probe_only:
+        probe_and_print(trainer, probe_args)
+        return
+    train_and_evaluate(trainer, checkpoint, run_args, samples.get("test"))
+    if training_args.do_predict and data_args.prompt_column is not None:
+        write_test_completions(trainer, prepared.rows["test"], data_args, run_args.max_new_tokens)
     if run_args.sample_prompt is not None:
         write_sample(trainer, run_args.sample_prompt, run_args.max_new_tokens)
-
-    files = [path for path in (data_args.train_file, data_args.test_file, data_args.validation_file) if path][:1]
-    publish_card(trainer, describe_for_card("text-generation", model_args.model_name_or_path, data_args, files))
-    trainer.accelerator.end_training()
+    finish(trainer, "text-generation", model_args, data_args)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 Metrics over a whole set do not depend on its order; what `predict` returns is put back into the order of the data set.
 """
 
+import contextlib
+
 import datasets
 import numpy as np
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 
 def find_length_order(dataset: datasets.Dataset) -> np.ndarray:
@@ -26,9 +28,36 @@ class LengthSortedEvaluationMixin(Seq2SeqTrainer):
         """Make the batches of a prediction as the Trainer does, of the sorted set."""
         return super().get_test_dataloader(_sort(test_dataset))
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """Evaluate as the Trainer does; `compute_metrics` gets predictions and labels in the order of the data set."""
+        with self._in_order_of(self.eval_dataset if eval_dataset is None else eval_dataset):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _in_order_of(self, dataset):
+        compute_metrics = self.compute_metrics
+        if compute_metrics is None or not _is_sortable(dataset):
+            yield
+            return
+        places = np.argsort(find_length_order(dataset))
+
+        def compute_in_order(evaluation, **options):
+            rows = [
+                part[places] if isinstance(part, np.ndarray) and len(part) == len(places) else part
+                for part in (evaluation.predictions, evaluation.label_ids)
+            ]
+            return compute_metrics(EvalPrediction(predictions=rows[0], label_ids=rows[1]), **options)
+
+        self.compute_metrics = compute_in_order
+        try:
+            yield
+        finally:
+            self.compute_metrics = compute_metrics
+
     def predict(self, test_dataset, *args, **kwargs) -> PredictionOutput:
-        """Predict as the Trainer does; predictions and labels are in the order of `test_dataset`."""
-        output = super().predict(test_dataset, *args, **kwargs)
+        """Predict as the Trainer does; predictions and labels are in the order of `test_dataset`, also for `compute_metrics`."""
+        with self._in_order_of(test_dataset):
+            output = super().predict(test_dataset, *args, **kwargs)
         if not _is_sortable(test_dataset):
             return output
         places = np.argsort(find_length_order(test_dataset))  # where each sample has gone

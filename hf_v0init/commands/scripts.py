@@ -1,0 +1,64 @@
+"""The commands `hf-v0init translate`, `clm`, `mlm`, `images`, `dcgan`: the training scripts of an installed package.
+
+Each hands its flags to the `main` of a module below `hf_v0init.tasks`, which launchers start by name:
+`torchrun --nproc_per_node 2 -m hf_v0init.tasks.translation.script FILE.yaml`. The files in `scripts/` do the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import typer
+
+from ..extras import MissingExtraError
+
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script: its module below `hf_v0init.tasks` and what `--help` of `hf-v0init` says of it."""
+
+    module: str
+    summary: str
+
+
+SCRIPTS = {
+    "translate": Script("translation.script", "Train and evaluate an encoder-decoder model for translation."),
+    "clm": Script(
+        "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+    ),
+    "mlm": Script("language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
+    "images": Script("images.script", "Train and evaluate an image classifier."),
+    "dcgan": Script("gan.script", "Train a DCGAN on images."),
+}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register a command for each script; what follows its name goes to the script as it is, `--help` too."""
+    for name, script in SCRIPTS.items():
+        settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+        app.command(name, help=f"{script.summary} Flags: hf-v0init {name} --help", context_settings=settings)(
+            _make_command(name)
+        )
+
+
+def run_named(name: str) -> None:
+    """Run the script of this name on `sys.argv[1:]`; bad input, and an extra that is absent, is one line and exit status 2."""
+    try:
+        module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
+        run_script = importlib.import_module("hf_v0init.tasks.script_support").run_script
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    run_script(module.main)
+
+
+def _make_command(name: str):
+    def command(context: typer.Context) -> None:
+        sys.argv = [f"hf-v0init {name}", *context.args]
+        run_named(name)
+
+    return command

@@ -1,0 +1,170 @@
+"""`--probe_only`: a training script builds its run, measures how far it may step, says so and ends without a step.
+
+The Trainer prepares everything as for training (device, precision, sharding, loader); at `on_train_begin` the trust radius is
+measured on the first batches, and the run is left. Nothing is written but the plot.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..closed_form.length import (
+    NEEDED_FROM,
+    STEPS_PER_X,
+    compute_largest_rate_with_room,
+    compute_largest_rate_without_warmup,
+    compute_relative_rate,
+    compute_warmup_length,
+    is_cut_short,
+)
+from ..errors import InputError
+from ..gradients.trust_radius import TrustRadius
+from ..plots import draw_trust_radius, require_figure_path
+from ..trainer.trust_radius import measure_run
+from .script_stages import flag
+
+PROBED_STEPS = 4  # optimizer steps whose batches are looked at: four pairs
+
+
+@dataclass
+class ProbeArguments:
+    """Measuring how long to hold back, instead of training."""
+
+    probe_only: bool = flag(
+        False,
+        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs. "
+        "`hf-v0init probe FILE` does the same.",
+    )
+    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
+
+    def __post_init__(self) -> None:
+        """Check the plot's path before anything is built."""
+        if self.probe_figure is not None:
+            if not self.probe_only:
+                raise InputError(f"--probe_figure={self.probe_figure}: is for --probe_only; add it or drop this")
+            require_figure_path(self.probe_figure)
+
+
+def turn_into_probe(training: TrainingArguments) -> None:
+    """Change the arguments of a run, in place, so that it is built as for training and leaves nothing behind."""
+    training.output_dir = os.path.join(tempfile.gettempdir(), f"probe-{uuid.uuid4().hex}")
+    training.do_train, training.do_eval, training.do_predict = True, False, False
+    training.eval_strategy, training.eval_on_start, training.save_strategy = IntervalStrategy.NO, False, SaveStrategy.NO
+    training.load_best_model_at_end, training.push_to_hub, training.report_to = False, False, []
+    training.resume_from_checkpoint = None
+    training.v0_init, training.v0_scale, training.v0_warmup_steps = "zeros", None, None
+    training.v0_record_run, training.disable_tqdm = False, True
+    if training.log_level == "passive":
+        training.log_level = "warning"
+
+
+class _Probed(Exception):
+    """Leaves `Trainer.train` before the first step, with what was measured."""
+
+    def __init__(self, radius: TrustRadius, num_steps: int) -> None:
+        self.radius, self.num_steps = radius, num_steps
+
+
+class _Probe(TrainerCallback):
+    """Measures once everything is prepared."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Measure, and leave the training."""
+        raise _Probed(measure_run(self.trainer, train_dataloader, PROBED_STEPS), state.max_steps)
+
+
+def probe_and_print(trainer, probe: ProbeArguments) -> TrustRadius:
+    """Prepare the run as for training, measure, print, draw; return what was measured."""
+    trainer.add_callback(_Probe(trainer))
+    try:
+        trainer.train()
+    except _Probed as probed:
+        radius, num_steps = probed.radius, probed.num_steps
+    finally:
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        console = Console(highlight=False, markup=False)
+        print_probe(console, radius, trainer.args.learning_rate, num_steps, trainer.args.get_warmup_steps(num_steps))
+        if probe.probe_figure is not None and radius.rho:
+            draw_trust_radius(
+                probe.probe_figure,
+                radius.displacements,
+                radius.rho,
+                d50=radius.d50,
+                learning_rate=trainer.args.learning_rate,
+            )
+            console.print(f"Plot: {probe.probe_figure}", soft_wrap=True)
+    return radius
+
+
+def print_probe(
+    console: Console, radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
+) -> None:
+    """Print the curve as a table, and in words what follows for this run.
+
+    Args:
+        num_steps: optimizer steps of the run.
+        warmup_steps: of the run as it is configured.
+    """
+    if radius.rho:
+        table = Table(title="rho(d): decrease of the loss on other data over the decrease that the gradient predicts")
+        table.add_column("displacement d", justify="right")
+        table.add_column("rho", justify="right")
+        table.add_column("d / learning rate", justify="right")
+        for displacement, rho in zip(radius.displacements, radius.rho, strict=True):
+            table.add_row(f"{displacement:.3g}", f"{rho:.3f}", f"{displacement / learning_rate:.3g}")
+        console.print(table)
+    console.print(
+        f"{radius.num_pairs} pairs of batches, {radius.num_backwards} backward and {radius.num_forwards} forward passes, "
+        f"{radius.seconds:.1f} s, {radius.num_elements:,} parameters; loss at the initial weights {radius.loss:.4g}",
+        soft_wrap=True,
+    )
+    if radius.d50 is None:
+        console.print(f"d50 could not be measured: {radius.reason}.", soft_wrap=True)
+        return
+    alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.pair_d50)
+    console.print(f"d50, where rho is 0.5: {radius.d50:.3g} (pairs alone: {alone})", style="bold")
+    for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
+        console.print(line, soft_wrap=True)
+
+
+def describe_length(
+    radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
+) -> list[str]:
+    """Say in sentences what a measured d50 means for a run of `num_steps` at this learning rate."""
+    x = compute_relative_rate(learning_rate, radius.d50)
+    options = {"has_batch_norm": radius.has_batch_norm}
+    length = compute_warmup_length(x, num_steps, **options)
+    lines = [f"x = learning rate / d50 = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
+    if length == 0:
+        why = (
+            "the network has BatchNorm, and none needed one at any x"
+            if radius.has_batch_norm
+            else f"x is below {NEEDED_FROM:g}"
+        )
+        lines.append(f"Nothing needed: {why}.")
+    elif is_cut_short(x, num_steps, **options):
+        lines.append(
+            f"Hold back for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} x would be "
+            f"{STEPS_PER_X * x:,.0f}, more than this run has room for: lower the learning rate or train longer."
+        )
+    else:
+        lines.append(f"Hold back for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} x): --warmup_steps {length}")
+    if warmup_steps is not None:
+        lines.append(f"This run as configured: a warmup of {warmup_steps:,} steps.")
+    if not radius.has_batch_norm:
+        lines.append(
+            f"Largest learning rate that needs none: {compute_largest_rate_without_warmup(radius.d50):.3g}; that {num_steps:,} "
+            f"steps leave room for: {compute_largest_rate_with_room(radius.d50, num_steps):.3g}"
+        )
+    return lines

@@ -1,0 +1,96 @@
+"""What a run has been, in one table at its end: what was trained, how well, and where things are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Of all the numbers of `all_results.json` those that people look for; the file has the rest.
+SCORES = {
+    "loss": "{:.4f}",
+    "perplexity": "{:.3f}",
+    "pseudo_perplexity": "{:.3f}",
+    "accuracy": "{:.4f}",
+    "top5_accuracy": "{:.4f}",
+    "bleu": "{:.2f}",
+    "chrf": "{:.2f}",
+}
+STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": "test"}
+FILES = {
+    "model.safetensors": "model", "README.md": "card", "all_results.json": "results", "v0_init.json": "v0",
+    "generated_predictions.txt": "translations", "generated_nbest.jsonl": "best translations",
+    "generated_completions.jsonl": "completions", "generated_sample.txt": "sample",
+}  # fmt: skip
+LOG_WIDTH = 120
+
+
+def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the scores among a run's results, by stage.
+
+    Args:
+        results: as in `all_results.json`, keys such as "eval_loss".
+
+    Returns:
+        Pairs of the stage's name and its scores in words; losses in nats, accuracies as shares, BLEU and chrF in percent.
+    """
+    rows = []
+    for stage, title in STAGES.items():
+        words = [
+            f"{name.replace('_', ' ')} {pattern.format(results[f'{stage}_{name}'])}"
+            for name, pattern in SCORES.items()
+            if isinstance(results.get(f"{stage}_{name}"), (int, float))
+        ]
+        if words:
+            rows.append((title, ", ".join(words)))
+    return rows
+
+
+def print_summary(trainer, console: Console | None = None) -> None:
+    """Print the table. Call it on the main process, when everything has been written."""
+    console = console or Console(soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=LOG_WIDTH)
+    folder = Path(trainer.args.output_dir)
+    path = folder / "all_results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    count = sum(p.numel() for p in network.parameters())
+    table.add_row("model", f"{type(network).__name__}, {count:,} parameters")
+    if trainer.args.do_train:
+        table.add_row("trained", _describe_training(trainer, results))
+        table.add_row("v0", _describe_v0(trainer.get_v0_report()))
+    for title, words in list_scores(results):
+        table.add_row(title, words)
+    table.add_row("folder", str(folder))
+    kept = [f"{name} ({what})" for name, what in FILES.items() if (folder / name).is_file()]
+    if kept:
+        table.add_row("in it", ", ".join(kept))
+    console.print(table)
+
+
+def _describe_training(trainer, results: Mapping[str, Any]) -> str:
+    words = [f"{trainer.state.global_step:,} steps"]
+    if trainer.state.epoch:
+        words.append(f"{trainer.state.epoch:.2f} epochs")
+    if results.get("train_samples"):
+        words.append(f"{results['train_samples']:,} samples")
+    if results.get("train_runtime"):
+        words.append(
+            f"{results['train_runtime']:.0f} s, {results.get('train_samples_per_second', 0):.1f} samples per second"
+        )
+    return ", ".join(words)
+
+
+def _describe_v0(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return "zero, as in torch"
+    scale = report.get("scale")
+    return str(report.get("strategy")) + (f", scale {scale:g}" if isinstance(scale, (int, float)) else "")

@@ -1,0 +1,61 @@
+"""The script that runs the README's commands: which blocks it takes, and that a failure is one."""
+
+import pytest
+from repository.run_readme import README, SETUP, Block, read_blocks, run_block
+
+TEXT = """# Title
+
+<!-- run -->
+```bash
+echo one
+```
+
+```bash
+false
+```
+
+<!-- run -->
+
+```python
+print(2)
+```
+"""
+
+
+def test_marked_blocks_are_run_and_others_not():
+    assert read_blocks(TEXT) == [
+        Block("bash", "echo one\n", 5, True),
+        Block("bash", "false\n", 9, False),
+        Block("python", "print(2)\n", 15, True),
+    ]
+
+
+@pytest.mark.parametrize("text", ["<!-- run -->\nwords\n", "<!-- run -->\n```yaml\na: 1\n```\n"])
+def test_a_mark_that_cannot_be_followed_is_refused(text):
+    with pytest.raises(ValueError):
+        read_blocks(text)
+
+
+@pytest.mark.parametrize(
+    ("block", "status", "said"),
+    [
+        (Block("bash", "test -f README.md && echo here\nfalse\necho not here\n", 1, True), 1, "here\n"),
+        (Block("bash", "false | cat\n", 1, True), 1, ""),
+        (Block("python", "print(given)\n", 1, True), 0, "3\n"),
+        (Block("python", "nosuch\n", 1, True), 1, ""),
+    ],
+)
+def test_blocks_are_run_in_the_repository_and_end_at_the_first_failure(block, status, said):
+    done = run_block(block, setup="given = 3")
+    assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_the_readme_has_blocks_of_both_kinds_to_run():
+    blocks = [block for block in read_blocks(README.read_text(encoding="utf-8")) if block.runs]
+    assert {block.language for block in blocks} == {"bash", "python"}
+    compile(SETUP.read_text(encoding="utf-8"), str(SETUP), "exec")
+
+
+def test_the_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 400

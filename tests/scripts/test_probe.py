@@ -1,0 +1,124 @@
+"""`hf-v0init probe` and `--probe_only`: what is printed is what was measured, and no run is left behind."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import pytest
+import yaml
+from image_sets import write_image_folder
+from transformers.utils import logging as transformers_logging
+
+from hf_v0init import InputError, compute_warmup_length
+from hf_v0init.commands import main as cli
+from hf_v0init.commands.probe import find_script
+from hf_v0init.tasks import probing
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = {"use_cpu": True, "seed": 1, "learning_rate": 0.004, "max_steps": 300, "v0_init": "data_driven"}
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging():
+    """A script rebuilds the logging of its process; a test process goes on afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    transformers_logging.set_verbosity_warning()
+    datasets.enable_progress_bars()
+
+
+def write_config(folder: Path, task: str) -> Path:
+    """A tiny run of one of the scripts, with an output folder that is in use."""
+    lines = [f"{a} cat {b} the mat" for a in ("the", "a", "one", "my") for b in ("on", "under", "sees", "hears")]
+    flags = dict(COMMON, output_dir=str(folder / "in_use"))
+    if task == "run_clm":
+        (folder / "train.txt").write_text("\n".join(lines * 8))
+        flags |= {"train_file": str(folder / "train.txt"), "model_type": "gpt2", "tokenizer_kind": "word"}
+        flags |= {"config_overrides": "n_layer=2,n_embd=16,n_head=2,n_positions=16", "block_size": 16}
+    elif task == "run_translation":
+        (folder / "train.tsv").write_text("".join(f"{line}\t{line[::-1]}\n" for line in lines * 4))
+        flags |= {"train_file": str(folder / "train.tsv"), "config_name": "post_norm", "max_source_length": 32}
+        flags |= {"vocab_size": 280, "max_target_length": 32, "warmup_steps": 7}
+        flags["config_overrides"] = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=16,decoder_ffn_dim=16"
+    else:
+        write_image_folder(folder / "images", per_class=16)
+        model = {"model_type": "cifar_resnet", "embedding_size": 4, "hidden_sizes": [4], "depths": [1]}
+        (folder / "model.json").write_text(json.dumps(model | {"layer_type": "basic"}))
+        flags |= {"train_dir": str(folder / "images"), "config_name": str(folder / "model.json")}
+    (folder / "in_use").mkdir()
+    (folder / "in_use" / "file").write_text("mine")
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(flags))
+    return config
+
+
+def run_probe(capsys, *words) -> str:
+    """Run `hf-v0init probe` in this process; return what it printed."""
+    with mock.patch("sys.argv", ["hf-v0init", "probe", *map(str, words)]), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["run_clm", "run_translation", "run_image_classification"])
+def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, capsys, monkeypatch):
+    config, measured = write_config(tmp_path, task), []
+    before = sorted(tmp_path.rglob("*"))
+    measure = probing.measure_run
+    monkeypatch.setattr(probing, "measure_run", lambda *args: measured.append(measure(*args)) or measured[-1])
+    monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
+    output = run_probe(capsys, config, "--learning_rate", "0.002", "--figure", tmp_path / "curve.svg")
+    (radius,) = measured
+    assert radius.num_pairs == 4 and radius.has_batch_norm == (task == "run_image_classification")
+    printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", output))
+    assert {float(d): float(rho) for d, rho in printed.items()} == {
+        float(f"{d:.3g}"): float(f"{rho:.3f}") for d, rho in zip(radius.displacements, radius.rho, strict=True)
+    }
+    if radius.has_batch_norm:
+        assert "Nothing needed: the network has BatchNorm" in output
+    else:
+        assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
+        length = compute_warmup_length(0.002 / radius.d50, 300)
+        assert (f"--warmup_steps {length}" if length else "Nothing needed: x is below") in output
+        assert f"a warmup of {7 if task == 'run_translation' else 0} steps" in output
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "curve.svg"])
+    assert "rho" in (tmp_path / "curve.svg").read_text()
+
+
+def test_the_script_is_found_by_its_flags(tmp_path):
+    folders = {"translation": "run_translation", "language_modeling": "run_clm"}
+    folders["image_classification"] = "run_image_classification"
+    for folder, script in folders.items():
+        for config in sorted((ROOT / "configs" / folder).glob("*.yaml")):
+            assert find_script(str(config)) == ("run_mlm" if "_mlm_" in config.name else script), config.name
+    config = tmp_path / "mine.yaml"
+    config.write_text("vary_block_size: true\nmax_stepz: 3\n")
+    with pytest.raises(InputError, match="run_clm takes all but max_stepz"):
+        find_script(str(config))
+    config.write_text("max_steps: 3\n")
+    with pytest.raises(InputError, match="say which, --script run_"):
+        find_script(str(config))
+
+
+def test_bad_words_are_refused_before_anything_is_built(tmp_path, capsys):
+    config = write_config(tmp_path, "run_clm")
+    for words, message in (
+        (["--script", "run_gan"], "script='run_gan': choose one of run_translation"),
+        (["--figure", tmp_path / "curve.txt"], "the extension must be one of"),
+        (["--block_sizes", "8"], "did you mean --block_size?"),
+    ):
+        argv = ["hf-v0init", "probe", str(config), *map(str, words)]
+        with mock.patch("sys.argv", argv), pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_figure_without_a_probe_is_refused():
+    with pytest.raises(InputError, match="--probe_only; add it"):
+        probing.ProbeArguments(probe_figure="curve.png")

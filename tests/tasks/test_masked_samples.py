@@ -1,0 +1,149 @@
+"""Blocks and lines of a masked language model: every token once, in the tokenizer's frame, with its words."""
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hf_v0init.errors import InputError
+from hf_v0init.tasks.language_modeling.masked_samples import (
+    Frame,
+    FramedTexts,
+    StreamedTexts,
+    find_word_starts,
+    require_words,
+    tokenize_words,
+)
+from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
+
+TEXTS = ["the cat sat", "", "on the very big mat , said the dog", "   ", "yes"]
+FRAME = Frame([1], [2])
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_word_tokenizer(TEXTS, 40, for_masking=True)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """WordPiece, as BERT has it, so small a vocabulary that most words are of several pieces."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=40, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture
+def tokenize(tmp_path):
+    def run(tokenizer, texts=TEXTS, **options):
+        options = {"separator": [], **options}
+        return tokenize_words(
+            datasets.Dataset.from_dict({"text": texts}), tokenizer, "text", cache_dir=str(tmp_path), **options
+        )
+
+    return run
+
+
+def list_samples(dataset) -> list[dict]:
+    return [dataset[index] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 9, 17, 100])
+def test_blocks_hold_every_token_once_in_order(tokenize, words, length):
+    rows = tokenize(words, separator=[2])
+    stream = [
+        token for text in TEXTS if text.strip() for token in words(text, add_special_tokens=False)["input_ids"] + [2]
+    ]
+    blocks = FramedTexts.cut_blocks(rows, length, FRAME)
+    samples = [sample["input_ids"].tolist() for sample in list_samples(blocks)]
+    assert [token for sample in samples for token in sample[1:-1]] == stream
+    assert all(sample[0] == 1 and sample[-1] == 2 for sample in samples)
+    assert all(len(sample) == length for sample in samples[:-1]) and len(samples[-1]) > 2
+    assert blocks.compute_lengths() == [len(sample) for sample in samples]
+    assert len(FramedTexts.cut_blocks(rows, length, FRAME, max_samples=1)) == 1
+
+
+@pytest.mark.parametrize("length", [4, 7, 50])
+def test_lines_are_samples_cut_at_the_length_and_empty_ones_left_out(tokenize, words, length):
+    lines = FramedTexts.take_lines(tokenize(words), length, FRAME)
+    expected = [[*words(text)["input_ids"][:-1][: length - 1], 2] for text in TEXTS if text.strip()]
+    assert [sample["input_ids"].tolist() for sample in list_samples(lines)] == expected
+    assert lines.compute_lengths() == [len(ids) for ids in expected]
+    assert len(FramedTexts.take_lines(tokenize(words), length, FRAME, max_samples=2)) == 2
+
+
+def count_words_by_spelling(tokenizer, ids) -> list[int]:
+    """The number of the word of each piece: a piece that does not begin with ## begins one."""
+    words, word = [], -1
+    for piece in tokenizer.convert_ids_to_tokens(ids):
+        word += not piece.startswith("##")
+        words.append(word)
+    return words
+
+
+@pytest.mark.parametrize("line_by_line", [False, True])
+@pytest.mark.parametrize("length", [4, 6, 11, 60])
+def test_words_begin_where_pieces_say(tokenize, pieces, line_by_line, length):
+    rows = tokenize(pieces, separator=[] if line_by_line else [3], mark_words=True)
+    cut = FramedTexts.take_lines if line_by_line else FramedTexts.cut_blocks
+    num_continued = 0
+    for sample in list_samples(cut(rows, length, Frame.of_tokenizer(pieces))):
+        assert sample["word_starts"].dtype == bool and len(sample["word_starts"]) == len(sample["input_ids"])
+        starts = sample["word_starts"].tolist()
+        expected = count_words_by_spelling(pieces, sample["input_ids"])
+        # a word that the cut went through begins anew, behind [CLS]
+        is_cut = len(expected) > 1 and expected[1] == expected[0]
+        assert starts[0] and starts[1] and starts[-1]
+        assert (np.cumsum(starts) - 1).tolist() == [number + (is_cut and i > 0) for i, number in enumerate(expected)]
+        num_continued += starts.count(False)
+    assert num_continued > 0  # there are words of several pieces
+
+
+@pytest.mark.parametrize("line_by_line", [False, True])
+@pytest.mark.parametrize("mark_words", [False, True])
+@pytest.mark.parametrize("length", [3, 5, 8, 60])
+def test_a_stream_gives_the_same_samples(tokenize, pieces, line_by_line, mark_words, length):
+    frame, separator = Frame.of_tokenizer(pieces), [] if line_by_line else [3]
+    cut = FramedTexts.take_lines if line_by_line else FramedTexts.cut_blocks
+    expected = list_samples(cut(tokenize(pieces, separator=separator, mark_words=mark_words), length, frame))
+    texts = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    rows = tokenize_words(texts, pieces, "text", separator=separator, mark_words=mark_words)
+    stream = StreamedTexts(rows, length, frame, line_by_line)
+    for _ in range(2):
+        samples = list(stream)
+        assert len(samples) == len(expected)
+        for sample, other in zip(samples, expected, strict=True):
+            assert sample.keys() == other.keys()
+            for name, values in other.items():
+                np.testing.assert_array_equal(sample[name], values)
+
+
+def test_frames(words, pieces):
+    assert Frame.of_tokenizer(words) == Frame([1], [2])
+    assert Frame.of_tokenizer(pieces) == Frame([2], [3])
+    assert Frame.of_tokenizer(train_bpe_tokenizer(TEXTS, 280, for_translation=False)) == Frame([], [])
+    assert Frame.of_tokenizer(train_bpe_tokenizer(TEXTS, 280, for_translation=False, for_masking=True)) == Frame(
+        [1], [2]
+    )
+
+
+def test_words_of_a_tokenizer():
+    assert find_word_starts([0, 0, 1, None, None, 2, 2]) == [True, False, True, True, True, True, False]
+    require_words(train_bpe_tokenizer(TEXTS, 280, for_translation=False, for_masking=True))
+    undivided = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    undivided.pre_tokenizer = pre_tokenizers.Split("x", "isolated")
+    with pytest.raises(InputError, match=r"whole line for one word.*--whole_word_mask"):
+        require_words(PreTrainedTokenizerFast(tokenizer_object=undivided, unk_token="[UNK]"))
+
+
+def test_text_without_tokens_is_refused(tokenize, words):
+    for cut in (FramedTexts.take_lines, FramedTexts.cut_blocks):
+        with pytest.raises(InputError, match="no tokens"):
+            cut(tokenize(words, ["", "  "]), 10, FRAME)

@@ -1,0 +1,147 @@
+"""What a user does first, in a minute: run on the newest versions with all tests, on the oldest by `make test-oldest`."""
+
+import os
+
+import accelerate
+import pytest
+import torch
+import transformers
+from conftest import make_gpt2, make_sequences
+from trainers import Recorder, assert_equal_weights, make_arguments, make_trainer, record, train
+from transformers import HfArgumentParser, Trainer
+
+import hf_v0init
+from hf_v0init import (
+    V0DiagnosticsCallback,
+    V0InitCallback,
+    V0InitSeq2SeqTrainer,
+    V0InitSeq2SeqTrainingArguments,
+    V0InitTrainingArguments,
+)
+
+PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
+WAYS = [
+    {"v0_init": "random"}, {"v0_init": "first_gradient"}, {"v0_init": "data_driven", "v0_measure_steps": 2}, PER_SAMPLE,
+    PER_SAMPLE | {"v0_num_samples": "auto", "gradient_accumulation_steps": 2},
+    {"v0_init": "data_driven", "v0_warmup_steps": 0.34}, {"v0_init": "random", "v0_optimizer": "torch.optim:NAdam"},
+    {"v0_init": "data_driven", "bf16": True}, PER_SAMPLE | {"bf16": True},
+    {"v0_init": "data_driven", "gradient_checkpointing": True}, {"v0_init": "data_driven", "auto_find_batch_size": True},
+    {"v0_init": "data_driven", "v0_record_run": True, "eval_strategy": "steps", "eval_steps": 1},
+]  # fmt: skip
+
+
+def test_the_versions_are_named(capsys):
+    with capsys.disabled():
+        print(
+            f"\ntransformers {transformers.__version__}, accelerate {accelerate.__version__}, torch {torch.__version__}"
+        )
+    assert transformers.__version__.split(".")[0] == "5"
+
+
+def test_zeros_is_the_stock_trainer(tmp_path):
+    assert_equal_weights(train(tmp_path / "a", stock=True), train(tmp_path / "b", v0_init="zeros"))
+
+
+@pytest.mark.parametrize("options", WAYS, ids=lambda o: "-".join(map(str, o.values())))
+def test_a_run_writes_its_v0_and_trains(tmp_path, options):
+    model = make_gpt2()
+    trainer, recorder = record(
+        tmp_path, model=model, max_steps=4, kwargs={"eval_dataset": make_sequences(4)}, **options
+    )
+    assert trainer.state.global_step == 4
+    assert len(recorder.v0) == 10 and all(v0.max() > 0 for v0 in recorder.v0.values())
+    assert trainer.get_v0_report()["num_parameters_with_v0"] == 10
+
+
+@pytest.mark.parametrize("options", [{"v0_init": "data_driven", "v0_measure_steps": 3}, PER_SAMPLE], ids=str)
+def test_stop_and_resume(tmp_path, options):
+    options = options | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    straight = train(tmp_path / "a", **options)
+    resumed = make_trainer(tmp_path / "a", model=make_gpt2(seed=9), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_equal_weights(straight, resumed)
+
+
+def test_a_callback_on_the_stock_trainer(tmp_path):
+    ours = train(tmp_path / "a", v0_init="data_driven")
+    stock = Trainer(make_gpt2(), make_arguments(tmp_path / "b", v0=False), train_dataset=make_sequences())
+    stock.add_callback(V0InitCallback(v0_init="data_driven"))
+    stock.train()
+    assert_equal_weights(ours, stock)
+
+
+def test_untuned_warmup_and_diagnostics(tmp_path):
+    trainer = make_trainer(tmp_path, v0_init="data_driven", untuned_warmup="linear", adam_beta2=0.9)
+    diagnostics = V0DiagnosticsCallback().attach(trainer)
+    trainer.train()
+    rates = diagnostics.get_diagnostics()["updates"]["learning_rate"]
+    assert rates[0] == pytest.approx(1e-2 * 0.05) and rates[1] == pytest.approx(1e-2 * 0.8 * 0.1)
+
+
+def test_the_card_and_the_record(tmp_path):
+    trainer = train(tmp_path, v0_init="random")
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "arxiv:2412.02153" in (tmp_path / "README.md").read_text()
+    assert os.path.isfile(tmp_path / "v0_init.json")
+
+
+def test_the_flags_are_parsed_and_help_is_written():
+    parser = HfArgumentParser(V0InitTrainingArguments)
+    assert "--v0_measure_steps" in parser.format_help()
+    parsed = parser.parse_args_into_dataclasses(["--output_dir", "x", "--v0_init", "random", "--v0_scale", "2"])[0]
+    assert (parsed.v0_init, parsed.v0_scale) == ("random", 2.0)
+
+
+def test_seq2seq(tmp_path):
+    from transformers import MarianMTModel
+
+    from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
+
+    sizes = {"d_model": 16, "ffn_dim": 16, "num_heads": 2, "num_layers": 1, "dropout": 0.0, "max_positions": 32}
+    model = MarianMTModel(build_post_norm_config(40, 1, 2, **sizes))
+    apply_xavier_initialization(model)
+    arguments = V0InitSeq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        v0_init="data_driven", predict_with_generate=True, generation_max_length=8,
+    )  # fmt: skip
+    trainer = V0InitSeq2SeqTrainer(model=model, args=arguments, train_dataset=make_sequences(8))
+    trainer.train()
+    assert trainer.predict(make_sequences(4)).predictions.shape[0] == 4
+    assert trainer.get_v0_report()["v0_max"] > 0
+
+
+def test_loops_of_ones_own():
+    def train_plainly(attach):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        accelerator = accelerate.Accelerator(cpu=True)
+        rows = [{"x": torch.randn(4), "y": torch.tensor(1)} for _ in range(8)]
+        loader = torch.utils.data.DataLoader(rows, batch_size=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        loss_fn = lambda model, batch: torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"])  # noqa: E731
+        attach(model, optimizer, loader, loss_fn, accelerator)
+        for batch in loader:
+            accelerator.backward(loss_fn(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        return hf_v0init.read_second_moment(optimizer, model.weight)
+
+    def by_hook(model, optimizer, *_):
+        hf_v0init.attach_v0(optimizer, model, v0_init="data_driven", v0_scale=100.0)
+
+    def by_pass(model, optimizer, loader, loss_fn, accelerator):
+        hf_v0init.initialize_v0(
+            optimizer, model=model, batches=loader, loss_fn=loss_fn, accelerator=accelerator, v0_scale=100.0
+        )
+
+    plain = train_plainly(lambda *_: None)
+    assert train_plainly(by_hook).mean() > 20 * plain.mean() and train_plainly(by_pass).mean() > 20 * plain.mean()
+
+
+def test_the_recorder_of_these_tests_sees_stock_adam_start_at_nothing(tmp_path):
+    recorder = Recorder()
+    recorder.trainer = trainer = make_trainer(tmp_path, stock=True, callbacks=[recorder])
+    trainer.train()
+    assert recorder.v0 == {}

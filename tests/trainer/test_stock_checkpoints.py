@@ -1,0 +1,220 @@
+"""A Trainer with a v0 saves, rotates and resumes as the Trainer it was made from; `v0_init.json` is all that is added."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import make_gpt2
+from trainers import assert_equal_weights, make_trainer, train
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
+
+from hf_v0init import InputError, V0InitMixin, V0InitTrainer
+
+RUN = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "constant",
+}
+TIMES = ("runtime", "samples_per_second", "steps_per_second")  # how the names of logged times end
+
+
+def list_files(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_state(path) -> dict:
+    state = json.loads(path.read_text())
+    state["log_history"] = [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]]
+    return state
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Output folders of the stock Trainer, and of ours without and with a v0, all called `out`."""
+    folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
+    try:
+        for kind, kwargs in (("stock", {"stock": True}), ("zeros", {}), ("random", {"v0_init": "random"})):
+            (folder / kind).mkdir()
+            os.chdir(folder / kind)  # trainer_state.json holds the name of the output folder
+            trainer = train("out", **RUN | kwargs)
+            trainer.save_model()
+            trainer.save_state()
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_zeros_leaves_the_files_of_the_stock_trainer_with_the_same_bytes(runs):
+    stock, ours = runs / "stock" / "out", runs / "zeros" / "out"
+    names = list_files(stock)
+    assert list_files(ours) == names
+    assert {"checkpoint-2/optimizer.pt", "checkpoint-4/model.safetensors", "model.safetensors"} <= names
+    for name in names:
+        if name.endswith("training_args.bin"):  # the class of the arguments is ours
+            continue
+        if name.endswith("trainer_state.json"):
+            assert read_state(stock / name) == read_state(ours / name)
+        else:
+            assert (stock / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+def test_a_v0_adds_its_record_beside_every_model_and_nothing_else(runs):
+    stock, ours = list_files(runs / "stock" / "out"), list_files(runs / "random" / "out")
+    assert ours - stock == {"v0_init.json", "checkpoint-2/v0_init.json", "checkpoint-4/v0_init.json"}
+    assert stock <= ours
+
+
+def keep(folder):
+    """Untouched."""
+
+
+def reshard(folder):
+    GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="16KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def save_in_bf16(folder):
+    GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def remove_optimizer(folder):
+    (folder / "optimizer.pt").unlink()
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_optimizer(folder):
+    os.truncate(folder / "optimizer.pt", 500)
+
+
+def cut_v0_record(folder):
+    (folder / "v0_init.json").write_text("{")
+
+
+def leave_begun(folder):
+    (folder / "save_state.json").write_text('{"complete": false}')
+
+
+def resume(kind, folder, wanted, **options):
+    """The resumed run's weights and steps, or the error's type and first line."""
+    trainer = make_trainer(folder, stock=kind == "stock", model=make_gpt2(seed=9), **RUN | {"max_steps": 6} | options)
+    try:
+        trainer.train(resume_from_checkpoint=wanted)
+    except Exception as error:
+        return type(error).__name__, str(error).splitlines()[0]
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("edit", "wanted"),
+    [(keep, True), (keep, "checkpoint-2"), (reshard, True), (save_in_bf16, "checkpoint-2"), (leave_begun, True),
+     (remove_optimizer, "checkpoint-2"), (remove_weights, True), (cut_optimizer, "checkpoint-2"), (cut_v0_record, True)],
+)  # fmt: skip
+def test_zeros_resumes_from_what_the_stock_trainer_resumes_from(runs, tmp_path, monkeypatch, edit, wanted):
+    monkeypatch.setattr("gc.collect", lambda: 0)  # the Trainer does it for every shard
+    folder = tmp_path / "out"
+    ends = []
+    for kind in ("stock", "zeros"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(runs / "stock" / "out", folder)
+        edit(folder / ("checkpoint-4" if wanted is True else wanted))
+        ends.append(resume(kind, folder, wanted if wanted is True else str(folder / wanted)))
+    if isinstance(ends[0], tuple):
+        assert ends[0] == ends[1] and edit in (remove_weights, cut_optimizer)
+    else:
+        assert_equal_weights(*ends)
+        assert [end.state.global_step for end in ends] == [6, 6]
+
+
+@pytest.mark.parametrize("v0", ["zeros", "random"])
+def test_errors_of_a_resume_are_the_stock_trainers(tmp_path, v0):
+    (tmp_path / "empty").mkdir()
+    for wanted, phrase in (
+        (True, "No valid checkpoint found in output directory"),
+        (str(tmp_path / "checkpoint-bogus"), "Can't find a valid checkpoint at"),
+    ):
+        with pytest.raises(ValueError, match=phrase):
+            make_trainer(tmp_path / "empty", v0_init=v0).train(resume_from_checkpoint=wanted)
+
+
+def test_the_top_of_the_output_folder_is_left_to_its_checkpoints_during_training(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(sorted(os.listdir(args.output_dir)))
+
+    trainer = make_trainer(tmp_path, callbacks=[Look()], **RUN | {"v0_init": "random"})
+    trainer.train()
+    assert seen == [[], [], ["checkpoint-2"], ["checkpoint-2"]]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
+    for folder in ("checkpoint-2", "checkpoint-4"):
+        assert json.loads((tmp_path / folder / "v0_init.json").read_text()) == trainer.get_v0_report()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "v0_init.json").is_file() and not (tmp_path / "v0_init.json").exists()
+    trainer.save_model()
+    assert json.loads((tmp_path / "v0_init.json").read_text()) == trainer.get_v0_report()
+
+
+@pytest.mark.parametrize(("strategy", "at_top"), [("every_save", True), ("checkpoint", True), ("end", False)])
+def test_a_push_during_training_takes_the_record_with_the_model(tmp_path, strategy, at_top):
+    pushed = []
+
+    class Pushes(Trainer):
+        def _push_from_checkpoint(self, checkpoint_folder):
+            folders = (self.args.output_dir, checkpoint_folder)
+            pushed.append([os.path.isfile(os.path.join(folder, "v0_init.json")) for folder in folders])
+
+        def _finish_current_push(self):
+            pass
+
+    class Ours(V0InitMixin, Pushes):
+        pass
+
+    trainer = make_trainer(tmp_path, trainer_class=Ours, **RUN | {"v0_init": "random", "hub_strategy": strategy})
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [[at_top, True]] * 2
+
+
+# ---- the record of v0 on resume ----------------------------------------------------------------------------------------
+
+
+def test_resume_true_continues_the_stock_trainers_choice_with_its_record(runs, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(runs / "random" / "out", folder)
+    (folder / "checkpoint-2" / "v0_init.json").unlink()  # not the one to be read
+    trainer = resume("ours", folder, True, v0_init="random")
+    assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
+    assert_equal_weights(train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random"}), trainer)
+
+
+def test_a_checkpoint_without_a_record_of_v0_stands_and_says_so(runs, tmp_path, caplog):
+    folder = tmp_path / "out"
+    shutil.copytree(runs / "random" / "out", folder)
+    (folder / "checkpoint-2" / "v0_init.json").unlink()
+    with caplog.at_level("WARNING", logger="hf_v0init"):
+        trainer = resume("ours", folder, str(folder / "checkpoint-2"), v0_init="random")
+    assert "has no record of a v0 (v0_init.json): its optimizer state stands" in caplog.text
+    assert_equal_weights(train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random"}), trainer)
+
+
+class NeverSteps(V0InitTrainer):
+    def training_step(self, *args, **kwargs):
+        pytest.fail("a step was made")
+
+
+def test_a_cut_off_record_of_v0_is_an_error_before_any_step(runs, tmp_path):
+    shutil.copytree(runs / "random" / "out", tmp_path / "out")
+    record = tmp_path / "out" / "checkpoint-4" / "v0_init.json"
+    os.truncate(record, record.stat().st_size // 2)
+    for wanted in (True, str(record.parent)):
+        trainer = make_trainer(tmp_path / "out", trainer_class=NeverSteps, **RUN | {"v0_init": "random"})
+        with pytest.raises(InputError, match=r"checkpoint-4/v0_init.json is damaged .*; delete it"):
+            trainer.train(resume_from_checkpoint=wanted)
