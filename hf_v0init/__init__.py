@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__getattr__`
+    from .closed_form.length import compute_warmup_length as compute_warmup_length
     from .closed_form.multiplier import (
         compute_multiplier as compute_multiplier,
         compute_scale_for_warmup as compute_scale_for_warmup,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__geta
     )
     from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
     from .errors import InputError as InputError
+    from .gradients.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
     from .initialization.first_steps import attach_v0 as attach_v0
     from .loop.initialize import initialize_v0 as initialize_v0
     from .optimizers.state import read_second_moment as read_second_moment
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__geta
         V0InitSeq2SeqTrainer as V0InitSeq2SeqTrainer,
         V0InitTrainer as V0InitTrainer,
     )
+    from .trainer.safe_checkpoints import SafeCheckpointsMixin as SafeCheckpointsMixin
 
 _HOME = {
     "InputError": "errors",

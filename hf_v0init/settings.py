@@ -9,7 +9,8 @@ from .closed_form.untuned_warmup import UNTUNED_WARMUPS
 from .errors import InputError
 
 STATISTICS = ("per_sample", "per_step")
-AUTO = "auto"  # of v0_num_samples
+AUTO = "auto"  # of v0_num_samples and v0_warmup_steps
+MEASURED = "measured"  # of untuned_warmup
 # What each preset selects, by strategy; other flags must not contradict it.
 _PASS = {"v0_statistic": "per_sample", "v0_num_samples": 5000, "v0_warmup_steps": None}
 PRESETS = {
@@ -32,6 +33,14 @@ class SampleCount(int):
     def __new__(cls, value):
         """Return an int or what was given, never an instance of this class."""
         return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class StepCount(float):
+    """A number of steps, a share of the run, or "auto", as the type of a flag: turns text into a number where it is one."""
+
+    def __new__(cls, value):
+        """Return a float or what was given, never an instance of this class."""
+        return value if value == AUTO else float(value)
 
 
 @dataclass
@@ -112,13 +121,14 @@ class V0InitArguments:
             "two or more dimensions get one. Default: False."
         },
     )
-    v0_warmup_steps: float | None = field(
+    v0_warmup_steps: StepCount | None = field(
         default=None,
         metadata={
             "help": "Choose the scale so that the multiplier m(t) = 1 / sqrt(1 + r * beta2^t / (1 - beta2^t)) reaches 0.9 at this "
             "optimizer step: r = 0.2346 * (beta2^-t - 1), r the size of v0 beside g^2, which is the scale for data_driven and "
             "first_gradient and measured at the first step for random. Below 1, as with --warmup_steps, a share of the run's steps. "
-            "Excludes --v0_scale. Default: none."
+            "'auto': the length that the trust radius at the initial weights asks for (`hf-v0init probe` prints it), and no v0 where "
+            "none is needed. Excludes --v0_scale. Default: none."
         },
     )
     v0_optimizer: str | None = field(
@@ -133,9 +143,9 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "Multiply the schedule's learning rate by a warmup whose length follows from beta2 (Ma & Yarats, 2021), a baseline "
-            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t). Excludes --warmup_steps. "
-            "Default: none.",
-            "choices": list(UNTUNED_WARMUPS),
+            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t); or from the trust radius at the "
+            "initial weights: 'measured', linear, and none where none is needed. Excludes --warmup_steps. Default: none.",
+            "choices": [*UNTUNED_WARMUPS, MEASURED],
         },
     )
     v0_record_run: bool = field(
@@ -174,7 +184,8 @@ class V0InitArguments:
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")
         if self.v0_warmup_steps is not None:
-            self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
+            if self.v0_warmup_steps != AUTO:
+                self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
             if self.v0_init == "zeros":
                 raise InputError(
                     f"v0_warmup_steps={self.v0_warmup_steps} with v0_init=zeros: there is no v0 to size; use --warmup_steps, or "
@@ -187,8 +198,9 @@ class V0InitArguments:
                     f"v0_measure_steps={self.v0_measure_steps} with v0_init={self.v0_init}, v0_statistic={self.v0_statistic}: only "
                     "data_driven per_step takes the mean over steps; leave v0_measure_steps out"
                 )
-        if self.untuned_warmup is not None and self.untuned_warmup not in UNTUNED_WARMUPS:
-            raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {', '.join(UNTUNED_WARMUPS)}")
+        if self.untuned_warmup is not None and self.untuned_warmup not in (*UNTUNED_WARMUPS, MEASURED):
+            allowed = ", ".join((*UNTUNED_WARMUPS, MEASURED))
+            raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {allowed}")
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
 
@@ -225,10 +237,24 @@ class V0InitArguments:
     def resolve(self, max_steps: int | None) -> "V0InitArguments":
         """Return these settings with `v0_warmup_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
         known (None, 0 or less), or where nothing is a share."""
-        if self.v0_warmup_steps is None or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
+        if self.v0_warmup_steps in (None, AUTO) or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
             return self
         settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
         return V0InitArguments(**settings | {"v0_warmup_steps": resolve_warmup_steps(self.v0_warmup_steps, max_steps)})
+
+    @property
+    def wants_length(self) -> bool:
+        """Whether the length of the warmup, or of v0, is to be measured at the initial weights."""
+        return self.untuned_warmup == MEASURED or (self.v0_warmup_steps == AUTO and self.v0_init != "zeros")
+
+    def with_length(self, steps: int) -> "V0InitArguments":
+        """Return these settings with a measured length in the place of `v0_warmup_steps="auto"`; without a v0 if it is 0."""
+        settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
+        if self.v0_warmup_steps != AUTO:
+            return self
+        if steps == 0:
+            return V0InitArguments(**settings | {"v0_init": "zeros", "v0_warmup_steps": None, "v0_measure_steps": None})
+        return V0InitArguments(**settings | {"v0_warmup_steps": steps})
 
     def get_v0_scale(self, beta2: float) -> float:
         """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default.
@@ -236,6 +262,10 @@ class V0InitArguments:
         Raises:
             InputError: `v0_warmup_steps` is a share of a run whose length has not been given (`resolve`), or needs too large a scale.
         """
+        if self.v0_warmup_steps == AUTO:
+            raise InputError(
+                "v0_warmup_steps=auto is measured when a Trainer begins its training; give a number of steps here"
+            )
         if self.v0_warmup_steps is not None and self.v0_warmup_steps < 1:
             raise InputError(
                 f"v0_warmup_steps={self.v0_warmup_steps} is a share of the run, whose length is not known here: give max_steps, or "

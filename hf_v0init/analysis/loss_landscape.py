@@ -3,7 +3,8 @@
 The directions are filter-normalised: each filter of a direction (one index of the first dimension of a weight, so one output
 unit or one embedding row) is scaled to the length of the same filter of the weights. So a coordinate of 1 changes every
 filter by its own length, and models whose weights are larger are not flatter for it. Biases and norm weights
-(one-dimensional tensors) stay as they are, as in that paper. Weights are evaluated in evaluation mode.
+(one-dimensional tensors) stay as they are, as in that paper, and so does what is not trained: frozen weights, sinusoidal
+positions. Weights are evaluated in evaluation mode.
 """
 
 import math
@@ -19,7 +20,7 @@ from ..distributed.draws import draw_standard_normal_
 from ..distributed.parts import clean_parameter_name
 from ..errors import InputError
 from ..preservation import seed_everything
-from .weights import Weights, borrow_model
+from .weights import Weights, borrow_model, list_untrained
 
 DEFAULT_POINTS = 21
 DEFAULT_EXTENT = 1.0
@@ -75,12 +76,13 @@ def draw_filter_normalised_direction(model: nn.Module, seed: int) -> Weights:
     The numbers depend on the seed and the parameters' names and shapes, not on the device or on global random states.
 
     Returns:
-        For each parameter of two or more dimensions a tensor of its shape, on its device, fp32 (fp64 for fp64 weights), each
+        For each trained parameter of two or more dimensions a tensor of its shape, on its device, fp32 (fp64 for fp64 weights), each
         of whose filters is as long as the parameter's; a filter of zeros gets zeros.
     """
     direction = {}
+    untrained = list_untrained(model)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or not parameter.is_floating_point():
+        if parameter.dim() < 2 or not parameter.is_floating_point() or name in untrained:
             continue
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         drawn = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -121,7 +123,9 @@ def compute_loss_landscape(
         raise InputError(f"extent={extent}: must be a finite number > 0; 1 changes every filter by its own length")
     directions = [draw_filter_normalised_direction(model, 2 * seed + i) for i in range(2)]
     if not directions[0]:
-        raise InputError("the model has no parameter of two or more dimensions, so there is no direction to look along")
+        raise InputError(
+            "the model has no trained parameter of two or more dimensions, so there is no direction to look along"
+        )
     half = num_points // 2
     coordinates = np.arange(-half, half + 1) * (extent / half)
     losses = np.empty((num_points, num_points))

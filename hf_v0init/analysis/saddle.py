@@ -159,6 +159,19 @@ def run_saddle(
     ]
 
 
+def describe_data_driven(runs: list[SaddleRun]) -> str:
+    """Say how the data-driven v0 of `run_saddle` ends beside Adam's, and why: the toy is no case for it."""
+    plain, data_driven = runs[0], runs[-1]
+    near = abs(abs(data_driven.final) - SADDLE) < 0.5 <= abs(data_driven.final)
+    if not near or abs(abs(plain.final) - SADDLE) >= 0.5:
+        return f"The data-driven v0 ends at {data_driven.final:.2g}, Adam with v0 = 0 at {plain.final:.2g}; the optimum is at 0."
+    v0, second = compute_saddle_gradient(START) ** 2, compute_saddle_gradient(data_driven.path[1]) ** 2
+    return (
+        f"The data-driven v0 ends as badly as Adam with v0 = 0: at {data_driven.final:.2f} and {plain.final:.2f}, next to the saddles. It is "
+        f"g^2 at a start this flat, {v0:.0e}, and the next gradient squared is already {second:.0e}, so v0 is gone after one step."
+    )
+
+
 def find_matching_warmups(published: float = 0.01, longest: int = 2 * NUM_STEPS) -> list[int]:
     """Find the lengths of a linear warmup whose final x, rounded to two decimals, is `published`.
 

@@ -76,10 +76,27 @@ def read_weights(folder) -> Weights:
         raise InputError(f"{folder}: its weights cannot be read ({error}); save the checkpoint again") from error
 
 
+def list_untrained(model: nn.Module) -> set[str]:
+    """List the parameters that training leaves alone: frozen ones, and those that the class computes instead of saving them.
+
+    The latter (a Transformer's sinusoidal positions) come back from `from_pretrained` as if they were trained. A parameter that
+    has another name under which it is saved, as tied embeddings have, is trained.
+    """
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad or names[id(parameter)] <= computed
+    }
+
+
 def match_weights(model: nn.Module, weights: Weights, source: str = "weights") -> Weights:
     """Find the tensor for each parameter and each saved floating-point buffer of `model`.
 
-    Frozen parameters that `weights` lacks are left out: transformers does not save what it computes (sinusoidal positions).
+    Untrained parameters (`list_untrained`) that `weights` lacks are left out: transformers does not save what it computes.
 
     Returns:
         Tensors by the model's name (of a tied parameter, the first), as they lie in `weights`; copies of those that are the
@@ -101,9 +118,10 @@ def match_weights(model: nn.Module, weights: Weights, source: str = "weights") -
             targets[name] = buffer
             names.setdefault(id(buffer), []).append(name)
     matched: Weights = {}
+    untrained = list_untrained(model)
     for name, target in targets.items():
         found = next((weights[alias] for alias in names[id(target)] if alias in weights), None)
-        if found is None and isinstance(target, nn.Parameter) and not target.requires_grad:
+        if found is None and name in untrained:
             continue
         if found is None:
             raise InputError(

@@ -28,11 +28,11 @@ File = Annotated[
     ),
 ]
 SourceFile = Annotated[
-    str | None, typer.Option("--source_file", help="Source sentences, one a line, for translation models.")
+    str | None, typer.Option("--source_file", help="Source sentences, one per line, for translation models.")
 ]
 TargetFile = Annotated[str | None, typer.Option("--target_file", help="Their translations, line by line.")]
 NumSamples = Annotated[int, typer.Option("--num_samples", help="Windows of text, or sentence pairs, to measure on.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", help="Samples a forward pass.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", help="Samples per forward pass.")]
 MaxLength = Annotated[
     int,
     typer.Option("--max_length", help="Tokens of a window, at most the model's positions; longer sentences are cut."),
@@ -55,7 +55,7 @@ def saddle(
 
     The optimum is at 0, the saddles are at -1 and 1, the start is -1e-6. The defaults give the paper's four final values.
     """
-    from ..analysis.saddle import find_matching_warmups, run_saddle
+    from ..analysis.saddle import describe_data_driven, find_matching_warmups, run_saddle
 
     figure_path, json_path = _require_outputs(figure, json_file)
     runs = run_saddle(v0=v0, warmup_steps=warmup_steps, num_steps=num_steps)
@@ -67,6 +67,7 @@ def saddle(
         agrees = {True: "yes", False: "no", None: ""}[run.agrees]
         table.add_row(run.name, f"{run.final:.4g}", run.published or "", agrees)
     console.print(table)
+    console.print(describe_data_driven(runs))
     if scan_warmups:
         lengths = _join_ranges(find_matching_warmups())
         console.print(f"Linear warmups that end at 0.01 after 50 steps, of 1 to 100 steps: {lengths}")

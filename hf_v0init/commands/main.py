@@ -36,6 +36,7 @@ from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
 from .probe import add_commands as add_probe
+from .report import add_commands as add_report
 from .scripts import add_commands as add_scripts
 
 TARGETS = (0.5, 0.9, 0.99)
@@ -99,7 +100,7 @@ def explain(
         markers, linear_warmup = {}, None
     else:
         markers = {target: compute_steps_to_multiplier(target, scale, adam_beta2) for target in TARGETS}
-        linear_warmup = compute_similar_linear_warmup(scale, adam_beta2)
+        linear_warmup = compute_similar_linear_warmup(scale, adam_beta2, max_steps)
         _print_multiplier(console, scale, adam_beta2, max_steps, markers, linear_warmup)
         curves = {f"m(t), scale {_format(scale)}": scale}
 
@@ -132,6 +133,7 @@ def optimizers(
 
 
 add_commands(app)
+add_report(app)
 add_comparison(app)
 add_probe(app)
 add_scripts(app)
@@ -188,9 +190,14 @@ def _print_multiplier(
         reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
     console.print(reached)
 
+    longer = (
+        f", longer than the run of {max_steps:,}, so it never reaches the full rate"
+        if linear_warmup > max_steps
+        else ""
+    )
     console.print(
-        f"Linear warmup it resembles: {linear_warmup:,.0f} steps (the one that takes away as much step size "
-        "in total: a linear warmup over L steps takes L/2 full steps, v0 takes the integral of 1 - m)."
+        f"Within this run v0 takes away as much step size as a linear warmup over {linear_warmup:,.0f} steps{longer} "
+        "(the sum of 1 - m over the run, which for a linear warmup over L steps is L/2)."
     )
     warning = compute_washout_warning(scale, beta2, max_steps)
     if warning:

@@ -43,7 +43,7 @@ from ..errors import InputError
 from ..optimizers.layouts import State
 from ..optimizers.state import SecondMoments, StateDraft, StoredTensor, draft_state, unwrap_optimizer
 from ..records.report import V0Report, collect_versions
-from ..settings import V0InitArguments
+from ..settings import AUTO, V0InitArguments
 from .plan import NOTHING_TO_WRITE, name_parameters
 from .strategies import compute_random_v0_, takes_v0
 from .summary import add_parameters, compute_median, describe_not_finite, sample_ratio
@@ -189,7 +189,7 @@ class FirstSteps:
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.settings = self.settings.resolve(self.max_steps)
         self.num_measure_steps = choose_measure_steps(self.settings, self.max_steps)
-        if self.settings.v0_warmup_steps is None:
+        if self.settings.v0_warmup_steps in (None, AUTO):
             return
         for group in self.moments.list_groups():
             beta2 = self.moments.read_beta2(group)
@@ -634,6 +634,11 @@ def attach_v0(
     )
     if v0_init == "zeros":
         return None
+    if settings.v0_warmup_steps == AUTO:
+        raise InputError(
+            "attach_v0 cannot measure v0_warmup_steps=auto, which takes the loop's own batches and loss: give what "
+            "compute_warmup_length says of measure_trust_radius(model, batches, loss_fn).d50"
+        )
     return FirstSteps(optimizer, model, settings, seed=v0_seed, max_steps=max_steps)
 
 

@@ -20,7 +20,7 @@ def add_untuned_warmup(scheduler: LRScheduler, beta2: float, shape: str) -> None
 
 
 def multiply_schedule(scheduler: LRScheduler, get_factor: Callable[[int], float], what: str) -> None:
-    """Multiply the schedule of a scheduler that has made no step by `get_factor(steps made)`, in place; `what` asks for it.
+    """Multiply the schedule of a scheduler by `get_factor(steps made)`, in place, before it is first asked; `what` asks for it.
 
     Raises:
         InputError: the scheduler is no `LambdaLR` (all of transformers' schedules are but those that watch the loss).
@@ -35,7 +35,8 @@ def multiply_schedule(scheduler: LRScheduler, get_factor: Callable[[int], float]
         return lambda steps_made: schedule(steps_made) * get_factor(steps_made)
 
     scheduler.lr_lambdas = [join(schedule) for schedule in scheduler.lr_lambdas]
-    rates = [base * factor(0) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    made = scheduler.last_epoch  # 0, or what a checkpoint had made
+    rates = [base * factor(made) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates

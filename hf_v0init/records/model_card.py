@@ -278,6 +278,13 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _list_facts(report: Mapping[str, Any]) -> list[str]:
     facts = []
+    length = report.get("length")
+    if length and length.get("x") is not None:
+        held = f"held back for {_format_count(length['steps'])} steps" if length["steps"] else "no warmup needed"
+        facts.append(
+            f"Learning rate over the trust radius at the initial weights: {_format_short(length['x'])} (d50 {_format_short(length['d50'])}); "
+            + held
+        )
     if report.get("status"):
         facts.append(f"Status: {report['status']}")
     for unit in ("parameters", "elements"):

@@ -16,21 +16,25 @@
 """
 
 import logging
+import math
 import os
 import weakref
 
 from transformers import TrainerCallback
 
+from ..closed_form.length import LONGEST_SHARE, compute_relative_rate, compute_warmup_length
 from ..errors import InputError
 from ..initialization.first_steps import FirstSteps
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
+from ..optimizers.schedules import multiply_schedule
 from ..optimizers.state import SecondMoments
 from ..preservation import defer_interrupts
 from ..records.report import V0Report, read_report, write_report
-from ..settings import V0InitArguments, read_v0_arguments
+from ..settings import MEASURED, V0InitArguments, read_v0_arguments
 from .gradients import TrainerGradients
 from .supported_runs import require_supported_pass, require_supported_run
+from .trust_radius import measure_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -51,6 +55,7 @@ class V0InitCallback(TrainerCallback):
 
     Attributes:
         report: what was done, as in `v0_init.json`; None before.
+        length: where it was measured how long to hold back, what was measured and what follows; None otherwise.
         first_steps: the hook on the optimizer, once there is one.
 
     Raises:
@@ -64,6 +69,8 @@ class V0InitCallback(TrainerCallback):
             )
         self._given = V0InitArguments(**fields) if fields else settings
         self.report: dict | None = None
+        self.length: dict | None = None
+        self._measured: V0InitArguments | None = None
         self.first_steps: FirstSteps | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
@@ -77,16 +84,18 @@ class V0InitCallback(TrainerCallback):
 
     def get_settings(self, args, max_steps: int = 0) -> V0InitArguments:
         """Return the settings in force; where the length of the run is known, shares of it are numbers of steps."""
+        if self._measured is not None:
+            return self._measured
         return (self._given or read_v0_arguments(args)).resolve(max_steps or args.max_steps)
 
     def get_record(self) -> dict | None:
         """Return what `v0_init.json` must hold now: the report, or how far the measurement is; None if there is nothing."""
+        steps, length = self.first_steps, {} if self.length is None else {"length": self.length}
         if self.report is not None:
-            return self.report
-        steps = self.first_steps
-        if steps is None or not steps.num_measured:
-            return None
-        return {"strategy": steps.settings.v0_init, "measuring": steps.state_dict()}
+            return self.report | length
+        if steps is not None and steps.num_measured:
+            return {"strategy": steps.settings.v0_init, "measuring": steps.state_dict()} | length
+        return {"strategy": "zeros"} | length if length else None
 
     def attach_to(self, optimizer, model, args) -> None:
         """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
@@ -100,8 +109,17 @@ class V0InitCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Attach, run the paper's pass, or take over what a checkpoint holds; see the top of the file."""
+        self._measured = None
         settings = self.get_settings(args, state.max_steps)
         self._began_at = state.global_step
+        if settings.wants_length:
+            length = self._find_length(args, state, settings, optimizer, kwargs.get("train_dataloader"))
+            if settings.untuned_warmup == MEASURED and length:
+                factor = lambda made: min(1.0, (made + 1) / length)  # noqa: E731
+                multiply_schedule(kwargs["lr_scheduler"], factor, f"untuned_warmup={MEASURED}")
+            settings = self._measured = settings.with_length(length)
+            if settings.v0_init == "zeros" and self.first_steps is not None:
+                self.first_steps.remove()
         if settings.v0_init == "zeros" or optimizer is None:
             return
         if self._trainer is not None:
@@ -137,6 +155,41 @@ class V0InitCallback(TrainerCallback):
         record = self.get_record()
         if record is not None and args.should_save and os.path.isdir(folder):
             write_report(record, folder)
+
+    # ---- how long to hold back ---------------------------------------------------------------------------------------
+
+    def _find_length(self, args, state, settings: V0InitArguments, optimizer, train_dataloader) -> int:
+        """Measure how many steps this run must hold back, or take it from the checkpoint that it goes on from."""
+        if state.global_step > 0:
+            stored = read_report(self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+            self.length = (stored or {}).get("length")
+            if self.length is None:
+                raise InputError(
+                    f"the checkpoint at step {state.global_step} was trained without a measured length: go on without "
+                    "untuned_warmup=measured and v0_warmup_steps=auto, or start anew"
+                )
+            return self.length["steps"]
+        if self._trainer is None:
+            raise InputError(
+                "untuned_warmup=measured and v0_warmup_steps=auto are measured through the Trainer: use "
+                "V0InitCallback(...).attach(trainer)"
+            )
+        with defer_interrupts():
+            radius = measure_run(self._trainer, train_dataloader)
+        found = {"d50": radius.d50, "x": None, "reason": radius.reason, "has_batch_norm": radius.has_batch_norm}
+        if radius.d50 is None:
+            beta2 = SecondMoments(optimizer).read_beta2() or 0.999
+            steps = min(math.ceil(2 / (1 - beta2) - 1e-6), math.floor(LONGEST_SHARE * state.max_steps))
+            logger.warning(
+                f"how long to hold back cannot be measured ({radius.reason}): 2 / (1 - beta2) steps are taken, {steps:,}"
+            )
+        else:
+            found["x"] = compute_relative_rate(args.learning_rate, radius.d50)
+            steps = compute_warmup_length(found["x"], state.max_steps, has_batch_norm=radius.has_batch_norm)
+            what = f"hold back for {steps:,} steps" if steps else "nothing needed, so Adam is left alone"
+            logger.info(f"trust radius d50 {radius.d50:.3g}, learning rate / d50 = {found['x']:.3g}: {what}")
+        self.length = found | {"steps": steps}
+        return steps
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 

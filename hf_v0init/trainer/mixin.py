@@ -21,7 +21,7 @@ from ..optimizers.state import SecondMoments, unwrap_optimizer
 from ..records.model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
 from ..records.report import read_report, write_report
 from ..records.run_log import RunRecordCallback
-from ..settings import V0InitArguments
+from ..settings import MEASURED, V0InitArguments
 from .callback import V0InitCallback
 from .supported_runs import require_supported_run
 
@@ -93,7 +93,7 @@ class V0InitMixin:
         exists = self.lr_scheduler is not None
         scheduler = super().create_scheduler(*args, **kwargs)
         shape = self.v0_arguments.untuned_warmup
-        if shape is not None and not exists:
+        if shape not in (None, MEASURED) and not exists:
             beta2 = None
             with contextlib.suppress(InputError):
                 beta2 = SecondMoments(self.optimizer).read_beta2()

@@ -7,6 +7,7 @@ machine can read it.
 
 import logging
 import os
+from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback
@@ -69,7 +70,7 @@ class SafeCheckpointsMixin:
         super().__init__(*args, **kwargs)
         self.add_callback(_UpdateRecord(self))
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, from the checkpoint that `choose_checkpoint` finds."""
         return super().train(self.choose_checkpoint(resume_from_checkpoint), *args, **kwargs)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_gpt2, make_sequences
 from torch import nn
+from translation_models import make_marian
 
 from hf_v0init.analysis.batch_loss import make_batch_loss
 from hf_v0init.analysis.loss_landscape import LossLandscape, compute_loss_landscape, draw_filter_normalised_direction
@@ -189,3 +190,13 @@ def test_figure_is_drawn_also_of_a_flat_or_broken_landscape(tmp_path, flat):
     path = tmp_path / "landscape.png"
     draw_landscape(path, LossLandscape(x, losses, seed=0), title="test")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_untrained_weights_are_left_alone():
+    model = make_marian()
+    drawn = draw_filter_normalised_direction(model, 0)
+    assert "model.shared.weight" in drawn and not any("positions" in name for name in drawn)
+    model.requires_grad_(True)  # as `from_pretrained` leaves it
+    assert draw_filter_normalised_direction(model, 0).keys() == drawn.keys()
+    model.model.encoder.layers[0].fc1.weight.requires_grad_(False)
+    assert drawn.keys() - draw_filter_normalised_direction(model, 0).keys() == {"model.encoder.layers.0.fc1.weight"}

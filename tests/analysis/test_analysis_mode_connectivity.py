@@ -7,9 +7,11 @@ from conftest import make_gpt2
 from safetensors.torch import save_file
 from test_analysis_loss_landscape import WithEverything, assert_as_before, take_snapshot
 from torch import nn
+from translation_models import make_marian
 
+from hf_v0init.analysis.batch_loss import make_batch_loss
 from hf_v0init.analysis.mode_connectivity import Connectivity, compute_connectivity, compute_connectivity_along_training
-from hf_v0init.analysis.weights import match_weights, read_weights
+from hf_v0init.analysis.weights import list_untrained, match_weights, read_weights
 from hf_v0init.errors import InputError
 
 
@@ -165,3 +167,29 @@ def test_frozen_weights_that_nobody_saved_are_kept():
     model.positions.requires_grad_(True)
     with pytest.raises(InputError, match="positions"):
         match_weights(model, {"w": torch.zeros(2)})
+
+
+def test_our_translation_checkpoints_connect_though_their_positions_are_computed_and_not_saved(tmp_path):
+    """`from_pretrained` gives the positions back as if they were trained; both ends and the line have the sinusoids they began with."""
+    models = [make_marian(seed=seed) for seed in (1, 2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+    loaded = type(models[0]).from_pretrained(tmp_path / "0")
+    name = "model.encoder.embed_positions.weight"
+    assert name not in read_weights(tmp_path / "0") and loaded.get_parameter(name).requires_grad
+    assert {name, name.replace("encoder", "decoder")} == list_untrained(loaded)
+    tokens = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])
+    measure = make_batch_loss([{"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": tokens}])
+    one, other = (read_weights(tmp_path / str(i)) for i in range(2))
+    found = compute_connectivity(loaded, one, other, measure, num_points=3, show_progress=False)
+    ends = [measure(model.eval()) for model in models]
+    assert found.errors[-1] == pytest.approx(ends[0], rel=1e-5) and found.errors[0] == pytest.approx(ends[1], rel=1e-5)
+    assert torch.equal(loaded.get_parameter(name), models[0].get_parameter(name))
+
+
+def test_a_tied_weight_is_trained_though_one_of_its_names_is_not_saved():
+    model = Point(2)
+    model.tied = model.w
+    model.alone = nn.Parameter(torch.ones(3))
+    model._keys_to_ignore_on_save = ["tied", "alone"]
+    assert list_untrained(model) == {"alone"}

@@ -15,6 +15,7 @@ from hf_v0init.analysis.saddle import (
     SaddleRun,
     compute_saddle_gradient,
     compute_saddle_loss,
+    describe_data_driven,
     find_matching_warmups,
     run_adam,
     run_saddle,
@@ -121,3 +122,9 @@ def test_other_lengths_have_no_published_value():
 def test_bad_input_is_refused(options, named):
     with pytest.raises(InputError, match=named):
         run_adam(**options)
+
+
+def test_data_driven_is_said_to_end_as_badly_as_adam_only_where_it_does():
+    text = describe_data_driven(run_saddle())
+    assert "ends as badly as Adam with v0 = 0: at 0.90 and -0.96" in text and "4e-12" in text
+    assert "as badly" not in describe_data_driven(run_saddle(num_steps=1))  # at 0.03, next to the optimum

@@ -95,3 +95,18 @@ def test_impossible_warmup_lengths_are_refused():
         compute_scale_for_warmup(0, 0.98)
     with pytest.raises(InputError, match="use at most"):
         compute_scale_for_warmup(10**6, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("scale", "beta2", "max_steps"), [(1.0, 0.98, 40), (10.0, 0.999, 600), (1.0, 0.999, 5000), (0.1, 0.9, 50)]
+)
+def test_the_similar_linear_warmup_loses_as_much_within_the_run(scale, beta2, max_steps):
+    """Summed step by step, the warmup found takes away what v0 does until the run ends, also where it is longer than the run."""
+    length = compute_similar_linear_warmup(scale, beta2, max_steps)
+    by_v0 = sum(1.0 - compute_multiplier(step, scale, beta2) for step in range(1, max_steps + 1))
+    by_warmup = sum(1.0 - min(1.0, (step - 0.5) / length) for step in range(1, max_steps + 1))
+    assert by_warmup == pytest.approx(by_v0, rel=0.02, abs=0.6)
+    assert length <= compute_similar_linear_warmup(scale, beta2) * (1 + 1e-9)
+    assert compute_similar_linear_warmup(scale, beta2, 10**7) == pytest.approx(
+        compute_similar_linear_warmup(scale, beta2), rel=1e-6
+    )

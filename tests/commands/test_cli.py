@@ -92,10 +92,15 @@ def test_warmup_steps_below_one_are_a_share_of_the_run():
 
 def test_similar_linear_warmup_takes_away_the_same_steps():
     done = run_explain("--v0_scale", "10", "--adam_beta2", "0.99")
-    length = int(re.search(r"resembles: ([\d,]+) steps", done.stdout)[1].replace(",", ""))
+    length = int(re.search(r"linear warmup over ([\d,]+) steps", " ".join(done.stdout.split()))[1].replace(",", ""))
     # A sum over steps is the integral up to half a step at the start.
     lost = sum(1.0 - multiplier(step, 10.0, 0.99) for step in range(1, 5000)) + 0.5
     assert length / 2 == pytest.approx(lost, abs=1.0)
+
+
+def test_a_similar_warmup_longer_than_the_run_is_said_to_be():
+    text = " ".join(run_explain("--v0_scale", "10", "--max_steps", "600").stdout.split())
+    assert "a linear warmup over 1,709 steps, longer than the run of 600" in text
 
 
 def test_warns_with_a_remedy_only_if_not_washed_out():

@@ -120,14 +120,17 @@ def test_a_step_at_which_no_run_was_evaluated_is_refused(tmp_path, step, outcome
     [("inverse_sqrt", True), ("constant_with_warmup", True), ("linear", False), ("cosine", False), (None, False)],
 )
 def test_the_report_says_what_it_is_worth(tmp_path, schedule, independent, monkeypatch):
-    monkeypatch.setattr("hf_v0init.comparison.reporting.report.draw_figures", lambda *_: [])
+    monkeypatch.setattr("hf_v0init.comparison.reporting.report.draw_figures", lambda *_, **__: [])
     entry = make_entry("data_driven 10", "none", 1e-3, 1)
     entry["arguments"] |= {"lr_scheduler_type": schedule} if schedule else {}
     write_plan(tmp_path, [entry])
     write_run(tmp_path, entry, "interrupted")
     assert knows_no_end(read_comparison(tmp_path)) == independent
-    write_report(tmp_path, at_step=300)
-    text = (tmp_path / "report.md").read_text()
+    write_report(tmp_path)
+    finished = (tmp_path / "report.md").read_text()
+    assert write_report(tmp_path, at_step=300) == tmp_path / "at_step_300" / "report.html"
+    text = (tmp_path / "at_step_300" / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == finished  # beside it, not over it
     assert "**Interim: every run as it stood at its evaluation after optimizer step 300, not at its end.**" in text
     assert ("runs of that length would have come here too" in text) == independent
     assert ("judge by whole runs" in text) != independent

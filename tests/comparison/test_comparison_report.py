@@ -20,7 +20,8 @@ FINALS = {
     ("zeros", "none"): 5.0, ("zeros", "50"): 2.4, ("zeros", "200"): 2.0, ("data_driven 10", "none"): 2.02,
     ("random 100", "none"): 2.5, ("data_driven 1", "200"): 1.97,
 }  # fmt: skip
-FIGURES = ["loss_curves", "gap_to_warmup", "final_losses", "learning_rates"]
+FIGURES = ["tuning_budget", "loss_curves", "gap_to_warmup", "final_losses", "learning_rate_map", "learning_rates"]
+FIGURES += ["quality_and_cost"]
 DIAGNOSTICS_FIGURES = ["updates", "update_histograms", "second_moment_drift", "multiplier"]
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    monkeypatch.setattr("hf_v0init.comparison.reporting.report.draw_figures", lambda *_: [])
+    monkeypatch.setattr("hf_v0init.comparison.reporting.report.draw_figures", lambda *_, **__: [])
 
 
 def read_table(markdown: str, heading: str) -> list[dict[str, str]]:
@@ -85,6 +86,9 @@ def test_markdown_and_csv_have_the_same_numbers(folder):
             ("test BLEU", "predict_bleu", 2),
         ):
             shown = row[heading].split(" (n")[0]
+            if shown == "diverged":
+                assert figures["num_diverged"] == figures["num_counted"]
+                continue
             if figures[f"{name}_mean"] == "":
                 assert shown == "–"
                 continue
@@ -92,7 +96,8 @@ def test_markdown_and_csv_have_the_same_numbers(folder):
             assert shown == (
                 f"{expected} ± {float(figures[f'{name}_std']):.{digits}f}" if figures[f"{name}_std"] else expected
             )
-        assert row["diverged / failed / ended"].split(" / ")[:2] == [figures["num_diverged"], figures["num_failed"]]
+        for state in ("diverged", "failed"):
+            assert row[state].split(" of ")[0] == figures[f"num_{state}"].replace("0", "none")
 
 
 def test_results_hold_one_row_a_run_from_which_the_means_follow(folder):
@@ -134,7 +139,7 @@ def test_diverged_runs_are_seen_in_the_robustness_table(folder):
         row["arm"]: row
         for row in read_table((folder / "report.md").read_text(), "Robustness against the learning rate")
     }
-    assert rows["zeros"]["lr 0.002"] == "9.000 ± 0.000 (3 diverged)"
+    assert rows["zeros"]["lr 0.002"] == "diverged (n = 3)"
     assert rows["warmup 200 (best warmup)"]["lr sensitivity"] == "0.150"  # (0.3 + 0) / 2
     assert rows["warmup 50"]["lr sensitivity"] == "–"  # a run failed
 
@@ -246,18 +251,47 @@ def test_full_scale_shows_both_with_their_source(tmp_path, without_figures):
     assert "source" not in read_table(markdown, "Published, Table 3: Penn Treebank, 2-layer LSTM, test perplexity")[0]
 
 
-@pytest.mark.parametrize(("rates", "third"), [((1e-3,), "loss_curves"), ((1e-3, 2e-3), "learning_rates")])
-def test_a_copy_for_a_repository_has_the_numbers_and_only_figures_that_it_holds(tmp_path, rates, third):
+@pytest.mark.parametrize(("rates", "last"), [((1e-3,), "loss_curves"), ((1e-3, 2e-3), "learning_rate_map")])
+def test_a_copy_for_a_repository_has_the_numbers_and_only_figures_that_it_holds(tmp_path, rates, last):
     write_grid(tmp_path / "runs_here", lambda v0, w, r, s: FINALS[v0, w], arms=list(FINALS), rates=rates)
     write_report(tmp_path / "runs_here", tmp_path / "copy")
     copy = tmp_path / "copy"
     for name in ("results.csv", "arms.csv"):
         assert (copy / name).read_bytes() == (tmp_path / "runs_here" / name).read_bytes()
     shown = re.findall(r"\]\((figures/[^)]*)\)", (copy / "report.md").read_text())
-    assert sorted(shown) == sorted(f"figures/{name}.svg" for name in ("final_losses", "gap_to_warmup", third))
+    expected = ["tuning_budget", "final_losses", "gap_to_warmup", last]
+    assert sorted(shown) == sorted(f"figures/{name}.svg" for name in expected)
     assert sorted(shown) == sorted(str(path.relative_to(copy)) for path in copy.rglob("*.svg"))
     whole = (tmp_path / "runs_here" / "report.md").read_text()
     assert set((copy / "report.md").read_text().splitlines()) <= set(whole.splitlines())
+    files = {path: path.read_bytes() for path in copy.rglob("*.*")}
+    assert write_report(copy) == copy / "report.md"  # anew, from the copy alone
+    assert {path: path.read_bytes() for path in copy.rglob("*.*")} == files
+
+
+def test_a_copy_without_curves_has_what_they_said(tmp_path, without_figures):
+    """As copies were before they had `evaluations.csv`: steps to the recorded target and best losses are kept."""
+    write_grid(tmp_path / "runs_here", outcome, arms=list(FINALS), rates=(1e-3, 2e-3))
+    write_report(tmp_path / "runs_here", tmp_path / "copy")
+    before = (tmp_path / "copy" / "arms.csv").read_bytes()
+    (tmp_path / "copy" / "evaluations.csv").unlink()
+    write_report(tmp_path / "copy")
+    assert (tmp_path / "copy" / "arms.csv").read_bytes() == before
+
+
+def test_an_image_in_a_value_is_shown_as_text(tmp_path, without_figures):
+    """Markdown of a user's own, in an axis value, a reason or a title, neither ends the report nor loads anything."""
+    evil = "0.1 ![a](b.txt) ![c](http://x/y.png) [l](javascript:alert(2)) <img src=x onerror=alert(3)>"
+    entries = [make_entry("zeros", w, 1e-3, s, other={"dropout": evil}) for w in ("none", "200") for s in (1, 2)]
+    entries += [make_entry("data_driven 1", "none", 1e-3, s, other={"dropout": evil}) for s in (1, 2)]
+    for i, entry in enumerate(entries):
+        entry["name"] = f"run{i}"
+    write_plan(tmp_path, entries, title=f"T {evil}", arguments={"note": evil})
+    for entry in entries:
+        write_run(tmp_path, entry, 2.0 + 0.01 * entry["seed"])
+    document = Document(write_report(tmp_path).read_text())
+    assert document.references == [] and not {"img", "script"} & set(document.tags)
+    assert "![a](b.txt)" in "".join(document.text)
 
 
 def test_a_gan_s_loss_is_called_what_it_is(tmp_path, without_figures):
@@ -325,7 +359,7 @@ def test_runs_that_diverged_before_any_loss_do_not_break_it(tmp_path):
     rows = {
         row["arm"]: row for row in read_table((tmp_path / "report.md").read_text(), "Arms at their best learning rate")
     }
-    assert rows["data_driven 10"]["final validation loss (nats a token)"] == "diverged"
+    assert rows["data_driven 10"]["final validation loss (nats per token)"] == "diverged"
 
 
 def test_runs_that_did_not_begin_alike_come_before_the_conclusion(tmp_path, without_figures):

@@ -10,6 +10,7 @@ from hf_v0init.comparison.reading.summary import (
     compute_estimate,
     compute_lr_sensitivity,
     compute_paired_interval,
+    compute_share_interval,
     compute_steps_to_loss,
     compute_summary,
     compute_t_interval,
@@ -40,7 +41,7 @@ def test_t_interval_by_hand():
     assert interval.low == pytest.approx(0.2 - 0.24843, abs=2e-5) and interval.high == pytest.approx(
         0.2 + 0.24843, abs=2e-5
     )
-    assert interval.verdict == "same"
+    assert interval.verdict == "unclear"
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 10])
@@ -52,7 +53,7 @@ def test_t_interval_against_printed_quantiles(n):
     assert interval.mean - interval.low == pytest.approx(half, rel=2e-4)
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(-1.0, "lower"), (1.0, "higher"), (0.0, "same")])
+@pytest.mark.parametrize(("shift", "verdict"), [(-1.0, "better"), (1.0, "worse"), (0.0, "unclear")])
 def test_verdict_is_where_the_interval_lies(shift, verdict):
     assert compute_t_interval({1: shift - 0.01, 2: shift, 3: shift + 0.01}).verdict == verdict
 
@@ -67,7 +68,7 @@ def test_differences_are_paired_by_seed():
     interval = compute_paired_interval({1: 2.0, 2: 3.0, 3: 9.0}, {2: 2.5, 1: 1.0, 4: 0.0})
     assert interval.seeds == (1, 2) and interval.mean == pytest.approx((1.0 + 0.5) / 2)
     # the spread between the seeds does not matter, that of the differences does
-    assert compute_paired_interval({1: 1.1, 2: 5.1, 3: 9.1}, {1: 1.0, 2: 5.0, 3: 9.0}).verdict == "higher"
+    assert compute_paired_interval({1: 1.1, 2: 5.1, 3: 9.1}, {1: 1.0, 2: 5.0, 3: 9.0}).verdict == "worse"
 
 
 @pytest.mark.parametrize(
@@ -147,12 +148,12 @@ def test_the_best_warmup_is_the_lowest_mean_without_v0(tmp_path):
     assert summary.best_warmup.to_warmup is None and summary.plain.to_plain is None
 
 
-def test_a_learning_rate_with_fewer_results_is_not_chosen(tmp_path):
+def test_the_best_mean_chooses_the_learning_rate_also_on_fewer_seeds(tmp_path):
     def outcome(v0, warmup, rate, seed):
         return (None if seed == 3 else 1.0) if rate == 2e-3 else 2.0
 
     summary = compute_summary(read_comparison(write_grid(tmp_path, outcome, rates=(1e-3, 2e-3))))
-    assert all(arm.best.learning_rate == 1e-3 for arm in summary.arms)
+    assert all((arm.best.learning_rate, arm.best.final.n) == (2e-3, 2) for arm in summary.arms)
 
 
 def test_losing_its_bad_runs_does_not_make_an_arm_better(tmp_path):
@@ -241,11 +242,22 @@ def test_other_optimizers_are_no_plain_start(tmp_path):
     entries += [make_entry("zeros", "100", 1e-3, s) for s in (1, 2)] + [
         make_entry("random 100", "none", 1e-3, s, "radam") for s in (1, 2)
     ]
+    entries.append(make_entry("zeros", "none", 1e-3, 1, "sgd"))
     write_plan(tmp_path, entries)
     for entry in entries:
-        write_run(tmp_path, entry, {"adamw": 4.0, "radam": 2.0}[entry["optimizer"]] - 0.5 * (entry["v0"] != "zeros"))
+        write_run(
+            tmp_path,
+            entry,
+            {"adamw": 4.0, "radam": 2.0, "sgd": 6.0}[entry["optimizer"]] - 0.5 * (entry["v0"] != "zeros"),
+        )
     summary = compute_summary(read_comparison(tmp_path))
-    assert summary.plain.name == "zeros" and find_arm(summary, "radam").kind == "other optimizer"
+    # One with a v0 of its own is a plain start, one without v0 and warmup of its own a rival.
+    assert (summary.plain.name, find_arm(summary, "radam").kind, find_arm(summary, "zeros").kind) == (
+        "radam",
+        "plain",
+        "plain",
+    )
+    assert find_arm(summary, "sgd").kind == "other optimizer"
     # against the plain start of its own optimizer
     assert find_arm(summary, "random 100 + radam").to_plain.mean == pytest.approx(-0.5)
 
@@ -260,3 +272,41 @@ def test_settings_of_v0_do_not_part_an_arm_from_its_plain_start(tmp_path):
     summary = compute_summary(read_comparison(tmp_path))
     assert find_arm(summary, "data_driven 1 + v0_one_dimensional=True").to_plain.mean == pytest.approx(-3.0)
     assert find_arm(summary, "data_driven 1 + adam_beta2=0.999 + v0_floor=1.0").to_plain.mean == pytest.approx(-1.5)
+
+
+def test_the_interval_of_a_share_holds_the_shares_that_the_t_test_does_not_refuse():
+    """Fieller's interval against a scan: r is inside where the interval of (plain - one) - r (plain - other) holds 0."""
+    plain, one, other = (
+        {1: 5.0, 2: 5.2, 3: 4.9, 4: 5.1},
+        {1: 3.1, 2: 3.0, 3: 2.9, 4: 3.3},
+        {1: 2.5, 2: 2.7, 3: 2.4, 4: 2.45},
+    )
+    share = compute_share_interval(plain, one, other)
+    held = []
+    for r in (i / 10_000 for i in range(20_000)):
+        test = compute_t_interval({s: (plain[s] - one[s]) - r * (plain[s] - other[s]) for s in plain})
+        held += [r] if test.low <= 0.0 <= test.high else []
+    assert share.low == pytest.approx(held[0], abs=2e-4) and share.high == pytest.approx(held[-1], abs=2e-4)
+    assert share.mean == pytest.approx(sum(plain[s] - one[s] for s in plain) / sum(plain[s] - other[s] for s in plain))
+    assert compute_share_interval(plain, one, {1: 9.0, 2: 1.0, 3: 5.0, 4: 5.1}) is None  # no gain to have a share of
+    assert compute_share_interval({1: 5.0}, one, other) is None
+
+
+def test_more_is_better_turns_everything_round(tmp_path):
+    def outcome(v0, warmup, rate, seed):
+        return {("zeros", "none"): 10.0, ("zeros", "200"): 11.0}.get((v0, warmup), 12.0) + rate * 100
+
+    folder = write_grid(tmp_path, outcome, rates=(1e-3, 2e-3), seeds=(1, 2), metric="eval_bleu", greater_is_better=True)
+    for path in folder.glob("runs/*/output/*.json*"):
+        path.write_text(path.read_text().replace("eval_loss", "eval_bleu"))
+    summary = compute_summary(read_comparison(folder))
+    assert [arm.name for arm in summary.arms] == ["data_driven 10", "warmup 200", "zeros"]
+    best = summary.arms[0]
+    assert (
+        best.best.learning_rate == 2e-3
+        and best.to_warmup.verdict == "better"
+        and best.to_warmup.mean == pytest.approx(1.0)
+    )
+    assert best.best.best.mean == pytest.approx(12.2) and best.sensitivity == pytest.approx(0.05)  # (0.1 + 0) / 2
+    # From 9 to 12.2, the half of the way in every quarter: 11.2 is (11.2 - 9) / 3.2 of it, within the second quarter.
+    assert best.best.steps_to.mean == pytest.approx(100 + 100 * ((2.2 / 3.2 * 0.9375 - 0.5) / 0.25))

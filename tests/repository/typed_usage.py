@@ -11,6 +11,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_v0init import (
     InputError,
+    SafeCheckpointsMixin,
+    TrustRadius,
     V0DiagnosticsCallback,
     V0InitArguments,
     V0InitCallback,
@@ -23,7 +25,9 @@ from hf_v0init import (
     compute_multiplier,
     compute_scale_for_warmup,
     compute_steps_to_multiplier,
+    compute_warmup_length,
     initialize_v0,
+    measure_trust_radius,
     read_second_moment,
 )
 
@@ -48,8 +52,8 @@ def train_with_anybodys_trainer(model: nn.Module) -> Trainer:
     return trainer
 
 
-class MixedTrainer(V0InitMixin, Trainer):
-    """The mixin in front of a Trainer."""
+class MixedTrainer(SafeCheckpointsMixin, V0InitMixin, Trainer):
+    """The mixins in front of a Trainer."""
 
 
 def train_in_a_loop(
@@ -65,5 +69,26 @@ def train_in_a_loop(
     return multiplier + steps
 
 
+def measure(
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> int:
+    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
+    return compute_warmup_length(1e-3 / (radius.d50 or 1.0), num_steps=1000)
+
+
 def refuse() -> ValueError:
     return InputError("a message")
+
+
+def hold_back(
+    model: nn.Module, batches: list[torch.Tensor], loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> int:
+    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
+    steps: int = 0 if radius.d50 is None else compute_warmup_length(1e-3 / radius.d50, 1000)
+    return steps
+
+
+class SafeTrainer(SafeCheckpointsMixin, Trainer):
+    """Checkpoints that are whole, in front of a Trainer."""

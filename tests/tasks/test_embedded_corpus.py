@@ -9,7 +9,7 @@ from datetime import date, time
 import pytest
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.translation import embedded_phrases as phrases
+from hf_v0init.tasks.translation import embedded_phrases as phrases, script
 from hf_v0init.tasks.translation.embedded_corpus import TEMPLATES, generate_embedded_corpus, generate_sentence_pairs
 
 NUM_PAIRS = 6000
@@ -133,3 +133,18 @@ def test_smallest_corpus_has_one_pair_a_split():
         "validation": 1,
         "test": 1,
     }
+
+
+def test_the_translation_script_takes_it_by_name():
+    arguments = script.DataArguments(dataset_name="embedded")
+    loaded, generated = arguments.load_dataset(script.ModelArguments()), generate_embedded_corpus(2000, seed=0)
+    assert {role: len(rows) for role, rows in loaded.items()} == {"train": 1800, "validation": 100, "test": 100}
+    for role in loaded:
+        assert loaded[role]["source"][:] == generated[role]["source"][:]
+        assert loaded[role]["target"][:] == generated[role]["target"][:]
+
+
+def test_without_its_extra_the_name_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    with pytest.raises(InputError, match=r"^num2words is not installed; type: pip install 'hf_v0init\[demo\]'$"):
+        script.DataArguments(dataset_name="embedded")

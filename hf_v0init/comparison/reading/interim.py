@@ -29,7 +29,7 @@ def take_back(comparison: Comparison, step: int) -> None:
         )
     comparison.at_step = step
     for run in comparison.runs:
-        _take_run_back(run, step)
+        _take_run_back(run, step, comparison.metric)
 
 
 def knows_no_end(comparison: Comparison) -> bool:
@@ -38,7 +38,7 @@ def knows_no_end(comparison: Comparison) -> bool:
     return schedules <= set(KNOW_NO_END)
 
 
-def _take_run_back(run: RunResult, step: int) -> None:
+def _take_run_back(run: RunResult, step: int, metric: str) -> None:
     reached = step in run.eval_steps
     if not reached and run.state in (DIVERGED, FAILED, STOPPED_EARLY) and (run.num_steps or 0) <= step:
         return
@@ -56,7 +56,7 @@ def _take_run_back(run: RunResult, step: int) -> None:
     run.final_loss, run.train_seconds = run.eval_losses[-1], run.eval_seconds[-1]
     if not math.isfinite(run.final_loss):
         run.state, run.reason = DIVERGED, f"the validation loss is {run.final_loss} at step {step:,}"
-    elif run.start_loss is not None and run.final_loss > run.start_loss:
+    elif metric == "eval_loss" and run.start_loss is not None and run.final_loss > run.start_loss:
         run.state = DIVERGED
         run.reason = (
             f"the validation loss at step {step:,}, {run.final_loss:.4g}, is above that at start, {run.start_loss:.4g}"

@@ -1,6 +1,7 @@
 """Reads a folder of runs: what each was, how it ended, and its losses, clocks, costs and fingerprint.
 
-Nothing but `plan.json` is required. A run that has not started, is running, was killed or diverged is read as far as its files
+"Loss" stands throughout for the metric that runs are compared by, also where more of it is better (`greater_is_better`). Nothing but
+`plan.json` is required. A run that has not started, is running, was killed or diverged is read as far as its files
 go; what is damaged is named in `RunResult.problems`.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...records.report import read_report
 from ...records.run_files import RESULTS_FILE, STATE_FILE
+from ..planning.metrics import find_direction
 
 PLAN_FILE, RECORD_FILE = "plan.json", "record.json"
 RUNS_FOLDER, OUTPUT_FOLDER = "runs", "output"
@@ -36,10 +38,11 @@ START_SOURCES = {
 
 @dataclass
 class RunResult:
-    """One run. Losses are means as the script reports them (nats a token for this project's), steps are optimizer steps.
+    """One run. Losses are means as the script reports them (nats per token for this project's), steps are optimizer steps.
 
     `train_seconds` is the time of training without evaluations, with the statistics pass; `v0_seconds` that of the pass;
     `v0_samples` the samples it read and `v0_extra_steps` those samples in steps of the run's effective batch. None: not known.
+    `recorded` is what a copy without curves has kept of them: its lowest loss, and what it took to reach one target.
     """
 
     name: str
@@ -51,6 +54,7 @@ class RunResult:
     learning_rate: float
     seed: int
     arguments: dict = field(default_factory=dict)
+    launch: str = "python"
     state: str = PENDING
     reason: str | None = None
     exit_status: int | None = None
@@ -74,6 +78,8 @@ class RunResult:
     fingerprint: dict | None = None
     diagnostics_path: Path | None = None
     problems: list[str] = field(default_factory=list)
+    greater_is_better: bool = False
+    recorded: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def is_counted(self) -> bool:
@@ -82,16 +88,24 @@ class RunResult:
 
     @property
     def scored_loss(self) -> float | None:
-        """The loss the run counts with: its final one; the loss at start if it diverged (infinite where that is unknown)."""
+        """The loss the run counts with: its final one; that at start if it diverged (infinitely bad where that is unknown)."""
         if self.state == DIVERGED:
-            return math.inf if self.start_loss is None else self.start_loss
+            worst = -math.inf if self.greater_is_better else math.inf
+            return worst if self.start_loss is None else self.start_loss
         return self.final_loss
 
     @property
     def best_loss(self) -> float | None:
-        """The lowest validation loss along the run; `scored_loss` if there is none."""
+        """The best validation loss along the run; `scored_loss` if there is none."""
         finite = [loss for loss in self.eval_losses if math.isfinite(loss)]
-        return min(finite) if finite else self.scored_loss
+        if not finite:
+            return self.recorded.get("best_loss", self.scored_loss)
+        return max(finite) if self.greater_is_better else min(finite)
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether the losses between start and end are known."""
+        return bool(self.eval_losses)
 
     def read_diagnostics(self) -> dict | None:
         """Read the run's `v0_diagnostics.json`; None if there is none or it is damaged, which is then among the problems."""
@@ -117,6 +131,7 @@ class Comparison:
     runs: list[RunResult]
     plan: dict
     at_step: int | None = None
+    greater_is_better: bool = False
 
     @property
     def learning_rates(self) -> list[float]:
@@ -137,19 +152,30 @@ def read_comparison(folder: str | Path) -> Comparison:
     """Read `plan.json` of a folder and every run it names, as far as it has come.
 
     Raises:
-        InputError: there is no whole `plan.json`.
+        InputError: there is no whole `plan.json`; its metric may get better either way.
     """
     folder = Path(folder)
     try:
         plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
         entries = plan["runs"]
         metric = plan.get("metric") or "eval_loss"
-        runs = [read_result(folder / RUNS_FOLDER / entry["name"], entry, metric) for entry in entries]
+        greater = find_direction(metric, plan.get("greater_is_better"))
+        runs = [read_result(folder / RUNS_FOLDER / entry["name"], entry, metric, greater) for entry in entries]
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: no comparison there ({PLAN_FILE} cannot be read: {error!r}); give the --output_dir of `hf-v0init compare`"
         ) from error
-    _share_start_losses(runs)
+    _share_start_losses(runs, metric)
+    return make_comparison(folder, plan, runs)
+
+
+def make_comparison(folder: Path, plan: dict, runs: list[RunResult]) -> Comparison:
+    """Put what the plan says and the runs together."""
+    metric = plan.get("metric") or "eval_loss"
+    for run in runs:
+        run.launch = str(plan.get("launch") or "python")
     return Comparison(
         folder=folder,
         title=plan.get("title") or "Comparison",
@@ -160,10 +186,12 @@ def read_comparison(folder: str | Path) -> Comparison:
         published=list(plan.get("published") or []),
         runs=runs,
         plan=plan,
+        at_step=plan.get("at_step"),
+        greater_is_better=find_direction(metric, plan.get("greater_is_better")),
     )
 
 
-def read_result(folder: Path, entry: dict, metric: str = "eval_loss") -> RunResult:
+def read_result(folder: Path, entry: dict, metric: str = "eval_loss", greater_is_better: bool = False) -> RunResult:
     """Read one run's folder; `entry` is the run's entry in the plan, `metric` the validation loss's name.
 
     A run that finished with a loss that is not a finite number has diverged, whatever its record says.
@@ -181,6 +209,7 @@ def read_result(folder: Path, entry: dict, metric: str = "eval_loss") -> RunResu
         learning_rate=float(entry["learning_rate"]),
         seed=int(entry["seed"]),
         arguments=dict(entry.get("arguments") or {}),
+        greater_is_better=greater_is_better,
     )
     record = _read_json(folder / RECORD_FILE, run.problems)
     if record is not None:
@@ -262,15 +291,18 @@ def _add_pass(run: RunResult, output: Path) -> None:
         run.start_loss, run.start_source = report["mean_loss"], "pass"
 
 
-def _share_start_losses(runs: Sequence[RunResult]) -> None:
-    """Give every run the loss at start of its seed, by the best source there is: the weights at start are the same."""
+def _share_start_losses(runs: Sequence[RunResult], metric: str) -> None:
+    """Give every run the loss at start of its seed, by the best source there is: the weights at start are the same.
+
+    Another metric than the loss is known at start from an evaluation alone.
+    """
     groups: dict[tuple, list[RunResult]] = {}
     for run in runs:
         groups.setdefault((run.seed, list_model_arguments(run)), []).append(run)
     for group in groups.values():
-        for source in ("evaluation", "pass"):
+        for source in ("evaluation", "pass") if metric == "eval_loss" else ("evaluation",):
             values = [r.start_loss for r in group if r.start_source == source]
-            if values:
+            if values or metric != "eval_loss":
                 break
         else:
             source, firsts = "training", [(r.train_steps[0], r.train_losses[0]) for r in group if r.train_steps]

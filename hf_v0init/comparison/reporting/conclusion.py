@@ -1,16 +1,33 @@
 """What the numbers say, in words: what to use on this task, what it saves, and how sure that is. Generated, never edited.
 
-The question is always the same: the best arm that has a v0 and no warmup, against the best warmup without a v0, each at its best
-learning rate, over the seeds they share. `decide` names the answer; the sentences follow from it.
+Three are held against each other, each chosen from all its trials (arms at learning rates): the best v0 without a warmup, the best
+warmup without a v0, and the plain start, which has neither and is the simplest. `decide` names the answer; the sentences follow from it.
+
+| answer | when |
+| --- | --- |
+| `nothing_finished`, `all_diverged` | no run counts; every run that counts diverged |
+| `no_v0`, `no_shared_seed` | no v0 has a result; v0 and warmup share no seed |
+| `no_warmup`, `v0_harms` | no warmup has a result; and v0 is worse than the plain start beyond noise |
+| `too_few_seeds` | fewer than two seeds judge, or two whose interval holds 0 |
+| `plain_wins` | both v0 and warmup are worse than the plain start beyond noise |
+| `neither_needed` | neither is better than it beyond noise, nor may be by over 5% of its loss (3 seeds or more) |
+| `v0_wins` | v0 is better than the warmup beyond noise, and the plain start not better than v0 |
+| `no_difference` | within noise, and v0 may be worse by at most 5% of the warmup's loss |
+| `undecided` | within noise, but v0 may be worse by more; or neither is shown to be better than the plain start |
+| `warmup_wins`, `v0_does_not_help` | v0 is worse beyond noise; it is, or is not, better than the plain start |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...closed_form.defaults import DEFAULT_SCALE
 from ..planning.axes import UNTUNED
+from ..reading.budget import Budget
+from ..reading.choice import Contest, hold_contest
+from ..reading.cost import name_hours, sum_hours
 from ..reading.fingerprints import FingerprintCheck
 from ..reading.results import DIVERGED, FAILED, START_SOURCES
 from ..reading.summary import (
@@ -23,29 +40,14 @@ from ..reading.summary import (
     Interval,
     Summary,
     compute_paired_interval,
-)
-from .decision import (
-    ALL_DIVERGED,
-    FEW_SEEDS,
-    MARGIN,
-    NEITHER_NEEDED,
-    NO_DIFFERENCE,
-    NO_SHARED_SEED,
-    NO_V0_RESULT,
-    NO_WARMUP_RESULT,
-    NOTHING,
-    TOO_FEW,
-    UNDECIDED,
-    V0_USELESS,
-    V0_WINS,
-    WARMUP_WINS,
-    compare_to_plain,
-    decide,
+    compute_share_interval,
 )
 from .formats import (
+    FAMILY_NAMES,
     count_of,
     format_ends,
-    format_estimate,
+    format_final,
+    format_hours,
     format_number,
     format_rate,
     format_seconds,
@@ -53,6 +55,17 @@ from .formats import (
     name_loss,
     name_test_metric,
 )
+
+FEW_SEEDS = 3  # below this, words on noise are not worth much
+MARGIN = 0.05  # of the best warmup's loss: a v0 that may be worse by more has not been shown to replace it
+
+NOTHING, ALL_DIVERGED, NO_V0_RESULT, NO_WARMUP_RESULT, NO_SHARED_SEED = (
+    "nothing_finished", "all_diverged", "no_v0", "no_warmup", "no_shared_seed",
+)  # fmt: skip
+TOO_FEW, UNDECIDED, V0_WINS, NO_DIFFERENCE = "too_few_seeds", "undecided", "v0_wins", "no_difference"
+NEITHER_NEEDED, PLAIN_WINS, WARMUP_WINS, V0_USELESS, V0_HARMS = (
+    "neither_needed", "plain_wins", "warmup_wins", "v0_does_not_help", "v0_harms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,132 +77,272 @@ class Conclusion:
     points: list[tuple[str, str]]
 
 
-def compose_conclusion(summary: Summary, check: FingerprintCheck) -> Conclusion:
+@dataclass(frozen=True)
+class Contests:
+    """The three comparisons that the answer rests on; None where a side or a shared seed is missing."""
+
+    of_both: Contest | None  # v0 against the warmup
+    v0_to_plain: Contest | None
+    warmup_to_plain: Contest | None
+
+
+def compose_conclusion(summary: Summary, check: FingerprintCheck, budget: Budget | None = None) -> Conclusion:
     """Compose the conclusion: headline and points, as Markdown."""
-    verdict = decide(summary)
+    contests = hold_contests(summary)
+    verdict = decide(summary, contests)
     v0, warmup, plain = summary.find_best(V0), summary.best_warmup, summary.plain
-    points: list[tuple[str, str]] = []
+    deciding = [arm for arm in (v0, warmup, plain) if arm is not None]
+    cautions = _compose_cautions(summary, check, contests, deciding)
     if verdict == NOTHING:
         ended = summary.comparison.count(FAILED)
         headline = "No run has a result yet" + (f"; {count_of(ended, 'run')} failed." if ended else ".")
-        return Conclusion(verdict, headline, _compose_cautions(summary, check))
+        return Conclusion(verdict, headline, cautions)
     if verdict == ALL_DIVERGED:
-        headline = "Every run that has ended diverged: this says nothing on v0 or warmup but that neither made these settings work."
-        points.append(
+        headline = "Every run that has ended diverged: this says nothing about v0 or warmup, only that these settings do not work."
+        points = [
             ("What next", "Try smaller learning rates, gradient clipping, or look for a defect in data or model.")
-        )
-        return Conclusion(verdict, headline, points + _compose_cautions(summary, check))
+        ]
+        return Conclusion(verdict, headline, points + cautions)
     if verdict == NO_V0_RESULT:
         headline = "No run with a v0 and without a warmup has a result, so v0 cannot be judged."
-        points.append(("Best so far", _describe(summary.arms[0]) + "."))
-        return Conclusion(verdict, headline, points + _compose_cautions(summary, check))
-    headline = _compose_headline(verdict, summary, v0, warmup, plain)
-    points.append(("Use", _compose_advice(verdict, summary, v0, warmup, plain)))
-    if warmup is not None:
-        if v0.to_warmup is not None:
-            points.append(("Beyond noise?", _compose_noise(v0, warmup)))
-        points.append(("What it saves", _compose_savings(summary, v0, warmup)))
-    points.append(("Against a plain start", _compose_plain(summary, v0, warmup, plain)))
+        return Conclusion(verdict, headline, [("Best so far", _describe(summary.arms[0]) + "."), *cautions])
+    headline = _compose_headline(verdict, summary, contests)
+    if find_edges(deciding) and verdict not in (TOO_FEW, UNDECIDED):
+        headline = f"So far: {headline}"
+    points = [("Use", _compose_advice(verdict, summary, contests))]
+    if contests.of_both is not None:
+        points.append(("Beyond noise?", _compose_noise(contests.of_both)))
+        points.append(("What it saves", _compose_savings(v0, warmup)))
+    points.append(("Against a plain start", _compose_plain(summary, contests)))
     points += [("Other arms", text)] if (text := _compose_others(summary, v0, warmup)) else []
-    points += [("Tuning", text)] if (text := _compose_tuning(summary)) else []
+    points += [("Tuning", text)] if (text := _compose_tuning(summary, budget)) else []
     points.append(("Learning rates", _compose_sensitivity(summary, v0, warmup, plain)))
-    points.append(("Diverged or failed", _compose_diverged([a for a in (v0, warmup, plain) if a is not None])))
+    points.append(("Diverged or failed", _compose_diverged(deciding)))
+    points += [("Cost", text)] if (text := _compose_cost(summary)) else []
     points += [("Test", text)] if (text := _compose_tests(summary, v0, warmup)) else []
-    return Conclusion(verdict, headline, points + _compose_cautions(summary, check))
+    return Conclusion(verdict, headline, points + cautions)
 
 
 # ------------------------------------------------------------------------------------------------------------- the answer
 
 
-def _compose_headline(verdict: str, summary: Summary, v0: Arm, warmup: Arm | None, plain: Arm | None) -> str:
-    if verdict == NO_WARMUP_RESULT:
-        gain = compare_to_plain(summary, v0)
-        against = f" Against a plain start it is {_judge(gain)}." if gain is not None else ""
-        return f"No run with a warmup and without a v0 has a result, so whether v0 replaces one stays open.{against}"
-    if verdict == NO_SHARED_SEED:
-        return "The best v0 and the best warmup have no seed in common yet, so they cannot be compared."
-    mean = v0.to_warmup.mean
-    size = format_number(abs(mean))
-    if verdict == TOO_FEW:
-        where = f"{size} {'below' if mean < 0 else 'above'}" if format_number(mean) != "0.000" else "level with"
-        return (
-            f"Too few seeds to tell: over {count_of(v0.to_warmup.n, 'seed')} `{v0.name}` without a warmup ends {where} "
-            f"`{warmup.name}`, the best warmup."
-        )
-    return {
-        NEITHER_NEEDED: "Neither a warmup nor a v0 is needed here: the plain start is not worse than either beyond noise.",
-        V0_WINS: f"v0 beats the best warmup here: `{v0.name}` without a warmup ends {size} below `{warmup.name}`.",
-        NO_DIFFERENCE: f"v0 can replace the warmup here, as far as {count_of(v0.to_warmup.n, 'seed')} can tell: `{v0.name}` without a "
-        f"warmup and `{warmup.name}`, the best warmup, are not told apart.",
-        UNDECIDED: f"Undecided: `{v0.name}` without a warmup ends {size} {'below' if mean < 0 else 'above'} `{warmup.name}`, the best "
-        "warmup, but the seeds differ too much to tell.",
-        WARMUP_WINS: f"The warmup is better here: `{v0.name}`, the best v0 without a warmup, ends {size} above `{warmup.name}`.",
-        V0_USELESS: f"v0 does not help here: `{v0.name}`, the best v0 without a warmup, ends {size} above `{warmup.name}` and is "
-        "not better than a plain start beyond noise.",
-    }[verdict]
-
-
-def _compose_advice(verdict: str, summary: Summary, v0: Arm, warmup: Arm | None, plain: Arm | None) -> str:
-    combined = summary.find_best(V0_AND_WARMUP)
-    if verdict == NEITHER_NEEDED:
-        return f"{_describe(plain)}: the simplest, {_compare_means(plain, v0, warmup)}."
-    if verdict in (V0_WINS, NO_WARMUP_RESULT):
-        return f"{_describe(v0)}."
-    if verdict == NO_DIFFERENCE:
-        return _weigh(summary, v0, warmup)
-    if verdict in (WARMUP_WINS, V0_USELESS):
-        if combined is not None and combined.to_warmup is not None and combined.to_warmup.verdict == "lower":
-            return f"{_describe(combined)}: v0 with a warmup is better than the best warmup alone."
-        if plain is not None and plain.best.final.mean <= warmup.best.final.mean:
-            return f"{_describe(plain)}: the simplest, and not above {_describe(warmup)}."
-        return f"{_describe(warmup)}."
-    if warmup is None or v0.to_warmup is None:
-        return f"Nothing yet; {_describe(v0)} is the best v0 so far."
-    better = v0 if v0.to_warmup.mean < 0 else warmup
-    return f"Nothing yet. {_describe(better)} is ahead; run more seeds (3 at least, better 5) before you choose."
-
-
-def _weigh(summary: Summary, v0: Arm, warmup: Arm) -> str:
-    """Say which of two arms that are not told apart to take, by what else is known of them."""
-    difference = compute_paired_interval(v0.sensitivities, warmup.sensitivities)
-    robust = "" if difference is None else difference.verdict
-    if robust == "higher":
-        return f"{_describe(warmup)}: it is the more robust one against the learning rate. {_describe(v0)} ends as low, as far as these runs can tell."
-    reasons = ["it is the more robust one against the learning rate"] if robust == "lower" else []
-    if len(summary.list_arms(V0)) == 1 and len(summary.list_arms(WARMUP)) > 1:
-        reasons.append("it spares the choice of a warmup length")
-    if reasons:
-        return f"{_describe(v0)}: {', and '.join(reasons)}. {_describe(warmup)} ends as low, as far as these runs can tell."
-    return f"Either: {_describe(v0)}, or {_describe(warmup)}."
-
-
-def _compose_noise(v0: Arm, warmup: Arm) -> str:
-    difference = v0.to_warmup
-    text = f"Difference of final losses, `{v0.name}` - `{warmup.name}`, over {count_of(difference.n, 'seed')}: "
-    text += format_number(difference.mean, signed=True)
-    if difference.low is None:
-        return f"{text}. With one seed there is no interval: noise cannot be told from effect."
-    text += f", 95% confidence interval {format_ends(difference)}. "
-    if difference.verdict != "same":
-        return (
-            text
-            + f"The interval leaves out 0, so the difference is beyond the noise of the {count_of(difference.n, 'seed')}."
-        )
-    above, below = max(0.0, difference.high), max(0.0, -difference.low)
-    return text + (
-        f"The interval holds 0. That is not proof of equality: v0 may be up to {format_number(above)} worse or "
-        f"{format_number(below)} better; {'within' if difference.high <= MARGIN * warmup.best.final.mean else 'more than'} "
-        f"{MARGIN:.0%} of the loss."
+def hold_contests(summary: Summary) -> Contests:
+    """Hold v0, warmup and plain start against each other."""
+    return Contests(
+        hold_contest(summary, V0, WARMUP), hold_contest(summary, V0, PLAIN), hold_contest(summary, WARMUP, PLAIN)
     )
 
 
-def _compose_savings(summary: Summary, v0: Arm, warmup: Arm) -> str:
+def decide(summary: Summary, contests: Contests) -> str:
+    """Name the answer that the numbers give; one of this module's constants."""
+    counted = [run for run in summary.comparison.runs if run.is_counted]
+    if not counted:
+        return NOTHING
+    if all(run.state == DIVERGED for run in counted):
+        return ALL_DIVERGED
+    if summary.find_best(V0) is None:
+        return NO_V0_RESULT
+    both, v0, warmup = contests.of_both, contests.v0_to_plain, contests.warmup_to_plain
+    if summary.best_warmup is None:
+        return V0_HARMS if _read(v0) == "worse" else NO_WARMUP_RESULT
+    if both is None:
+        return NO_SHARED_SEED
+    if _is_open(both):
+        return TOO_FEW
+    if v0 is not None and warmup is not None and not summary.plain.best.count(DIVERGED):
+        readings = {_read(v0), _read(warmup)}
+        if readings == {"worse"}:
+            return PLAIN_WINS
+        if "better" not in readings and not (_is_open(v0) or _is_open(warmup)):
+            least = MARGIN * abs(summary.plain.best.final.mean)
+            few_gain = all(c.interval.largest_gain <= least for c in (v0, warmup))
+            return NEITHER_NEEDED if few_gain else UNDECIDED
+        if "better" not in readings and not (v0.interval.is_ahead and warmup.interval.is_ahead):
+            return TOO_FEW
+    if _read(both) == "better":
+        return V0_WINS if _is_not_behind(v0) else UNDECIDED
+    if _read(both) == "unclear":
+        if v0 is not None and warmup is not None and _read(v0) != "better" and _read(warmup) == "better":
+            return UNDECIDED  # the warmup helps, v0 is not shown to
+        tolerated = MARGIN * abs(summary.best_warmup.best.final.mean)
+        return NO_DIFFERENCE if both.interval.largest_loss <= tolerated else UNDECIDED
+    if not _is_not_behind(warmup):
+        return UNDECIDED
+    return WARMUP_WINS if v0 is None or _read(v0) == "better" or _is_open(v0) else V0_USELESS
+
+
+def _is_not_behind(contest: Contest | None) -> bool:
+    """Whether the plain start, the simpler of the two, is not ahead by its mean."""
+    return contest is None or contest.interval.is_ahead
+
+
+def _read(contest: Contest | None) -> str:
+    return "unknown" if contest is None else contest.interval.verdict
+
+
+def _is_open(contest: Contest) -> bool:
+    """Whether too few seeds judge to say anything."""
+    verdict = contest.interval.verdict
+    return verdict == "unknown" or (verdict == "unclear" and contest.interval.n < FEW_SEEDS)
+
+
+def _compose_headline(verdict: str, summary: Summary, contests: Contests) -> str:
+    both, to_plain = contests.of_both, contests.v0_to_plain
+    plain = _say_where_plain_is(contests)
+    v0 = summary.find_best(V0)
+    if verdict == V0_HARMS:
+        return f"v0 does harm here: {_introduce(to_plain.one, to_plain.num_one)} ends {_place(to_plain)}, the plain start, beyond noise."
+    if verdict == NO_WARMUP_RESULT:
+        text = "No run with a warmup and without a v0 has a result, so whether v0 replaces one stays open."
+        if to_plain is None:
+            return text
+        return (
+            f"{text} {_introduce(v0, to_plain.num_one)} ends {_place(to_plain)}, the plain start, {_judge(to_plain)}."
+        )
+    if verdict == NO_SHARED_SEED:
+        return f"The best v0 and the best warmup have no seed in common yet, so they cannot be compared.{plain}"
+    ends = f"{_introduce(both.one, both.num_one)}, without a warmup, ends {_place(both)}{_count_trials(both.other, both.num_other)}"
+    if verdict == TOO_FEW:
+        judges = ""
+        if both.screened:
+            number = len(both.of_the_chosen.seeds) - len(both.screened)
+            judges = f", since {number or 'none'} of {both.of_the_chosen.n} had no part in choosing the settings"
+        return f"Too few seeds to tell{judges}: {ends}, the best warmup, {_judge(both)}.{plain}"
+    starts = {
+        PLAIN_WINS: "Neither a warmup nor a v0 helps here, since the plain start is better than both beyond noise",
+        NEITHER_NEEDED: "Neither a warmup nor a v0 is needed here, since neither is better than the plain start beyond noise",
+        V0_WINS: "v0 beats the best warmup here",
+        NO_DIFFERENCE: f"v0 can replace the warmup here, as far as {count_of(both.interval.n, 'seed')} can tell",
+        UNDECIDED: "Undecided",
+        WARMUP_WINS: "The warmup is better here",
+        V0_USELESS: "v0 does not help here, since it is not better than a plain start beyond noise",
+    }
+    return f"{starts[verdict]}: {ends}, the best warmup, {_judge(both)}.{plain}"
+
+
+def _say_where_plain_is(contests: Contests) -> str:
+    """Say in a sentence, with a space before it, where the plain start ends: nearer to v0's side, else to the warmup's."""
+    contest, name = (contests.v0_to_plain, "v0") if contests.v0_to_plain else (contests.warmup_to_plain, "the warmup")
+    if contest is None:
+        return " No plain start has a result on the same seeds."
+    mean = contest.interval.mean
+    side = "level with" if _is_zero(mean) else f"{format_number(abs(mean))} {'above' if mean < 0 else 'below'}"
+    count = _count_trials(contest.other, contest.num_other)
+    return f" The plain start, `{contest.other.name}`{count}, ends {side} {name}, {_judge(contest)}."
+
+
+def _introduce(arm: Arm, num_trials: int) -> str:
+    return f"`{arm.name}`{_count_trials(arm, num_trials)}"
+
+
+def _count_trials(arm: Arm, num_trials: int) -> str:
+    words = {V0: "v0 settings", WARMUP: "warmups", PLAIN: "plain starts"}[arm.kind]
+    return f" (chosen from {num_trials} trials of {words})" if num_trials > 1 else ""
+
+
+def _place(contest: Contest) -> str:
+    """Say '0.086 above `warmup 400`'."""
+    mean = contest.interval.mean
+    side = "level with" if _is_zero(mean) else f"{format_number(abs(mean))} {'below' if mean < 0 else 'above'}"
+    return f"{side} `{contest.other.name}`"
+
+
+def _is_zero(number: float) -> bool:
+    return format_number(number) == format_number(0.0)
+
+
+def _compose_advice(verdict: str, summary: Summary, contests: Contests) -> str:
+    v0, warmup, plain, combined = (
+        summary.find_best(V0),
+        summary.best_warmup,
+        summary.plain,
+        summary.find_best(V0_AND_WARMUP),
+    )
+    if verdict in (NEITHER_NEEDED, PLAIN_WINS):
+        return f"{_describe(plain)}: the simplest, {_compare_means(v0, warmup)}."
+    if verdict == V0_HARMS:
+        return f"{_describe(plain)}: the simplest, {_compare_means(v0)}."
+    if verdict == NO_WARMUP_RESULT:
+        reading = _read(contests.v0_to_plain)
+        if reading == "better":
+            return f"{_describe(v0)}, until a warmup has been tried."
+        if reading == "unclear" and contests.v0_to_plain.interval.n >= FEW_SEEDS:
+            return f"{_describe(plain)}: the simplest, and v0 is not better beyond noise ({_compare_means(v0)})."
+        return f"Nothing yet; {_describe(v0)} is the best v0 so far. Run a plain start and warmups on the same seeds, 3 or more."
+    if verdict == V0_WINS:
+        return f"{_describe(v0)}."
+    if verdict == NO_DIFFERENCE:
+        return _weigh(summary, contests)
+    if verdict in (WARMUP_WINS, V0_USELESS):
+        if combined is not None and combined.to_warmup is not None and combined.to_warmup.verdict == "better":
+            return f"{_describe(combined)}: v0 with a warmup is better than the best warmup alone."
+        return f"{_describe(warmup)}."
+    ahead = min((arm for arm in (plain, warmup, v0) if arm is not None), key=lambda arm: summary.arms.index(arm))
+    return (
+        f"Nothing yet. {_describe(ahead)} has the best mean; run more seeds (3 at least, better 5) before you choose."
+    )
+
+
+def _weigh(summary: Summary, contests: Contests) -> str:
+    """Say which of two arms within noise of each other to take, by what else is known of them."""
+    v0, warmup = contests.of_both.one, contests.of_both.other
+    if (
+        _read(contests.v0_to_plain) == "better"
+        and contests.warmup_to_plain
+        and _read(contests.warmup_to_plain) != "better"
+    ):
+        return f"{_describe(v0)}: it is better than the plain start beyond noise, which {_describe(warmup)} is not."
+    difference = compute_paired_interval(v0.sensitivities, warmup.sensitivities)
+    robust = "" if difference is None else difference.verdict
+    as_good = "ends as well, as far as these runs can tell"
+    if robust == "worse":
+        return f"{_describe(warmup)}: it is the more robust one against the learning rate. {_describe(v0)} {as_good}."
+    reasons = ["it is the more robust one against the learning rate"] if robust == "better" else []
+    if len(summary.list_arms(V0)) == 1 and len(summary.list_arms(WARMUP)) > 1:
+        reasons.append("it spares the choice of a warmup length")
+    if reasons:
+        return f"{_describe(v0)}: {', and '.join(reasons)}. {_describe(warmup)} {as_good}."
+    return f"Either: {_describe(v0)}, or {_describe(warmup)}."
+
+
+def _compose_noise(contest: Contest) -> str:
+    chosen, judged = contest.of_the_chosen, contest.interval
+    text = f"`{contest.one.name}` - `{contest.other.name}`, each at its best learning rate, over {count_of(chosen.n, 'seed')}: "
+    text += _write_difference(chosen) + ". "
+    if contest.has_choice:
+        families = f"{count_of(contest.num_one, 'trial')} of v0 and {contest.num_other} of warmups"
+        text += (
+            f"These two are the best of {families}, which flatters both, so each seed judges a choice made without it: "
+        )
+        if judged.low is None and judged.n != 1:
+            return text + (
+                "no seed is left for that, since more settings were tried on every one of them than on all together. Run the "
+                "chosen ones on fresh seeds."
+            )
+        text += f"{_write_difference(judged)}, over {count_of(judged.n, 'seed')}"
+        if contest.screened:
+            listed = ", ".join(map(str, contest.screened))
+            text += f" (not seed {listed}, where more settings were tried than on the others)"
+        text += ". "
+    if judged.low is None:
+        return f"{text}With one seed there is no interval: noise cannot be told from effect."
+    if judged.verdict != "unclear":
+        return f"{text}The interval leaves out 0, so the difference is beyond the noise of the {count_of(judged.n, 'seed')}."
+    loss, gain = max(0.0, judged.largest_loss), max(0.0, judged.largest_gain)
+    tolerated = MARGIN * abs(contest.other.best.final.mean)
+    return text + (
+        f"The interval holds 0. That is not proof of equality: v0 may be up to {format_number(loss)} worse or "
+        f"{format_number(gain)} better; {'within' if loss <= tolerated else 'more than'} {MARGIN:.0%} of the loss."
+    )
+
+
+def _compose_savings(v0: Arm, warmup: Arm) -> str:
     mine, own = v0.best, warmup.best
     if not mine.num_with_target:
-        return "Cannot be said: no seed of the best warmup has a final loss to reach."
+        return "Cannot be said: the runs that share a seed with the best warmup have no final loss of it to reach, or no record of when they did."
     if mine.steps_to is None:
         return (
-            f"No steps: no run of `{v0.name}` came down to the final loss of the best warmup on its seed "
+            f"No steps: no run of `{v0.name}` reached the final loss of the best warmup on its seed "
             f"({count_of(mine.num_with_target, 'run')})."
         )
     steps = f"{mine.steps_to.mean:,.0f} steps"
@@ -197,10 +350,10 @@ def _compose_savings(summary: Summary, v0: Arm, warmup: Arm) -> str:
         steps += f" ({mine.steps_to_charged.mean:,.0f} with the samples of the statistics pass)"
     if mine.steps_to.n < mine.num_with_target:
         return (
-            f"{mine.steps_to.n} of {count_of(mine.num_with_target, 'run')} of `{v0.name}` came down to the best warmup's final loss, "
-            f"after {steps} on their average; the others did not, so no steps can be said to be saved."
+            f"{mine.steps_to.n} of {count_of(mine.num_with_target, 'run')} of `{v0.name}` reached the best warmup's final loss, "
+            f"after {steps} on average; the others did not, so no steps can be said to be saved."
         )
-    text = f"`{v0.name}` comes down to the best warmup's final loss of the same seed after {steps}"
+    text = f"`{v0.name}` reaches the best warmup's final loss of the same seed after {steps}"
     if own.steps_to is None or mine.steps_to_charged is None:
         return text + "."
     saved = own.steps_to.mean - mine.steps_to_charged.mean
@@ -215,20 +368,35 @@ def _compose_savings(summary: Summary, v0: Arm, warmup: Arm) -> str:
     return text
 
 
-def _compose_plain(summary: Summary, v0: Arm, warmup: Arm | None, plain: Arm | None) -> str:
-    gain = compare_to_plain(summary, v0)
-    if gain is None:
-        return "Not known: no run without both v0 and warmup shares a seed with it."
-    text = f"`{v0.name}` is {_judge(gain)}: {_write_difference(gain)}."
-    if plain is None or warmup is None:
-        return text
-    other = compute_paired_interval(warmup.best.losses, plain.best.losses)
-    if other is None:
-        return text
-    text += f" The best warmup is {_judge(other)}: {_write_difference(other)}."
-    if other.verdict == "lower" and gain.mean < 0:
-        text += f" So v0 alone gets {gain.mean / other.mean:.0%} of what the warmup gains."
-    return text
+def _compose_plain(summary: Summary, contests: Contests) -> str:
+    parts = []
+    for contest, name in ((contests.v0_to_plain, "v0"), (contests.warmup_to_plain, "The best warmup")):
+        if contest is not None:
+            parts.append(
+                f"{name}, `{contest.one.name}`, is {_compare(contest)} `{contest.other.name}`: {_write_difference(contest.interval)}"
+                f" over {count_of(contest.interval.n, 'seed')}."
+            )
+    if not parts:
+        return "Not known: no run without both v0 and warmup shares a seed with them."
+    if len(parts) == 2 and _read(contests.warmup_to_plain) == "better":
+        parts += [share] if (share := _compose_share(contests)) else []
+    return " ".join(parts)
+
+
+def _compose_share(contests: Contests) -> str:
+    """Say which share of the warmup's gain v0 has, only with its interval, and only against a plain start that was tuned as much."""
+    v0, warmup, plain = contests.v0_to_plain.one, contests.warmup_to_plain.one, contests.v0_to_plain.other
+    if _count_rates(plain) < max(_count_rates(v0), _count_rates(warmup)):
+        return f"What share of the warmup's gain v0 has is not said: `{plain.name}` was run at fewer learning rates."
+    share = compute_share_interval(plain.best.losses, v0.best.losses, warmup.best.losses)
+    if share is None:
+        return ""
+    ends = f"{share.low:.0%} to {share.high:.0%}"
+    return f"So v0 has {share.mean:.0%} of the warmup's gain (95% interval {ends}, over {count_of(share.n, 'seed')})."
+
+
+def _count_rates(arm: Arm) -> int:
+    return sum(rate.final is not None for rate in arm.rates.values())
 
 
 def _compose_others(summary: Summary, v0: Arm, warmup: Arm | None) -> str:
@@ -241,33 +409,42 @@ def _compose_others(summary: Summary, v0: Arm, warmup: Arm | None) -> str:
         if arm is None:
             continue
         text = f"The best of {words}: {_describe(arm)}"
-        if arm.to_warmup is not None:
-            text += f"; against the best warmup {_judge(arm.to_warmup)}, {_write_difference(arm.to_warmup)}"
+        if _can_be_compared(arm):
+            on_one = " on one seed" if arm.to_warmup.verdict == "unknown" else ""
+            text += f"; {_compare_interval(arm.to_warmup)} the best warmup{on_one}, {_write_difference(arm.to_warmup)}"
         texts.append(text + ".")
     best = summary.arms[0]
     if best is not v0 and best is not warmup:
-        texts.append(f"The lowest mean of all is that of `{best.name}`.")
+        texts.append(f"The best mean of all is that of `{best.name}`.")
     return " ".join(texts)
 
 
-def _compose_tuning(summary: Summary) -> str:
+def _compose_tuning(summary: Summary, budget: Budget | None) -> str:
     texts = []
-    for kind, words in ((WARMUP, "warmups"), (V0, "v0 settings without a warmup")):
-        means = [arm.best.final.mean for arm in summary.list_arms(kind)]
-        if len(means) > 1:
-            ends = f"{format_number(min(means))} to {format_number(max(means))}"
-            texts.append(
-                f"Of {len(means)} {words}, the mean final losses at their best learning rates range from {ends}."
-            )
+    if budget is not None and sum(curve.num_trials > 1 for curve in budget.curves):
+        of_one, of_four = (
+            [
+                f"{format_number(curve.expected[k - 1])} with {FAMILY_NAMES[curve.kind]}"
+                for curve in budget.curves
+                if curve.num_trials >= k and curve.kind in (PLAIN, WARMUP, V0)
+            ]
+            for k in (1, 4)
+        )
+        text = f"One random trial is expected to end at {', '.join(of_one)}"
+        texts.append(text + (f"; the best of four at {', '.join(of_four)}." if len(of_four) > 1 else "."))
     untuned = [arm for arm in summary.list_arms(V0, WARMUP) if needs_no_choice(arm)]
     if untuned:
         parts = [
-            f"`{arm.name}` {format_number(arm.best.final.mean)}"
-            + (f" ({_write_difference(arm.to_warmup)} against the best warmup)" if arm.to_warmup is not None else "")
+            f"`{arm.name}` {format_final(arm.best)}"
+            + (f" ({_write_difference(arm.to_warmup)} against the best warmup)" if _can_be_compared(arm) else "")
             for arm in untuned
         ]
         texts.append(f"With nothing to choose but the learning rate: {'; '.join(parts)}.")
     return " ".join(texts)
+
+
+def _can_be_compared(arm: Arm) -> bool:
+    return arm.to_warmup is not None and not arm.best.has_diverged
 
 
 def needs_no_choice(arm: Arm) -> bool:
@@ -292,9 +469,9 @@ def _compose_sensitivity(summary: Summary, v0: Arm, warmup: Arm | None, plain: A
     if difference is None:
         return text
     words = {
-        "lower": "v0 is the more robust one, beyond noise",
-        "higher": "the warmup is the more robust one, beyond noise",
-        "same": "the difference is within noise",
+        "better": "v0 is the more robust one, beyond noise",
+        "worse": "the warmup is the more robust one, beyond noise",
+        "unclear": "the difference is within noise",
         "unknown": f"{'v0' if difference.mean < 0 else 'the warmup'} has the lower one, on one seed",
     }[difference.verdict]
     return f"{text} Of v0 and warmup, {words} ({_write_difference(difference)})."
@@ -309,20 +486,36 @@ def _compose_diverged(arms: list[Arm]) -> str:
     return "Runs over all learning rates and seeds: " + "; ".join(parts) + "."
 
 
+def _compose_cost(summary: Summary) -> str:
+    runs = summary.comparison.runs
+    total = sum_hours(runs)
+    if total is None:
+        return ""
+    parts = []
+    for kind, words in FAMILY_NAMES.items():
+        of_kind = [run for arm in summary.arms if arm.kind == kind for run in arm.runs]
+        hours = sum_hours(of_kind)
+        if hours is not None:
+            parts.append(f"{words} {format_hours(hours)}")
+    return f"{format_hours(total)} {name_hours(runs)} in all: {', '.join(parts)}."
+
+
 def _compose_tests(summary: Summary, v0: Arm, warmup: Arm | None) -> str:
     parts = []
     for name in summary.comparison.test_metrics:
-        figures = [
+        numbers = [
             f"`{arm.name}` {format_test(arm.best.tests[name])} (n = {arm.best.tests[name].n})"
             for arm in (v0, warmup)
             if arm is not None and name in arm.best.tests
         ]
-        if figures:
-            parts.append(f"{name_test_metric(name)}: {', '.join(figures)}")
+        if numbers:
+            parts.append(f"{name_test_metric(name)}: {', '.join(numbers)}")
     return "; ".join(parts) + "." if parts else ""
 
 
-def _compose_cautions(summary: Summary, check: FingerprintCheck) -> list[tuple[str, str]]:
+def _compose_cautions(
+    summary: Summary, check: FingerprintCheck, contests: Contests, deciding: list[Arm]
+) -> list[tuple[str, str]]:
     comparison, texts = summary.comparison, []
     counted = sum(run.is_counted for run in comparison.runs)
     failed = comparison.count(FAILED)
@@ -336,13 +529,31 @@ def _compose_cautions(summary: Summary, check: FingerprintCheck) -> list[tuple[s
     seeds = len({run.seed for run in comparison.runs if run.is_counted})
     if 0 < seeds < FEW_SEEDS:
         texts.append(f"{count_of(seeds, 'seed')}: too few to tell noise from effect; 3 are the least, 5 better.")
-    picked = [(len(summary.list_arms(kind)), words) for kind, words in ((V0, "v0 settings"), (WARMUP, "warmups"))]
-    picked = [f"the best of {number} {words}" for number, words in picked if number > 1]
-    if picked and min(len(summary.list_arms(V0)), len(summary.list_arms(WARMUP))):
+    edges = find_edges(deciding)
+    if edges:
+        parts = [
+            f"`{arm.name}`, {format_rate(arm.best.learning_rate)} (add {format_rate(rate)})" for arm, rate in edges
+        ]
+        one = len(edges) == 1
         texts.append(
-            f"{' and '.join(picked).capitalize()} {'was' if len(picked) == 1 else 'were'} picked by the losses compared here; the "
-            "interval does not allow for that choice."
+            f"The best learning {'rate' if one else 'rates'} of {', of '.join(parts)} {'is' if one else 'are'} at the edge of those that "
+            f"were run: {'a better one' if one else 'better ones'} may lie beyond, so add what stands in brackets to the grid."
         )
+    narrow = [arm for arm in deciding if _count_rates(arm) == 1]
+    if narrow and len(comparison.learning_rates) > 1:
+        names = ", ".join(f"`{arm.name}`" for arm in narrow)
+        texts.append(
+            f"{names} {'was' if len(narrow) == 1 else 'were'} run at one learning rate only, other arms at more."
+        )
+    for arm in deciding:
+        most = max((rate for rate in arm.rates.values() if rate.final is not None), key=lambda rate: rate.final.n)
+        if most.final.n > arm.best.final.n:
+            word = "higher" if summary.greater_is_better else "lower"
+            texts.append(
+                f"`{arm.name}` is {word} at {format_rate(arm.best.learning_rate)} ({format_final(arm.best)}, "
+                f"{count_of(arm.best.final.n, 'seed')}) than at {format_rate(most.learning_rate)} ({format_final(most)}, "
+                f"{count_of(most.final.n, 'seed')}), on fewer seeds."
+            )
     if comparison.pocket and counted:
         texts.append("Pocket scale: a small model for a short time. What holds here need not hold at full scale.")
     sources = {run.start_source for run in comparison.runs if run.state == DIVERGED and run.start_source}
@@ -353,30 +564,52 @@ def _compose_cautions(summary: Summary, check: FingerprintCheck) -> list[tuple[s
     return [("Mind", " ".join(texts))] if texts else []
 
 
+def find_edges(arms: Iterable[Arm]) -> list[tuple[Arm, float]]:
+    """Find the arms whose best learning rate is the lowest or highest of several, each with the next rate beyond."""
+    edges = []
+    for arm in arms:
+        rates = [rate.learning_rate for rate in arm.rates.values() if rate.final is not None]
+        if len(rates) < 2 or arm.best.learning_rate not in (rates[0], rates[-1]):
+            continue
+        edge, neighbour = (rates[0], rates[1]) if arm.best.learning_rate == rates[0] else (rates[-1], rates[-2])
+        edges.append((arm, float(f"{edge * edge / neighbour:.2g}")))
+    return edges
+
+
 # -------------------------------------------------------------------------------------------------------------- the words
 
 
 def _describe(arm: Arm) -> str:
-    final = arm.best.final
-    diverged = arm.best.count(DIVERGED)
-    seeds = count_of(final.n, "seed") + (f", {diverged} diverged" if diverged else "")
-    return f"`{arm.name}` at learning rate {format_rate(arm.best.learning_rate)}, final loss {format_estimate(final)} ({seeds})"
+    seeds = count_of(arm.best.final.n, "seed")
+    return f"`{arm.name}` at learning rate {format_rate(arm.best.learning_rate)}, ending at {format_final(arm.best)} ({seeds})"
 
 
-def _compare_means(plain: Arm, *others: Arm) -> str:
-    return "against " + " and ".join(f"{format_number(arm.best.final.mean)} of `{arm.name}`" for arm in others)
+def _compare_means(*others: Arm) -> str:
+    return "against " + " and ".join(f"{format_final(arm.best)} of `{arm.name}`" for arm in others)
 
 
-def _judge(interval: Interval) -> str:
+def _judge(contest: Contest) -> str:
+    """Say how sure a difference is, after its size."""
+    interval = contest.interval
     if interval.verdict == "unknown":
-        return (
-            "ahead on one seed"
-            if interval.mean < 0
-            else "behind on one seed"
-            if interval.mean > 0
-            else "level on one seed"
-        )
-    return {"lower": "better beyond noise", "higher": "worse beyond noise", "same": "not told apart"}[interval.verdict]
+        return "on one seed" if interval.n == 1 else "with no seed left to judge the choice"
+    return "within noise" if interval.verdict == "unclear" else "beyond noise"
+
+
+def _compare(contest: Contest) -> str:
+    if contest.interval.verdict == "unknown" and contest.interval.n > 1:
+        return f"{'ahead of' if contest.interval.is_ahead else 'behind'}, with no seed left to judge the choice,"
+    return _compare_interval(contest.interval)
+
+
+def _compare_interval(interval: Interval) -> str:
+    if interval.verdict == "unknown":
+        return "level with" if interval.mean == 0 else "ahead of" if interval.is_ahead else "behind"
+    return {
+        "better": "better beyond noise than",
+        "worse": "worse beyond noise than",
+        "unclear": "within noise of",
+    }[interval.verdict]
 
 
 def _write_difference(interval: Interval) -> str:
@@ -387,6 +620,3 @@ def _write_difference(interval: Interval) -> str:
 def describe_unit(summary: Summary) -> str:
     """Return the loss's name and unit, for headings."""
     return name_loss(summary.comparison.metric, summary.comparison.script)
-
-
-KINDS = {PLAIN: "neither", WARMUP: "warmup", V0: "v0", V0_AND_WARMUP: "v0 + warmup", OTHER_OPTIMIZER: "other optimizer"}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...plots import PIXELS_PER_INCH, import_pyplot
+from ..reading.budget import Budget
 from ..reading.summary import OTHER_OPTIMIZER, V0, V0_AND_WARMUP, Arm, Summary
 from .formats import format_rate, name_loss
 
@@ -65,14 +66,21 @@ class Look:
     @property
     def label(self) -> str:
         """Arm and learning rate, for legends."""
-        return f"{self.arm.name}, lr {format_rate(self.arm.best.learning_rate)}"
+        return f"{shorten(self.arm.name, 60)}, lr {format_rate(self.arm.best.learning_rate)}"
+
+
+def shorten(name: str, most: int = 42) -> str:
+    """Shorten a long name in its middle, where arms differ least; `$` is written as it is."""
+    if len(name) > most:
+        name = f"{name[: most // 2]}\u2026{name[-(most - most // 2 - 1) :]}"
+    return name.replace("$", r"\$")
 
 
 class Canvas:
-    """Where figures go, and what they have in common: folder, arms and names."""
+    """Where figures go, and what they have in common: numbers, folder, arms and names."""
 
-    def __init__(self, summary: Summary, folder: Path) -> None:
-        self.summary, self.folder = summary, folder
+    def __init__(self, summary: Summary, folder: Path, budget: Budget | None = None) -> None:
+        self.summary, self.folder, self.budget = summary, folder, budget
         self.plt = import_pyplot()
         comparison = summary.comparison
         self.loss = name_loss(comparison.metric, comparison.script)
@@ -147,10 +155,13 @@ def find_start_loss(summary: Summary) -> float | None:
 
 
 def compute_span(summary: Summary) -> float | None:
-    """The loss at start less the best final loss: the way that training can go."""
+    """How far the best final loss is from that at start: the way that training can go; None where it is not known."""
     start = find_start_loss(summary)
     best = next((arm.best.final.mean for arm in summary.arms if arm.best is not None), None)
-    return None if start is None or best is None or start <= best else start - best
+    if start is None or best is None or not math.isfinite(best):
+        return None
+    way = best - start if summary.greater_is_better else start - best
+    return way if way > 0 else None
 
 
 def use_log_scale(axes, *which: str) -> None:
@@ -174,8 +185,70 @@ def use_log_scale(axes, *which: str) -> None:
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if few else NullFormatter())
 
 
-def limit_losses(axes, canvas: Canvas) -> None:
-    """Cut off what lies far above the loss at start: runs that blew up."""
+def compute_limits(
+    values: Iterable[float], anchors: Iterable[float] = (), reach: float = 3.0
+) -> tuple[float, float] | None:
+    """Compute the ends of an axis: those of the values, but no further than `reach` quartile ranges beyond the quartiles.
+
+    `anchors` are always inside. A margin of 6% is added on both sides. None without a finite value.
+    """
+    ordered, anchors = sorted(filter(math.isfinite, values)), list(filter(math.isfinite, anchors))
+    if not ordered and not anchors:
+        return None
+    low, high = min(ordered + anchors), max(ordered + anchors)
+    if len(ordered) > 2:
+        first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
+        beyond = reach * max(third - first, 1e-3 * max(abs(first), abs(third)))
+        low, high = min([max(low, first - beyond), *anchors]), max([min(high, third + beyond), *anchors])
+    margin = 0.06 * (high - low) or 0.05 * max(abs(high), 1e-3)
+    return low - margin, high + margin
+
+
+def limit_curves(axes, canvas: Canvas, is_loss: bool) -> None:
+    """Limit the y axis to what arms that did not diverge do, below 1.1 x the loss at start, and mark what is cut off by arrows."""
+    diverged = {look.label for look in canvas.looks if look.arm.best.has_diverged}
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    sound = [line for line in lines if line.get_label() not in diverged] or lines
+    limits = compute_limits([float(y) for line in sound for y in line.get_ydata()], reach=6.0)
+    if limits is None:
+        return
     start = find_start_loss(canvas.summary)
-    if start is not None and axes.get_ylim()[1] > 1.1 * start:
-        axes.set_ylim(top=1.1 * start)
+    low, high = limits
+    if start is not None and is_loss and not canvas.summary.greater_is_better:
+        high = min(high, 1.1 * start) if 1.1 * start > low else high
+    axes.set_ylim(low, high)
+    for line in lines:
+        mark_cut(axes, line)
+
+
+def mark_cut(axes, line) -> None:
+    """Mark by an arrow at the edge where a line first leaves the axes above, and where below."""
+    points = [(x, y) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if math.isfinite(y)]
+    for sign, edge, arrow in zip(
+        (1, -1), reversed(axes.get_ylim()), (6, 7), strict=True
+    ):  # carets that end at the edge
+        i = next((i for i, (_, y) in enumerate(points) if sign * y > sign * edge), None)
+        if i is None:
+            continue
+        (x, y), (x0, y0) = points[i], points[max(0, i - 1)]
+        crossing = x if y == y0 else x0 + (x - x0) * (edge - y0) / (y - y0)
+        axes.plot([crossing], [edge], marker=arrow, color=line.get_color(), ms=9, clip_on=False, zorder=5, ls="")
+
+
+def draw_interval(axes, row: float, mean: float, ends: tuple[float, float] | None, colour: str, marker: str) -> None:
+    """Draw a mean with its interval on a horizontal axis that has its limits; arrows where they cut it, the number where all is beyond."""
+    low, high = axes.get_xlim()
+    if not low <= mean <= high:
+        beyond = mean > high
+        number = "diverged" if not math.isfinite(mean) else f"{mean:,.3f}" if abs(mean) < 1000 else f"{mean:.3g}"
+        text = f"{number} \u25b6" if beyond else f"\u25c0 {number}"
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right" if beyond else "left", "va": "center"}
+        axes.annotate(text, (0.99 if beyond else 0.01, row), fontsize=8.5, color=colour, **place)
+        return
+    axes.plot([mean], [row], marker, color=colour, ms=13 if marker == "|" else 5, mew=2.2 if marker == "|" else 1.0)
+    if ends is None:
+        return
+    axes.plot([max(low, ends[0]), min(high, ends[1])], [row, row], color=colour, lw=1.6)
+    for end, edge, arrow in ((ends[0], low, 4), (ends[1], high, 5)):  # carets to the left and to the right
+        cut = end < low if edge == low else end > high
+        axes.plot([edge if cut else end], [row], marker=arrow if cut else "|", color=colour, ms=7, clip_on=False, ls="")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..reading.summary import Estimate, Interval
+from ..reading.results import DIVERGED
+from ..reading.summary import OTHER_OPTIMIZER, PLAIN, V0, V0_AND_WARMUP, WARMUP, ArmAtRate, Estimate, Interval
 
 LOSS_DIGITS = 3
 MISSING = "–"
@@ -12,8 +13,16 @@ MISSING = "–"
 TEST_NAMES = {
     "bleu": "BLEU", "chrf": "chrF", "fid": "FID", "frechet distance classifier": "Frechet distance in a classifier's features",
 }  # fmt: skip
+# What an arm is, in a table, and its family, in a sentence.
+KINDS = {
+    PLAIN: "plain start", WARMUP: "warmup", V0: "v0", V0_AND_WARMUP: "v0 + warmup", OTHER_OPTIMIZER: "another optimizer",
+}  # fmt: skip
+FAMILY_NAMES = {
+    PLAIN: "plain starts", WARMUP: "warmups", V0: "v0 settings", V0_AND_WARMUP: "v0 with a warmup",
+    OTHER_OPTIMIZER: "other optimizers",
+}  # fmt: skip
 GAN_SCRIPT = "run_dcgan"
-OWN_SCRIPTS = ("run_translation", "run_clm", "run_mlm")  # whose losses are in nats a token
+OWN_SCRIPTS = ("run_translation", "run_clm", "run_mlm")  # whose losses are in nats per token
 
 
 def format_number(value: float | None, digits: int = LOSS_DIGITS, *, signed: bool = False) -> str:
@@ -33,6 +42,23 @@ def format_estimate(estimate: Estimate | None, digits: int = LOSS_DIGITS) -> str
     if estimate.std is None:
         return format_number(estimate.mean, digits)
     return f"{format_number(estimate.mean, digits)} ± {format_number(estimate.std, digits)}"
+
+
+def format_final(rate: ArmAtRate | None) -> str:
+    """Write the final loss of an arm at a rate, and how many of its runs diverged: 'diverged' alone if all did."""
+    if rate is None or rate.final is None:
+        return MISSING
+    if rate.has_diverged:
+        return "diverged"
+    diverged = rate.count(DIVERGED)
+    return format_estimate(rate.final) + (f" ({diverged} of {rate.final.n} diverged)" if diverged else "")
+
+
+def format_hours(hours: float | None) -> str:
+    """Write hours with two digits that count: 0.042, 1.5, 230."""
+    if hours is None:
+        return MISSING
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def format_test(estimate: Estimate | None) -> str:
@@ -82,13 +108,15 @@ def name_loss(metric: str, script: str) -> str:
         return f"validation {metric.removeprefix('eval_').replace('_', ' ')}"
     if script == GAN_SCRIPT:
         return "Frechet distance"
-    return "validation loss (nats a token)" if script in OWN_SCRIPTS else "validation loss"
+    return "validation loss (nats per token)" if script in OWN_SCRIPTS else "validation loss"
 
 
 def explain_loss(metric: str, script: str) -> str:
     """Say what the report's words for the loss stand for, where they are not what the script measures."""
     if metric == "eval_loss" and script == GAN_SCRIPT:
         return " “Validation loss” stands here for the Frechet distance of generated images to training images; there is no other."
+    if metric != "eval_loss":
+        return f" “Loss” stands here for the {name_loss(metric, script)}."
     return ""
 
 

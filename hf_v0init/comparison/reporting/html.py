@@ -56,7 +56,7 @@ def render_html(markdown: str, title: str, folder: Path, folded: Sequence[str] =
     for token in tokens:
         for child in token.children or ():
             if child.type == "image":
-                child.attrs["src"] = _embed(folder / str(child.attrs["src"]))
+                _embed(child, folder)
         if token.type in ("th_open", "td_open"):
             # The style that the renderer gives right-aligned cells says nothing of line breaks.
             right = "right" in str(token.attrs.pop("style", ""))
@@ -93,6 +93,12 @@ def _wrap(heading: str, content: str, folded: Sequence[str]) -> str:
     return f"<section{kind}>\n{content}</section>\n"
 
 
-def _embed(path: Path) -> str:
-    kind = {".svg": "image/svg+xml", ".png": "image/png"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+def _embed(image, folder: Path) -> None:
+    """Put the figure into the token; what is no figure of the report, such as an image in a user's own text, becomes text."""
+    path = folder / str(image.attrs["src"])
+    kind = {".svg": "image/svg+xml", ".png": "image/png"}.get(path.suffix)
+    if kind is None or not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        image.type, image.tag, image.children = "text", "", None
+        image.content = f"![{image.content}]({image.attrs['src']})"
+        return
+    image.attrs["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

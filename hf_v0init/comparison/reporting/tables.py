@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..planning.published import SOURCE, START_VALUES, PublishedTable
+from ..reading.budget import Budget
+from ..reading.cost import name_hours, sum_hours
 from ..reading.results import DIVERGED, FAILED, RunResult
 from ..reading.summary import (
     V0,
@@ -20,13 +22,15 @@ from ..reading.summary import (
     Interval,
     Summary,
     compute_cost_to_loss,
-    compute_paired_interval,
 )
-from .conclusion import KINDS
 from .formats import (
+    FAMILY_NAMES,
+    KINDS,
     MISSING,
     count_of,
     format_estimate,
+    format_final,
+    format_hours,
     format_interval,
     format_number,
     format_rate,
@@ -53,30 +57,35 @@ class Table:
 
 
 def escape_cell(text: str) -> str:
-    """Make text safe inside a table of Markdown: one line, no column breaks, no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Make text safe inside a table of Markdown: one line, no column breaks, no HTML, no links and no images."""
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return text.replace("](", "]\\(").replace("![", "!\\[")
 
 
 # --------------------------------------------------------------------------------------------------------------- the tables
+
+
+COST_HEADINGS = [
+    "steps to the best warmup's loss",
+    "with the pass",
+    "time, with the pass",
+    "reached",
+    "diverged",
+    "failed",
+]
 
 
 def make_arm_table(summary: Summary) -> Table:
     """Every arm that has a result, at its best learning rate, best first."""
     comparison = summary.comparison
     loss = name_loss(comparison.metric, comparison.script)
-    headings = ["arm", "what it has", "best lr", "n", f"final {loss}", "best"]
+    headings = ["arm", "kind", "best lr", "n", f"final {loss}", "best"]
     headings += [name_test_metric(name) for name in comparison.test_metrics]
-    headings += [
-        "steps to the best warmup's loss",
-        "with the pass",
-        "time, with the pass",
-        "reached",
-        "diverged / failed / ended",
-    ]
+    headings += COST_HEADINGS
     rows = []
     for arm in (arm for arm in summary.arms if arm.best is not None):
         start = [_name_arm(arm, summary), KINDS[arm.kind], format_rate(arm.best.learning_rate)]
-        rows.append([*start, *_make_rate_cells(arm.best, summary), _count_bad(arm.runs)])
+        rows.append([*start, *_make_rate_cells(arm.best, summary), *_count_bad(arm.runs)])
     return Table(headings, rows, num_left=2)
 
 
@@ -85,24 +94,17 @@ def make_rate_table(summary: Summary) -> Table:
     comparison = summary.comparison
     headings = ["arm", "lr", "n", "final loss", "best"]
     headings += [name_test_metric(name) for name in comparison.test_metrics]
-    headings += [
-        "steps to the best warmup's loss",
-        "with the pass",
-        "time, with the pass",
-        "reached",
-        "diverged / failed / ended",
-    ]
+    headings += COST_HEADINGS
     rows = []
     for arm in summary.arms:
         for rate in arm.rates.values():
-            rows.append(
-                [arm.name, format_rate(rate.learning_rate), *_make_rate_cells(rate, summary), _count_bad(rate.runs)]
-            )
+            cells = [*_make_rate_cells(rate, summary), *_count_bad(rate.runs)]
+            rows.append([arm.name, format_rate(rate.learning_rate), *cells])
     return Table(headings, rows)
 
 
 def _make_rate_cells(rate: ArmAtRate, summary: Summary) -> list[str]:
-    cells = [str(rate.final.n if rate.final else 0), format_estimate(rate.final), format_estimate(rate.best)]
+    cells = [str(rate.final.n if rate.final else 0), format_final(rate), format_estimate(rate.best)]
     cells += [_format_test(rate.tests.get(name), rate) for name in summary.comparison.test_metrics]
     cells += [format_estimate(rate.steps_to, 0), format_estimate(rate.steps_to_charged, 0)]
     cells.append(format_seconds(rate.seconds_to.mean if rate.seconds_to else None))
@@ -118,10 +120,11 @@ def _format_test(estimate: Estimate | None, rate: ArmAtRate) -> str:
     return f"{format_test(estimate)} (n = {estimate.n})"
 
 
-def _count_bad(runs: Sequence[RunResult]) -> str:
+def _count_bad(runs: Sequence[RunResult]) -> list[str]:
+    """How many runs of those that have ended diverged, and how many failed."""
     diverged, failed = (sum(run.state == state for run in runs) for state in (DIVERGED, FAILED))
     ended = failed + sum(run.is_counted for run in runs)
-    return f"{diverged} / {failed} / {ended}"
+    return [f"{number} of {ended}" if number else "none" for number in (diverged, failed)]
 
 
 def _name_arm(arm: Arm, summary: Summary) -> str:
@@ -146,7 +149,8 @@ def make_difference_table(summary: Summary) -> Table:
             continue
         row = [_name_arm(arm, summary), format_rate(arm.best.learning_rate)]
         for interval in (arm.to_warmup, arm.to_plain):
-            row += [format_interval(interval), str(interval.n) if interval else MISSING, _judge(interval)]
+            difference = "diverged" if interval and arm.best.has_diverged else format_interval(interval)
+            row += [difference, str(interval.n) if interval else MISSING, _judge(interval)]
         rows.append(row)
     return Table(headings, rows)
 
@@ -154,7 +158,44 @@ def make_difference_table(summary: Summary) -> Table:
 def _judge(interval: Interval | None) -> str:
     if interval is None:
         return MISSING
-    return {"lower": "better", "higher": "worse", "same": "no", "unknown": "one seed: unknown"}[interval.verdict]
+    return {"better": "better", "worse": "worse", "unclear": "no", "unknown": "one seed: unknown"}[interval.verdict]
+
+
+def make_budget_table(budget: Budget) -> Table:
+    """The expected best loss after 1, 2, 4, ... trials of each family, with the band, and what a trial costs."""
+    most = max(curve.num_trials for curve in budget.curves)
+    columns = [k for k in BUDGETS if k <= most] + ([most] if most not in BUDGETS else [])
+    rows = []
+    for curve in budget.curves:
+        cells = []
+        for k in columns:
+            known = k <= curve.num_trials
+            ends = sorted((curve.low[k - 1], curve.high[k - 1])) if known else []
+            text = format_number(curve.expected[k - 1]) if known else MISSING
+            cells.append(f"{text} ({' to '.join(map(format_number, ends))})" if known and ends[0] != ends[1] else text)
+        rows.append([FAMILY_NAMES[curve.kind], str(curve.num_trials), *cells, format_hours(curve.hours)])
+    headings = ["family", "trials run", *(f"best of {k}" if k > 1 else "one trial" for k in columns), "hours per trial"]
+    return Table(headings, rows)
+
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def make_cost_table(summary: Summary) -> Table | None:
+    """What each arm cost, over all its runs, and all together; None if no run's time is known."""
+    runs = summary.comparison.runs
+    total = sum_hours(runs)
+    if total is None:
+        return None
+    rows = []
+    for arm in summary.arms:
+        hours = sum_hours(arm.runs)
+        if hours is not None:
+            rate = arm.best
+            seconds = format_seconds(rate.train_seconds.mean if rate and rate.train_seconds else None)
+            rows.append([_name_arm(arm, summary), KINDS[arm.kind], str(len(arm.runs)), format_hours(hours), seconds])
+    rows.append(["all", "", str(len(runs)), format_hours(total), ""])
+    return Table(["arm", "kind", "runs", name_hours(runs), "training time of a run at the best rate"], rows, num_left=2)
 
 
 def make_group_table(summary: Summary) -> Table | None:
@@ -168,7 +209,7 @@ def make_group_table(summary: Summary) -> Table | None:
         return None
     rows = []
     for (optimizer, other), best in both.items():
-        difference = compute_paired_interval(best[V0].best.losses, best[WARMUP].best.losses)
+        difference = summary.subtract(best[V0].best, best[WARMUP].best)
         row = [f"{optimizer}, {other}" if other else optimizer, best[V0].name, best[WARMUP].name]
         row += [format_estimate(best[kind].best.final) for kind in (V0, WARMUP)]
         rows.append(
@@ -188,18 +229,20 @@ def make_group_table(summary: Summary) -> Table | None:
 
 
 def make_learning_rate_table(summary: Summary) -> Table:
-    """Mean final loss by learning rate, with the number of diverged runs, and the sensitivity, for each arm that has a result."""
+    """Mean final loss by learning rate, with the numbers of seeds and of diverged runs, and the sensitivity, of each arm."""
     grid = summary.comparison.learning_rates
     rows = []
     for arm in (arm for arm in summary.arms if arm.best is not None):
-        cells = []
-        for learning_rate in grid:
-            rate = arm.rates.get(learning_rate)
-            text = format_estimate(rate.final) if rate else MISSING
-            diverged = rate.count(DIVERGED) if rate else 0
-            cells.append(f"{text} ({diverged} diverged)" if diverged and rate.final else text)
+        cells = [_write_cell_of_rate(arm.rates.get(learning_rate)) for learning_rate in grid]
         rows.append([_name_arm(arm, summary), *cells, format_number(arm.sensitivity)])
     return Table(["arm", *(f"lr {format_rate(rate)}" for rate in grid), "lr sensitivity"], rows)
+
+
+def _write_cell_of_rate(rate: ArmAtRate | None) -> str:
+    """The final loss with its number of seeds."""
+    if rate is None or rate.final is None:
+        return MISSING
+    return f"{format_final(rate)} (n = {rate.final.n})"
 
 
 def make_run_table(summary: Summary) -> Table:

@@ -1,0 +1,155 @@
+"""`--untuned_warmup measured` and `--v0_warmup_steps auto`: a length from the trust radius at the initial weights, acted on."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from torch import nn
+from trainers import assert_equal_weights, make_trainer, record, train
+from transformers import Trainer, TrainerCallback
+
+from hf_v0init import InputError, V0InitArguments, V0InitCallback, attach_v0, compute_warmup_length
+from hf_v0init.trainer.trust_radius import measure_run
+
+ALIKE = make_sequences(2) * 24  # so few that the gradients of two batches agree
+LONG = {"max_steps": 12, "learning_rate": 0.05, "adam_beta2": 0.9, "data": ALIKE}
+
+
+class Rates(TrainerCallback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+class Length(TrainerCallback):
+    """What the rule says of the same run, measured beside it."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        radius = measure_run(self.trainer, train_dataloader)
+        self.x = args.learning_rate / radius.d50
+        self.steps = compute_warmup_length(self.x, state.max_steps)
+
+
+def find_length(tmp_path, **options) -> Length:
+    found = Length()
+    found.trainer = make_trainer(tmp_path, callbacks=[found], **options)
+    found.trainer.train()
+    return found
+
+
+def test_a_measured_warmup_is_linear_over_the_measured_length(tmp_path):
+    length, rates = find_length(tmp_path / "a", **LONG), Rates()
+    assert 1 < length.steps <= 8  # two thirds of the run
+    trainer = make_trainer(tmp_path / "b", untuned_warmup="measured", callbacks=[rates], **LONG)
+    trainer.train()
+    assert trainer._v0_callback.length["x"] == pytest.approx(length.x)
+    expected = [0.05 * (1 - made / 12) * min(1.0, (made + 1) / length.steps) for made in range(12)]
+    assert rates.rates == pytest.approx(expected)
+    assert trainer.get_v0_report() is None
+
+
+def test_measuring_changes_nothing_but_the_rate(tmp_path):
+    """The same run by a schedule of one's own: the stock Trainer with the same rates ends at the same weights."""
+    ours = train(tmp_path / "a", untuned_warmup="measured", **LONG)
+    steps = ours._v0_callback.length["steps"]
+    model = make_gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda made: (12 - made) / 12 * min(1.0, (made + 1) / steps)
+    )
+    stock = train(tmp_path / "b", stock=True, model=model, kwargs={"optimizers": (optimizer, schedule)}, **LONG)
+    assert_equal_weights(ours, stock)
+
+
+def test_auto_gives_v0_the_measured_length(tmp_path):
+    length = find_length(tmp_path / "a", **LONG)
+    ours, recorder = record(tmp_path / "b", v0_init="data_driven", v0_warmup_steps="auto", **LONG)
+    told, expected = record(tmp_path / "c", v0_init="data_driven", v0_warmup_steps=length.steps, **LONG)
+    assert ours.get_v0_report()["warmup_steps"] == length.steps
+    assert all(torch.equal(recorder.v0[name], v0) for name, v0 in expected.v0.items())
+    assert_equal_weights(ours, told)
+
+
+def test_where_none_is_needed_adam_is_left_alone(tmp_path, caplog):
+    small = {"max_steps": 4, "learning_rate": 1e-6, "data": ALIKE}
+    stock = train(tmp_path / "a", stock=True, **small)
+    with caplog.at_level(logging.INFO, logger="hf_v0init"):
+        ours = train(tmp_path / "b", v0_init="data_driven", v0_warmup_steps="auto", untuned_warmup="measured", **small)
+    assert_equal_weights(stock, ours)
+    assert ours.get_v0_report() is None and ours._v0_callback.length["steps"] == 0
+    assert "nothing needed, so Adam is left alone" in caplog.text
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x, labels=None):
+        return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+
+
+def test_a_network_with_batch_norm_is_not_held_back(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    data = [{"x": torch.randn(4, generator=generator), "labels": torch.tensor(i % 3)} for i in range(64)]
+    options = {"data": data, "per_device_train_batch_size": 16, "max_steps": 4, "learning_rate": 0.1}
+    stock = train(tmp_path / "a", stock=True, model=Normalised(), **options)
+    ours = train(tmp_path / "b", model=Normalised(), untuned_warmup="measured", **options)
+    assert_equal_weights(stock, ours)
+    assert all(torch.equal(a, b) for a, b in zip(stock.model.buffers(), ours.model.buffers(), strict=True))
+
+
+def test_a_resumed_run_keeps_its_length(tmp_path):
+    options = LONG | {"v0_init": "data_driven", "v0_warmup_steps": "auto", "untuned_warmup": "measured"}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    straight = train(tmp_path, **options)
+    stored = json.loads((tmp_path / "checkpoint-3" / "v0_init.json").read_text())["length"]
+    assert stored == straight._v0_callback.length
+    resumed = make_trainer(tmp_path, model=make_gpt2(seed=99), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_equal_weights(straight, resumed)
+    plain = make_trainer(tmp_path / "other", **LONG | {"save_strategy": "steps", "save_steps": 3})
+    plain.train()
+    late = make_trainer(tmp_path / "other", **options)
+    with pytest.raises(InputError, match="trained without a measured length"):
+        late.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
+
+
+def test_what_cannot_be_measured_falls_back_to_two_over_one_minus_beta2(tmp_path, caplog):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x, labels=None):
+            return {"loss": (x @ self.w).sum() * 0.0 + 1.0}
+
+    data = [{"x": torch.ones(3), "labels": torch.tensor(0.0)}] * 8
+    options = {"data": data, "max_steps": 60, "remove_unused_columns": False, "adam_beta2": 0.9, "learning_rate": 1.0}
+    rates = Rates()
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        train(tmp_path, model=Flat(), untuned_warmup="measured", callbacks=[rates], **options)
+    assert "cannot be measured" in caplog.text and "2 / (1 - beta2) steps are taken, 20" in caplog.text
+    assert rates.rates[:3] == pytest.approx([(1 - made / 60) * (made + 1) / 20 for made in range(3)])
+
+
+def test_it_takes_a_trainer(tmp_path):
+    stock = make_trainer(tmp_path, stock=True, **LONG)
+    stock.add_callback(V0InitCallback(untuned_warmup="measured"))
+    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\)"):
+        stock.train()
+    attached = make_trainer(tmp_path, stock=True, **LONG)
+    callback = V0InitCallback(untuned_warmup="measured").attach(attached)
+    attached.train()
+    assert callback.length["steps"] > 0 and isinstance(attached, Trainer)
+    with pytest.raises(InputError, match="compute_warmup_length"):
+        attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_warmup_steps="auto")
+    with pytest.raises(InputError, match="choose one of linear, exponential, measured"):
+        V0InitArguments(untuned_warmup="cosine")
