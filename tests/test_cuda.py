@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import make_gpt2
 from trainers import (
-    EraseV0,
     assert_equal_weights,
     make_trainer,
     record,
@@ -37,11 +36,8 @@ def test_zeros_is_the_stock_trainer_bit_for_bit(tmp_path, optim, precision):
 def test_v0_has_no_side_effect_on_the_run(tmp_path, strategy, options):
     """With v0 erased before the first step the run is the stock run: same order, same dropout masks of the GPU's generator."""
     stock = train(tmp_path / "a", stock=True, **ON_GPU, **options)
-    erase = EraseV0()
-    ours = make_trainer(tmp_path / "b", v0_init=strategy, callbacks=[erase], **ON_GPU, **options)
-    erase.trainer = ours
-    ours.train()
-    assert erase.erased == 10
+    ours, recorder = record(tmp_path / "b", erase=True, v0_init=strategy, **ON_GPU, **options)
+    assert len(recorder.v0) == 10
     assert_equal_weights(stock, ours)
 
 
@@ -58,7 +54,7 @@ def test_random_v0_is_the_one_of_the_cpu_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("statistic", ["per_sample", "per_step"])
 def test_data_driven_v0_is_the_one_of_the_cpu(tmp_path, statistic):
     """Without dropout the two differ by the rounding of the gradients alone."""
-    options = {"v0_init": "data_driven", "v0_statistic": statistic, "v0_stats_batch_size": 2, "max_steps": 1}
+    options = {"v0_init": "data_driven", "v0_statistic": statistic, "max_steps": 1}
     _, cpu = record(tmp_path / "a", model=make_gpt2(dropout=0.0), **options)
     _, gpu = record(tmp_path / "b", model=make_gpt2(dropout=0.0), **options, **ON_GPU)
     assert cpu.v0.keys() == gpu.v0.keys() and len(gpu.v0) == 10

@@ -94,7 +94,7 @@ def explain(
     if v0_init == "zeros":
         console.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
         curves, markers, linear_warmup = {"zeros": 0.0}, {}, None
-    elif v0_init == "random":
+    elif v0_init == "random" and v0_warmup_steps is None:
         _print_random(console, adam_beta2, max_steps)
         curves = {f"v0 / E[g²] = {ratio:,.0f}": ratio for ratio in RATIOS}
         markers, linear_warmup = {}, None
@@ -142,7 +142,7 @@ add_scripts(app)
 def compute_scale_in_force(
     v0_init: str, v0_scale: float | None, v0_warmup_steps: int | None, beta2: float
 ) -> float | None:
-    """Return the scale of `data_driven` or `first_gradient`, None for the other strategies.
+    """Return the size of v0 beside g^2, as far as it is known beforehand: None for `zeros`, and for `random` without a length.
 
     Raises:
         InputError: what `V0InitArguments` refuses too.
@@ -155,13 +155,11 @@ def compute_scale_in_force(
     if v0_scale is not None:
         require_scale(v0_scale)
     if v0_warmup_steps is not None:
-        scale = compute_scale_for_warmup(v0_warmup_steps, beta2)
-        if v0_init not in SCALED_BY_GRADIENTS:
+        if v0_init == "zeros":
             raise InputError(
-                f"v0_warmup_steps={v0_warmup_steps} with v0_init={v0_init}: the closed form relates v0 to "
-                f"E[g^2], which only {' and '.join(SCALED_BY_GRADIENTS)} do; use one of them, or v0_scale"
+                f"v0_warmup_steps={v0_warmup_steps} with v0_init=zeros: there is no v0 to size; use --v0_init data_driven"
             )
-        return scale
+        return compute_scale_for_warmup(v0_warmup_steps, beta2)  # for random the ratio that the first step will measure
     if v0_init not in SCALED_BY_GRADIENTS:
         return None
     return DEFAULT_SCALE[v0_init] if v0_scale is None else v0_scale

@@ -123,6 +123,9 @@ def estimate_grad_sq_mean(
             compute_grad_sq_mean_(get_local_part(grad_sum), get_local_part(grad_sq), counts, 1.0)
             tensors[name] = grad_sq
     ratio = compute_median(ratios, plan.is_sharded) if ratios else None
+    for draft in drafts:
+        if not draft.lent:
+            draft.tensors = draft.tensors[-1:]  # the sum of the gradients has been used
     return GradSqMean(tensors, counts, ratio, time.perf_counter() - start, drafts)
 
 
@@ -132,6 +135,8 @@ def write_v0(
     """Write v0 = scale * E[g^2] into the optimizer's states, all of them or none.
 
     Args:
+        estimate: used up, where it was made for this plan and its memory is that of the states; else copied. For several scales,
+            save it and load it for each.
         scale: sigma of eq. 10, or a function of a parameter group's beta2 (None where m(t) does not hold) that gives it.
         described: further fields of the report.
 
@@ -160,7 +165,7 @@ def write_v0(
             "build a new optimizer to start again"
         )
     drafts = {id(draft.stored.tensor): draft for draft in estimate._drafts}
-    estimate._drafts = []
+    estimate_is_consumed, estimate._drafts = bool(drafts), []
     report = V0Report(
         strategy="data_driven",
         scale=find_scale(plan.beta2),
@@ -183,20 +188,24 @@ def write_v0(
         for one in stored:
             inside = [part for part in one.parts if part.name in chosen]
             draft = drafts.get(id(one.tensor))
-            own = draft is not None and all(part.cut(draft.tensors[-1]) is not None for part in inside)
+            own = draft is not None  # its last tensor holds E[g^2] already
             if draft is None:
                 draft = drafts[id(one.tensor)] = draft_state(plan.moments, one)
-                own = False
             factor = find_scale(plan.moments.read_beta2(one.group))
             for part in inside:
                 v0 = get_local_part(part.cut(draft.tensors[-1]))
                 if not own:
                     v0.copy_(get_local_part(estimate.tensors[part.name]))
                 compute_data_driven_v0_(v0, factor)
+                del v0
                 named.append((part.name, part.full_shape, part.cut(draft.tensors[-1])))
+            del draft
         add_parameters(report, named, plan.is_sharded)  # refuses what is not finite, before anything is written
+        if estimate_is_consumed:
+            estimate.tensors = {}  # or its memory would lie beside that of the states
+        named.clear()
         for one in stored:
-            drafts[id(one.tensor)].finish()
+            drafts.pop(id(one.tensor)).finish()
     report.without_gradient = [name for name, figures in report.parameters.items() if figures["max"] == 0.0]
     ratio = estimate.measured_ratio
     report.measured_ratio = None if ratio is None else ratio * report.scale

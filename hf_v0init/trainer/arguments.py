@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..settings import V0InitArguments
-from .callback import exists_callback
+from .callback import exists_unattached_callback
 
 logger = logging.getLogger("hf_v0init")
 
@@ -18,7 +18,7 @@ class _NoticesStockTrainers:
 
     def get_warmup_steps(self, num_training_steps: int):
         """Return the warmup's steps as transformers does, when the Trainer makes its schedule."""
-        if self.v0_init != "zeros" and not self._v0_is_taken and not exists_callback():
+        if self.v0_init != "zeros" and not self._v0_is_taken and not exists_unattached_callback():
             self._v0_is_taken = True
             logger.warning(
                 f"v0_init={self.v0_init} has no effect: this Trainer knows no v0, so Adam starts from zero. Use V0InitTrainer, or "

@@ -38,12 +38,12 @@ from .trust_radius import measure_run
 
 logger = logging.getLogger("hf_v0init")
 
-_callbacks: weakref.WeakSet = weakref.WeakSet()
+_unattached: weakref.WeakSet = weakref.WeakSet()  # callbacks whose Trainer is not known yet
 
 
-def exists_callback() -> bool:
-    """Whether any `V0InitCallback` is alive in this process."""
-    return len(_callbacks) > 0
+def exists_unattached_callback() -> bool:
+    """Whether a `V0InitCallback` is alive that may belong to a Trainer which has not begun its training."""
+    return len(_unattached) > 0
 
 
 class V0InitCallback(TrainerCallback):
@@ -74,11 +74,12 @@ class V0InitCallback(TrainerCallback):
         self.first_steps: FirstSteps | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
-        _callbacks.add(self)
+        _unattached.add(self)
 
     def attach(self, trainer) -> "V0InitCallback":
         """Add this callback to a Trainer and let it know the Trainer, which the paper's pass needs. Returns the callback."""
         self._trainer = trainer
+        self._take(trainer.args)
         trainer.add_callback(self)
         return self
 
@@ -109,6 +110,7 @@ class V0InitCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Attach, run the paper's pass, or take over what a checkpoint holds; see the top of the file."""
+        self._take(args)
         self._measured = None
         settings = self.get_settings(args, state.max_steps)
         self._began_at = state.global_step
@@ -192,6 +194,11 @@ class V0InitCallback(TrainerCallback):
         return steps
 
     # ---- how -----------------------------------------------------------------------------------------------------------
+
+    def _take(self, args) -> None:
+        """Note that the flags of these arguments are heeded."""
+        args._v0_is_taken = True
+        _unattached.discard(self)
 
     def _get_seed(self, args, settings: V0InitArguments) -> int:
         return args.seed if settings.v0_seed is None else settings.v0_seed

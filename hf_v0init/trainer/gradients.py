@@ -82,7 +82,7 @@ class TrainerGradients:
                 )
         if self._runs_together():
             return
-        with self._preserve():
+        with preserve_trainer(self.trainer):
             losses = self._compare_losses()
         if losses is None:
             return
@@ -139,7 +139,7 @@ class TrainerGradients:
 
     def run(self, named_parameters, visit, batch_range: tuple[int, int] | None = None) -> PassCounts:
         """Run the pass over random training samples through `compute_loss`, on this process's batches."""
-        with self._preserve():
+        with preserve_trainer(self.trainer):
             batches, total = self._make_batches(batch_range)
             hidden = self.args.disable_tqdm or self.args.process_index != 0
             bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
@@ -177,7 +177,9 @@ class TrainerGradients:
 
     def _prepare_data(self):
         """The data set and a collator of its own, as the Trainer's loader would use them."""
-        trainer, dataset = self.trainer, self.trainer.train_dataset
+        trainer = self.trainer
+        # Streams hand out segments that bring their context along.
+        dataset = getattr(trainer, "get_v0_dataset", lambda: trainer.train_dataset)()
         collator = copy.deepcopy(trainer.data_collator)
         try:
             import datasets
@@ -245,26 +247,6 @@ class TrainerGradients:
         return held
 
     @contextlib.contextmanager
-    def _preserve(self) -> Iterator[None]:
-        """Leave the Trainer's logs, counters and metric stores and all private generators as they were."""
-        trainer = self.trainer
-        had_log = "log" in vars(trainer)
-        kept = vars(trainer).get("log")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(preserve_rng())
-            stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
-            stack.enter_context(preserve_bookkeeping(trainer))
-            stack.enter_context(preserve_bookkeeping(trainer.state))
-            trainer.log = lambda *_, **__: None
-            try:
-                yield
-            finally:
-                if had_log:
-                    trainer.log = kept
-                else:
-                    del trainer.log
-
-    @contextlib.contextmanager
     def _count_items_locally(self) -> Iterator[None]:
         """Count the loss's items per process, not over all: processes may have different batches."""
         before = self.args.average_tokens_across_devices
@@ -273,6 +255,27 @@ class TrainerGradients:
             yield
         finally:
             self.args.average_tokens_across_devices = before
+
+
+@contextlib.contextmanager
+def preserve_trainer(trainer) -> Iterator[None]:
+    """Leave a Trainer's logs, counters and metric stores, its state, and all private and global generators as they were."""
+    had_log, log = "log" in vars(trainer), vars(trainer).get("log")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserve_rng())
+        stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
+        stack.enter_context(preserve_bookkeeping(trainer))
+        stack.enter_context(preserve_bookkeeping(trainer.state))
+        if hasattr(trainer, "_set_state_aside"):  # contiguous streams
+            stack.enter_context(trainer._set_state_aside())
+        trainer.log = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            if had_log:
+                trainer.log = log
+            else:
+                del trainer.log
 
 
 def _find_home(cls: type, name: str) -> str | None:

@@ -3,15 +3,13 @@
 Call it where the run is prepared and no step has been made, as in `on_train_begin`, with the loader that the Trainer will read.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
 from ..errors import InputError
 from ..gradients.trust_radius import TrustRadius, measure_trust_radius
-from ..preservation import preserve_bookkeeping, preserve_generators, preserve_rng
-from .gradients import FP16_LOSS_SCALE
+from .gradients import FP16_LOSS_SCALE, preserve_trainer
 
 DEFAULT_NUM_STEPS = 2  # optimizer steps whose batches are looked at: two give the pairs (A, B) and (B, A)
 
@@ -35,7 +33,7 @@ def measure_run(trainer, train_dataloader: Iterable, num_steps: int = DEFAULT_NU
             "the trust radius cannot be measured under DeepSpeed, whose engine keeps the gradients; measure it once without "
             "--deepspeed"
         )
-    with _preserve(trainer), preserve_rng():
+    with preserve_trainer(trainer):
         steps = _take_steps(trainer, train_dataloader, num_steps)
         batches = [(inputs, num_items) for micro_batches, num_items in steps for inputs in micro_batches]
 
@@ -46,7 +44,7 @@ def measure_run(trainer, train_dataloader: Iterable, num_steps: int = DEFAULT_NU
                     **inputs,
                     "begins_stream": True,
                 }  # each batch by itself, from the state that the run begins with
-            with _preserve(trainer), trainer.compute_loss_context_manager():
+            with preserve_trainer(trainer), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=num_items)
             loss = loss.mean() if loss.dim() > 0 else loss
             return loss if _is_share_of_step(trainer, num_items) else loss / trainer.args.gradient_accumulation_steps
@@ -87,15 +85,3 @@ def _is_share_of_step(trainer, num_items) -> bool:
     if trainer.loss_is_scaled_for_ga is not None:
         return trainer.loss_is_scaled_for_ga
     return (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
-
-
-@contextlib.contextmanager
-def _preserve(trainer) -> Iterator[None]:
-    """Put back the counters, logs and states that a `compute_loss` or a reading of the data changes."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
-        stack.enter_context(preserve_bookkeeping(trainer))
-        stack.enter_context(preserve_bookkeeping(trainer.state))
-        if hasattr(trainer, "_set_state_aside"):  # contiguous streams
-            stack.enter_context(trainer._set_state_aside())
-        yield

@@ -48,7 +48,7 @@ def plan_of(tmp_path):
         ("data_driven warmup 200", "data_driven warmup 200", {"v0_init": "data_driven", "v0_warmup_steps": 200}),
         ("data_driven warmup 0.33", "data_driven warmup 0.33", {"v0_init": "data_driven", "v0_warmup_steps": 0.33}),
         ("first_gradient 1", "first_gradient 1", {"v0_init": "first_gradient", "v0_scale": 1.0}),
-        ({"v0_init": "random", "v0_scale": 5, "v0_fan_factor": 2}, "random 5 v0_fan_factor=2", {"v0_init": "random", "v0_scale": 5.0, "v0_fan_factor": 2}),
+        ({"v0_init": "random", "v0_scale": 5, "v0_seed": 2}, "random 5 v0_seed=2", {"v0_init": "random", "v0_scale": 5.0, "v0_seed": 2}),
         ({"name": "mine", "v0_init": "data_driven"}, "mine", {"v0_init": "data_driven", "v0_scale": 1.0}),
         ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven per_sample 1", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 1.0}),
         ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 10.0}),
@@ -421,7 +421,7 @@ def test_flags_are_written_so_that_scripts_read_them_back():
 
     flags = {
         "learning_rate": 1e-05, "max_steps": 7, "bf16": False, "do_eval": True, "eval_strategy": "no", "adam_beta2": 0.98,
-        "lr_scheduler_kwargs": {"num_cycles": 0.25}, "label_names": ["a", "b"], "output_dir": "a b",
+        "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.25}, "label_names": ["a", "b"], "output_dir": "a b",
     }  # fmt: skip
     (parsed,) = parse_arguments((TrainingArguments,), make_flags(flags))
     assert {name: getattr(parsed, name) for name in flags} == flags

@@ -30,7 +30,7 @@ SETTINGS = [
         {"v0_init": "data_driven", "v0_scale": 1.0, "v0_warmup_steps": 10},
         ["v0_scale=1.0", "v0_warmup_steps=10", "give one"],
     ),
-    ({"v0_init": "random", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
+    ({"v0_init": "zeros", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
     ({"v0_init": "data_driven", "v0_warmup_steps": 0}, ["v0_warmup_steps=0", ">= 1"]),
     ({"v0_init": "data_driven", "v0_warmup_steps": 1.5}, ["v0_warmup_steps=1.5", "a share of the run in (0, 1)"]),
     ({"v0_init": "data_driven", "v0_warmup_steps": -0.5}, ["v0_warmup_steps=-0.5", "a share of the run in (0, 1)"]),
@@ -41,7 +41,8 @@ SETTINGS = [
     ({"v0_stats_batch_size": 0}, ["v0_stats_batch_size=0", ">= 1"]),
     ({"v0_statistic": "median"}, ["v0_statistic='median'", "per_sample, per_step"]),
     ({"v0_seed": -1}, ["v0_seed=-1", "2^63"]),
-    ({"v0_fan_factor": 0.0}, ["v0_fan_factor=0.0", "> 0"]),
+    ({"v0_init": "data_driven", "v0_measure_steps": 0}, ["v0_measure_steps=0", ">= 1"]),
+    ({"v0_init": "random", "v0_measure_steps": 4}, ["v0_measure_steps=4", "only data_driven per_step"]),
     ({"v0_preset": "article"}, ["v0_preset='article'", "paper"]),
     ({"v0_preset": "paper", "v0_init": "first_gradient"}, ["v0_init=first_gradient", "random or data_driven"]),
     ({"v0_preset": "paper", "v0_init": "data_driven", "v0_scale": 3.0}, ["v0_scale=1.0", "3.0", "drop one"]),
@@ -101,20 +102,27 @@ class LossOf(V0InitTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * float(self.args.run_name) if self.calls == 4 else loss
+        return loss * float(self.args.run_name) if self.calls == 8 else loss  # four for a look at three samples
 
 
+class GradientOf(V0InitTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * float("nan")
+
+
+PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
 RUNS = [
     ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
     ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
     ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
     ("meta device", {**on_meta(), "v0_init": "random"}, ["meta device", "'transformer.h.1.mlp.c_fc.weight'"]),
     ("no matrices", {**nothing_to_initialise(), "v0_init": "random"}, ["v0_one_dimensional=True"]),
-    ("empty data", {"data": [], "v0_init": "data_driven"}, ["empty"]),
-    ("one-shot iterable", {"data": OneShot(), "v0_init": "data_driven"}, ["OneShot", "only once", "v0_init=random"]),
-    ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", "v0_init": "data_driven"}, ["loss is nan in batch 3"]),
-    ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", "v0_init": "data_driven"}, ["loss is inf in batch 3"]),
-    ("one batch", {"v0_init": "data_driven", "v0_num_samples": 8, "v0_stats_batch_size": 8}, ["v0_num_samples=8", "v0_stats_batch_size <= 4"]),
+    ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "v0_init=random"]),
+    ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", **PER_SAMPLE}, ["loss is nan in batch 3"]),
+    ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", **PER_SAMPLE}, ["loss is inf in batch 3"]),
+    ("gradient NaN", {"trainer_class": GradientOf, "v0_init": "data_driven"}, ["gradient of parameter", "is not finite"]),
+    ("one batch", {"v0_num_samples": 8, "v0_stats_batch_size": 8, **PER_SAMPLE}, ["8 samples", "at most 4", "per_step"]),
+    ("more measuring than steps", {"v0_init": "data_driven", "v0_measure_steps": 9}, ["v0_measure_steps=9", "has 5 steps"]),
     ("warmup beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 10**7}, ["v0_warmup_steps=10000000", "use at most"]),
     ("share beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 0.5, "max_steps": 10**7}, ["v0_warmup_steps=5000000", "use at most"]),
 ]  # fmt: skip
@@ -140,7 +148,7 @@ def test_runs(tmp_path, options, words):
 
 def test_more_samples_than_there_are_is_a_notice_not_an_error(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
-        trainer = make_trainer(tmp_path, v0_init="data_driven", v0_num_samples=10_000, max_steps=1)
+        trainer = make_trainer(tmp_path, v0_num_samples=10_000, max_steps=1, **PER_SAMPLE)
         trainer.train()
     assert "v0_num_samples=10000 is more than the 48 training samples: all are used" in caplog.text
     assert trainer.get_v0_report()["num_samples"] == 48

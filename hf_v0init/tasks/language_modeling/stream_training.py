@@ -126,20 +126,10 @@ class ContiguousStreamsMixin:
 
     # ---- what v0 looks at --------------------------------------------------------------------------------------------
 
-    def _make_statistics_batches(self, *args, **kwargs):
-        """Let segments that are drawn at random bring their context along."""
+    def get_v0_dataset(self):
+        """Return what the paper's pass draws samples from: segments that bring their context along."""
         streams = self.train_dataset
-        if not isinstance(streams, TokenStreams):
-            return super()._make_statistics_batches(*args, **kwargs)
-        self.train_dataset = SegmentsWithContext(streams)
-        try:
-            return super()._make_statistics_batches(*args, **kwargs)
-        finally:
-            self.train_dataset = streams
-
-    def _run_first_step(self, *args, **kwargs):
-        with self._set_state_aside():
-            return super()._run_first_step(*args, **kwargs)
+        return SegmentsWithContext(streams) if isinstance(streams, TokenStreams) else streams
 
     # ---- batches in order --------------------------------------------------------------------------------------------
 
