@@ -51,11 +51,7 @@ def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Pla
         group = groups.get(id(parameter))
         if group is None or not parameter.requires_grad:
             continue
-        if parameter.is_meta:
-            raise InputError(
-                f"parameter {name!r} is on the meta device, where a v0 written now would be lost; load or materialise the weights "
-                "before building the Trainer"
-            )
+        _require_memory(name, parameter)
         shape = get_full_shape(parameter)
         if takes_v0(shape, one_dimensional) and parameter.is_floating_point():
             if not plan.named_parameters:
@@ -68,6 +64,21 @@ def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Pla
         raise InputError(NOTHING_TO_WRITE)
     plan.is_sharded = is_sharded(model) or moments.zero is not None
     return plan
+
+
+def require_materialised(model: nn.Module) -> None:
+    """Raise `InputError` if any trained parameter is on the meta device, where nothing can be written."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            _require_memory(clean_parameter_name(name), parameter)
+
+
+def _require_memory(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_meta:
+        raise InputError(
+            f"parameter {name!r} is on the meta device, where a v0 would be lost; load or materialise the weights before building "
+            "the Trainer"
+        )
 
 
 NOTHING_TO_WRITE = (

@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
+from ..initialization.plan import require_materialised
 from ..optimizers.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
 from ..optimizers.schedules import add_untuned_warmup
 from ..optimizers.state import SecondMoments, unwrap_optimizer
@@ -43,7 +44,6 @@ class V0InitMixin:
     def __init__(self, *args, v0_arguments: V0InitArguments | None = None, **kwargs) -> None:
         self._v0_callback = V0InitCallback(v0_arguments)
         super().__init__(*args, **kwargs)
-        self.args._v0_is_taken = True
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
             SecondMoments(self.optimizer)  # a resume would fill its state before it is looked at
@@ -82,9 +82,10 @@ class V0InitMixin:
             ) from error
         if self.v0_arguments.v0_init != "zeros":
             require_supported_run(self)
-            if (
-                type(optimizer).__name__ != "DummyOptim"
-            ):  # else DeepSpeed builds its own, of a type that was looked at above
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there weights may still be on their way
+                require_materialised(self.model)
+            # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
+            if type(optimizer).__name__ != "DummyOptim":
                 self._v0_callback.attach_to(optimizer, self.model, self.args)
         return optimizer
 

@@ -174,7 +174,7 @@ def test_the_sums_and_their_end_take_the_shard_and_one_block(
 ):
     """In bf16 the sums are fp32 beside no state; the state is made one tensor at a time when its sums are done."""
     mesh = join(world_size, rank)
-    plan, optimizer = plan_of(mesh, shapes[size], dtype=dtype)
+    plan, _ = plan_of(mesh, shapes[size], dtype=dtype)
     gradients = {parameter: shard(mesh, parameter.shape, dtype=dtype) for _, parameter in plan.named_parameters}
 
     def run_pass(named_parameters, visit) -> PassCounts:
