@@ -29,13 +29,14 @@ class MissingExtraError(InputError, ImportError):
         self.name = name
 
 
-def require_extra(extra: str, *packages: str, importing: str | None = None) -> None:
+def require_extra(extra: str, *packages: str, importing: str | None = None, alternative: str = "") -> None:
     """Do nothing if the packages of an extra can be imported; imports none of them.
 
     Args:
         extra: a key of `EXTRAS`.
         packages: the ones needed, by the name they are imported by; without any, all of the extra.
         importing: the module of ours that cannot be imported without them.
+        alternative: what to do without them, such as "give --no-tokenize".
 
     Raises:
         MissingExtraError: one of them is not installed.
@@ -43,7 +44,8 @@ def require_extra(extra: str, *packages: str, importing: str | None = None) -> N
     missing = [name for name in packages or EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(describe_missing(extra, f"{', '.join(missing)} {verb} not installed"), importing)
+        line = describe_missing(extra, f"{', '.join(missing)} {verb} not installed")
+        raise MissingExtraError(f"{line}, or {alternative}" if alternative else line, importing)
 
 
 def describe_missing(extra: str, what: str) -> str:

@@ -148,7 +148,7 @@ def load_tokenizers(tokenize: bool) -> Tokenize:
     """
     if not tokenize:
         return lambda line, language: line
-    require_extra("iwslt")
+    require_extra("iwslt", alternative="give --no-tokenize")
     from sacremoses import MosesTokenizer
 
     tokenizers = {language: MosesTokenizer(lang=language) for language in LANGUAGES}

@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_is_refused():
 
 def test_torchmetrics_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(InputError, match="pip install torchmetrics"):
+    with pytest.raises(InputError, match=r"pip install 'hf_v0init\[images\]'"):
         ImageQuality(PixelFeatures(), make_pixels(5, 0))
 
 
@@ -190,7 +190,7 @@ def test_missing_or_wrong_inception_weights_are_one_line_with_the_remedy(tmp_pat
 
 def test_torch_fidelity_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(InputError, match="pip install torch-fidelity, or use --feature_extractor classifier"):
+    with pytest.raises(InputError, match=r"pip install 'hf_v0init\[fid\]', or use --feature_extractor classifier"):
         InceptionFeatures()
 
 
