@@ -148,7 +148,7 @@ BAD_INPUT = {
         {"model_type": "gpt2", "config_overrides": "n_embd=8,n_head=2,n_positions=6", "vary_block_size": True},
         ["--vary_block_size", "awd_lstm"],
     ),
-    "no probability": ({"config_overrides": "weight_drop=1.5"}, ["weight_drop=1.5", "below 1"]),
+    "no probability": ({"config_overrides": "weight_drop=1.5"}, ["weight_drop=1.5", "less than 1"]),
     "unknown override": ({"config_overrides": "wdrop=0.5"}, ["wdrop"]),
     "epochs in disorder": ({"lr_decay_epochs": "0"}, ["--lr_decay_epochs", "increasing order"]),
     "decay factor": ({"lr_decay_epochs": "2", "lr_decay_factor": "1.5"}, ["--lr_decay_factor=1.5"]),

@@ -128,12 +128,12 @@ def test_a_run_leaves_figures_pictures_networks_and_a_record(finished, capsys):
         with Image.open(folder / "samples" / f"step_{step}.png") as picture:
             assert picture.mode == "L" and picture.size == (8 * 34 + 2, 8 * 34 + 2)
     report = json.loads((folder / "v0_init.json").read_text())
-    assert report["strategy"] == "data_driven" and report["num_samples"] == 120 and report["max_steps"] == 6
+    assert report["strategy"] == "data_driven" and report["statistic"] == "per_step" and report["max_steps"] == 6
     assert set(report["networks"]) == {"generator", "discriminator"}
     assert not (finished["zeros"] / "v0_init.json").exists()
     for name in ("generator", "discriminator"):
         card = (folder / name / "README.md").read_text()
-        assert "- hf_v0init\n" in card and "| scale | 1 |" in card and "| samples | 60 |" in card
+        assert "- hf_v0init\n" in card and "| scale | 1 |" in card and "| statistic | `per_step` |" in card
         assert json.loads((folder / name / "v0_init.json").read_text()) == report["networks"][name]
     assert "started at zero" in (finished["zeros"] / "generator" / "README.md").read_text()
 

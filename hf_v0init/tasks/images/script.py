@@ -271,7 +271,12 @@ def has_batch_norm(network) -> bool:
 
 def choose_statistics_batch_size(training, network, num_samples: int) -> None:
     """With batch normalization the gradient of an image depends on its batch: v0 is taken from batches like training's."""
-    if training.v0_init != "data_driven" or training.v0_stats_batch_size is not None or not has_batch_norm(network):
+    if (
+        training.v0_init != "data_driven"
+        or training.v0_statistic != "per_sample"
+        or training.v0_stats_batch_size is not None
+        or not has_batch_norm(network)
+    ):
         return
     num_samples = min(num_samples, training.get_max_num_samples())
     training.v0_stats_batch_size = max(1, min(training.per_device_train_batch_size, num_samples // 2))
