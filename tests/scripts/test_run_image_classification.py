@@ -348,8 +348,8 @@ BAD_INPUT = {
         ["--per_device_train_batch_size=29", "batch of one", "--dataloader_drop_last"],
     ),
     "a batch of one image for v0": (
-        {"image_size": 2, "v0_init": "data_driven", "v0_num_samples": 9},
-        ["--v0_num_samples=9", "--v0_stats_batch_size=4", "batch of one"],
+        {"image_size": 2, "v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 1},
+        ["--v0_stats_batch_size=1", "batch of one", "--v0_statistic per_step"],
     ),
     "images that the model cannot take": (
         lambda folder: {"image_size": 2, "config_name": write_config(folder, {**VIT, "intermediate_size": 16})},

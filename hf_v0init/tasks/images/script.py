@@ -265,26 +265,6 @@ def load_model(model: ModelArguments, config, image_format: ImageFormat):
     return network
 
 
-def has_batch_norm(network) -> bool:
-    return any(isinstance(module, BATCH_NORMS) for module in network.modules())
-
-
-def choose_statistics_batch_size(training, network, num_samples: int) -> None:
-    """With batch normalization the gradient of an image depends on its batch: v0 is taken from batches like training's."""
-    if (
-        training.v0_init != "data_driven"
-        or training.v0_statistic != "per_sample"
-        or training.v0_stats_batch_size is not None
-        or not has_batch_norm(network)
-    ):
-        return
-    num_samples = min(num_samples, training.get_max_num_samples())
-    training.v0_stats_batch_size = max(1, min(training.per_device_train_batch_size, num_samples // 2))
-    logger.info(
-        f"Batch normalization: v0 is taken from batches of {training.v0_stats_batch_size}, as training sees them"
-    )
-
-
 def require_trainable(network, samples: ImageSamples, training) -> None:
     """Refuses training images that are too few, that the model cannot take, or that leave a batch it cannot take."""
     batch_size = training.per_device_train_batch_size
@@ -305,11 +285,10 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
             f"--per_device_train_batch_size={batch_size}: leaves a batch of one of the {len(samples)} training images, which "
             f"the model cannot take ({reason}); change it, or give --dataloader_drop_last"
         )
-    size, num_samples = training.v0_stats_batch_size, min(training.get_max_num_samples(), len(samples))
-    if training.v0_init == "data_driven" and (size == 1 or num_samples % size == 1):
+    if training.v0_statistic == "per_sample" and training.v0_stats_batch_size == 1:
         raise InputError(
-            f"--v0_num_samples={training.v0_num_samples} in batches of --v0_stats_batch_size={size}: leaves a batch of one "
-            f"image, which the model cannot take ({reason}); change one of them"
+            f"--v0_stats_batch_size=1: the model cannot take a batch of one image ({reason}); leave it out, or use "
+            "--v0_statistic per_step"
         )
 
 
@@ -381,7 +360,6 @@ def main(argv: list[str]) -> None:
     }
     network = load_model(model_args, config, image_format)
     if training_args.do_train:
-        choose_statistics_batch_size(training_args, network, len(samples["train"]))
         require_trainable(network, samples["train"], training_args)
 
     with explain_hub_errors(training_args):
