@@ -38,7 +38,7 @@ test-slow: $(FOR_DEVELOPMENT)
 # The oldest versions of transformers and accelerate that the package allows, in an environment of their own.
 test-oldest:
 	test -x $(VENV)-oldest/bin/python || python3 -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable . pytest datasets sentencepiece sacrebleu evaluate
+	$(VENV)-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[scripts]' pytest
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests/trainer/test_smoke.py
 
 lint: $(FOR_DEVELOPMENT)

@@ -236,7 +236,8 @@ class V0InitArguments:
 
     def resolve(self, max_steps: int | None) -> "V0InitArguments":
         """Return these settings with `v0_warmup_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
-        known (None, 0 or less), or where nothing is a share."""
+        known (None, 0 or less), or where nothing is a share.
+        """
         if self.v0_warmup_steps in (None, AUTO) or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
             return self
         settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}

@@ -107,6 +107,7 @@ class V0DiagnosticsCallback(TrainerCallback):
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Begin a new record."""
         self._clear()
         self._watches = args.process_index == 0
         if self._watches and getattr(args, "deepspeed_plugin", None) is not None:
@@ -120,6 +121,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         )
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Read weights, and the first time v0, before the optimizer's step."""
         if not self._watches:
             return
         begin = time.perf_counter()
@@ -138,6 +140,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._spend(begin)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Record what the optimizer's step did."""
         if not self._watches or self._moment_samples is None:
             return
         begin = time.perf_counter()
@@ -153,6 +156,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._spend(begin)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Give the trackers the newest numbers, and write the file now and then."""
         if not self._watches or logs is None or "loss" not in logs:
             return
         begin = time.perf_counter()
@@ -163,12 +167,14 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._spend(begin)
 
     def on_save(self, args, state, control, **kwargs):
+        """Write the file beside a checkpoint's time."""
         if self._watches:
             begin = time.perf_counter()
             self._write(args.output_dir)
             self._spend(begin)
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Record the last step and write the file."""
         if not self._watches or self._moment_samples is None:
             return
         begin = time.perf_counter()

@@ -34,7 +34,8 @@ def choose_samples(num_available: int, num_samples: int, seed: int) -> list[int]
 
 def choose_batch_size(requested: int | None, at_once: int) -> int:
     """Choose the samples per batch: as requested, else `at_once`: 1, which is exact, or as many as a batch norm or a sharded model
-    needs."""
+    needs.
+    """
     return at_once if requested is None else requested
 
 

@@ -223,7 +223,8 @@ class _Measurement:
 
     def _compute_gradient(self, micro_batches: Sequence[Any]) -> list[torch.Tensor]:
         """Compute the gradient of an optimizer step's batch, the mean over the processes: this process's part of each
-        parameter; zeros where there is none."""
+        parameter; zeros where there is none.
+        """
         error = None
         try:
             with torch.enable_grad():

@@ -157,7 +157,8 @@ class FirstSteps:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on measuring where a checkpoint left off: the loaded optimizer state holds the sums of `num_measured` steps, or, once
-        all K have been made, what v0 has become, which stands."""
+        all K have been made, what v0 has become, which stands.
+        """
         measured, self.num_measure_steps = int(state["num_measured"]), int(state["num_measure_steps"])
         self._resumed = 0 < measured < self.num_measure_steps
         self.num_measured = measured if self._resumed else 0

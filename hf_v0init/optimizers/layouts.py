@@ -264,7 +264,8 @@ class TorchAOLayout(PlainLayout):
 
 def _make_scalar(value: float, parameter: nn.Parameter, group: dict) -> torch.Tensor:
     """Make a scalar as torch makes `step`: on the parameter's device for fused and capturable groups, else on the CPU;
-    fp32, or fp64 where that is the default dtype and the kernel is not fused."""
+    fp32, or fp64 where that is the default dtype and the kernel is not fused.
+    """
     wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
     device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
     return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=device)

@@ -48,6 +48,7 @@ class RunRecordCallback(TrainerCallback):
         self._fingerprint: dict | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Start the clocks, and take the fingerprint of the weights."""
         self._watches = args.process_index == 0
         if not self._watches:
             return
@@ -71,6 +72,7 @@ class RunRecordCallback(TrainerCallback):
             self._write_fingerprint()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Take the fingerprint of the random state before the first step."""
         if self._fingerprint is not None and self._fingerprint["rng"] is None:
             states = [("cpu", torch.get_rng_state())]
             if args.device.type == "cuda":
@@ -78,6 +80,7 @@ class RunRecordCallback(TrainerCallback):
             self._fingerprint["rng"] = hash_tensors(states)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write one line of the log."""
         if not self._watches or not logs:
             return
         self._evaluating += sum(value for name, value in logs.items() if _is_evaluation_time(name))
@@ -90,6 +93,7 @@ class RunRecordCallback(TrainerCallback):
             file.write(json.dumps(figures | {"step": state.global_step} | clocks) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Write the fingerprint of a run of few steps."""
         if self._fingerprint is not None and len(self._fingerprint["batches"]) < NUM_BATCHES:
             self._write_fingerprint()  # a run of fewer steps
         self._fingerprint = None

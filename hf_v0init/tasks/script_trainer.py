@@ -45,7 +45,8 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
 
     def train(self, *args, **kwargs):
         """Train as the Trainer does. `train_loss` is the mean over all steps of the run, those before a resume included;
-        the speeds count the samples and steps of this call."""
+        the speeds count the samples and steps of this call.
+        """
         self._num_samples_seen, self._summed_before, self._pending_loss, self._knows_all_steps = 0, None, None, True
         output = super().train(*args, **kwargs)
         self._has_trained = True

@@ -28,7 +28,8 @@ class TokenCrossEntropy:
 
     def __call__(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """Returns a scalar: the summed loss of the labels that are not -100, divided by `num_items_in_batch`
-        (target tokens of the whole optimizer step) or, without it, by their number."""
+        (target tokens of the whole optimizer step) or, without it, by their number.
+        """
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         total = functional.cross_entropy(
             logits.float().flatten(0, -2),
@@ -63,6 +64,7 @@ class ExactEvaluationMixin(Seq2SeqTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, with sums over target tokens in place of means over batches."""
         self._evaluation_totals = torch.zeros(2, dtype=torch.float64)
         # as plain Trainers do; Seq2SeqTrainer keeps the samples that accelerate repeats to fill the last batches
         self.gather_function = self.accelerator.gather_for_metrics
@@ -73,6 +75,7 @@ class ExactEvaluationMixin(Seq2SeqTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """Add a batch's loss and target tokens to the sums."""
         if inputs.get("labels") is None:
             inputs = {k: v for k, v in inputs.items() if v is not None}  # transformers' collator leaves an entry None
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)

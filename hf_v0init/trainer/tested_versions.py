@@ -1,5 +1,6 @@
 """Which major versions of transformers this release was tested with. Its Trainer is extended here in places that it documents
-and in some that it does not."""
+and in some that it does not.
+"""
 
 import logging
 from importlib.metadata import version

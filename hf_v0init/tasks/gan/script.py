@@ -66,6 +66,8 @@ TAKEN = {
 
 @dataclass
 class ModelArguments:
+    """The two networks."""
+
     latent_size: int = flag(100, "Elements of the generator's noise.")
     base_channels: int = flag(64, "Channels of both networks at half the image's size; they double with each halving.")
 
@@ -75,6 +77,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
+    """The images."""
+
     train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
     dataset_split: str = flag("train", "Split of --dataset_name.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
@@ -105,6 +109,8 @@ class DataArguments(DatasetArguments, HubArguments):
 
 @dataclass
 class QualityArguments:
+    """How generated images are measured."""
+
     feature_extractor: str = flag(
         "inception",
         "Network in whose features images are measured: 'inception' (FID and Inception score; needs torch-fidelity), or "
@@ -171,6 +177,7 @@ def require_possible(training: GanTrainingArguments, overwrite: bool) -> str | N
 
 
 def load_images(data: DataArguments) -> LabelledImages:
+    """Load the images to learn from."""
     if data.train_dir is not None:
         images = load_any_image_folder(data.train_dir, role="train")
     else:
@@ -192,6 +199,7 @@ def name_data(data: DataArguments) -> str:
 def make_quality(
     images: LabelledImages, pixels: torch.Tensor, data: DataArguments, quality: QualityArguments, device
 ) -> ImageQuality:
+    """Make what measures generated images, if anything does."""
     if quality.feature_extractor == "inception":
         extractor = InceptionFeatures(quality.inception_weights)
     else:
@@ -207,6 +215,7 @@ def make_quality(
 
 
 def load_generator(folder: Path, sizes: dict) -> Generator:
+    """Load a generator that was trained before."""
     try:
         generator = Generator.from_pretrained(folder)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
@@ -238,6 +247,7 @@ def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
 
 
 def train_and_measure(argv: list[str]) -> None:
+    """Do what the flags in `argv` say."""
     model_args, data_args, quality_args, training = parse_arguments(
         (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv, EXAMPLES
     )
@@ -283,6 +293,7 @@ def train_and_measure(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Do what the flags in `argv` say; a training that diverges ends with one line."""
     try:
         train_and_measure(argv)
     except DivergedError as error:

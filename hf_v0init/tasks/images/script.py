@@ -86,6 +86,8 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass
 class ModelArguments(HubArguments):
+    """The classifier."""
+
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
     )
@@ -117,6 +119,8 @@ class ModelArguments(HubArguments):
 
 @dataclass
 class DataArguments(DatasetArguments):
+    """The images and their classes."""
+
     train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
     test_dir: str | None = flag(None, "The same for test.")
@@ -328,6 +332,7 @@ ARGUMENTS = (ModelArguments, DataArguments, StepDecayArguments, ProbeArguments, 
 
 
 def main(argv: list[str]) -> None:
+    """Do what the flags in `argv` say."""
     model_args, data_args, decay_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     if probe_args.probe_only:
         turn_into_probe(training_args)

@@ -42,6 +42,7 @@ class ExactAccuracyMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, with sums over images in place of means over batches."""
         self._evaluation_sums = torch.zeros(4, dtype=torch.float64)
         self._has_top5 = False
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -53,6 +54,7 @@ class ExactAccuracyMixin:
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add a batch's loss and hits to the sums."""
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         logits = logits[0] if isinstance(logits, tuple | list) else logits
         self._has_top5 = logits.shape[1] > TOP

@@ -61,6 +61,7 @@ class ExactPerplexityMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, with sums over target tokens in place of means over batches."""
         self._evaluation_sums = torch.zeros(3, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         total_nll, num_tokens, num_correct = self._evaluation_sums.tolist()
@@ -74,6 +75,7 @@ class ExactPerplexityMixin:
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add a batch's loss and target tokens to the sums."""
         # of contiguous streams, where the last position has a target, too
         shift_labels = inputs.get("shift_labels")
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)

@@ -137,6 +137,7 @@ def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: D
 
 
 def complete(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
+    """Continue prompts, given as token ids, and return the texts."""
     network = trainer.accelerator.unwrap_model(trainer.model)
     first_token = find_first_token(trainer.processing_class)
     prompts = [ids or first_token for ids in prompts]
@@ -175,6 +176,7 @@ def write_sample(trainer: CausalTrainer, prompt: str, max_new_tokens: int) -> No
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write one text per line."""
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -89,6 +89,8 @@ torchrun --nproc_per_node 2 run_translation.py FILE.yaml --output_dir out
 
 @dataclass
 class ModelArguments(HubArguments):
+    """The encoder-decoder model."""
+
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
     )
@@ -129,6 +131,8 @@ class ModelArguments(HubArguments):
 
 @dataclass
 class DataArguments(DatasetArguments):
+    """The sentence pairs."""
+
     dataset_name: str | None = flag(
         None,
         f"Data set by Hub name or folder; or '{EMBEDDED}': {NUM_EMBEDDED_PAIRS:,} German-English pairs that the package "
@@ -232,7 +236,8 @@ class TranslationTrainer(
     V0InitSeq2SeqTrainer,
 ):
     """With token-budget batches, evaluation in batches of like length, an exact `eval_loss` (nats per target token, without
-    label smoothing), and a limit to the length of every translation."""
+    label smoothing), and a limit to the length of every translation.
+    """
 
 
 def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
@@ -388,6 +393,7 @@ def choose_languages(data: DataArguments, tokenizer, network) -> None:
 
 
 def find_language_id(tokenizer, flag_name: str, language: str) -> int:
+    """Find the id of a language's token; refuse a language that the tokenizer does not know."""
     try:
         has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
         token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(language)
@@ -399,6 +405,7 @@ def find_language_id(tokenizer, flag_name: str, language: str) -> int:
 
 
 def require_lengths_fit(data: DataArguments, config: PreTrainedConfig) -> None:
+    """Refuse lengths beyond the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
     for name in ("max_source_length", "max_target_length", "val_max_target_length"):
         value = getattr(data, name)
@@ -430,6 +437,7 @@ def get_language(code: str | None) -> str:
 
 
 def tokenize_roles(pairs, tokenizer, data: DataArguments, training, cache_dir) -> dict[str, datasets.Dataset]:
+    """Tokenize the pairs of each role, from the cache where they are there."""
     tokenized = {}
     for role, role_pairs in pairs.items():
         with training.main_process_first(desc=f"tokenizing {role}"):
@@ -496,6 +504,7 @@ ARGUMENTS = (
 
 
 def main(argv: list[str]) -> None:
+    """Do what the flags in `argv` say."""
     parsed = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     model_args, data_args, generation_args, bounds_args, stopping_args, probe_args, training_args = parsed
     if probe_args.probe_only:
@@ -626,7 +635,8 @@ def save_results(trainer, role: str, metrics: dict, signatures: dict) -> None:
 
 def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:
     """Writes the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
-    their source to a line of generated_nbest.jsonl. In the order of the test set."""
+    their source to a line of generated_nbest.jsonl. In the order of the test set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(best[0].split()) + "\n" for best in texts]
     (folder / "generated_predictions.txt").write_text("".join(lines), encoding="utf-8")
