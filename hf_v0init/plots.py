@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 from .closed_form.multiplier import compute_multiplier
@@ -25,7 +26,7 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
 )  # told apart by the colour-blind too
-LINE_STYLES = ("-", "--", "-.", ":")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 PIXELS_PER_INCH = 150
 POINTS_PER_CURVE = 400
 
@@ -148,7 +149,7 @@ def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve
     """Draw training loss (left) and update size of the first steps (right) of several runs into `path`."""
     plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained")
-    for curve, colour, style in zip(curves, COLOURS, LINE_STYLES, strict=False):
+    for curve, colour, style in zip(curves, cycle(COLOURS), cycle(LINE_STYLES), strict=False):
         left.plot(curve.loss_steps, curve.losses, color=colour, ls=style, lw=1.8, label=curve.name)
         sizes = [size if size > 0 else math.nan for size in curve.update_sizes]  # the axis is logarithmic
         right.plot(curve.update_steps, sizes, color=colour, ls=style, lw=1.8, label=curve.name)

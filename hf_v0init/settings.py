@@ -143,8 +143,9 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "Multiply the schedule's learning rate by a warmup whose length follows from beta2 (Ma & Yarats, 2021), a baseline "
-            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t); or from the trust radius at the "
-            "initial weights: 'measured', linear, and none where none is needed. Excludes --warmup_steps. Default: none.",
+            "for v0: 'linear', min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t). Or 'measured': train with "
+            "--warmup_steps of the length that the trust radius at the initial weights asks for, none where none is needed. "
+            "Excludes --warmup_steps. Default: none.",
             "choices": [*UNTUNED_WARMUPS, MEASURED],
         },
     )

@@ -15,11 +15,13 @@
 `v0_init.json` beside every checkpoint says what was done.
 """
 
+import functools
 import logging
 import math
 import os
 import weakref
 
+import torch
 from transformers import TrainerCallback
 
 from ..closed_form.length import LONGEST_SHARE, compute_relative_rate, compute_warmup_length
@@ -27,7 +29,7 @@ from ..errors import InputError
 from ..initialization.first_steps import FirstSteps
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
-from ..optimizers.schedules import multiply_schedule
+from ..optimizers.schedules import lengthen_warmup
 from ..optimizers.state import SecondMoments
 from ..preservation import defer_interrupts
 from ..records.report import V0Report, read_report, write_report
@@ -117,8 +119,9 @@ class V0InitCallback(TrainerCallback):
         if settings.wants_length:
             length = self._find_length(args, state, settings, optimizer, kwargs.get("train_dataloader"))
             if settings.untuned_warmup == MEASURED and length:
-                factor = lambda made: min(1.0, (made + 1) / length)  # noqa: E731
-                multiply_schedule(kwargs["lr_scheduler"], factor, f"untuned_warmup={MEASURED}")
+                scheduler = kwargs["lr_scheduler"]
+                make_with_warmup = functools.partial(self._make_schedule, scheduler, length, args, state.max_steps)
+                lengthen_warmup(scheduler, make_with_warmup, length, f"untuned_warmup={MEASURED}")
             settings = self._measured = settings.with_length(length)
             if settings.v0_init == "zeros" and self.first_steps is not None:
                 self.first_steps.remove()
@@ -192,6 +195,16 @@ class V0InitCallback(TrainerCallback):
             logger.info(f"trust radius d50 {radius.d50:.3g}, learning rate / d50 = {found['x']:.3g}: {what}")
         self.length = found | {"steps": steps}
         return steps
+
+    def _make_schedule(self, scheduler, num_warmup_steps: int, args, max_steps: int):
+        """Make the schedule that the Trainer would have made with `--warmup_steps num_warmup_steps`; the Trainer keeps its own."""
+        groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
+        trainer, given = self._trainer, (args.warmup_steps, self._trainer.lr_scheduler)
+        try:
+            args.warmup_steps, trainer.lr_scheduler = num_warmup_steps, None
+            return trainer.create_scheduler(num_training_steps=max_steps, optimizer=torch.optim.SGD(groups))
+        finally:
+            args.warmup_steps, trainer.lr_scheduler = given
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_v0init import plots
 from hf_v0init.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -78,6 +79,18 @@ def test_three_steps_end_to_end(tmp_path, capfd):
     printed = " ".join(capfd.readouterr().out.split())
     for words in ("BLEU", "validation loss", demo.FIGURE_FILE, demo.RESULTS_FILE, "In this one run"):
         assert words in printed
+
+
+def test_every_run_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.append(figure))
+    names = [f"run {i}" for i in range(8)]
+    curves = [plots.TrainingCurve(name, [1, 2], [2.0, 1.0], [1, 2], [0.1, 0.2]) for name in names]
+    plots.draw_training_curves(tmp_path / "a.png", curves, title="eight")
+    for axes in drawn[0].axes:
+        lines = [line for line in axes.lines if line.get_label() in names]
+        assert [line.get_label() for line in lines] == names
+        assert len({(line.get_color(), line.get_linestyle(), str(line._dash_pattern)) for line in lines}) == 8
 
 
 def make_result(name: str, bleu: float) -> demo.ArmResult:

@@ -49,22 +49,21 @@ def test_a_measured_warmup_is_linear_over_the_measured_length(tmp_path):
     trainer = make_trainer(tmp_path / "b", untuned_warmup="measured", callbacks=[rates], **LONG)
     trainer.train()
     assert trainer._v0_callback.length["x"] == pytest.approx(length.x)
-    expected = [0.05 * (1 - made / 12) * min(1.0, (made + 1) / length.steps) for made in range(12)]
-    assert rates.rates == pytest.approx(expected)
-    assert trainer.get_v0_report() is None
+    rest = 12 - length.steps
+    assert rates.rates == pytest.approx([0.05 * min(made / length.steps, (12 - made) / rest) for made in range(12)])
+    assert trainer.get_v0_report() is None and trainer.args.warmup_steps == 0
 
 
-def test_measuring_changes_nothing_but_the_rate(tmp_path):
-    """The same run by a schedule of one's own: the stock Trainer with the same rates ends at the same weights."""
-    ours = train(tmp_path / "a", untuned_warmup="measured", **LONG)
-    steps = ours._v0_callback.length["steps"]
-    model = make_gpt2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda made: (12 - made) / 12 * min(1.0, (made + 1) / steps)
-    )
-    stock = train(tmp_path / "b", stock=True, model=model, kwargs={"optimizers": (optimizer, schedule)}, **LONG)
-    assert_equal_weights(ours, stock)
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"])
+def test_a_measured_warmup_is_the_trainers_own_of_that_length(kind, tmp_path):
+    ours_rates, stock_rates = Rates(), Rates()
+    options = LONG | {"lr_scheduler_type": kind}
+    ours = train(tmp_path / "a", untuned_warmup="measured", callbacks=[ours_rates], **options)
+    stock = options | {"warmup_steps": ours._v0_callback.length["steps"]}
+    if kind == "constant":
+        stock["lr_scheduler_type"] = "constant_with_warmup"
+    assert_equal_weights(ours, train(tmp_path / "b", stock=True, callbacks=[stock_rates], **stock))
+    assert ours_rates.rates == stock_rates.rates and max(ours_rates.rates) == 0.05
 
 
 def test_auto_gives_v0_the_measured_length(tmp_path):
@@ -137,7 +136,7 @@ def test_what_cannot_be_measured_falls_back_to_two_over_one_minus_beta2(tmp_path
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         train(tmp_path, model=Flat(), untuned_warmup="measured", callbacks=[rates], **options)
     assert "cannot be measured" in caplog.text and "2 / (1 - beta2) steps are taken, 20" in caplog.text
-    assert rates.rates[:3] == pytest.approx([(1 - made / 60) * (made + 1) / 20 for made in range(3)])
+    assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
 
 
 def test_it_takes_a_trainer(tmp_path):
