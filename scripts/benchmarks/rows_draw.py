@@ -50,7 +50,8 @@ def measure_reduction(conditions: Conditions) -> Row:
     path = Path(conditions.work_dir) / "reduction.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_PROCESSES)]
     command += ["-m", "benchmarks.reduction", str(path), str(conditions.choose(8, 20))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    scripts = Path(__file__).resolve().parents[1]  # where the package `benchmarks` lies
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=scripts)
     if done.returncode != 0:
         raise RuntimeError(
             f"the processes of the reduction ended with status {done.returncode}:\n{done.stderr[-2000:]}"
