@@ -12,8 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 from benchmarks.measuring import Conditions, Row, measure_pairs, measure_times
 from benchmarks.rows_training import FIRST_STEPS, StepClock
 from benchmarks.tasks import TranslationTask, load_translation_task, make_arguments, tokenize
+from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
+from hf_v0init.trainer.gradients import TrainerGradients
 
 MAX_TOKENS = 512
 NUM_PAIRS = 29_000
@@ -134,10 +136,10 @@ def _time_pass_sample(conditions: Conditions, task: TranslationTask) -> float:
     """Seconds of processor time a sample of the Trainer's pass."""
     num_samples = conditions.choose(256, 1024)
     trainer = _make_trainer(conditions, task, 1, v0_num_samples=num_samples, v0_stats_batch_size=8)
-    trainer.create_optimizer()
-    named = [(name, p) for name, p in trainer.model.named_parameters() if p.dim() > 1 and p.requires_grad]
+    plan = plan_v0(trainer.create_optimizer(), trainer.model)
+    gradients = TrainerGradients(trainer, trainer.v0_arguments, plan.moments, seed=0)
     begin = time.process_time()
-    trainer._run_statistics_pass(named, lambda *_: None)
+    gradients.run(plan.named_parameters, lambda *_: None)
     return (time.process_time() - begin) / num_samples
 
 
