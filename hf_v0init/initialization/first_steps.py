@@ -58,9 +58,8 @@ NO_COUNTERS = ("params", "param_names", "state")  # of a parameter group: all el
 
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
 
-_attached: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # innermost optimizer -> weak reference to its FirstSteps
+# innermost optimizer -> weak reference to its FirstSteps
+_attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def find_first_steps(optimizer) -> "FirstSteps | None":
@@ -207,9 +206,7 @@ class FirstSteps:
     def _before_step(self, optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._is_done:
             return None
-        closure = (
-            args[1] if len(args) > 1 else kwargs.get("closure")
-        )  # torch hands the optimizer itself over as args[0]
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
             self._look(optimizer)
             return None
@@ -457,12 +454,7 @@ class FirstSteps:
 
     def _put(self, stored: StoredTensor, draft: StateDraft) -> State:
         present = self.moments.find_state(stored.tensor, stored.group)
-        if present is not None and present is not draft.state:
-            # Zero gradients have made steps with this state and left it at zero.
-            with torch.no_grad():
-                self.moments.layout.write_(present, draft.tensors[-1])
-            return present
-        if present is not None:
+        if present is not None:  # it holds the sums, or steps with zero gradients have made it and left it at zero
             with torch.no_grad():
                 for lent in draft.lent:
                     lent.zero_()

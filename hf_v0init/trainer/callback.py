@@ -186,7 +186,8 @@ class V0InitCallback(TrainerCallback):
             beta2 = SecondMoments(optimizer).read_beta2() or 0.999
             steps = min(math.ceil(2 / (1 - beta2) - 1e-6), math.floor(LONGEST_SHARE * state.max_steps))
             logger.warning(
-                f"how long to hold back cannot be measured ({radius.reason}): 2 / (1 - beta2) steps are taken, {steps:,}"
+                f"how long to hold back cannot be measured ({radius.reason}): 2 / (1 - beta2) steps are taken, {steps:,}; to choose "
+                "yourself, give --warmup_steps in place of --untuned_warmup, or a number for --v0_warmup_steps"
             )
         else:
             found["x"] = compute_relative_rate(args.learning_rate, radius.d50)
