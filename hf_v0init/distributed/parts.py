@@ -83,7 +83,7 @@ def find_pieces(tensor: torch.Tensor) -> list[Piece]:
 def find_flat_pieces(flat: torch.Tensor, full_shape: tuple[int, ...], start: int) -> list[Piece]:
     """Find the pieces that a 1-D tensor is, which holds elements `start`, `start + 1`, ... of a flattened parameter.
 
-    At most three: the end of a row, whole rows, the beginning of a row. They are of shape (rows, elements a row), which is
+    At most three: the end of a row, whole rows, the beginning of a row. They are of shape (rows, elements per row), which is
     what the blocks of `draw_standard_normal_` depend on.
     """
     if flat.numel() == 0:

@@ -78,7 +78,7 @@ class SampledBatches(torch.utils.data.Dataset):
         dataset: indexable, with a length.
         collate: makes a list of samples into the loss's inputs.
         samples: the chosen sample numbers of all processes, see `choose_samples`.
-        batch_size: samples a batch; the last batch may be smaller.
+        batch_size: samples per batch; the last batch may be smaller.
         seed, rank, world_size: the v0 seed, this process, the number of processes.
         batch_range: only the batches of these numbers, the second not included; by default all.
     """

@@ -16,7 +16,7 @@ from hf_v0init.trainer.gradients import TrainerGradients
 from hf_v0init.trainer.mixin import V0InitTrainer
 
 BATCH_SIZE = 8
-LOOKED_AT = 512  # elements a tensor for the error of v0
+LOOKED_AT = 512  # elements per tensor for the error of v0
 REFERENCE_SAMPLES = 5000
 
 

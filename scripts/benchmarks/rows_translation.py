@@ -166,7 +166,7 @@ def measure_preprocessing(conditions: Conditions) -> list[Row]:
     return [
         Row(
             "preprocessing",
-            f"pairs a second, {len(task.pairs):,} pairs of {task.name}, written to the cache",
+            f"pairs per second, {len(task.pairs):,} pairs of {task.name}, written to the cache",
             "the tokenizer's own batch call, kept in memory",
             [1.0 / ratio for ratio in pairs],
             aim=0.8,

@@ -20,7 +20,7 @@ from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
 from hf_v0init.optimizers.state import is_untouched
 from hf_v0init.records.checkpoints import find_defect, list_checkpoints
 
-PAUSE = 0.004  # seconds a batch of the pass takes at least, so that a kill can meet it
+PAUSE = 0.004  # seconds that a batch of the pass takes at least, so that a kill can meet it
 
 OPTIONS = {
     "max_steps": 6,

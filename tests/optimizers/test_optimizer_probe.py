@@ -35,7 +35,7 @@ REFUSED_IN_PYTORCH_OPTIMIZER = {
 
 
 class Mine(torch.optim.Optimizer):
-    """Adam by hand, with an attribute of its own, a lazy `step` in the group and a random number a step."""
+    """Adam by hand, with an attribute of its own, a lazy `step` in the group and a random number per step."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, twist="", **options):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "twist": twist, **options})

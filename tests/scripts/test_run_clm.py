@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_v0init import V0InitTrainingArguments
 from hf_v0init.errors import InputError
+from hf_v0init.tasks.language_modeling.shared_script import require_possible
 from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -504,7 +505,7 @@ def test_shipped_configurations_differ_only_in_what_they_compare(path):
     kinds = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
     *parsed, training = parse_arguments(kinds, [str(path), "--use_cpu"])
     *others, zeros = parse_arguments(kinds, [str(path.with_name("ptb_zeros.yaml")), "--use_cpu"])
-    run_clm.require_possible(parsed[1], parsed[2], training)
+    require_possible(parsed[1], parsed[2], training)
     assert parsed == others
     arm = path.stem.removeprefix("ptb_")
     assert training.output_dir == f"runs/ptb_{arm}"

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_v0init import V0InitTrainingArguments
 from hf_v0init.analysis.checkpoint_data import load_model
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
+from hf_v0init.tasks.language_modeling.shared_script import require_possible
 from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +119,7 @@ def test_the_learning_rate_falls_after_the_named_epochs(awd_flags, tmp_path):
         "block_size": 60,
         "learning_rate": "0.01",
     }
-    # 60 lines of 7 words in 4 streams are 105 tokens a stream, two segments: two steps an epoch
+    # 60 lines of 7 words in 4 streams are 105 tokens per stream, two segments: two steps per epoch
     run_clm.main([*awd_flags(**changes), "--lr_decay_epochs", "2", "3"])
     rates = [entry["learning_rate"] for entry in read_log(tmp_path / "out") if "learning_rate" in entry]
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
@@ -176,7 +177,7 @@ def parse_config(name: str) -> tuple:
 
 def test_the_paper_configuration_has_the_papers_settings():
     model, data_args, run, training = parse_config("ptb_awd_lstm_paper")
-    run_clm.require_possible(data_args, run, training)
+    require_possible(data_args, run, training)
     config = model.load_config()
     assert (config.num_layers, config.hidden_size, config.embedding_size) == (2, 1150, 400)
     assert (config.weight_drop, config.ar_alpha, config.tar_beta, config.tie_word_embeddings) == (0.5, 2.0, 1.0, True)

@@ -128,7 +128,7 @@ def test_trains_evaluates_and_saves(script, tiny, tmp_path, capsys):
 
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
-    assert rates == pytest.approx([3e-2] * 24 + [6e-3] * 24 + [1.2e-3] * 12)  # 4 steps an epoch
+    assert rates == pytest.approx([3e-2] * 24 + [6e-3] * 24 + [1.2e-3] * 12)  # 4 steps per epoch
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == dict(zip("012", CLASSES, strict=True)) and config["num_channels"] == 3
     report = json.loads((out / "v0_init.json").read_text())

@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_v0init import V0InitTrainingArguments
 from hf_v0init.tasks.language_modeling.masking import Masking, compose_seed
+from hf_v0init.tasks.language_modeling.shared_script import require_possible
 from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,7 +311,7 @@ KINDS = (
 def test_shipped_configurations_differ_only_in_what_they_compare(path):
     *parsed, training = parse_arguments(KINDS, [str(path), "--use_cpu"])
     *others, zeros = parse_arguments(KINDS, [str(path.with_name("ptb_mlm_zeros.yaml")), "--use_cpu"])
-    run_mlm.require_possible(parsed[1], parsed[2], training)
+    require_possible(parsed[1], parsed[2], training)
     assert parsed == others
     assert all(getattr(parsed[1], f"{role}_file").startswith("data/ptb/") for role in ("train", "validation", "test"))
     arm = path.stem.removeprefix("ptb_mlm_")

@@ -306,7 +306,7 @@ def test_processes_agree_on_the_newest_whole_checkpoint_and_on_refusals(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
-    """Same samples a step, no dropout: the resumed run is the straight one but for the order of additions.
+    """Same samples per step, no dropout: the resumed run is the straight one but for the order of additions.
 
     Steps are 0.01 wide; the loosest weights are the keys' biases, whose gradient is nothing but rounding.
     """

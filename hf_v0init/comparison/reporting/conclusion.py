@@ -52,7 +52,6 @@ from .formats import (
     format_rate,
     format_seconds,
     format_test,
-    name_loss,
     name_test_metric,
 )
 
@@ -615,8 +614,3 @@ def _compare_interval(interval: Interval) -> str:
 def _write_difference(interval: Interval) -> str:
     mean = format_number(interval.mean, signed=True)
     return mean if interval.low is None else f"{mean}, 95% interval {format_ends(interval)}"
-
-
-def describe_unit(summary: Summary) -> str:
-    """Return the loss's name and unit, for headings."""
-    return name_loss(summary.comparison.metric, summary.comparison.script)

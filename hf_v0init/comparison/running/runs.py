@@ -73,7 +73,7 @@ class Progress(Protocol):
     """What is told while runs go on."""
 
     def update(self, active: Sequence[ActiveRun], num_waiting: int) -> None:
-        """Show the runs in progress; called several times a second."""
+        """Show the runs in progress; called several times per second."""
 
     def report_end(self, run: PlannedRun, state: str, reason: str | None, trace: LossTrace, seconds: float) -> None:
         """Show that a run is over."""

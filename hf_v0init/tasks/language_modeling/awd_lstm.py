@@ -14,7 +14,7 @@ In training, with probabilities from the configuration and one draw a forward pa
     loss = cross-entropy + ar_alpha * mean(m*h ^ 2) + tar_beta * mean((h_t - h_{t-1})^2)
 
 with h the last layer's output and m*h the same after its dropout. In evaluation there is none of this and the loss is the
-cross-entropy alone, in nats a token.
+cross-entropy alone, in nats per token.
 
 The four gates of a layer (input, forget, cell, output, in torch's order) are stacked in one matrix, `weight_ih` of shape
 (4 * hidden, inputs) and `weight_hh` of shape (4 * hidden, hidden). A random v0 (eq. 11) takes its fans from these matrices as
@@ -117,7 +117,7 @@ class AwdLstmConfig(PreTrainedConfig):
 @dataclass
 class AwdLstmOutput(ModelOutput):
     """Args:
-    loss: scalar, in nats a token; in training with the regularisers. Only with labels.
+    loss: scalar, in nats per token; in training with the regularisers. Only with labels.
     logits: (samples, positions, vocabulary); position i forecasts the token after i.
     state: (h, c) of each layer after the last token, each (samples, units).
     """

@@ -14,21 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import set_seed
 
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
-from ..early_stopping import make_early_stopping
-from ..probing import ProbeArguments, probe_and_print, turn_into_probe
-from ..run_identity import describe_run, require_same_model
-from ..script_stages import flag, require_possible_run
-from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..probing import ProbeArguments, probe_and_print
+from ..script_stages import flag
+from ..script_support import explain_hub_errors, parse_arguments, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from ..value_checks import require_available_metric
 from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words, tokenize_words
 from .masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking
 from .model import MaskedModelArguments
@@ -37,11 +33,11 @@ from .rows import MaskedDataArguments
 from .samples import PaddingCollator
 from .shared_script import (
     LanguageRunArguments,
+    begin_run,
     choose_map_options,
     finish,
     prepare_all_samples,
     prepare_run,
-    require_possible,
     train_and_evaluate,
 )
 
@@ -147,18 +143,8 @@ ARGUMENTS = (MaskedModelArguments, MaskedDataArguments, MaskedRunArguments, Prob
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
     model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
-    if probe_args.probe_only:
-        turn_into_probe(training_args)
-    require_possible(data_args, run_args, training_args)
-    require_available_metric(training_args, METRICS)
-    callbacks = make_early_stopping(run_args, training_args)
-    start_logging(training_args)
-    run = describe_run(training_args, model_args, data_args, run_args)
-    overwrite = run_args.overwrite_output_dir
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
-    config = model_args.load_config()
-    require_same_model(checkpoint, config)
-    set_seed(training_args.seed)
+    begun = begin_run(model_args, data_args, run_args, probe_args, training_args, METRICS)
+    config, checkpoint = begun.config, begun.checkpoint
 
     prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
     tokenizer, block_size = prepared.tokenizer, prepared.block_size
@@ -184,8 +170,8 @@ def main(argv: list[str]) -> None:
             compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
-            run_identity=run,
-            callbacks=callbacks,
+            run_identity=begun.identity,
+            callbacks=begun.callbacks,
         )
     if isinstance(samples.get("train"), MaskedSamples):
         trainer.add_callback(AnnounceEpoch(samples["train"]))

@@ -20,15 +20,12 @@ from transformers import set_seed
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
-from ..early_stopping import make_early_stopping
-from ..probing import ProbeArguments, probe_and_print, turn_into_probe
-from ..run_identity import describe_run, require_same_model
-from ..script_stages import flag, require_possible_run
-from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..probing import ProbeArguments, probe_and_print
+from ..script_stages import flag
+from ..script_support import explain_hub_errors, parse_arguments, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..step_decay import StepDecayMixin
 from ..token_budget import TokenBudgetMixin
-from ..value_checks import require_available_metric
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
 from .model import ModelArguments
@@ -45,11 +42,11 @@ from .samples import (
 )
 from .shared_script import (
     LanguageRunArguments,
+    begin_run,
     choose_map_options,
     finish,
     prepare_all_samples,
     prepare_run,
-    require_possible,
     train_and_evaluate,
 )
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
@@ -186,18 +183,8 @@ ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0Init
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
     model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
-    if probe_args.probe_only:
-        turn_into_probe(training_args)
-    require_possible(data_args, run_args, training_args)
-    require_available_metric(training_args, METRICS)
-    callbacks = make_early_stopping(run_args, training_args)
-    start_logging(training_args)
-    run = describe_run(training_args, model_args, data_args, run_args)
-    overwrite = run_args.overwrite_output_dir
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
-    config = model_args.load_config()
-    require_same_model(checkpoint, config)
-    set_seed(training_args.seed)
+    begun = begin_run(model_args, data_args, run_args, probe_args, training_args, METRICS)
+    config, checkpoint = begun.config, begun.checkpoint
 
     require_possible_for_model(config, data_args, training_args)
     prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
@@ -225,8 +212,8 @@ def main(argv: list[str]) -> None:
             data_collator=collator,
             max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
             step_decay=run_args,
-            run_identity=run,
-            callbacks=callbacks,
+            run_identity=begun.identity,
+            callbacks=begun.callbacks,
         )
 
     if probe_args.probe_only:

@@ -6,20 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ...errors import InputError
 from ..checkpoint_averaging import require_enough_checkpoints
-from ..early_stopping import EarlyStoppingArguments
+from ..early_stopping import EarlyStoppingArguments, make_early_stopping
+from ..probing import ProbeArguments, turn_into_probe
+from ..run_identity import describe_run, require_same_model
 from ..script_stages import (
     count_steps,
     describe_for_card,
     flag,
     publish_card,
     require_positive_counts,
+    require_possible_run,
     train_and_save,
 )
+from ..script_support import start_logging
 from ..step_decay import StepDecayArguments
+from ..value_checks import require_available_metric
 from .model import ModelArguments, choose_block_size, load_model, load_tokenizer
 from .rows import TextArguments, iterate_texts, load_rows
 
@@ -72,6 +77,38 @@ def require_possible(data: TextArguments, run: LanguageRunArguments, training: T
             f"--max_tokens_per_batch={budget}: blocks all have --block_size tokens, so give --per_device_train_batch_size "
             f"instead; the budget is for --{data.uneven_flag}"
         )
+
+
+@dataclass
+class BegunRun:
+    """What is known once the flags have been checked and before data are read."""
+
+    callbacks: list
+    identity: dict[str, Any]
+    checkpoint: str | None
+    config: PreTrainedConfig
+
+
+def begin_run(
+    model: ModelArguments, data: TextArguments, run: LanguageRunArguments, probe: ProbeArguments, training, metrics
+) -> BegunRun:
+    """Refuse what can be refused before data are read, find the checkpoint to go on from, and set the seed.
+
+    Raises:
+        InputError: the flags, the output folder, its checkpoint or the model's configuration do not go together.
+    """
+    if probe.probe_only:
+        turn_into_probe(training)
+    require_possible(data, run, training)
+    require_available_metric(training, metrics)
+    callbacks = make_early_stopping(run, training)
+    start_logging(training)
+    identity = describe_run(training, model, data, run)
+    checkpoint = require_possible_run(training, model.model_name_or_path, run.overwrite_output_dir, identity)
+    config = model.load_config()
+    require_same_model(checkpoint, config)
+    set_seed(training.seed)
+    return BegunRun(callbacks, identity, checkpoint, config)
 
 
 def prepare_run(

@@ -1,6 +1,6 @@
 """Contiguous streams: a text cut into parallel streams that a model with a state reads from beginning to end.
 
-The text of N target tokens becomes S streams of N // S or one more, S = samples a batch x processes. Streams are cut into
+The text of N target tokens becomes S streams of N // S or one more, S = samples per batch x processes. Streams are cut into
 segments of about `segment_length` tokens, and item k * S + b is segment k of stream b. Read in order, in batches of S, each
 batch therefore holds the continuation of the one before, row by row, and every token is a target exactly once an epoch; the
 batches that accelerate deals to process r of W (r, r + W, ...) are those of the same S / W streams.

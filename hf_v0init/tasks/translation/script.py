@@ -184,7 +184,7 @@ class DataArguments(DatasetArguments):
     ignore_pad_token_for_loss: bool = flag(True, "Leave padding out of the loss. Default: True.")
     max_tokens_per_batch: int | None = flag(
         None,
-        "Training batches by token budget: max(padded source, padded target) tokens a batch, process and forward "
+        "Training batches by token budget: max(padded source, padded target) tokens per batch, process and forward "
         "pass; replaces --per_device_train_batch_size.",
     )
     average_checkpoints: int | None = flag(
