@@ -1,7 +1,7 @@
 """How long a run must hold its learning rate back, from the trust radius at its initial weights.
 
 Adam's first update moves every weight by about the learning rate. d50 is the displacement of every weight, along the sign of
-the gradient, at which a loss decrease on other data is half of what the gradient promises (`gradients.trust_radius`). So
+the gradient, at which the decrease of the loss is half of what the gradient promises (`gradients.trust_radius`). So
 
     x = learning rate / d50
 

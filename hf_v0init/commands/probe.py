@@ -32,9 +32,9 @@ def probe(
 ) -> None:
     """Measure how far a first step may go, and print the warmup that the training run of CONFIG needs. Trains nothing.
 
-    Further flags are the script's and override CONFIG's, for example --learning_rate 3e-3. rho(d) is the decrease of the loss on
-    other data over the decrease that the gradient predicts, when every weight moves by d along the sign of its gradient; d50 is
-    where it is 0.5, and x = learning rate / d50 says how long to hold back.
+    Further flags are the script's and override CONFIG's, for example --learning_rate 3e-3. rho(d) is the decrease of the loss over
+    the decrease that the gradient predicts, when every weight moves by d along the sign of its gradient; d50 is where it is 0.5,
+    and x = learning rate / d50 says how long to hold back.
     """
     flags = [config, *context.args]
     if script is None:

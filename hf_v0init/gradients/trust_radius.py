@@ -1,31 +1,33 @@
 """The trust radius of Adam's first update: how far every weight may move before the gradient no longer tells what happens.
 
-On a batch A at the weights w: g_A the gradient, and -sign(g_A) the direction, since Adam's first update without a v0 moves every
-weight by the learning rate against the sign of its gradient. On another batch B, for a displacement d of every element:
+On a batch at the weights w: L the loss, g its gradient, and -sign(g) the direction, since Adam's first update without a v0 moves
+every weight by the learning rate against the sign of its gradient. For a displacement d of every element:
 
-    rho(d) = (L_B(w) - L_B(w - d sign g_A)) / (d <sign g_A, g_B>)        decrease of the loss over the decrease predicted
+    rho(d) = (L(w) - L(w - d sign g)) / (d |g|_1)        decrease of the loss over the decrease predicted
 
-rho is 1 for small d, where the loss is as good as linear, and falls as d grows. **d50** is the d at which it crosses 0.5. It does
-not depend on the learning rate; what follows from learning rate / d50 is in `closed_form.length`.
+It is the ratio by which trust-region methods judge a step (Conn, Gould & Toint, 2000). rho is 1 for small d, where the loss is as
+good as linear, and falls as d grows. **d50** is the d at which it crosses 0.5. It does not depend on the learning rate; what
+follows from learning rate / d50 is in `closed_form.length`.
 
-Batches come in twos, and each two give two pairs, (A, B) and (B, A), so that their order does not matter. With several pairs rho
-is the sum of the decreases over the sum of the predictions, which weighs a pair by how far its two gradients agree.
+With several batches rho is the sum of the decreases over the sum of the predictions. Each batch is judged along its own gradient:
+along that of another one the prediction is the small part that the two have in common, which on small batches, or with a head
+that was just drawn, is noise of either sign (a pretrained MiniLM with a new head, 32 sentences: negative over 16 batches).
 
 How it is measured:
-    Two forward-backward passes for each two batches, and a forward for each pair and displacement: about ten displacements, twice
-    as far apart each time, from `FIRST_DISPLACEMENT` up until rho is below 0.5 and down until rho is near 1. A crossing counts
+    A forward-backward pass for each batch, and a forward for each batch and displacement: about ten displacements, twice as far
+    apart each time, from `FIRST_DISPLACEMENT` up until rho is below 0.5 and down until rho is near 1. A crossing counts
     only if rho was seen near 1 at two smaller displacements. Where it was not, rounding or noise is what was measured, and d50 is
     None with a `reason`: weights or losses in bf16 or fp16 may be too coarse for a small trust radius.
 
 What the model is meanwhile:
     In eval mode: no dropout, no regulariser that acts in training alone, and no gradient checkpointing (which transformers does in
-    training mode only, so the two backward passes keep all activations). BatchNorm normalises by the batch as in training, because
+    training mode only, so the backward pass keeps all activations). BatchNorm normalises by the batch as in training, because
     its running statistics at initialisation (mean 0, variance 1) are those of no data: a network in which they act is another one
     than is trained. `has_batch_norm` says so, for a rule that treats such networks otherwise. Frozen parameters stay where they
     are.
 
-What it costs beside the activations: a copy of the weights and a quarter as much for each pair (the signs, one byte an element); before
-that the gradients of two batches. Of a sharded model each process keeps those of its own shard. That is less than Adam's state,
+What it costs beside the activations: a copy of the weights and a quarter as much for each batch (the signs, one byte an element);
+before that the gradient of one batch. Of a sharded model each process keeps those of its own shard. That is less than Adam's state,
 which does not exist yet before the first step.
 
 Afterwards weights, buffers, gradients, modes and random states are as before bit for bit, also when an exception passes. Nothing here
@@ -66,10 +68,10 @@ class TrustRadius:
     Attributes:
         d50: displacement of every element at which rho crosses 0.5, in the weights' unit; None where it could not be measured.
         displacements: the grid, ascending.
-        rho: at each of these, over all pairs; -inf where the loss was not finite.
-        pair_d50: the same of each pair alone, (A, B), (B, A), (C, D), ...; None where that pair alone does not tell.
-        slope: the decrease of the loss per unit of displacement that the gradients predict, mean over the pairs.
-        loss: at the initial weights, mean over the pairs.
+        rho: at each of these, over all batches; -inf where the loss was not finite.
+        batch_d50: d50 of each batch alone; None where that batch alone does not tell.
+        slope: the decrease of the loss per unit of displacement that the gradients predict, |g|_1, mean over the batches.
+        loss: at the initial weights, mean over the batches.
         num_elements: parameter elements moved, over all processes.
         num_forwards, num_backwards: passes of each process, micro-batches counted one by one.
         seconds: wall-clock time.
@@ -80,7 +82,7 @@ class TrustRadius:
     d50: float | None = None
     displacements: list[float] = field(default_factory=list)
     rho: list[float] = field(default_factory=list)
-    pair_d50: list[float | None] = field(default_factory=list)
+    batch_d50: list[float | None] = field(default_factory=list)
     slope: float = 0.0
     loss: float = 0.0
     num_elements: int = 0
@@ -90,11 +92,6 @@ class TrustRadius:
     has_batch_norm: bool = False
     reason: str | None = None
 
-    @property
-    def num_pairs(self) -> int:
-        """The number of (A, B)."""
-        return len(self.pair_d50)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; a rho of -inf becomes None."""
         content = asdict(self)
@@ -103,13 +100,13 @@ class TrustRadius:
 
 
 @dataclass
-class _Pair:
-    """A direction from one batch, and the batch on which the loss along it is measured."""
+class _Direction:
+    """A batch, and the signs of its gradient, along which its loss is measured."""
 
+    batch: Sequence[Any]  # micro-batches
     signs: list[torch.Tensor]  # int8, one a parameter, this process's part
-    slope: float  # <sign g_A, g_B> over all processes
-    batch: Sequence[Any]  # micro-batches of B
-    loss: float = 0.0  # L_B(w)
+    slope: float  # |g|_1 over all processes
+    loss: float = 0.0  # L(w)
     rho: dict[float, float] = field(default_factory=dict)
 
 
@@ -132,7 +129,7 @@ def measure_trust_radius(
     Args:
         model: in the form that is trained, but *not* inside DDP (whose reducer would act on the backward passes). `fully_shard`ed
             and tensor-parallel models stay as they are.
-        batches: as `loss_fn` takes them: an even number of optimizer steps' batches, two or more.
+        batches: as `loss_fn` takes them: those of one optimizer step or more.
         loss_fn: maps (model, batch) to the scalar loss as training computes it.
         accumulation: so many consecutive `batches` are one optimizer step's; their losses are added up, so `loss_fn` must have
             divided them.
@@ -140,16 +137,15 @@ def measure_trust_radius(
 
     Returns:
         What was measured. `d50` is None, and `reason` says why, where it could not be measured: no trainable parameter got a
-        gradient, the gradients of the batches do not agree, a loss that is not finite, differences below rounding.
+        gradient, a loss that is not finite, differences below rounding.
 
     Raises:
-        InputError: a number of batches that does not make up pairs.
+        InputError: a number of batches that does not make up optimizer steps.
     """
-    num_steps, rest = divmod(len(batches), max(1, accumulation))
-    if accumulation < 1 or rest or num_steps < 2 or num_steps % 2:
+    if accumulation < 1 or not batches or len(batches) % accumulation:
         raise InputError(
-            f"{len(batches)} batches with accumulation={accumulation}: a pair takes the batches of two optimizer steps, so give "
-            f"{2 * max(1, accumulation)} batches or a multiple of that"
+            f"{len(batches)} batches with accumulation={accumulation}: give the batches of whole optimizer steps, "
+            f"{max(1, accumulation)} or a multiple of that"
         )
     steps = [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
     started = time.perf_counter()
@@ -191,35 +187,33 @@ class _Measurement:
 
     def run(self, steps: list[Sequence[Any]]) -> TrustRadius:
         result = self.result
-        pairs = [pair for a, b in zip(steps[::2], steps[1::2], strict=True) for pair in self._make_pairs(a, b)]
-        result.slope = sum(pair.slope for pair in pairs) / len(pairs)
-        result.pair_d50 = [None] * len(pairs)
+        directions = [self._find_direction(batch) for batch in steps]
+        result.slope = sum(direction.slope for direction in directions) / len(directions)
+        result.batch_d50 = [None] * len(directions)
         if not (math.isfinite(result.slope) and result.slope > 0.0):
-            result.reason = self._explain_slope(pairs)
+            result.reason = self._explain_slope()
             return result
         with torch.no_grad():
-            for pair in pairs:
-                pair.loss = self._compute_loss(pair.batch)
-            result.loss = sum(pair.loss for pair in pairs) / len(pairs)
+            for direction in directions:
+                direction.loss = self._compute_loss(direction.batch)
+            result.loss = sum(direction.loss for direction in directions) / len(directions)
             if not math.isfinite(result.loss):
                 result.reason = f"the loss at the initial weights is {result.loss}"
                 return result
             with self._keep_weights() as weights:
-                rho = walk_grid(lambda d: self._measure_rho(pairs, weights, d), self._find_smallest())
+                rho = walk_grid(lambda d: self._measure_rho(directions, weights, d), self._find_smallest())
         result.displacements, result.rho = list(rho), list(rho.values())
         result.d50, result.reason = find_crossing(rho)
-        result.pair_d50 = [find_crossing(dict(sorted(pair.rho.items())))[0] for pair in pairs]
+        result.batch_d50 = [find_crossing(dict(sorted(direction.rho.items())))[0] for direction in directions]
         return result
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 
-    def _make_pairs(self, a: Sequence[Any], b: Sequence[Any]) -> list[_Pair]:
-        """Run the two backward passes of (A, B) and (B, A); what stays of the gradients are signs and two numbers."""
-        grad_a, grad_b = self._compute_gradient(a), self._compute_gradient(b)
-        signs_a, signs_b = ([part.sign().to(torch.int8) for part in parts] for parts in (grad_a, grad_b))
-        slopes = [self._multiply(signs_a, grad_b), self._multiply(signs_b, grad_a)]
-        slope_a, slope_b = self._sum_over_processes(slopes)
-        return [_Pair(signs_a, slope_a, b), _Pair(signs_b, slope_b, a)]
+    def _find_direction(self, batch: Sequence[Any]) -> _Direction:
+        """Run the backward pass of an optimizer step's batch; what stays of the gradient are its signs and |g|_1."""
+        gradient = self._compute_gradient(batch)
+        (slope,) = self._sum_over_processes([self._compute_norm(gradient)])
+        return _Direction(batch, [part.sign().to(torch.int8) for part in gradient], slope)
 
     def _compute_gradient(self, micro_batches: Sequence[Any]) -> list[torch.Tensor]:
         """Compute the gradient of an optimizer step's batch, the mean over the processes: this process's part of each
@@ -259,12 +253,12 @@ class _Measurement:
             for gradient in gradients:
                 gradient /= self.num_processes
 
-    def _multiply(self, signs: list[torch.Tensor], gradients: list[torch.Tensor]) -> float:
-        """Compute this process's share of <signs, gradients>; what several processes hold alike is shared out among them."""
+    def _compute_norm(self, gradient: list[torch.Tensor]) -> float:
+        """Compute this process's share of |g|_1; what several processes hold alike is shared out among them."""
         total = 0.0
-        for parameter, sign, gradient in zip(self.parameters, signs, gradients, strict=True):
-            if gradient.numel():
-                total += float((gradient.float() * sign).sum(dtype=torch.float64)) / self._count_copies(parameter)
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            if part.numel():
+                total += float(part.float().abs().sum(dtype=torch.float64)) / self._count_copies(parameter)
         return total
 
     def _count_copies(self, parameter: nn.Parameter) -> float:
@@ -297,15 +291,15 @@ class _Measurement:
             if signs is not None:
                 part.sub_(signs[index].to(part.dtype), alpha=displacement)
 
-    def _measure_rho(self, pairs: list[_Pair], weights: list[torch.Tensor], displacement: float) -> float:
+    def _measure_rho(self, directions: list[_Direction], weights: list[torch.Tensor], displacement: float) -> float:
         decrease = 0.0
-        for pair in pairs:
-            self._move(weights, pair.signs, displacement)
-            change = pair.loss - self._compute_loss(pair.batch)
+        for direction in directions:
+            self._move(weights, direction.signs, displacement)
+            change = direction.loss - self._compute_loss(direction.batch)
             decrease += change
-            if pair.slope != 0.0:
-                pair.rho[displacement] = _compute_rho(change, displacement * pair.slope)
-        return _compute_rho(decrease, displacement * sum(pair.slope for pair in pairs))
+            if direction.slope > 0.0:
+                direction.rho[displacement] = _compute_rho(change, displacement * direction.slope)
+        return _compute_rho(decrease, displacement * sum(direction.slope for direction in directions))
 
     def _compute_loss(self, micro_batches: Sequence[Any]) -> float:
         """Compute the loss of an optimizer step's batch at the weights as they are, the mean over the processes."""
@@ -356,17 +350,12 @@ class _Measurement:
         if self.is_sharded:
             reshard(self.model)
 
-    def _explain_slope(self, pairs: list[_Pair]) -> str:
+    def _explain_slope(self) -> str:
         if not self.parameters:
             return "no parameter is trained"
         if not math.isfinite(self.result.slope):
             return "a gradient at the initial weights is not finite"
-        if all(pair.slope == 0.0 for pair in pairs):
-            return "no parameter got a gradient"
-        return (
-            "the gradients of different batches point away from each other (the loss on one is predicted to rise along the other's); "
-            "larger batches, or more of them, may tell"
-        )
+        return "no parameter got a gradient"
 
 
 def _compute_rho(decrease: float, predicted: float) -> float:

@@ -30,7 +30,7 @@ from ..plots import draw_trust_radius, require_figure_path
 from ..trainer.trust_radius import measure_run
 from .script_stages import flag
 
-PROBED_STEPS = 4  # optimizer steps whose batches are looked at: four pairs
+PROBED_STEPS = 4  # optimizer steps whose batches are looked at
 
 
 @dataclass
@@ -117,7 +117,7 @@ def print_probe(
         warmup_steps: of the run as it is configured.
     """
     if radius.rho:
-        table = Table(title="rho(d): decrease of the loss on other data over the decrease that the gradient predicts")
+        table = Table(title="rho(d): decrease of the loss over the decrease that the gradient predicts")
         table.add_column("displacement d", justify="right")
         table.add_column("rho", justify="right")
         table.add_column("d / learning rate", justify="right")
@@ -125,15 +125,15 @@ def print_probe(
             table.add_row(f"{displacement:.3g}", f"{rho:.3f}", f"{displacement / learning_rate:.3g}")
         console.print(table)
     console.print(
-        f"{radius.num_pairs} pairs of batches, {radius.num_backwards} backward and {radius.num_forwards} forward passes, "
+        f"{len(radius.batch_d50)} batches, {radius.num_backwards} backward and {radius.num_forwards} forward passes, "
         f"{radius.seconds:.1f} s, {radius.num_elements:,} parameters; loss at the initial weights {radius.loss:.4g}",
         soft_wrap=True,
     )
     if radius.d50 is None:
         console.print(f"d50 could not be measured: {radius.reason}.", soft_wrap=True)
         return
-    alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.pair_d50)
-    console.print(f"d50, where rho is 0.5: {radius.d50:.3g} (pairs alone: {alone})", style="bold")
+    alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.batch_d50)
+    console.print(f"d50, where rho is 0.5: {radius.d50:.3g} (batches alone: {alone})", style="bold")
     for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
         console.print(line, soft_wrap=True)
 

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..gradients.trust_radius import TrustRadius, measure_trust_radius
 from .gradients import FP16_LOSS_SCALE, preserve_trainer
 
-DEFAULT_NUM_STEPS = 2  # optimizer steps whose batches are looked at: two give the pairs (A, B) and (B, A)
+DEFAULT_NUM_STEPS = 2  # optimizer steps whose batches are looked at
 
 
 def measure_run(trainer, train_dataloader: Iterable, num_steps: int = DEFAULT_NUM_STEPS) -> TrustRadius:
@@ -23,10 +23,10 @@ def measure_run(trainer, train_dataloader: Iterable, num_steps: int = DEFAULT_NU
     Args:
         trainer: prepared for training; its `model` is the one measured.
         train_dataloader: as `on_train_begin` gets it.
-        num_steps: optimizer steps whose batches are taken, an even number; of a smaller training set as many as it has.
+        num_steps: optimizer steps whose batches are taken; of a smaller training set as many as it has.
 
     Raises:
-        InputError: fewer batches than two optimizer steps take; DeepSpeed, whose engine keeps the gradients.
+        InputError: a training set without a batch; DeepSpeed, whose engine keeps the gradients.
     """
     if trainer.is_deepspeed_enabled:
         raise InputError(
@@ -53,31 +53,28 @@ def measure_run(trainer, train_dataloader: Iterable, num_steps: int = DEFAULT_NU
             trainer.model,
             batches,
             compute_loss,
-            accumulation=trainer.args.gradient_accumulation_steps,
+            accumulation=len(steps[0][0]),
             loss_scale=FP16_LOSS_SCALE if trainer.args.fp16 else 1.0,
         )
 
 
 def _take_steps(trainer, train_dataloader: Iterable, num_steps: int) -> list[tuple[list, object]]:
-    """Take the batches of the first `num_steps` optimizer steps, or of the most that are whole and even in number."""
+    """Take the batches of the first `num_steps` optimizer steps, or of as many as are whole; of a first one that is not, what it has."""
     iterator, accumulation = iter(train_dataloader), trainer.args.gradient_accumulation_steps
     steps = []
     try:
         while len(steps) < num_steps:
             micro_batches, num_items = trainer.get_batch_samples(iterator, accumulation, trainer.args.device)
-            if len(micro_batches) < accumulation:
+            if not micro_batches or (steps and len(micro_batches) < accumulation):
                 break
             steps.append((micro_batches, num_items))
     finally:
         iterator.close() if hasattr(iterator, "close") else None
         if hasattr(train_dataloader, "end"):
             train_dataloader.end()  # accelerate: this look is not an iteration of the run
-    if len(steps) < 2:
-        raise InputError(
-            f"the training set has batches for {len(steps)} optimizer steps, and the trust radius takes those of two; lower "
-            "per_device_train_batch_size or gradient_accumulation_steps"
-        )
-    return steps[: len(steps) // 2 * 2]
+    if not steps:
+        raise InputError("the training set has no batch, and how long to hold back is measured on the first; give it samples")
+    return steps
 
 
 def _is_share_of_step(trainer, num_items) -> bool:

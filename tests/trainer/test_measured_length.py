@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_gpt2, make_sequences
+from conftest import make_gpt2
 from torch import nn
 from trainers import assert_equal_weights, make_trainer, record, train
 from transformers import Trainer, TrainerCallback
@@ -13,8 +13,7 @@ from transformers import Trainer, TrainerCallback
 from hf_v0init import InputError, V0InitArguments, V0InitCallback, attach_v0, compute_warmup_length
 from hf_v0init.trainer.trust_radius import measure_run
 
-ALIKE = make_sequences(2) * 24  # so few that the gradients of two batches agree
-LONG = {"max_steps": 12, "learning_rate": 0.05, "adam_beta2": 0.9, "data": ALIKE}
+LONG = {"max_steps": 12, "learning_rate": 0.05, "adam_beta2": 0.9}
 
 
 class Rates(TrainerCallback):
@@ -76,7 +75,7 @@ def test_auto_gives_v0_the_measured_length(tmp_path):
 
 
 def test_where_none_is_needed_adam_is_left_alone(tmp_path, caplog):
-    small = {"max_steps": 4, "learning_rate": 1e-6, "data": ALIKE}
+    small = {"max_steps": 4, "learning_rate": 1e-6}
     stock = train(tmp_path / "a", stock=True, **small)
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
         ours = train(tmp_path / "b", v0_init="data_driven", v0_warmup_steps="auto", untuned_warmup="measured", **small)
@@ -137,6 +136,15 @@ def test_what_cannot_be_measured_falls_back_to_two_over_one_minus_beta2(tmp_path
         train(tmp_path, model=Flat(), untuned_warmup="measured", callbacks=[rates], **options)
     assert "cannot be measured" in caplog.text and "2 / (1 - beta2) steps are taken, 20" in caplog.text
     assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
+
+
+def test_a_measured_run_begins_as_the_others_of_a_comparison_do(tmp_path):
+    """Weights, batches and random state are those of a run that measures nothing: the looks at the batches are no steps."""
+    begun = []
+    for folder, flags in (("a", {}), ("b", {"untuned_warmup": "measured"})):
+        train(tmp_path / folder, v0_record_run=True, **flags, **LONG)
+        begun.append(json.loads((tmp_path / folder / "fingerprint.json").read_text()))
+    assert begun[0] == begun[1] and len(set(begun[0]["batches"])) == 4
 
 
 def test_it_takes_a_trainer(tmp_path):
