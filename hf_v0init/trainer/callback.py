@@ -181,7 +181,8 @@ class V0InitCallback(TrainerCallback):
             )
         with defer_interrupts():
             radius = measure_run(self._trainer, train_dataloader)
-        found = {"d50": radius.d50, "x": None, "reason": radius.reason, "has_batch_norm": radius.has_batch_norm}
+        copied = ("d50", "reason", "has_batch_norm", "num_forwards", "num_backwards", "seconds")
+        found = {"x": None} | {name: getattr(radius, name) for name in copied}
         if radius.d50 is None:
             beta2 = SecondMoments(optimizer).read_beta2() or 0.999
             steps = min(math.ceil(2 / (1 - beta2) - 1e-6), math.floor(LONGEST_SHARE * state.max_steps))

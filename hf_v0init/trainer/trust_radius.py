@@ -73,7 +73,9 @@ def _take_steps(trainer, train_dataloader: Iterable, num_steps: int) -> list[tup
         if hasattr(train_dataloader, "end"):
             train_dataloader.end()  # accelerate: this look is not an iteration of the run
     if not steps:
-        raise InputError("the training set has no batch, and how long to hold back is measured on the first; give it samples")
+        raise InputError(
+            "the training set has no batch, and how long to hold back is measured on the first; give it samples"
+        )
     return steps
 
 

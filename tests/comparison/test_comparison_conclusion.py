@@ -1,5 +1,6 @@
 """Every answer of the conclusion, from runs made to give it."""
 
+import json
 import random
 
 import pytest
@@ -339,6 +340,41 @@ def test_what_needs_no_tuning_is_named(tmp_path):
         and "`data_driven 1` 2.300" in untuned
         and "data_driven 10" not in untuned
     )
+
+
+def write_lengths(folder, lengths: dict[int, int]) -> None:
+    """Write what the measured runs of these seeds have measured."""
+    for path in (folder / "runs").glob("*measured*"):
+        seed = int(path.name.split("seed")[1].split("_")[0])
+        report = {"strategy": "zeros", "length": {"d50": 1e-3, "x": 2.0, "steps": lengths[seed], "seconds": 1.5}}
+        (path / "output" / "v0_init.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ({1: 250, 2: 260, 3: 240}, "240 to 260 steps"),
+        ({1: 250, 2: 250, 3: 250}, "250 steps"),
+        ({1: 0, 2: 0, 3: 0}, "no steps"),
+    ],
+)
+def test_the_measured_length_stands_beside_the_tuned_one(tmp_path, lengths, words):
+    finals = {
+        ("zeros", "none"): 3.0,
+        ("zeros", "100"): 2.2,
+        ("zeros", "300"): 2.0,
+        ("zeros", "untuned_linear"): 1.9,
+        ("zeros", "measured"): 2.1,
+    }
+    folder = write_grid(tmp_path, lambda v0, w, r, s: finals[v0, w] + SPREAD[s], arms=list(finals))
+    write_lengths(folder, lengths)
+    text = get_point(conclude(folder), "Measured length")
+    assert text.startswith(f"`warmup measured` held back for {words} and ends at 2.100")
+    assert "the best of 3 lengths tried, `warmup 300`, at 2.000" in text and "(+0.100, 95% interval" in text
+    runs = {run.seed: run for run in read_comparison(folder).runs if run.warmup == "measured"}
+    assert [(runs[s].held_back, runs[s].v0_seconds, runs[s].v0_samples) for s in (1, 2, 3)] == [
+        (lengths[s], 1.5, 0) for s in (1, 2, 3)
+    ]
 
 
 def test_v0_with_a_warmup_is_advised_where_it_is_better(tmp_path):

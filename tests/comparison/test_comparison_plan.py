@@ -53,6 +53,7 @@ def plan_of(tmp_path):
         ({"v0_init": "data_driven", "v0_statistic": "per_sample"}, "data_driven per_sample 1", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 1.0}),
         ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_scale": 10.0}),
         ("random warmup 0.33", "random warmup 0.33", {"v0_init": "random", "v0_warmup_steps": 0.33}),
+        ("random warmup auto", "random warmup auto", {"v0_init": "random", "v0_warmup_steps": "auto"}),
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
@@ -68,6 +69,7 @@ def test_words_of_v0(value, name, flags):
         (0, "none", {"warmup_steps": 0}),
         (200, "200", {"warmup_steps": 200}),
         (0.3, "0.3", {"warmup_steps": 0.3}),
+        ("measured", "measured", {"warmup_steps": 0, "untuned_warmup": "measured"}),
         ("untuned_linear", "untuned_linear", {"warmup_steps": 0, "untuned_warmup": "linear"}),
         ("untuned_exponential", "untuned_exponential", {"warmup_steps": 0, "untuned_warmup": "exponential"}),
         ({"name": "cosine", "lr_scheduler_type": "cosine", "warmup_steps": 7}, "cosine", {"lr_scheduler_type": "cosine", "warmup_steps": 7}),
@@ -87,6 +89,7 @@ def test_words_of_warmup(value, name, flags):
         (parse_v0, "random per_step 1", "cannot be read"),
         (parse_v0, "zeros warmup 200", "cannot be read"),
         (parse_v0, "data_driven warmup 2.5", "whole number"),
+        (parse_v0, "data_driven warmup long", "or auto"),
         (parse_v0, "data_driven 0", "must be a number > 0"),
         (parse_v0, "data_driven nan", "must be a number > 0"),
         (parse_v0, {"v0_scale": 1}, "v0_init=None"),

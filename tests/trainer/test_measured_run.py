@@ -6,7 +6,7 @@ from conftest import make_gpt2, make_sequences
 from trainers import make_trainer, train, weights_of
 from transformers import TrainerCallback
 
-from hf_v0init import InputError, measure_trust_radius
+from hf_v0init import measure_trust_radius
 from hf_v0init.trainer.trust_radius import measure_run
 
 

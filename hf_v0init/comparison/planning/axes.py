@@ -2,8 +2,8 @@
 
 | axis | values |
 | --- | --- |
-| v0 | `zeros`; `random`, `first_gradient`, `data_driven`, `data_driven per_step`, `data_driven per_sample`, each with a SCALE or `warmup STEPS` after it |
-| warmup | `none`; a number of optimizer steps (linear), or below 1 a share of the run; `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
+| v0 | `zeros`; `random`, `first_gradient`, `data_driven`, `data_driven per_step`, `data_driven per_sample`, each with a SCALE or `warmup STEPS` after it; `warmup auto` for the measured length |
+| warmup | `none`; a number of optimizer steps (linear), or below 1 a share of the run; `measured`; `untuned_linear`, `untuned_exponential` (Ma & Yarats) |
 | optimizer | the keys of `OPTIMIZERS` |
 
 Each axis also takes a mapping `{name: ..., flag: value, ...}`; for v0 the name may be left out.
@@ -20,8 +20,9 @@ from typing import Any
 from ...closed_form.defaults import DEFAULT_SCALE, STRATEGIES
 from ...closed_form.multiplier import require_warmup_steps
 from ...errors import InputError
+from ...settings import AUTO, MEASURED
 
-UNTUNED = {"untuned_linear": "linear", "untuned_exponential": "exponential"}
+UNTUNED = {"measured": MEASURED, "untuned_linear": "linear", "untuned_exponential": "exponential"}
 NO_WARMUP, DEFAULT_OPTIMIZER, NO_V0 = "none", "adamw", "zeros"
 
 # Flags that an axis sets. They are left out of a file of arguments and refused among the `arguments` of a comparison.
@@ -85,13 +86,7 @@ def parse_v0(value: Any) -> AxisValue:
         flags["v0_statistic"] = rest[0]
         rest = rest[1:]
     if rest[:1] == ["warmup"] and len(rest) == 2 and strategy != NO_V0:
-        steps = _read_number(rest[1])
-        try:
-            flags["v0_warmup_steps"] = require_warmup_steps(steps)
-        except InputError as error:
-            raise InputError(
-                f"v0: {value!r}: the steps after 'warmup' must be a whole number >= 1, or a share of the run in (0, 1)"
-            ) from error
+        flags["v0_warmup_steps"] = _read_length(rest[1], value)
     elif len(rest) == 1 and strategy != NO_V0:
         scale = _read_number(rest[0])
         if scale is None or scale <= 0:
@@ -103,6 +98,17 @@ def parse_v0(value: Any) -> AxisValue:
             "'data_driven warmup 200'"
         )
     return _name_v0(flags)
+
+
+def _read_length(word: str, value: Any) -> float | str:
+    if word == AUTO:
+        return AUTO
+    try:
+        return require_warmup_steps(_read_number(word))
+    except InputError as error:
+        raise InputError(
+            f"v0: {value!r}: the steps after 'warmup' must be a whole number >= 1, a share of the run in (0, 1), or {AUTO}"
+        ) from error
 
 
 def _parse_v0_mapping(value: dict) -> AxisValue:

@@ -18,7 +18,7 @@ from .results import PENDING, PLAN_FILE, Comparison, RunResult, make_comparison,
 COPY_FILE, RESULTS_FILE, EVALUATIONS_FILE = "comparison.json", "results.csv", "evaluations.csv"
 _TEXTS = ("name", "arm", "v0", "warmup", "optimizer", "state")
 _NUMBERS = ("final_loss", "start_loss", "train_seconds", "seconds", "v0_seconds", "v0_extra_steps")
-_COUNTS = ("exit_status", "num_steps", "v0_samples")
+_COUNTS = ("exit_status", "num_steps", "v0_samples", "held_back")
 _RECORDED = ("best_loss", "target_loss", "steps_to_target", "steps_to_target_charged", "seconds_to_target")
 
 

@@ -42,6 +42,7 @@ class RunResult:
 
     `train_seconds` is the time of training without evaluations, with the statistics pass; `v0_seconds` that of the pass;
     `v0_samples` the samples it read and `v0_extra_steps` those samples in steps of the run's effective batch. None: not known.
+    `held_back` is the length in steps that was measured at the run's beginning, None where none was; its time is in `v0_seconds`.
     `recorded` is what a copy without curves has kept of them: its lowest loss, and what it took to reach one target.
     """
 
@@ -75,6 +76,7 @@ class RunResult:
     v0_seconds: float | None = None
     v0_samples: int | None = None
     v0_extra_steps: float | None = None
+    held_back: int | None = None
     fingerprint: dict | None = None
     diagnostics_path: Path | None = None
     problems: list[str] = field(default_factory=list)
@@ -277,11 +279,15 @@ def _add_pass(run: RunResult, output: Path) -> None:
     except InputError as error:
         run.problems.append(str(error))
         return
-    if report is None:
-        if run.v0 == "zeros":
-            run.v0_seconds, run.v0_samples, run.v0_extra_steps = 0.0, 0, 0.0
+    length = (report or {}).get("length") or {}
+    run.held_back, measuring = length.get("steps"), length.get("seconds") or 0.0
+    if report is None or report.get("strategy") == "zeros":
+        if run.v0 == "zeros" or run.held_back == 0:
+            run.v0_seconds, run.v0_samples, run.v0_extra_steps = measuring, 0, 0.0
         return
     run.v0_seconds, run.v0_samples = report.get("seconds"), report.get("num_samples")
+    if run.v0_seconds is not None:
+        run.v0_seconds += measuring
     batch = report.get("effective_batch_size")
     if run.v0_samples == 0:
         run.v0_extra_steps = 0.0

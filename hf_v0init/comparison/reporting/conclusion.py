@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...closed_form.defaults import DEFAULT_SCALE
+from ...settings import AUTO, MEASURED
 from ..planning.axes import UNTUNED
 from ..reading.budget import Budget
 from ..reading.choice import Contest, hold_contest
@@ -104,7 +105,8 @@ def compose_conclusion(summary: Summary, check: FingerprintCheck, budget: Budget
         return Conclusion(verdict, headline, points + cautions)
     if verdict == NO_V0_RESULT:
         headline = "No run with a v0 and without a warmup has a result, so v0 cannot be judged."
-        return Conclusion(verdict, headline, [("Best so far", _describe(summary.arms[0]) + "."), *cautions])
+        points = [("Best so far", _describe(summary.arms[0]) + "."), *_list_measured(summary)]
+        return Conclusion(verdict, headline, points + cautions)
     headline = _compose_headline(verdict, summary, contests)
     if find_edges(deciding) and verdict not in (TOO_FEW, UNDECIDED):
         headline = f"So far: {headline}"
@@ -115,6 +117,7 @@ def compose_conclusion(summary: Summary, check: FingerprintCheck, budget: Budget
     points.append(("Against a plain start", _compose_plain(summary, contests)))
     points += [("Other arms", text)] if (text := _compose_others(summary, v0, warmup)) else []
     points += [("Tuning", text)] if (text := _compose_tuning(summary, budget)) else []
+    points += _list_measured(summary)
     points.append(("Learning rates", _compose_sensitivity(summary, v0, warmup, plain)))
     points.append(("Diverged or failed", _compose_diverged(deciding)))
     points += [("Cost", text)] if (text := _compose_cost(summary)) else []
@@ -442,15 +445,42 @@ def _compose_tuning(summary: Summary, budget: Budget | None) -> str:
     return " ".join(texts)
 
 
+def _list_measured(summary: Summary) -> list[tuple[str, str]]:
+    """Say what length was measured, beside the best of those that were tried; nothing if no warmup is a measured one."""
+    arms = summary.list_arms(WARMUP, PLAIN)
+    measured = next((arm for arm in arms if arm.warmup == MEASURED), None)
+    if measured is None:
+        return []
+    text = f"`{measured.name}` held back for {_name_lengths(measured)} and ends at {format_final(measured.best)}"
+    tried = [arm for arm in arms if arm.warmup not in UNTUNED]
+    if not tried:
+        return [("Measured length", text + ". No length was tried beside it.")]
+    best = tried[0]
+    text += f"; the best of {count_of(len(tried), 'length')} tried, `{best.name}`, at {format_final(best.best)}"
+    difference = summary.subtract(measured.best, best.best)
+    text += "." if difference is None else f" ({_write_difference(difference)} against it)."
+    return [("Measured length", text)]
+
+
+def _name_lengths(arm: Arm) -> str:
+    lengths = sorted({run.held_back for run in arm.best.runs if run.held_back is not None})
+    if not lengths:
+        return "a length that is not on record"
+    if lengths == [0]:
+        return "no steps"
+    return f"{lengths[0]:,} steps" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,} steps"
+
+
 def _can_be_compared(arm: Arm) -> bool:
     return arm.to_warmup is not None and not arm.best.has_diverged
 
 
 def needs_no_choice(arm: Arm) -> bool:
-    """Whether the arm's v0 or warmup is a default that nobody has to tune: a strategy at its default scale, an untuned warmup."""
+    """Whether nobody has to tune the arm's v0 or warmup: a strategy at its default scale or of measured length, an untuned warmup."""
     if arm.kind == WARMUP:
         return arm.warmup in UNTUNED
-    return not arm.other and arm.v0 in {f"{strategy} {scale:g}" for strategy, scale in DEFAULT_SCALE.items()}
+    untuned = {f"{strategy} {scale:g}" for strategy, scale in DEFAULT_SCALE.items()}
+    return not arm.other and (arm.v0 in untuned or arm.v0.endswith(f" warmup {AUTO}"))
 
 
 def _compose_sensitivity(summary: Summary, v0: Arm, warmup: Arm | None, plain: Arm | None) -> str:

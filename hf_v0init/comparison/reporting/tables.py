@@ -338,7 +338,7 @@ def write_results(path: Path, summary: Summary) -> None:
         "seconds",
     ):
         columns[name] = lambda run, name=name: getattr(run, name)
-    for name in ("v0_samples", "v0_extra_steps", "v0_seconds"):
+    for name in ("v0_samples", "v0_extra_steps", "v0_seconds", "held_back"):
         columns[name] = lambda run, name=name: getattr(run, name)
     for i, name in enumerate(("steps_to_target", "steps_to_target_charged", "seconds_to_target")):
         columns[name] = lambda run, i=i: _find_cost(run, summary, i)
