@@ -9,7 +9,7 @@ from .closed_form.untuned_warmup import UNTUNED_WARMUPS
 from .errors import InputError
 
 STATISTICS = ("per_sample", "per_step")
-AUTO = "auto"  # of v0_num_samples and v0_warmup_steps
+AUTO = "auto"  # of v0_init, v0_num_samples and v0_warmup_steps
 MEASURED = "measured"  # of untuned_warmup
 # What each preset selects, by strategy; other flags must not contradict it.
 _PASS = {"v0_statistic": "per_sample", "v0_num_samples": 5000, "v0_warmup_steps": None}
@@ -56,8 +56,9 @@ class V0InitArguments:
         metadata={
             "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2], see --v0_statistic; "
             "eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' (v0 = scale * g1^2 of the run's "
-            "first step, GI-Adam). Default: zeros.",
-            "choices": list(STRATEGIES),
+            "first step, GI-Adam). 'auto': nothing to tune, the setting that did best over our tasks, which is no v0 but "
+            "--untuned_warmup measured. Default: zeros.",
+            "choices": [*STRATEGIES, AUTO],
         },
     )
     v0_scale: float | None = field(
@@ -166,8 +167,10 @@ class V0InitArguments:
 
     def _require_valid_v0(self) -> None:
         self.v0_init = getattr(self.v0_init, "value", self.v0_init)
+        if self.v0_init == AUTO:
+            self._take_auto()
         if self.v0_init not in STRATEGIES:
-            raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join(STRATEGIES)}")
+            raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join((*STRATEGIES, AUTO))}")
         if self.v0_preset is not None:
             self._take_preset()
         if self.v0_statistic is None:
@@ -204,6 +207,19 @@ class V0InitArguments:
             raise InputError(f"untuned_warmup={self.untuned_warmup!r}: choose one of {allowed}")
         if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
             raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
+
+    def _take_auto(self) -> None:
+        """Take what `v0_init=auto` stands for; configs/compare/results/measured_length/README.md has the runs that chose it."""
+        given = {name: getattr(self, name) for name in ("v0_scale", "v0_warmup_steps", "v0_measure_steps", "v0_preset")}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"v0_init=auto and {name}={value}: auto has no v0, but a warmup of a length that it measures; drop {name}, or "
+                    "give v0_init=data_driven"
+                )
+        if self.untuned_warmup not in (None, MEASURED):
+            raise InputError(f"v0_init=auto and untuned_warmup={self.untuned_warmup} are two warmups: give one")
+        self.v0_init, self.untuned_warmup = "zeros", MEASURED
 
     def _take_preset(self) -> None:
         """Select what the preset has; a flag that says otherwise is refused."""

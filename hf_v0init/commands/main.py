@@ -32,6 +32,7 @@ from ..closed_form.multiplier import (
 from ..errors import InputError
 from ..optimizers.table import make_cells, make_markdown_table
 from ..plots import draw_multiplier, require_figure_path
+from ..settings import AUTO
 from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
@@ -147,6 +148,10 @@ def compute_scale_in_force(
     Raises:
         InputError: what `V0InitArguments` refuses too.
     """
+    if v0_init == AUTO:
+        raise InputError(
+            "v0_init=auto measures its length on the run's own batches: `hf-v0init probe CONFIG` says what it will do"
+        )
     if v0_init not in STRATEGIES:
         raise InputError(f"v0_init={v0_init!r}: choose one of {', '.join(STRATEGIES)}")
     if v0_scale is not None and v0_warmup_steps is not None:
@@ -233,7 +238,7 @@ def _print_random(console: Console, beta2: float, max_steps: int) -> None:
     if too_late:
         console.print(
             f"Warning: from a ratio of {too_late[0]:,.0f} on, v0 will not have washed out at step "
-            f"{max_steps:,}. Remedy: a smaller v0_scale or adam_beta2, a longer run, or v0_init data_driven.",
+            f"{max_steps:,}. Remedy: --v0_warmup_steps 0.33, which sizes v0 by the gradients of the run's first step.",
             style="yellow",
         )
 

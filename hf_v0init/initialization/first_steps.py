@@ -627,10 +627,11 @@ def attach_v0(
     )
     if v0_init == "zeros":
         return None
-    if settings.v0_warmup_steps == AUTO:
+    if AUTO in (v0_init, settings.v0_warmup_steps):
+        name = "v0_init" if v0_init == AUTO else "v0_warmup_steps"
         raise InputError(
-            "attach_v0 cannot measure v0_warmup_steps=auto, which takes the loop's own batches and loss: give what "
-            "compute_warmup_length says of measure_trust_radius(model, batches, loss_fn).d50"
+            f"attach_v0 cannot measure {name}=auto, which takes the loop's own batches and loss: warm up for as long as "
+            "compute_warmup_length says of measure_trust_radius(model, batches, loss_fn).d50, or give it as v0_warmup_steps"
         )
     return FirstSteps(optimizer, model, settings, seed=v0_seed, max_steps=max_steps)
 

@@ -25,6 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..closed_form.length import LONGEST_SHARE, compute_relative_rate, compute_warmup_length
+from ..closed_form.untuned_warmup import UNTUNED_WARMUPS
 from ..errors import InputError
 from ..initialization.first_steps import FirstSteps
 from ..initialization.plan import plan_v0
@@ -35,7 +36,7 @@ from ..preservation import defer_interrupts
 from ..records.report import V0Report, read_report, write_report
 from ..settings import MEASURED, V0InitArguments, read_v0_arguments
 from .gradients import TrainerGradients
-from .supported_runs import require_supported_pass, require_supported_run
+from .supported_runs import require_sole_warmup, require_supported_pass, require_supported_run
 from .trust_radius import measure_run
 
 logger = logging.getLogger("hf_v0init")
@@ -79,8 +80,16 @@ class V0InitCallback(TrainerCallback):
         _unattached.add(self)
 
     def attach(self, trainer) -> "V0InitCallback":
-        """Add this callback to a Trainer and let it know the Trainer, which the paper's pass needs. Returns the callback."""
+        """Add this callback to a Trainer and let it know the Trainer, which the paper's pass and a measured length need.
+
+        Returns:
+            The callback.
+
+        Raises:
+            InputError: an untuned warmup beside another one.
+        """
         self._trainer = trainer
+        require_sole_warmup(self.get_settings(trainer.args), trainer)
         self._take(trainer.args)
         trainer.add_callback(self)
         return self
@@ -116,6 +125,11 @@ class V0InitCallback(TrainerCallback):
         self._measured = None
         settings = self.get_settings(args, state.max_steps)
         self._began_at = state.global_step
+        if settings.untuned_warmup in UNTUNED_WARMUPS and not hasattr(self._trainer, "_v0_callback"):
+            raise InputError(
+                f"untuned_warmup={settings.untuned_warmup} changes the schedule, which is V0InitTrainer's or V0InitMixin's to make: use "
+                "one of these, untuned_warmup=measured, or warmup_steps"
+            )
         if settings.wants_length:
             length = self._find_length(args, state, settings, optimizer, kwargs.get("train_dataloader"))
             if settings.untuned_warmup == MEASURED and length:

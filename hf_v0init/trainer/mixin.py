@@ -47,7 +47,6 @@ class V0InitMixin:
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
             SecondMoments(self.optimizer)  # a resume would fill its state before it is looked at
-        self._require_sole_warmup()
         _show_messages(self.args)
         self._v0_callback.attach(self)
         self._run_record = None
@@ -160,18 +159,6 @@ class V0InitMixin:
         require_sole_choice(spec, self.args, was_passed)
         optimizer_class = load_optimizer_class(spec)
         self.optimizer_cls_and_kwargs = (optimizer_class, compute_optimizer_arguments(optimizer_class, self.args))
-
-    def _require_sole_warmup(self) -> None:
-        shape = self.v0_arguments.untuned_warmup
-        if shape is None:
-            return
-        num_steps = self.args.get_warmup_steps(1000)
-        if num_steps:
-            raise InputError(
-                f"untuned_warmup={shape} and warmup_steps={self.args.warmup_steps} are two warmups: give one"
-            )
-        if self.lr_scheduler is not None:
-            raise InputError(f"untuned_warmup={shape} and a schedule that was passed in: give one")
 
 
 class V0InitTrainer(V0InitMixin, Trainer):

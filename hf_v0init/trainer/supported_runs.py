@@ -2,6 +2,7 @@
 
 from ..errors import InputError
 from ..optimizers.deepspeed import require_supported_config
+from ..settings import MEASURED, V0InitArguments
 
 
 def require_supported_run(trainer) -> None:
@@ -39,3 +40,15 @@ def require_supported_pass(trainer) -> None:
             f"v0_statistic=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
             "GPU with `accelerate launch` or `torchrun`, or use v0_statistic=per_step (the default)"
         )
+
+
+def require_sole_warmup(settings: V0InitArguments, trainer) -> None:
+    """Raise `InputError` if an untuned warmup is asked for beside another one."""
+    shape = settings.untuned_warmup
+    if shape is None:
+        return
+    name = f"untuned_warmup={shape}" + (" (which v0_init=auto stands for)" if shape == MEASURED else "")
+    if trainer.args.get_warmup_steps(1000):
+        raise InputError(f"{name} and warmup_steps={trainer.args.warmup_steps} are two warmups: give one")
+    if trainer.lr_scheduler is not None:
+        raise InputError(f"{name} and a schedule that was passed in: give one")

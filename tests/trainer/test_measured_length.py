@@ -120,6 +120,47 @@ def test_a_resumed_run_keeps_its_length(tmp_path):
         late.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
 
 
+def test_auto_is_the_measured_warmup_and_no_v0(tmp_path):
+    auto = train(tmp_path / "a", v0_init="auto", **LONG)
+    measured = train(tmp_path / "b", untuned_warmup="measured", **LONG)
+    assert_equal_weights(auto, measured)
+    assert auto.get_v0_report() is None and auto._v0_callback.length["steps"] > 0
+    callback = V0InitCallback(v0_init="auto")
+    stock = make_trainer(tmp_path / "c", stock=True, **LONG)
+    callback.attach(stock)
+    stock.train()
+    assert_equal_weights(auto, stock)
+    assert callback.length["steps"] == auto._v0_callback.length["steps"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"v0_scale": 2.0}, "v0_init=auto and v0_scale=2.0: auto has no v0"),
+        ({"v0_warmup_steps": 20}, "v0_init=auto and v0_warmup_steps=20"),
+        ({"v0_preset": "paper"}, "v0_init=auto and v0_preset=paper"),
+        ({"untuned_warmup": "linear"}, "v0_init=auto and untuned_warmup=linear are two warmups"),
+        (
+            {"warmup_steps": 5},
+            r"untuned_warmup=measured \(which v0_init=auto stands for\) and warmup_steps=5 are two warmups",
+        ),
+    ],
+)
+def test_auto_beside_what_contradicts_it_is_refused(tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        make_trainer(tmp_path, v0_init="auto", **flags)
+
+
+def test_a_callback_refuses_a_second_warmup_and_one_that_it_cannot_make(tmp_path):
+    stock = make_trainer(tmp_path, stock=True, warmup_steps=5, max_steps=2)
+    with pytest.raises(InputError, match="warmup_steps=5 are two warmups"):
+        V0InitCallback(untuned_warmup="measured").attach(stock)
+    stock = make_trainer(tmp_path, stock=True, max_steps=2)
+    stock.add_callback(V0InitCallback(untuned_warmup="linear"))
+    with pytest.raises(InputError, match="untuned_warmup=linear changes the schedule"):
+        stock.train()
+
+
 def test_what_cannot_be_measured_falls_back_to_two_over_one_minus_beta2(tmp_path, caplog):
     class Flat(nn.Module):
         def __init__(self):
@@ -158,5 +199,7 @@ def test_it_takes_a_trainer(tmp_path):
     assert callback.length["steps"] > 0 and isinstance(attached, Trainer)
     with pytest.raises(InputError, match="compute_warmup_length"):
         attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_warmup_steps="auto")
+    with pytest.raises(InputError, match="cannot measure v0_init=auto"):
+        attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_init="auto")
     with pytest.raises(InputError, match="choose one of linear, exponential, measured"):
         V0InitArguments(untuned_warmup="cosine")

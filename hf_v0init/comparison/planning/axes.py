@@ -77,6 +77,8 @@ def parse_v0(value: Any) -> AxisValue:
     words = str(value).split()
     strategy, rest = (words[0], words[1:]) if words else ("", [])
     if strategy not in STRATEGIES:
+        if strategy == AUTO:
+            raise InputError("v0: auto has no v0 but a warmup of measured length: write it as `warmup: [measured]`")
         raise InputError(
             f"v0: {str(value)!r} is no strategy{suggest(strategy, STRATEGIES)}; choose {', '.join(STRATEGIES)}, or a mapping of "
             "flags"
