@@ -20,7 +20,7 @@ import math
 
 from ..errors import InputError
 
-STEPS_PER_X = 130.0  # optimizer steps of warmup for each learning rate's worth of d50
+STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
 LONGEST_SHARE = 2 / 3  # of the run; beyond it nothing is left to train with
 NEEDED_FROM = 0.3  # x from which on a warmup is worth its steps; nothing below 0.75 was run
 

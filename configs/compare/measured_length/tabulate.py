@@ -1,0 +1,261 @@
+"""Prints the tables of `configs/compare/results/measured_length/README.md` from the numbers of every run beside it:
+
+    python configs/compare/measured_length/tabulate.py
+
+A cell is a task at a learning rate. Regret is the final loss less that of the best warmup length tried in the same cell, no warmup
+among them, on the same seed. Intervals are 95% t intervals of paired differences.
+"""
+
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_v0init.comparison.reading.summary import compute_paired_interval
+
+RESULTS = Path("configs/compare/results")
+POCKETS = {"multi30k_pocket": "multi30k", "ptb_pocket": "ptb"}  # earlier comparisons with the same settings
+SHARES = {"3%": 0.03, "10%": 0.1, "33%": 0.33, "67%": 2 / 3}
+MEASURED, NONE = "measured", "none"
+V0_ARMS = {
+    "data_driven, measured length": ("data_driven warmup auto", "none"),
+    "random, measured length": ("random warmup auto", "none"),
+    "m(t) on the rate": ("zeros", "multiplier"),
+    "steady v0 + measured": ("data_driven 1", "measured"),
+    "the same, corrections run out": ("data_driven 1 corrections run out", "measured"),
+    "random 10 + measured": ("random 10", "measured"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `length` is its warmup in steps, None for what is no plain linear warmup."""
+
+    task: str
+    steps: int
+    rate: float
+    seed: int
+    v0: str
+    warmup: str
+    optimizer: str
+    loss: float
+    held_back: int | None
+
+    @property
+    def cell(self) -> tuple[str, int, float]:
+        """Task, horizon and learning rate."""
+        return self.task, self.steps, self.rate
+
+    @property
+    def length(self) -> int | None:
+        """Steps of a linear warmup without a v0, 0 for none."""
+        if self.v0 != "zeros" or self.optimizer != "adamw":
+            return None
+        if self.warmup == NONE:
+            return 0
+        try:
+            number = float(self.warmup)
+        except ValueError:
+            return None
+        return math.ceil(number * self.steps) if number < 1 else int(number)
+
+
+def read_runs() -> list[Run]:
+    """Read every results.csv; where a run was made twice, its later one stands."""
+    folders = [(path.parent, path.parent.name) for path in sorted((RESULTS / "measured_length").rglob("results.csv"))]
+    runs = {}
+    for folder, task in [(RESULTS / name, task) for name, task in POCKETS.items()] + folders:
+        with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                other = json.loads(row["other"]) if row["other"] else {}
+                beta2, steps = other.pop("adam_beta2", 0.98), int(other.pop("max_steps", row["num_steps"] or 0))
+                if other or not row["scored_loss"] or beta2 not in (0.98, 0.999):
+                    continue
+                run = Run(
+                    task="ptb_beta2_999" if task == "ptb" and beta2 == 0.999 else task,
+                    steps=steps,
+                    rate=float(row["learning_rate"]),
+                    seed=int(row["seed"]),
+                    v0=row["v0"],
+                    warmup=row["warmup"],
+                    optimizer=row["optimizer"],
+                    loss=float(row["scored_loss"]),
+                    held_back=int(row["held_back"]) if row.get("held_back") else None,
+                )
+                runs[run.cell, run.seed, run.v0, run.warmup, run.optimizer] = run
+    return list(runs.values())
+
+
+def group_by_cell(runs: list[Run], seed: int = 1) -> dict[tuple, list[Run]]:
+    """Group the runs of a seed by their cell."""
+    cells = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.cell):
+        if run.seed == seed:
+            cells[run.cell].append(run)
+    return cells
+
+
+def find_share(runs: list[Run], share: float) -> Run | None:
+    """Find the linear warmup whose share of the run is within a tenth of this one."""
+    near = [run for run in runs if run.length and abs(run.length / run.steps / share - 1) < 0.1]
+    return min(near, key=lambda run: abs(run.length / run.steps - share)) if near else None
+
+
+def find_arm(runs: list[Run], v0: str, warmup: str) -> Run | None:
+    """Find the run of an arm; a multiplier of any length counts as one."""
+    for run in runs:
+        if run.v0 == v0 and run.optimizer == "adamw" and (run.warmup == warmup or run.warmup.split()[0] == warmup):
+            return run
+    return None
+
+
+def find_best(runs: list[Run]) -> Run | None:
+    """Find the best linear warmup without a v0 among those tried, no warmup among them; None unless two were."""
+    tried = [run for run in runs if run.length is not None]
+    return min(tried, key=lambda run: run.loss) if len(tried) > 1 else None
+
+
+def write(number: float | None) -> str:
+    """Write a loss."""
+    return "-" if number is None else f"{number:.3f}"
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def print_warmups(cells: dict) -> None:
+    """Print every cell's warmups."""
+    rows = []
+    for (task, steps, rate), runs in cells.items():
+        measured, best = find_arm(runs, "zeros", MEASURED), find_best(runs)
+        if best is None:
+            continue
+        row = [task, f"{steps:,}", f"{rate:g}", write(getattr(find_arm(runs, "zeros", NONE), "loss", None))]
+        row += [write(getattr(find_share(runs, share), "loss", None)) for share in SHARES.values()]
+        row.append("-" if measured is None else f"{measured.held_back}: {measured.loss:.3f}")
+        rows.append([*row, f"{best.length}: {best.loss:.3f}"])
+    print("## Warmups, seed 1\n")
+    print_table(["task", "steps", "rate", "no warmup", *SHARES, "measured", "best tried"], rows)
+
+
+def print_regret(cells: dict) -> None:
+    """Print mean and worst regret of each rule over the cells where all of them were run."""
+    rules = {"no warmup": lambda runs: find_arm(runs, "zeros", NONE)}
+    rules |= {share: lambda runs, s=s: find_share(runs, s) for share, s in SHARES.items() if share in ("10%", "67%")}
+    rules["measured"] = lambda runs: find_arm(runs, "zeros", MEASURED)
+    regrets, ranks = defaultdict(list), defaultdict(list)
+    for runs in cells.values():
+        chosen = {name: find(runs) for name, find in rules.items()}
+        if None in chosen.values():
+            continue
+        best = min(run.loss for run in [*chosen.values(), find_best(runs)])
+        for name, run in chosen.items():
+            regrets[name].append(run.loss - best)
+            ranks[name].append(1 + sum(other.loss < run.loss for other in chosen.values()))
+    number = len(next(iter(regrets.values()), []))
+    print(f"## Regret over the {number} cells where all four were run, seed 1\n")
+    rows = [
+        [
+            name,
+            *(f"{value:.3f}" for value in (statistics.fmean(of_rule), statistics.median(of_rule), max(of_rule))),
+            f"{sum(value <= 0.03 for value in of_rule)} of {number}",
+            f"{statistics.fmean(ranks[name]):.2f}",
+        ]
+        for name, of_rule in regrets.items()
+    ]
+    print_table(["rule", "mean", "median", "worst", "within .03", "mean rank"], rows)
+
+
+def print_v0_arms(cells: dict) -> None:
+    """Print the arms with a v0 beside the measured warmup of the same cell."""
+    rows = []
+    for (task, steps, rate), runs in cells.items():
+        found = {name: find_arm(runs, *arm) for name, arm in V0_ARMS.items()}
+        if not any(found.values()):
+            continue
+        plain, measured = find_arm(runs, "zeros", NONE), find_arm(runs, "zeros", MEASURED)
+        row = [task, f"{steps:,}", f"{rate:g}"] + [write(getattr(run, "loss", None)) for run in (plain, measured)]
+        rows.append(row + [write(getattr(run, "loss", None)) for run in found.values()])
+    print("## v0 beside a warmup of the same length, seed 1\n")
+    print_table(["task", "steps", "rate", "no warmup", "measured warmup", *V0_ARMS], rows)
+
+
+def print_seeds(runs: list[Run]) -> None:
+    """Print the cells with three seeds: means, and the measured warmup's paired difference to the others."""
+    arms = {
+        "no warmup": lambda of: find_arm(of, "zeros", NONE),
+        "10%": lambda of: find_share(of, 0.1),
+        "67%": lambda of: find_share(of, 2 / 3),
+        "measured": lambda of: find_arm(of, "zeros", MEASURED),
+        "steady v0 + measured": lambda of: find_arm(of, *V0_ARMS["steady v0 + measured"]),
+        "data_driven, measured length": lambda of: find_arm(of, *V0_ARMS["data_driven, measured length"]),
+        "untuned, 2/(1 - beta2)": lambda of: find_arm(of, "zeros", "untuned_linear"),
+        "first_gradient": lambda of: find_arm(of, "first_gradient 1", NONE),
+        "RAdam": lambda of: next((run for run in of if run.optimizer == "radam"), None),
+        "schedule-free": lambda of: next((run for run in of if run.optimizer == "schedule_free"), None),
+    }
+    by_seed = {seed: group_by_cell(runs, seed) for seed in (1, 2, 3)}
+    rows = []
+    for cell in by_seed[1]:
+        losses = {
+            name: {s: run.loss for s, cells in by_seed.items() if cell in cells and (run := find(cells[cell]))}
+            for name, find in arms.items()
+        }
+        if len(losses["measured"]) < 3:
+            continue
+        for name, of_arm in losses.items():
+            if len(of_arm) < 2:
+                continue
+            values = list(of_arm.values())
+            difference = compute_paired_interval(losses["measured"], of_arm) if name != "measured" else None
+            ends = "" if difference is None else f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+            mean = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+            rows.append([cell[0], f"{cell[2]:g}", name, mean, ends])
+    print("## Over seeds\n")
+    print_table(["task", "rate", "arm", "loss, mean ± std (seeds)", "measured less this"], rows)
+
+
+def print_sensitivity(cells: dict) -> None:
+    """Print the mean excess over the task's best loss across its learning rates, for the arms run at all of them."""
+    names = {"no warmup": lambda of: find_arm(of, "zeros", NONE), "10%": lambda of: find_share(of, 0.1)}
+    names |= {"67%": lambda of: find_share(of, 2 / 3), "measured": lambda of: find_arm(of, "zeros", MEASURED)}
+    names |= {name: lambda of, arm=arm: find_arm(of, *arm) for name, arm in V0_ARMS.items()}
+    tasks = defaultdict(dict)
+    for (task, steps, rate), runs in cells.items():
+        if find_arm(runs, "zeros", MEASURED):
+            tasks[task, steps][rate] = runs
+    rows = []
+    for (task, steps), by_rate in tasks.items():
+        if len(by_rate) < 2:
+            continue
+        best = min(run.loss for runs in by_rate.values() for run in runs)
+        row = [task, f"{steps:,}", " ".join(f"{rate:g}" for rate in by_rate)]
+        for find in names.values():
+            losses = [getattr(find(runs), "loss", None) for runs in by_rate.values()]
+            row.append("-" if None in losses else write(statistics.fmean(losses) - best))
+        rows.append(row)
+    print("## Sensitivity to the learning rate, seed 1\n")
+    print_table(["task", "steps", "rates", *names], rows)
+
+
+def main() -> None:
+    """Print all tables."""
+    runs = read_runs()
+    cells = group_by_cell(runs)
+    print_warmups(cells)
+    print_regret(cells)
+    print_v0_arms(cells)
+    print_sensitivity(cells)
+    print_seeds(runs)
+
+
+if __name__ == "__main__":
+    main()
