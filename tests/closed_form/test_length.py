@@ -21,8 +21,9 @@ D50 = 5.9e-4  # the small Multi30k model's, seed 1
 
 def test_the_length_grows_with_the_rate_up_to_a_share_of_the_run():
     assert compute_relative_rate(1.5e-3, D50) == pytest.approx(2.542, abs=1e-3)
-    lengths = [compute_warmup_length(compute_relative_rate(rate, D50), 600) for rate in (7.5e-4, 1.5e-3, 3e-3, 6e-3)]
-    assert lengths == [round(STEPS_PER_X * 7.5e-4 / D50), round(STEPS_PER_X * 1.5e-3 / D50), 400, 400]
+    lengths = [compute_warmup_length(compute_relative_rate(rate, D50), 600) for rate in (3e-4, 7.5e-4, 1.5e-3, 3e-3)]
+    assert lengths == [round(STEPS_PER_X * 3e-4 / D50), round(STEPS_PER_X * 7.5e-4 / D50), 400, 400]
+    assert 1 < lengths[0] < lengths[1] < 400
     assert compute_warmup_length(5.0, 6000) == round(5.0 * STEPS_PER_X)  # a longer run has room
 
 
