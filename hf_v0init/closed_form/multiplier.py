@@ -171,5 +171,5 @@ def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_fo
         remedy = f"--v0_warmup_steps {third} (a third of the run) instead of --v0_scale"
     return (
         f"v0 will not have washed out: it still multiplies the step by {at_end:.3g} at the last step ({max_steps:,}) and reaches "
-        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}"
+        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}; or --v0_init auto, a warmup of measured length"
     )
