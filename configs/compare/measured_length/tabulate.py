@@ -1,6 +1,8 @@
 """Prints the tables of `configs/compare/results/measured_length/README.md` from the numbers of every run beside it:
 
-    python configs/compare/measured_length/tabulate.py
+    python configs/compare/measured_length/tabulate.py [FIGURE.png]
+
+With a path it also draws why v0 alone is behind: the same multiplier m(t), on the second moment and on the learning rate.
 
 A cell is a task at a learning rate. Regret is the final loss less that of the best warmup length tried in the same cell, no warmup
 among them, on the same seed. Intervals are 95% t intervals of paired differences.
@@ -10,11 +12,13 @@ import csv
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_v0init.comparison.reading.summary import compute_paired_interval
+from hf_v0init.plots import import_pyplot, require_figure_path, write_figure
 
 RESULTS = Path("configs/compare/results")
 POCKETS = {"multi30k_pocket": "multi30k", "ptb_pocket": "ptb"}  # earlier comparisons with the same settings
@@ -246,10 +250,40 @@ def print_sensitivity(cells: dict) -> None:
     print_table(["task", "steps", "rates", *names], rows)
 
 
+def draw_brakes(cells: dict, path: Path) -> None:
+    """Draw the three ways of holding back for one length, and none, over the best of them: a row a cell."""
+    arms = {
+        "no warmup": ("zeros", NONE, "x", "0.5"),
+        "v0, which fades by m(t)": ("data_driven warmup auto", NONE, "s", "tab:red"),
+        "the same m(t) on the learning rate": ("zeros", "multiplier", "o", "tab:blue"),
+        "linear warmup of that length": ("zeros", MEASURED, "^", "tab:green"),
+    }
+    rows = {}
+    for (task, _, rate), runs in cells.items():
+        found = {name: find_arm(runs, v0, warmup) for name, (v0, warmup, _, _) in arms.items()}
+        if None not in list(found.values())[1:]:
+            rows[f"{task}, {rate:g}"] = {name: run.loss for name, run in found.items() if run is not None}
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.38 * len(rows)), layout="constrained")
+    for name, (_, _, marker, colour) in arms.items():
+        points = [(losses[name] - min(losses.values()), y) for y, losses in enumerate(rows.values()) if name in losses]
+        axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=7)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlabel("final validation loss above the best of the row, nats (linear up to 0.1, then logarithmic)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18 - 0.3 / max(1, len(rows))), ncols=2, frameon=False)
+    write_figure(figure, path)
+
+
 def main() -> None:
     """Print all tables."""
+    figure = require_figure_path(sys.argv[1]) if len(sys.argv) > 1 else None
     runs = read_runs()
     cells = group_by_cell(runs)
+    if figure is not None:
+        draw_brakes(cells, figure)
     print_warmups(cells)
     print_regret(cells)
     print_v0_arms(cells)
