@@ -1,20 +1,6 @@
 """What the numbers say, in words: what to use on this task, what it saves, and how sure that is. Generated, never edited.
 
-Three are held against each other, each chosen from all its trials (arms at learning rates): the best v0 without a warmup, the best
-warmup without a v0, and the plain start, which has neither and is the simplest. `decide` names the answer; the sentences follow from it.
-
-| answer | when |
-| --- | --- |
-| `nothing_finished`, `all_diverged` | no run counts; every run that counts diverged |
-| `no_v0`, `no_shared_seed` | no v0 has a result; v0 and warmup share no seed |
-| `no_warmup`, `v0_harms` | no warmup has a result; and v0 is worse than the plain start beyond noise |
-| `too_few_seeds` | fewer than two seeds judge, or two whose interval holds 0 |
-| `plain_wins` | both v0 and warmup are worse than the plain start beyond noise |
-| `neither_needed` | neither is better than it beyond noise, nor may be by over 5% of its loss (3 seeds or more) |
-| `v0_wins` | v0 is better than the warmup beyond noise, and the plain start not better than v0 |
-| `no_difference` | within noise, and v0 may be worse by at most 5% of the warmup's loss |
-| `undecided` | within noise, but v0 may be worse by more; or neither is shown to be better than the plain start |
-| `warmup_wins`, `v0_does_not_help` | v0 is worse beyond noise; it is, or is not, better than the plain start |
+`verdict.decide` names the answer; the sentences follow from it.
 """
 
 from __future__ import annotations
@@ -27,7 +13,7 @@ from ...closed_form.defaults import DEFAULT_SCALE
 from ...settings import AUTO, MEASURED
 from ..planning.axes import UNTUNED
 from ..reading.budget import Budget
-from ..reading.choice import Contest, hold_contest
+from ..reading.choice import Contest
 from ..reading.cost import name_hours, sum_hours
 from ..reading.fingerprints import FingerprintCheck
 from ..reading.results import DIVERGED, FAILED, START_SOURCES
@@ -55,17 +41,28 @@ from .formats import (
     format_test,
     name_test_metric,
 )
-
-FEW_SEEDS = 3  # below this, words on noise are not worth much
-MARGIN = 0.05  # of the best warmup's loss: a v0 that may be worse by more has not been shown to replace it
-
-NOTHING, ALL_DIVERGED, NO_V0_RESULT, NO_WARMUP_RESULT, NO_SHARED_SEED = (
-    "nothing_finished", "all_diverged", "no_v0", "no_warmup", "no_shared_seed",
-)  # fmt: skip
-TOO_FEW, UNDECIDED, V0_WINS, NO_DIFFERENCE = "too_few_seeds", "undecided", "v0_wins", "no_difference"
-NEITHER_NEEDED, PLAIN_WINS, WARMUP_WINS, V0_USELESS, V0_HARMS = (
-    "neither_needed", "plain_wins", "warmup_wins", "v0_does_not_help", "v0_harms",
-)  # fmt: skip
+from .verdict import (
+    ALL_DIVERGED,
+    FEW_SEEDS,
+    MARGIN,
+    NEITHER_NEEDED,
+    NO_DIFFERENCE,
+    NO_SHARED_SEED,
+    NO_V0_RESULT,
+    NO_WARMUP_RESULT,
+    NOTHING,
+    PLAIN_WINS,
+    TOO_FEW,
+    UNDECIDED,
+    V0_HARMS,
+    V0_USELESS,
+    V0_WINS,
+    WARMUP_WINS,
+    Contests,
+    decide,
+    hold_contests,
+    read,
+)
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,6 @@ class Conclusion:
     verdict: str
     headline: str
     points: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Contests:
-    """The three comparisons that the answer rests on; None where a side or a shared seed is missing."""
-
-    of_both: Contest | None  # v0 against the warmup
-    v0_to_plain: Contest | None
-    warmup_to_plain: Contest | None
 
 
 def compose_conclusion(summary: Summary, check: FingerprintCheck, budget: Budget | None = None) -> Conclusion:
@@ -125,67 +113,7 @@ def compose_conclusion(summary: Summary, check: FingerprintCheck, budget: Budget
     return Conclusion(verdict, headline, points + cautions)
 
 
-# ------------------------------------------------------------------------------------------------------------- the answer
-
-
-def hold_contests(summary: Summary) -> Contests:
-    """Hold v0, warmup and plain start against each other."""
-    return Contests(
-        hold_contest(summary, V0, WARMUP), hold_contest(summary, V0, PLAIN), hold_contest(summary, WARMUP, PLAIN)
-    )
-
-
-def decide(summary: Summary, contests: Contests) -> str:
-    """Name the answer that the numbers give; one of this module's constants."""
-    counted = [run for run in summary.comparison.runs if run.is_counted]
-    if not counted:
-        return NOTHING
-    if all(run.state == DIVERGED for run in counted):
-        return ALL_DIVERGED
-    if summary.find_best(V0) is None:
-        return NO_V0_RESULT
-    both, v0, warmup = contests.of_both, contests.v0_to_plain, contests.warmup_to_plain
-    if summary.best_warmup is None:
-        return V0_HARMS if _read(v0) == "worse" else NO_WARMUP_RESULT
-    if both is None:
-        return NO_SHARED_SEED
-    if _is_open(both):
-        return TOO_FEW
-    if v0 is not None and warmup is not None and not summary.plain.best.count(DIVERGED):
-        readings = {_read(v0), _read(warmup)}
-        if readings == {"worse"}:
-            return PLAIN_WINS
-        if "better" not in readings and not (_is_open(v0) or _is_open(warmup)):
-            least = MARGIN * abs(summary.plain.best.final.mean)
-            few_gain = all(c.interval.largest_gain <= least for c in (v0, warmup))
-            return NEITHER_NEEDED if few_gain else UNDECIDED
-        if "better" not in readings and not (v0.interval.is_ahead and warmup.interval.is_ahead):
-            return TOO_FEW
-    if _read(both) == "better":
-        return V0_WINS if _is_not_behind(v0) else UNDECIDED
-    if _read(both) == "unclear":
-        if v0 is not None and warmup is not None and _read(v0) != "better" and _read(warmup) == "better":
-            return UNDECIDED  # the warmup helps, v0 is not shown to
-        tolerated = MARGIN * abs(summary.best_warmup.best.final.mean)
-        return NO_DIFFERENCE if both.interval.largest_loss <= tolerated else UNDECIDED
-    if not _is_not_behind(warmup):
-        return UNDECIDED
-    return WARMUP_WINS if v0 is None or _read(v0) == "better" or _is_open(v0) else V0_USELESS
-
-
-def _is_not_behind(contest: Contest | None) -> bool:
-    """Whether the plain start, the simpler of the two, is not ahead by its mean."""
-    return contest is None or contest.interval.is_ahead
-
-
-def _read(contest: Contest | None) -> str:
-    return "unknown" if contest is None else contest.interval.verdict
-
-
-def _is_open(contest: Contest) -> bool:
-    """Whether too few seeds judge to say anything."""
-    verdict = contest.interval.verdict
-    return verdict == "unknown" or (verdict == "unclear" and contest.interval.n < FEW_SEEDS)
+# ----------------------------------------------------------------------------------------------------------- the sentences
 
 
 def _compose_headline(verdict: str, summary: Summary, contests: Contests) -> str:
@@ -265,7 +193,7 @@ def _compose_advice(verdict: str, summary: Summary, contests: Contests) -> str:
     if verdict == V0_HARMS:
         return f"{_describe(plain)}: the simplest, {_compare_means(v0)}."
     if verdict == NO_WARMUP_RESULT:
-        reading = _read(contests.v0_to_plain)
+        reading = read(contests.v0_to_plain)
         if reading == "better":
             return f"{_describe(v0)}, until a warmup has been tried."
         if reading == "unclear" and contests.v0_to_plain.interval.n >= FEW_SEEDS:
@@ -289,9 +217,9 @@ def _weigh(summary: Summary, contests: Contests) -> str:
     """Say which of two arms within noise of each other to take, by what else is known of them."""
     v0, warmup = contests.of_both.one, contests.of_both.other
     if (
-        _read(contests.v0_to_plain) == "better"
+        read(contests.v0_to_plain) == "better"
         and contests.warmup_to_plain
-        and _read(contests.warmup_to_plain) != "better"
+        and read(contests.warmup_to_plain) != "better"
     ):
         return f"{_describe(v0)}: it is better than the plain start beyond noise, which {_describe(warmup)} is not."
     difference = compute_paired_interval(v0.sensitivities, warmup.sensitivities)
@@ -380,7 +308,7 @@ def _compose_plain(summary: Summary, contests: Contests) -> str:
             )
     if not parts:
         return "Not known: no run without both v0 and warmup shares a seed with them."
-    if len(parts) == 2 and _read(contests.warmup_to_plain) == "better":
+    if len(parts) == 2 and read(contests.warmup_to_plain) == "better":
         parts += [share] if (share := _compose_share(contests)) else []
     return " ".join(parts)
 
