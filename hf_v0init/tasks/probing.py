@@ -60,6 +60,7 @@ def turn_into_probe(training: TrainingArguments) -> None:
     training.load_best_model_at_end, training.push_to_hub, training.report_to = False, False, []
     training.resume_from_checkpoint = None
     training.v0_init, training.v0_scale, training.v0_warmup_steps = "zeros", None, None
+    training.untuned_warmup = None
     training.v0_record_run, training.disable_tqdm = False, True
     if training.log_level == "passive":
         training.log_level = "warning"

@@ -406,6 +406,8 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"v0_optimizer": "torch.optim:Adamm"}, ["torch.optim has no optimizer class Adamm", "Adam"]),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, ["constant_with_warmup"]),
         ({"warmup_steps": 5, "untuned_warmup": "linear"}, ["two warmups"]),
+        ({"v0_init": "auto"}, ["a GAN has two", "--warmup_steps"]),
+        ({"v0_init": "random", "v0_warmup_steps": "auto"}, ["a GAN has two"]),
         ({"per_device_train_batch_size": 61}, ["60 training images are too few"]),
         ({"gradient_accumulation_steps": 4}, ["--gradient_accumulation_steps=4", "no effect"]),
         ({"fp16": True}, ["--fp16=True", "no effect"]),

@@ -68,15 +68,16 @@ def test_a_callback_resumes_as_our_trainer_does(tmp_path):
     assert again.report["parameters"] == written.report["parameters"]
 
 
-def test_a_stock_trainer_with_our_arguments_says_once_that_they_have_no_effect(tmp_path, caplog):
+@pytest.mark.parametrize(("asked", "named"), [("random", "v0_init=random"), ("auto", "untuned_warmup=measured")])
+def test_a_stock_trainer_with_our_arguments_says_once_that_they_have_no_effect(tmp_path, caplog, asked, named):
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer = Trainer(
-            model=make_gpt2(), args=make_arguments(tmp_path, v0_init="random"), train_dataset=make_sequences()
+            model=make_gpt2(), args=make_arguments(tmp_path, v0_init=asked), train_dataset=make_sequences()
         )
         trainer.train()
         trainer.train()
     words = [record.getMessage() for record in caplog.records if record.name == "hf_v0init"]
-    assert len(words) == 1 and "v0_init=random has no effect" in words[0] and "V0InitCallback()" in words[0]
+    assert len(words) == 1 and f"{named} has no effect" in words[0] and "V0InitCallback()" in words[0]
 
 
 def test_arguments_with_flags_are_enough_for_the_callback(tmp_path, caplog):

@@ -22,6 +22,15 @@ from hf_v0init.plots import import_pyplot, require_figure_path, write_figure
 
 RESULTS = Path("configs/compare/results")
 POCKETS = {"multi30k_pocket": "multi30k", "ptb_pocket": "ptb"}  # earlier comparisons with the same settings
+TASKS = {
+    "multi30k": "Multi30k DE-EN, post-norm encoder-decoder, 1.5M",
+    "demo": "the demo's corpus, post-norm encoder-decoder, 0.6M",
+    "ptb": "Penn Treebank, GPT-2, 1.4M",
+    "ptb_beta2_999": "the same, beta2 .999",
+    "mlm": "Penn Treebank, masked words, BERT, 1.4M",
+    "vit": "digits, ViT",
+    "resnet": "digits, ResNet with BatchNorm",
+}
 SHARES = {"3%": 0.03, "10%": 0.1, "33%": 0.33, "67%": 2 / 3}
 MEASURED, NONE = "measured", "none"
 V0_ARMS = {
@@ -192,39 +201,88 @@ def print_v0_arms(cells: dict) -> None:
     print_table(["task", "steps", "rate", "no warmup", "measured warmup", *V0_ARMS], rows)
 
 
-def print_seeds(runs: list[Run]) -> None:
-    """Print the cells with three seeds: means, and the measured warmup's paired difference to the others."""
-    arms = {
-        "no warmup": lambda of: find_arm(of, "zeros", NONE),
-        "10%": lambda of: find_share(of, 0.1),
-        "67%": lambda of: find_share(of, 2 / 3),
-        "measured": lambda of: find_arm(of, "zeros", MEASURED),
-        "steady v0 + measured": lambda of: find_arm(of, *V0_ARMS["steady v0 + measured"]),
-        "data_driven, measured length": lambda of: find_arm(of, *V0_ARMS["data_driven, measured length"]),
-        "untuned, 2/(1 - beta2)": lambda of: find_arm(of, "zeros", "untuned_linear"),
-        "first_gradient": lambda of: find_arm(of, "first_gradient 1", NONE),
-        "RAdam": lambda of: next((run for run in of if run.optimizer == "radam"), None),
-        "schedule-free": lambda of: next((run for run in of if run.optimizer == "schedule_free"), None),
-    }
-    by_seed = {seed: group_by_cell(runs, seed) for seed in (1, 2, 3)}
-    rows = []
+SEEDS = (1, 2, 3)
+ARMS_OVER_SEEDS = {
+    "no warmup": lambda of: find_arm(of, "zeros", NONE),
+    "10%": lambda of: find_share(of, 0.1),
+    "67%": lambda of: find_share(of, 2 / 3),
+    "measured": lambda of: find_arm(of, "zeros", MEASURED),
+    "steady v0 + measured": lambda of: find_arm(of, *V0_ARMS["steady v0 + measured"]),
+    "data_driven, measured length": lambda of: find_arm(of, *V0_ARMS["data_driven, measured length"]),
+    "untuned, 2/(1 - beta2)": lambda of: find_arm(of, "zeros", "untuned_linear"),
+    "first_gradient": lambda of: find_arm(of, "first_gradient 1", NONE),
+    "RAdam": lambda of: next((run for run in of if run.optimizer == "radam"), None),
+    "schedule-free": lambda of: next((run for run in of if run.optimizer == "schedule_free"), None),
+}
+
+
+def collect_seeds(runs: list[Run]) -> dict[tuple, dict[str, dict[int, float]]]:
+    """Collect {cell: {arm: {seed: loss}}} for the cells in which the measured warmup was run on every seed."""
+    by_seed = {seed: group_by_cell(runs, seed) for seed in SEEDS}
+    collected = {}
     for cell in by_seed[1]:
         losses = {
-            name: {s: run.loss for s, cells in by_seed.items() if cell in cells and (run := find(cells[cell]))}
-            for name, find in arms.items()
+            name: {s: run.loss for s, cells in by_seed.items() if (run := find(cells.get(cell, [])))}
+            for name, find in ARMS_OVER_SEEDS.items()
         }
-        if len(losses["measured"]) < 3:
-            continue
+        if len(losses["measured"]) == len(SEEDS):
+            collected[cell] = losses
+    return collected
+
+
+def write_mean(losses: dict[int, float]) -> str:
+    """Write mean and standard deviation over the seeds; the number of seeds where it is not three."""
+    if not losses:
+        return "-"
+    values = list(losses.values())
+    text = write(statistics.fmean(values))
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}".replace("0.", ".", 1)
+    return text if len(values) == len(SEEDS) else f"{text} ({len(values)})"
+
+
+def print_seeds(collected: dict) -> None:
+    """Print the cells with three seeds: means, and the measured warmup's paired difference to the others."""
+    rows = []
+    for (task, _, rate), losses in collected.items():
         for name, of_arm in losses.items():
             if len(of_arm) < 2:
                 continue
-            values = list(of_arm.values())
             difference = compute_paired_interval(losses["measured"], of_arm) if name != "measured" else None
-            ends = "" if difference is None else f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-            mean = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
-            rows.append([cell[0], f"{cell[2]:g}", name, mean, ends])
-    print("## Over seeds\n")
-    print_table(["task", "rate", "arm", "loss, mean ± std (seeds)", "measured less this"], rows)
+            ends = (
+                ""
+                if difference is None
+                else f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+            )
+            rows.append([task, f"{rate:g}", name, write_mean(of_arm), ends])
+    print("## Over three seeds\n")
+    print_table(["task", "rate", "arm", "loss, mean ± std", "measured less this"], rows)
+
+
+def print_first_table(collected: dict) -> None:
+    """Print the first table of the project's README: each arm at the best of its learning rates."""
+    rows = []
+    for task, name in TASKS.items():
+        cells = [losses for cell, losses in collected.items() if cell[0] == task]
+        if not cells:
+            continue
+
+        def find_best_of(*arms: str, cells=cells) -> dict[int, float]:
+            tried = [losses[arm] for losses in cells for arm in arms if losses[arm]]
+            most = max(map(len, tried), default=0)
+            whole = [of_arm for of_arm in tried if len(of_arm) == most]
+            return min(whole, key=lambda of_arm: statistics.fmean(of_arm.values()), default={})
+
+        families = (
+            ("no warmup",),
+            ("10%",),
+            ("no warmup", "10%", "67%"),
+            ("measured",),
+            ("data_driven, measured length",),
+        )
+        rows.append([name, *(write_mean(find_best_of(*arms)) for arms in families)])
+    print("## The first table of the project's README\n")
+    print_table(["task", "no warmup", "10% of the run", "best of 3 lengths", "`auto`", "v0 alone"], rows)
 
 
 def print_sensitivity(cells: dict) -> None:
@@ -288,7 +346,9 @@ def main() -> None:
     print_regret(cells)
     print_v0_arms(cells)
     print_sensitivity(cells)
-    print_seeds(runs)
+    collected = collect_seeds(runs)
+    print_seeds(collected)
+    print_first_table(collected)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,8 @@ class QualityArguments:
 class GanTrainingArguments(V0InitTrainingArguments):
     """The Trainer's flags, with DCGAN's settings as defaults."""
 
+    _v0_is_taken = True
+
     per_device_train_batch_size: int = flag(64, "Real images, and generated ones, of a step and process.")
     learning_rate: float = flag(2e-4, "Initial learning rate of both optimizers.")
     adam_beta1: float = flag(0.5, "beta1 of Adam-like optimizers.")
@@ -163,6 +165,11 @@ def require_taken(training: GanTrainingArguments) -> None:
 def require_possible(training: GanTrainingArguments, overwrite: bool) -> str | None:
     """Refuses what can be refused before any image is read; the checkpoint to resume from, if any."""
     require_taken(training)
+    if training.wants_length:
+        raise InputError(
+            "how long to hold back is measured on one network and its loss, and a GAN has two: give --v0_warmup_steps or --warmup_steps "
+            "as a number in place of --v0_init auto, --untuned_warmup measured or --v0_warmup_steps auto"
+        )
     if not (training.do_train or training.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
     if training.do_train:
