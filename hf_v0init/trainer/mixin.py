@@ -52,7 +52,7 @@ class V0InitMixin:
         self._run_record = None
         if self.v0_arguments.v0_record_run:
             V0DiagnosticsCallback().attach(self)
-            self._run_record = RunRecordCallback(self.get_v0_report)
+            self._run_record = RunRecordCallback(self._v0_callback.get_record)
             self.callback_handler.callbacks.insert(0, self._run_record)
 
     # ---- what users call -------------------------------------------------------------------------------------------

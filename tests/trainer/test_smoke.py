@@ -1,5 +1,6 @@
 """What a user does first, in a minute: run on the newest versions with all tests, on the oldest by `make test-oldest`."""
 
+import json
 import os
 
 import accelerate
@@ -76,6 +77,12 @@ def test_untuned_warmup_and_diagnostics(tmp_path):
     trainer.train()
     rates = diagnostics.get_diagnostics()["updates"]["learning_rate"]
     assert rates[0] == pytest.approx(1e-2 * 0.05) and rates[1] == pytest.approx(1e-2 * 0.8 * 0.1)
+
+
+def test_a_measured_length(tmp_path):
+    trainer = train(tmp_path, v0_init="auto", v0_record_run=True)
+    length = json.loads((tmp_path / "v0_init.json").read_text())["length"]
+    assert length["d50"] > 0 and length["x"] == pytest.approx(trainer.args.learning_rate / length["d50"])
 
 
 def test_the_card_and_the_record(tmp_path):
