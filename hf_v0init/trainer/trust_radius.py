@@ -81,6 +81,7 @@ def _take_steps(trainer, train_dataloader: Iterable, num_steps: int) -> list[tup
 
 def _is_share_of_step(trainer, num_items) -> bool:
     """Whether `compute_loss` divides by the whole step's items already, so that micro-batches' losses add up."""
-    if trainer.loss_is_scaled_for_ga is not None:
-        return trainer.loss_is_scaled_for_ga
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5.0 has no such attribute
+    if scaled is not None:
+        return scaled
     return (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
