@@ -6,7 +6,8 @@ the gradient, at which the decrease of the loss is half of what the gradient pro
     x = learning rate / d50
 
 says how far beyond the first-order model a first step at the full rate would go. The rule that acts on it; its constants are from
-runs of 500 to 680 steps of six tasks, and `configs/compare/results/measured_length/README.md` says what these show and what not:
+runs of 500 to 680 steps on two tasks, judged on seven others, and `configs/compare/results/measured_length/README.md` says what they show
+and what not:
 
 | x, network | linear warmup |
 | --- | --- |
@@ -22,7 +23,7 @@ from ..errors import InputError
 
 STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
 LONGEST_SHARE = 2 / 3  # of the run; beyond it nothing is left to train with
-NEEDED_FROM = 0.3  # x from which on a warmup is worth its steps; nothing below 0.75 was run
+NEEDED_FROM = 0.3  # x from which on a warmup is worth its steps; fine-tuning needed none at .20, and gained from one at 1.0
 
 
 def compute_relative_rate(learning_rate: float, d50: float) -> float:

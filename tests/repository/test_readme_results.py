@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,35 +154,21 @@ def test_the_table_of_the_papers_model_shows_the_arms_of_table_12():
             assert without_bold(row[column]) == write_estimate(arm, "final", 3) and arm["final_n"] == "3"
 
 
-FIRST_TABLE = {
-    "Multi30k, 1.5M parameters": "multi30k_pocket",
-    "Multi30k, 10M parameters": "multi30k",
-    "Penn Treebank, 1.4M parameters": "ptb_pocket",
-}
-
-
-def test_the_first_table_of_the_readme():
-    rows = read_table("| task | no warmup", ROOT / "README.md")
-    assert [row["task"] for row in rows] == list(FIRST_TABLE)
-    for row in rows:
-        arms = [
-            arm
-            for arm in read_arms("compare", FIRST_TABLE[row["task"]])
-            if arm["optimizer"] == "adamw" and arm["final_mean"] and not json.loads(arm["other"] or "{}")
-        ]
-
-        def write_best(v0: str, takes, arms=arms) -> str:
-            found = [arm for arm in arms if arm["v0"] == v0 and takes(arm["warmup"])]
-            best = min(found, key=lambda arm: float(arm["final_mean"]), default=None)
-            return "-" if best is None else write_estimate(best, "final", 3)
-
-        lengths = {arm["warmup"] for arm in arms if arm["v0"] == "zeros" and arm["warmup"].isdigit()}
-        assert list(row.values())[1:] == [
-            write_best("zeros", lambda warmup: warmup == "none"),
-            write_best("zeros", lambda warmup: warmup == "untuned_linear"),
-            f"{write_best('zeros', str.isdigit)} ({len(lengths)})",
-            write_best("data_driven 1", lambda warmup: warmup == "none"),
-        ]
+def test_the_tables_of_the_measured_length_are_what_the_command_prints():
+    """Those beside the runs, and the first table of the project's README."""
+    command = [sys.executable, "configs/compare/measured_length/tabulate.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    body, first = printed.split("## The first table of the project's README\n\n")
+    evidence = (RESULTS["compare"] / "measured_length" / "README.md").read_text(encoding="utf-8")
+    shown = evidence.split("<!-- tables: begin -->\n")[1].split("<!-- tables: end -->")[0]
+    assert shown.strip() == re.sub("^## ", "### ", body, flags=re.MULTILINE).strip()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        readme.split("<!-- results: begin")[1].split("-->\n", 1)[1].split("<!-- results: end")[0].strip()
+        == first.strip()
+    )
+    assert first.count("\n| ") >= 5 and body.count("\n| ") > 50
 
 
 def test_each_of_the_papers_tables_has_an_answer():
