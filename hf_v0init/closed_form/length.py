@@ -23,7 +23,9 @@ from ..errors import InputError
 
 STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
 LONGEST_SHARE = 2 / 3  # of the run; beyond it nothing is left to train with
-NEEDED_FROM = 0.3  # x from which on a warmup is worth its steps; fine-tuning needed none at .20, and gained from one at 1.0
+NEEDED_FROM = (
+    0.3  # x from which on a warmup is worth its steps; fine-tuning needed none at .20, and gained from one at 1.0
+)
 
 
 def compute_relative_rate(learning_rate: float, d50: float) -> float:
