@@ -217,7 +217,7 @@ ARMS_OVER_SEEDS = {
 
 
 def collect_seeds(runs: list[Run]) -> dict[tuple, dict[str, dict[int, float]]]:
-    """Collect {cell: {arm: {seed: loss}}} for the cells in which the measured warmup was run on every seed."""
+    """Collect {cell: {arm: {seed: loss}}} for the cells in which some arm was run on every seed."""
     by_seed = {seed: group_by_cell(runs, seed) for seed in SEEDS}
     collected = {}
     for cell in by_seed[1]:
@@ -225,7 +225,7 @@ def collect_seeds(runs: list[Run]) -> dict[tuple, dict[str, dict[int, float]]]:
             name: {s: run.loss for s, cells in by_seed.items() if (run := find(cells.get(cell, [])))}
             for name, find in ARMS_OVER_SEEDS.items()
         }
-        if len(losses["measured"]) == len(SEEDS):
+        if any(len(of_arm) == len(SEEDS) for of_arm in losses.values()):
             collected[cell] = losses
     return collected
 
@@ -245,6 +245,8 @@ def print_seeds(collected: dict) -> None:
     """Print the cells with three seeds: means, and the measured warmup's paired difference to the others."""
     rows = []
     for (task, _, rate), losses in collected.items():
+        if len(losses["measured"]) < len(SEEDS):
+            continue
         for name, of_arm in losses.items():
             if len(of_arm) < 2:
                 continue
@@ -264,7 +266,7 @@ def print_first_table(collected: dict) -> None:
     rows = []
     for task, name in TASKS.items():
         cells = [losses for cell, losses in collected.items() if cell[0] == task]
-        if not cells:
+        if not any(losses["measured"] for losses in cells):
             continue
 
         def find_best_of(*arms: str, cells=cells) -> dict[int, float]:
