@@ -24,10 +24,10 @@ RESULTS = Path("configs/compare/results")
 POCKETS = {"multi30k_pocket": "multi30k", "ptb_pocket": "ptb"}  # earlier comparisons with the same settings
 TASKS = {
     "multi30k": "Multi30k DE-EN, post-norm encoder-decoder, 1.5M",
-    "demo": "the demo's corpus, post-norm encoder-decoder, 0.6M",
+    "demo": "the demo's corpus, post-norm encoder-decoder",
     "ptb": "Penn Treebank, GPT-2, 1.4M",
     "ptb_beta2_999": "the same, beta2 .999",
-    "mlm": "Penn Treebank, masked words, BERT, 1.4M",
+    "mlm": "Penn Treebank, masked words, small BERT",
     "vit": "digits, ViT",
     "resnet": "digits, ResNet with BatchNorm",
 }
