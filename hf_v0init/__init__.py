@@ -8,18 +8,18 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__getattr__`
-    from .closed_form.length import compute_warmup_length as compute_warmup_length
-    from .closed_form.multiplier import (
+    from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
+    from .errors import InputError as InputError
+    from .estimation.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
+    from .initialization.first_steps import attach_v0 as attach_v0
+    from .loop.initialize import initialize_v0 as initialize_v0
+    from .method.length import compute_warmup_length as compute_warmup_length
+    from .method.multiplier import (
         compute_multiplier as compute_multiplier,
         compute_scale_for_warmup as compute_scale_for_warmup,
         compute_steps_to_multiplier as compute_steps_to_multiplier,
     )
-    from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
-    from .errors import InputError as InputError
-    from .gradients.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
-    from .initialization.first_steps import attach_v0 as attach_v0
-    from .loop.initialize import initialize_v0 as initialize_v0
-    from .optimizers.state import read_second_moment as read_second_moment
+    from .second_moment.state import read_second_moment as read_second_moment
     from .settings import V0InitArguments as V0InitArguments
     from .trainer.arguments import (
         V0InitSeq2SeqTrainingArguments as V0InitSeq2SeqTrainingArguments,
@@ -46,13 +46,13 @@ _HOME = {
     "V0DiagnosticsCallback": "diagnostics.callback",
     "attach_v0": "initialization.first_steps",
     "initialize_v0": "loop.initialize",
-    "measure_trust_radius": "gradients.trust_radius",
-    "TrustRadius": "gradients.trust_radius",
-    "compute_warmup_length": "closed_form.length",
-    "read_second_moment": "optimizers.state",
-    "compute_multiplier": "closed_form.multiplier",
-    "compute_scale_for_warmup": "closed_form.multiplier",
-    "compute_steps_to_multiplier": "closed_form.multiplier",
+    "measure_trust_radius": "estimation.trust_radius",
+    "TrustRadius": "estimation.trust_radius",
+    "compute_warmup_length": "method.length",
+    "read_second_moment": "second_moment.state",
+    "compute_multiplier": "method.multiplier",
+    "compute_scale_for_warmup": "method.multiplier",
+    "compute_steps_to_multiplier": "method.multiplier",
 }
 __all__ = sorted(_HOME)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from .closed_form.multiplier import compute_multiplier
 from .errors import InputError
 from .extras import require_extra
+from .method.multiplier import compute_multiplier
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = (

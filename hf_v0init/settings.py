@@ -3,26 +3,26 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .closed_form.defaults import DEFAULT_SCALE, MAX_NUM_SAMPLES, PAPER_SCALE, STRATEGIES
-from .closed_form.multiplier import compute_scale_for_warmup, require_scale, require_warmup_steps, resolve_warmup_steps
-from .closed_form.untuned_warmup import UNTUNED_WARMUPS
 from .errors import InputError
+from .method.defaults import DEFAULT_SCALE, MAX_NUM_SAMPLES, PAPER_SCALE, STRATEGIES
+from .method.multiplier import compute_scale_for_warmup, require_scale, require_warmup_steps, resolve_warmup_steps
+from .method.untuned_warmup import UNTUNED_WARMUPS
 
-STATISTICS = ("per_sample", "per_step")
-AUTO = "auto"  # of v0_init, v0_num_samples and v0_warmup_steps
+STATISTICS = ("per_sample", "minibatch")
+AUTO = "auto"  # of v0_init, v0_num_samples and v0_decay_steps
 MEASURED = "measured"  # of untuned_warmup
 # What each preset selects, by strategy; other flags must not contradict it.
-_PASS = {"v0_statistic": "per_sample", "v0_num_samples": 5000, "v0_warmup_steps": None}
+_PASS = {"v0_estimator": "per_sample", "v0_num_samples": 5000, "v0_decay_steps": None}
 PRESETS = {
     # arXiv 2412.02153: eq. 10 over 5,000 samples before training, eq. 11, tensors of two or more dimensions.
     "paper": {
-        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_one_dimensional": False},
-        "random": {"v0_scale": PAPER_SCALE["random"], "v0_warmup_steps": None, "v0_one_dimensional": False},
+        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_include_bias_and_norm": False},
+        "random": {"v0_scale": PAPER_SCALE["random"], "v0_decay_steps": None, "v0_include_bias_and_norm": False},
     },
     # What the authors' released code does instead: eq. 11 times 2 (a squared Xavier-normal draw), one-dimensional tensors in eq. 10.
     "authors_code": {
-        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_one_dimensional": True},
-        "random": {"v0_scale": 2 * PAPER_SCALE["random"], "v0_warmup_steps": None, "v0_one_dimensional": False},
+        "data_driven": _PASS | {"v0_scale": PAPER_SCALE["data_driven"], "v0_include_bias_and_norm": True},
+        "random": {"v0_scale": 2 * PAPER_SCALE["random"], "v0_decay_steps": None, "v0_include_bias_and_norm": False},
     },
 }
 
@@ -54,7 +54,7 @@ class V0InitArguments:
     v0_init: str = field(
         default="zeros",
         metadata={
-            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2], see --v0_statistic; "
+            "help": "Start of Adam's second moment: 'zeros' (stock Adam), 'data_driven' (v0 = scale * E[g^2], see --v0_estimator; "
             "eq. 10), 'random' (v0 ~ scale / (fan_in + fan_out) * chi^2_1, eq. 11) or 'first_gradient' (v0 = scale * g1^2 of the run's "
             "first step, GI-Adam). 'auto': nothing to tune, the setting that did best over our tasks, which is no v0 but "
             "--untuned_warmup measured. Default: zeros.",
@@ -65,40 +65,40 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven and "
-            "first_gradient. Excludes --v0_warmup_steps."
+            "first_gradient. Excludes --v0_decay_steps."
         },
     )
     v0_preset: str | None = field(
         default=None,
         metadata={
             "help": "'paper': the settings of arXiv 2412.02153, whatever the defaults of this version are: a pass over 5,000 samples "
-            "before training (--v0_statistic per_sample), scale 1 for data_driven and 100 for random. 'authors_code': what their "
+            "before training (--v0_estimator per_sample), scale 1 for data_driven and 100 for random. 'authors_code': what their "
             "released code does instead (random twice as large, one-dimensional tensors too). Other flags must not contradict it. "
             "Default: none.",
             "choices": list(PRESETS),
         },
     )
-    v0_measure_steps: int | None = field(
+    v0_estimation_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps K over which data_driven takes the mean of g^2 (--v0_statistic per_step). The first K - 1 make no "
+            "help": "Optimizer steps K over which data_driven takes the mean of g^2 (--v0_estimator minibatch). The first K - 1 make no "
             "update; the schedule runs on. Default: a hundredth of the run, between 1 and 32."
         },
     )
     v0_num_samples: SampleCount = field(
         default=5000,
         metadata={
-            "help": "Number of random training samples of the pass before training (--v0_statistic per_sample), counted over all "
+            "help": "Number of random training samples of the pass before training (--v0_estimator per_sample), counted over all "
             "processes. More than the data set has: all are used. 'auto': 128 and twice as many again until two halves of them "
             "agree within a tenth (median over elements), 5000 at most. Default: 5000 samples."
         },
     )
-    v0_statistic: str | None = field(
+    v0_estimator: str | None = field(
         default=None,
         metadata={
-            "help": "Whose square data_driven takes: 'per_step', of the gradients of the run's own first steps as Adam sees them "
-            "(accumulated, reduced, unscaled, clipped; --v0_measure_steps), or 'per_sample', of single training samples by a pass "
-            "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: per_step.",
+            "help": "Whose square data_driven takes: 'minibatch', of the gradients of the run's own first steps as Adam sees them "
+            "(accumulated, reduced, unscaled, clipped; --v0_estimation_steps), or 'per_sample', of single training samples by a pass "
+            "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: minibatch.",
             "choices": list(STATISTICS),
         },
     )
@@ -115,14 +115,14 @@ class V0InitArguments:
             "help": "Seed of the random v0 (eq. 11) and of the choice of samples (eq. 10). Default: the value of --seed."
         },
     )
-    v0_one_dimensional: bool = field(
+    v0_include_bias_and_norm: bool = field(
         default=False,
         metadata={
             "help": "Give biases and norm weights a v0 too, as the paper's Algorithm 2; by its text (default) only tensors of "
             "two or more dimensions get one. Default: False."
         },
     )
-    v0_warmup_steps: StepCount | None = field(
+    v0_decay_steps: StepCount | None = field(
         default=None,
         metadata={
             "help": "Choose the scale so that the multiplier m(t) = 1 / sqrt(1 + r * beta2^t / (1 - beta2^t)) reaches 0.9 at this "
@@ -173,13 +173,13 @@ class V0InitArguments:
             raise InputError(f"v0_init={self.v0_init!r}: choose one of {', '.join((*STRATEGIES, AUTO))}")
         if self.v0_preset is not None:
             self._take_preset()
-        if self.v0_statistic is None:
-            self.v0_statistic = "per_step"
-        if self.v0_statistic not in STATISTICS:
-            raise InputError(f"v0_statistic={self.v0_statistic!r}: choose one of {', '.join(STATISTICS)}")
-        if self.v0_scale is not None and self.v0_warmup_steps is not None:
+        if self.v0_estimator is None:
+            self.v0_estimator = "minibatch"
+        if self.v0_estimator not in STATISTICS:
+            raise InputError(f"v0_estimator={self.v0_estimator!r}: choose one of {', '.join(STATISTICS)}")
+        if self.v0_scale is not None and self.v0_decay_steps is not None:
             raise InputError(
-                f"v0_scale={self.v0_scale} and v0_warmup_steps={self.v0_warmup_steps} both set the size of v0: give one"
+                f"v0_scale={self.v0_scale} and v0_decay_steps={self.v0_decay_steps} both set the size of v0: give one"
             )
         if self.v0_scale is not None:
             self.v0_scale = require_scale(_require_number("v0_scale", self.v0_scale))
@@ -187,20 +187,20 @@ class V0InitArguments:
             self._require_count("v0_num_samples", "5000 samples is the paper's number", f", or {AUTO}")
         if self.v0_stats_batch_size is not None:
             self._require_count("v0_stats_batch_size", "1 is exact")
-        if self.v0_warmup_steps is not None:
-            if self.v0_warmup_steps != AUTO:
-                self.v0_warmup_steps = require_warmup_steps(self.v0_warmup_steps)
+        if self.v0_decay_steps is not None:
+            if self.v0_decay_steps != AUTO:
+                self.v0_decay_steps = require_warmup_steps(self.v0_decay_steps)
             if self.v0_init == "zeros":
                 raise InputError(
-                    f"v0_warmup_steps={self.v0_warmup_steps} with v0_init=zeros: there is no v0 to size; use --warmup_steps, or "
+                    f"v0_decay_steps={self.v0_decay_steps} with v0_init=zeros: there is no v0 to size; use --warmup_steps, or "
                     "v0_init=data_driven"
                 )
-        if self.v0_measure_steps is not None:
-            self._require_count("v0_measure_steps", "leave it out for 1% of the run")
-            if self.v0_init != "data_driven" or self.v0_statistic != "per_step":
+        if self.v0_estimation_steps is not None:
+            self._require_count("v0_estimation_steps", "leave it out for 1% of the run")
+            if self.v0_init != "data_driven" or self.v0_estimator != "minibatch":
                 raise InputError(
-                    f"v0_measure_steps={self.v0_measure_steps} with v0_init={self.v0_init}, v0_statistic={self.v0_statistic}: only "
-                    "data_driven per_step takes the mean over steps; leave v0_measure_steps out"
+                    f"v0_estimation_steps={self.v0_estimation_steps} with v0_init={self.v0_init}, v0_estimator={self.v0_estimator}: only "
+                    "data_driven minibatch takes the mean over steps; leave v0_estimation_steps out"
                 )
         if self.untuned_warmup is not None and self.untuned_warmup not in (*UNTUNED_WARMUPS, MEASURED):
             allowed = ", ".join((*UNTUNED_WARMUPS, MEASURED))
@@ -210,7 +210,9 @@ class V0InitArguments:
 
     def _take_auto(self) -> None:
         """Take what `v0_init=auto` stands for; configs/compare/results/measured_length/README.md has the runs that chose it."""
-        given = {name: getattr(self, name) for name in ("v0_scale", "v0_warmup_steps", "v0_measure_steps", "v0_preset")}
+        given = {
+            name: getattr(self, name) for name in ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_preset")
+        }
         for name, value in given.items():
             if value is not None:
                 raise InputError(
@@ -252,45 +254,47 @@ class V0InitArguments:
         return MAX_NUM_SAMPLES if self.v0_num_samples == AUTO else self.v0_num_samples
 
     def resolve(self, max_steps: int | None) -> "V0InitArguments":
-        """Return these settings with `v0_warmup_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
+        """Return these settings with `v0_decay_steps` in optimizer steps of a run of `max_steps`; as they are where that is not
         known (None, 0 or less), or where nothing is a share.
         """
-        if self.v0_warmup_steps in (None, AUTO) or self.v0_warmup_steps >= 1 or not max_steps or max_steps < 1:
+        if self.v0_decay_steps in (None, AUTO) or self.v0_decay_steps >= 1 or not max_steps or max_steps < 1:
             return self
         settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
-        return V0InitArguments(**settings | {"v0_warmup_steps": resolve_warmup_steps(self.v0_warmup_steps, max_steps)})
+        return V0InitArguments(**settings | {"v0_decay_steps": resolve_warmup_steps(self.v0_decay_steps, max_steps)})
 
     @property
     def wants_length(self) -> bool:
         """Whether the length of the warmup, or of v0, is to be measured at the initial weights."""
-        return self.untuned_warmup == MEASURED or (self.v0_warmup_steps == AUTO and self.v0_init != "zeros")
+        return self.untuned_warmup == MEASURED or (self.v0_decay_steps == AUTO and self.v0_init != "zeros")
 
     def with_length(self, steps: int) -> "V0InitArguments":
-        """Return these settings with a measured length in the place of `v0_warmup_steps="auto"`; without a v0 if it is 0."""
+        """Return these settings with a measured length in the place of `v0_decay_steps="auto"`; without a v0 if it is 0."""
         settings = {f.name: getattr(self, f.name) for f in fields(V0InitArguments)}
-        if self.v0_warmup_steps != AUTO:
+        if self.v0_decay_steps != AUTO:
             return self
         if steps == 0:
-            return V0InitArguments(**settings | {"v0_init": "zeros", "v0_warmup_steps": None, "v0_measure_steps": None})
-        return V0InitArguments(**settings | {"v0_warmup_steps": steps})
+            return V0InitArguments(
+                **settings | {"v0_init": "zeros", "v0_decay_steps": None, "v0_estimation_steps": None}
+            )
+        return V0InitArguments(**settings | {"v0_decay_steps": steps})
 
     def get_v0_scale(self, beta2: float) -> float:
-        """Return the scale in force: `v0_scale`, or the one that `v0_warmup_steps` asks for at `beta2`, or the default.
+        """Return the scale in force: `v0_scale`, or the one that `v0_decay_steps` asks for at `beta2`, or the default.
 
         Raises:
-            InputError: `v0_warmup_steps` is a share of a run whose length has not been given (`resolve`), or needs too large a scale.
+            InputError: `v0_decay_steps` is a share of a run whose length has not been given (`resolve`), or needs too large a scale.
         """
-        if self.v0_warmup_steps == AUTO:
+        if self.v0_decay_steps == AUTO:
             raise InputError(
-                "v0_warmup_steps=auto is measured when a Trainer begins its training; give a number of steps here"
+                "v0_decay_steps=auto is measured when a Trainer begins its training; give a number of steps here"
             )
-        if self.v0_warmup_steps is not None and self.v0_warmup_steps < 1:
+        if self.v0_decay_steps is not None and self.v0_decay_steps < 1:
             raise InputError(
-                f"v0_warmup_steps={self.v0_warmup_steps} is a share of the run, whose length is not known here: give max_steps, or "
-                "v0_warmup_steps as a number of optimizer steps"
+                f"v0_decay_steps={self.v0_decay_steps} is a share of the run, whose length is not known here: give max_steps, or "
+                "v0_decay_steps as a number of optimizer steps"
             )
-        if self.v0_warmup_steps is not None:
-            return compute_scale_for_warmup(self.v0_warmup_steps, beta2)
+        if self.v0_decay_steps is not None:
+            return compute_scale_for_warmup(self.v0_decay_steps, beta2)
         if self.v0_scale is not None:
             return self.v0_scale
         return DEFAULT_SCALE[self.v0_init]

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hf_v0init.closed_form.multiplier import compute_similar_linear_warmup, describe_multiplier
 from hf_v0init.errors import InputError
+from hf_v0init.method.multiplier import compute_similar_linear_warmup, describe_multiplier
 from hf_v0init.plots import TrainingCurve, draw_training_curves
 from hf_v0init.tasks.script_support import require_writable_output, run_script
 

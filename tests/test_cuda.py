@@ -13,7 +13,7 @@ from trainers import (
     train,
 )
 
-from hf_v0init.preservation import preserve_rng
+from hf_v0init.state_guard import preserve_rng
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -51,10 +51,10 @@ def test_random_v0_is_the_one_of_the_cpu_bit_for_bit(tmp_path):
             assert torch.equal(gpu.v0[name].cpu(), cpu.v0[name])
 
 
-@pytest.mark.parametrize("statistic", ["per_sample", "per_step"])
-def test_data_driven_v0_is_the_one_of_the_cpu(tmp_path, statistic):
+@pytest.mark.parametrize("estimator", ["per_sample", "minibatch"])
+def test_data_driven_v0_is_the_one_of_the_cpu(tmp_path, estimator):
     """Without dropout the two differ by the rounding of the gradients alone."""
-    options = {"v0_init": "data_driven", "v0_statistic": statistic, "max_steps": 1}
+    options = {"v0_init": "data_driven", "v0_estimator": estimator, "max_steps": 1}
     _, cpu = record(tmp_path / "a", model=make_gpt2(dropout=0.0), **options)
     _, gpu = record(tmp_path / "b", model=make_gpt2(dropout=0.0), **options, **ON_GPU)
     assert cpu.v0.keys() == gpu.v0.keys() and len(gpu.v0) == 10

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..closed_form.multiplier import require_beta2, require_scale
 from ..errors import InputError
+from ..method.multiplier import require_beta2, require_scale
 
 STARTS = ("zero", "random", "data-driven")
 RANDOM_SCALE = 100.0

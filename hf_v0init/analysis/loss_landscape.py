@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..distributed.draws import draw_standard_normal_
-from ..distributed.parts import clean_parameter_name
 from ..errors import InputError
-from ..preservation import seed_everything
+from ..sharding.draws import draw_standard_normal_
+from ..sharding.parts import clean_parameter_name
+from ..state_guard import seed_everything
 from .weights import Weights, borrow_model, list_untrained
 
 DEFAULT_POINTS = 21

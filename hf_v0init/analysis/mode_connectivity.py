@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..preservation import seed_everything
+from ..state_guard import seed_everything
 from .weights import Weights, borrow_model, match_weights, read_weights, write_mixture_
 
 DEFAULT_POINTS = 11

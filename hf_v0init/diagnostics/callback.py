@@ -39,11 +39,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..closed_form.defaults import SCALED_BY_GRADIENTS
-from ..closed_form.multiplier import compute_multiplier
 from ..errors import InputError
 from ..initialization.first_steps import find_first_steps
-from ..optimizers.state import SecondMoments
+from ..method.defaults import SCALED_BY_GRADIENTS
+from ..method.multiplier import compute_multiplier
+from ..second_moment.state import SecondMoments
 from ..settings import read_v0_arguments
 from .element_samples import MAX_PER_TENSOR, ElementSamples, compute_weighted_quantiles
 

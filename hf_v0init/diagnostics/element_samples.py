@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..distributed.parts import get_local_part, order_of_memory, view_flat
-from ..optimizers.state import SecondMoments, unwrap_optimizer
+from ..second_moment.state import SecondMoments, unwrap_optimizer
+from ..sharding.parts import get_local_part, order_of_memory, view_flat
 
 MAX_PER_TENSOR = 4096
 

@@ -7,7 +7,7 @@ whatever its loss and its data are. At the first step with gradients the hook wr
 | --- | --- |
 | `random` | drawn by name (eq. 11); the ratio v0 / g^2 of the report comes from this very gradient |
 | `first_gradient` | v0 = scale * g1^2, then the step goes on with g1: GI-Adam |
-| `data_driven`, `per_step` | v0 = scale * the mean of g^2 over the first K steps. The first K - 1 make no update (their gradients are set to None, so Adam neither moves a parameter nor counts); the K-th writes v0 and steps. Schedule and counters run on |
+| `data_driven`, `minibatch` | v0 = scale * the mean of g^2 over the first K steps. The first K - 1 make no update (their gradients are set to None, so Adam neither moves a parameter nor counts); the K-th writes v0 and steps. Schedule and counters run on |
 
 The contract:
 
@@ -36,14 +36,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..closed_form.multiplier import compute_scale_for_warmup
-from ..distributed.draws import draw_standard_normal_
-from ..distributed.parts import find_pieces, get_local_part, is_dtensor, split_rows
 from ..errors import InputError
-from ..optimizers.layouts import State
-from ..optimizers.state import SecondMoments, StateDraft, StoredTensor, draft_state, unwrap_optimizer
+from ..method.multiplier import compute_scale_for_warmup
 from ..records.report import V0Report, collect_versions
+from ..second_moment.layouts import State
+from ..second_moment.state import SecondMoments, StateDraft, StoredTensor, draft_state, unwrap_optimizer
 from ..settings import AUTO, V0InitArguments
+from ..sharding.draws import draw_standard_normal_
+from ..sharding.parts import find_pieces, get_local_part, is_dtensor, split_rows
 from .plan import NOTHING_TO_WRITE, name_parameters
 from .strategies import compute_random_v0_, takes_v0
 from .summary import add_parameters, compute_median, describe_not_finite, sample_ratio
@@ -77,12 +77,12 @@ def choose_measure_steps(settings: V0InitArguments, max_steps: int | None) -> in
     """
     if settings.v0_init != "data_driven":
         return 1
-    asked = settings.v0_measure_steps
+    asked = settings.v0_estimation_steps
     if asked is None:
         return min(MAX_MEASURE_STEPS, max(1, math.floor(MEASURED_SHARE * (max_steps or 0))))
     if max_steps and asked > 1 and asked >= max_steps:
         raise InputError(
-            f"v0_measure_steps={asked}: the run has {max_steps} steps, of which these would make no update; give fewer, or leave it out "
+            f"v0_estimation_steps={asked}: the run has {max_steps} steps, of which these would make no update; give fewer, or leave it out "
             "for 1% of the run"
         )
     return asked
@@ -184,22 +184,22 @@ class FirstSteps:
         """Say how many optimizer steps the run has, before the first of them.
 
         Raises:
-            InputError: `v0_measure_steps` or `v0_warmup_steps` do not fit.
+            InputError: `v0_estimation_steps` or `v0_decay_steps` do not fit.
         """
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.settings = self.settings.resolve(self.max_steps)
         self.num_measure_steps = choose_measure_steps(self.settings, self.max_steps)
-        if self.settings.v0_warmup_steps in (None, AUTO):
+        if self.settings.v0_decay_steps in (None, AUTO):
             return
         for group in self.moments.list_groups():
             beta2 = self.moments.read_beta2(group)
             if beta2 is None:
                 raise InputError(
-                    f"v0_warmup_steps={self.settings.v0_warmup_steps} with {self.moments.name}: its second moment is no decaying mean of "
+                    f"v0_decay_steps={self.settings.v0_decay_steps} with {self.moments.name}: its second moment is no decaying mean of "
                     "g^2, so the closed form gives no scale; use v0_scale"
                 )
-            if self.settings.v0_warmup_steps >= 1:  # a share of the run is known when the training begins
-                compute_scale_for_warmup(self.settings.v0_warmup_steps, beta2)
+            if self.settings.v0_decay_steps >= 1:  # a share of the run is known when the training begins
+                compute_scale_for_warmup(self.settings.v0_decay_steps, beta2)
 
     # ---- the hooks ---------------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class FirstSteps:
         report = self.report
         report.seconds = self._seconds
         report.without_gradient = [part.name for one in late for part in self._parts_with_v0(one)]
-        report.measure_steps = self.num_measure_steps if self.settings.v0_init == "data_driven" else None
+        report.estimation_steps = self.num_measure_steps if self.settings.v0_init == "data_driven" else None
         if self.settings.v0_init != "random":
             report.measured_ratio = report.scale
         if self.max_steps:
@@ -409,8 +409,8 @@ class FirstSteps:
         return {one.tensor for one in chosen}
 
     def _scale_random(self, report, chosen, states, ratios) -> None:
-        """Measure v0 / g^2; with `v0_warmup_steps`, scale v0 so that its multiplier is 0.9 at that step."""
-        steps = self.settings.v0_warmup_steps
+        """Measure v0 / g^2; with `v0_decay_steps`, scale v0 so that its multiplier is 0.9 at that step."""
+        steps = self.settings.v0_decay_steps
         if steps is None:
             joined = [ratio for of_beta2 in ratios.values() for ratio in of_beta2]
             report.measured_ratio = compute_median(joined, self._is_sharded())
@@ -439,8 +439,8 @@ class FirstSteps:
                 )
 
     def _find_scale(self, group: dict) -> float:
-        """The scale in force for a parameter group: with `v0_warmup_steps` it follows from the group's own beta2."""
-        if self.settings.v0_init == "random" and self.settings.v0_warmup_steps is not None:
+        """The scale in force for a parameter group: with `v0_decay_steps` it follows from the group's own beta2."""
+        if self.settings.v0_init == "random" and self.settings.v0_decay_steps is not None:
             return 1.0  # the ratio to g^2, measured now, decides
         return self.settings.get_v0_scale(self.moments.read_beta2(group) or 0.0)
 
@@ -514,8 +514,8 @@ class FirstSteps:
         return bool(self._parts_with_v0(stored)) and stored.tensor.is_floating_point()
 
     def _parts_with_v0(self, stored: StoredTensor) -> list:
-        one_dimensional = self.settings.v0_one_dimensional
-        return [part for part in stored.parts if takes_v0(part.full_shape, one_dimensional)]
+        include_bias_and_norm = self.settings.v0_include_bias_and_norm
+        return [part for part in stored.parts if takes_v0(part.full_shape, include_bias_and_norm)]
 
     def _is_sharded(self) -> bool:
         return self.moments.zero is not None or any(is_dtensor(one.tensor) for one in self._list())
@@ -568,9 +568,9 @@ class FirstSteps:
             strategy=settings.v0_init,
             scale=self._find_scale(first),
             seed=self.seed,
-            statistic="per_step" if settings.v0_init == "data_driven" else None,
-            one_dimensional=settings.v0_one_dimensional,
-            warmup_steps=settings.v0_warmup_steps,
+            estimator="minibatch" if settings.v0_init == "data_driven" else None,
+            include_bias_and_norm=settings.v0_include_bias_and_norm,
+            warmup_steps=settings.v0_decay_steps,
             optimizer=self.moments.name,
             beta2=self.moments.read_beta2(first),
             num_processes=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
@@ -586,10 +586,10 @@ def attach_v0(
     v0_init: str = "data_driven",
     *,
     v0_scale: float | None = None,
-    v0_warmup_steps: float | None = None,
-    v0_measure_steps: int | None = None,
+    v0_decay_steps: float | None = None,
+    v0_estimation_steps: int | None = None,
     v0_seed: int = 0,
-    v0_one_dimensional: bool = False,
+    v0_include_bias_and_norm: bool = False,
     max_steps: int | None = None,
 ) -> FirstSteps | None:
     """Give an optimizer's second moment a v0 at the run's own first step. One call, before that step, in any loop.
@@ -605,9 +605,9 @@ def attach_v0(
         model: whose names the parameters have in the report, and by which a random v0 is drawn; without it they are named by
             their place in the optimizer. Plain, compiled, inside DDP, or sharded by FSDP2 or tensor parallelism.
         v0_init: "data_driven", "random" or "first_gradient"; "zeros" attaches nothing.
-        v0_scale, v0_warmup_steps, v0_measure_steps, v0_one_dimensional: as the flags of these names.
+        v0_scale, v0_decay_steps, v0_estimation_steps, v0_include_bias_and_norm: as the flags of these names.
         v0_seed: of a random v0.
-        max_steps: optimizer steps of the whole run, which the default of `v0_measure_steps`, shares of the run and the log's
+        max_steps: optimizer steps of the whole run, which the default of `v0_estimation_steps`, shares of the run and the log's
             outlook need.
 
     Returns:
@@ -620,18 +620,18 @@ def attach_v0(
     settings = V0InitArguments(
         v0_init=v0_init,
         v0_scale=v0_scale,
-        v0_warmup_steps=v0_warmup_steps,
-        v0_measure_steps=v0_measure_steps,
-        v0_one_dimensional=v0_one_dimensional,
+        v0_decay_steps=v0_decay_steps,
+        v0_estimation_steps=v0_estimation_steps,
+        v0_include_bias_and_norm=v0_include_bias_and_norm,
         v0_seed=v0_seed,
     )
     if v0_init == "zeros":
         return None
-    if AUTO in (v0_init, settings.v0_warmup_steps):
-        name = "v0_init" if v0_init == AUTO else "v0_warmup_steps"
+    if AUTO in (v0_init, settings.v0_decay_steps):
+        name = "v0_init" if v0_init == AUTO else "v0_decay_steps"
         raise InputError(
             f"attach_v0 cannot measure {name}=auto, which takes the loop's own batches and loss: warm up for as long as "
-            "compute_warmup_length says of measure_trust_radius(model, batches, loss_fn).d50, or give it as v0_warmup_steps"
+            "compute_warmup_length says of measure_trust_radius(model, batches, loss_fn).d50, or give it as v0_decay_steps"
         )
     return FirstSteps(optimizer, model, settings, seed=v0_seed, max_steps=max_steps)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..distributed.parts import clean_parameter_name, get_full_shape, is_sharded
 from ..errors import InputError
-from ..optimizers.state import SecondMoments
+from ..second_moment.state import SecondMoments
+from ..sharding.parts import clean_parameter_name, get_full_shape, is_sharded
 from .strategies import takes_v0
 
 
@@ -36,7 +36,7 @@ class V0Plan:
     beta2: float | None = None
 
 
-def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Plan:
+def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) -> V0Plan:
     """Decide which of a model's parameters, held by an optimizer, get a v0.
 
     Raises:
@@ -53,7 +53,7 @@ def plan_v0(optimizer, model: nn.Module, one_dimensional: bool = False) -> V0Pla
             continue
         _require_memory(name, parameter)
         shape = get_full_shape(parameter)
-        if takes_v0(shape, one_dimensional) and parameter.is_floating_point():
+        if takes_v0(shape, include_bias_and_norm) and parameter.is_floating_point():
             if not plan.named_parameters:
                 plan.beta2 = moments.read_beta2(group)
             plan.named_parameters.append((name, parameter))
@@ -83,5 +83,5 @@ def _require_memory(name: str, parameter: nn.Parameter) -> None:
 
 NOTHING_TO_WRITE = (
     "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
-    "set v0_one_dimensional=True to include vectors, or v0_init=zeros"
+    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
 )

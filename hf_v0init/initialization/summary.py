@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from ..distributed.parts import Fragment, get_local_part
-from ..distributed.tensor_statistics import compute_figures, gather_values
 from ..errors import InputError
 from ..records.report import V0Report
+from ..sharding.parts import Fragment, get_local_part
+from ..sharding.tensor_statistics import compute_figures, gather_values
 
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
 

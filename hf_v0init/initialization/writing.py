@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distributed.parts import Fragment, get_full_shape, get_local_part
-from ..distributed.processes import get_rank_and_world_size, raise_together
 from ..errors import InputError
-from ..gradients.statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, reduce_sums
-from ..gradients.stopping import TOLERANCE, compute_relative_errors, see_sums
-from ..optimizers.state import StateDraft, count_touched, draft_state
+from ..estimation.statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, reduce_sums
+from ..estimation.stopping import TOLERANCE, compute_relative_errors, see_sums
 from ..records.report import V0Report, collect_versions
+from ..second_moment.state import StateDraft, count_touched, draft_state
+from ..sharding.parts import Fragment, get_full_shape, get_local_part
+from ..sharding.processes import get_rank_and_world_size, raise_together
 from .plan import V0Plan
 from .strategies import compute_data_driven_v0_
 from .summary import add_parameters, compute_median, take_elements
@@ -170,7 +170,7 @@ def write_v0(
         strategy="data_driven",
         scale=find_scale(plan.beta2),
         seed=seed,
-        statistic="per_sample",
+        estimator="per_sample",
         optimizer=plan.moments.name,
         beta2=plan.beta2,
         num_samples=estimate.counts.num_samples,

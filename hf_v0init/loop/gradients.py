@@ -16,13 +16,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from ..distributed.fsdp import find_data_share
-from ..distributed.parts import is_sharded
-from ..distributed.processes import gather_objects, get_rank_and_world_size, raise_together
 from ..errors import InputError
-from ..gradients.statistics import PassCounts, StatisticsBatch, visit_gradients
-from ..gradients.together import visit_gradients_together
-from ..preservation import preserve_model, preserve_rng
+from ..estimation.statistics import PassCounts, StatisticsBatch, visit_gradients
+from ..estimation.together import visit_gradients_together
+from ..sharding.fsdp import find_data_share
+from ..sharding.parts import is_sharded
+from ..sharding.processes import gather_objects, get_rank_and_world_size, raise_together
+from ..state_guard import preserve_model, preserve_rng
 
 FP16_LOSS_SCALE = 1024.0  # as in the Trainer: keeps fp16 gradients out of the subnormal range; divided out again
 

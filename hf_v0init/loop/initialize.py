@@ -22,15 +22,15 @@ from typing import Any
 
 from torch import nn
 
-from ..distributed.processes import get_rank_and_world_size
 from ..errors import InputError
-from ..gradients.stopping import list_stages
+from ..estimation.stopping import list_stages
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
-from ..optimizers.state import SecondMoments
-from ..preservation import defer_interrupts
 from ..records.report import V0Report
+from ..second_moment.state import SecondMoments
 from ..settings import AUTO, V0InitArguments
+from ..sharding.processes import get_rank_and_world_size
+from ..state_guard import defer_interrupts
 from .gradients import LoopGradients, LossFunction, count_first_dimension, unwrap_model
 
 logger = logging.getLogger("hf_v0init")
@@ -44,10 +44,10 @@ def initialize_v0(
     loss_fn: LossFunction,
     accelerator=None,
     v0_scale: float | None = None,
-    v0_warmup_steps: float | None = None,
+    v0_decay_steps: float | None = None,
     v0_num_samples: int | str | None = V0InitArguments.v0_num_samples,
     v0_seed: int = 0,
-    v0_one_dimensional: bool = V0InitArguments.v0_one_dimensional,
+    v0_include_bias_and_norm: bool = V0InitArguments.v0_include_bias_and_norm,
     batches_per_step: int | None = None,
     effective_batch_size: float | None = None,
     count_samples: Callable[[Any], int] | None = None,
@@ -64,7 +64,7 @@ def initialize_v0(
         loss_fn: maps (model, batch) to the scalar mean loss over the batch's samples, as the loop computes it and without
             division by accumulation steps. It must use the model it is given, which is not inside DDP.
         accelerator: places the batches on its device and tells precision and accumulation.
-        v0_scale, v0_warmup_steps, v0_seed, v0_one_dimensional: as the flags of these names.
+        v0_scale, v0_decay_steps, v0_seed, v0_include_bias_and_norm: as the flags of these names.
         v0_num_samples: samples over all processes, rounded up to whole batches; "auto": as many as are enough
             (see `gradients.stopping`); None: all of `batches`.
         batches_per_step: batches per process that one optimizer step averages over. Default: the accelerator's
@@ -75,7 +75,7 @@ def initialize_v0(
         other_modules: further modules that `loss_fn` runs, such as a GAN's other network. They are left as they were, and their
             gradients are neither computed nor kept.
         max_steps: optimizer steps of the whole run. With it the report and the log say what v0 will do over the run, and
-            `v0_warmup_steps` below 1 is a share of them.
+            `v0_decay_steps` below 1 is a share of them.
 
     Returns:
         What was done, see `V0Report`; `report.to_dict()` are plain JSON types.
@@ -86,11 +86,11 @@ def initialize_v0(
     """
     settings = V0InitArguments(
         v0_init="data_driven",
-        v0_statistic="per_sample",
+        v0_estimator="per_sample",
         v0_scale=v0_scale,
-        v0_warmup_steps=v0_warmup_steps,
+        v0_decay_steps=v0_decay_steps,
         v0_seed=v0_seed,
-        v0_one_dimensional=v0_one_dimensional,
+        v0_include_bias_and_norm=v0_include_bias_and_norm,
         **({} if v0_num_samples is None else {"v0_num_samples": v0_num_samples}),
     ).resolve(max_steps)
     _require_counts(batches_per_step, effective_batch_size)
@@ -98,25 +98,25 @@ def initialize_v0(
     for name, value in (("batches", batches), ("loss_fn", loss_fn)):
         if value is None:
             raise InputError(f"initialize_v0 takes v0 from gradients: give {name}; attach_v0 needs none")
-    plan = plan_v0(optimizer, unwrap_model(model), v0_one_dimensional)
+    plan = plan_v0(optimizer, unwrap_model(model), v0_include_bias_and_norm)
     _require_fresh(plan.moments)
     _require_scale_known(settings, plan.moments)
     gradients = LoopGradients(
         model, loss_fn, accelerator, count_samples or count_first_dimension, other_modules, v0_seed
     )
-    per_step = batches_per_step or getattr(accelerator, "gradient_accumulation_steps", 1)
+    minibatch = batches_per_step or getattr(accelerator, "gradient_accumulation_steps", 1)
     with defer_interrupts(), gradients.open(batches):
         stages = _list_stages(v0_num_samples, gradients.first_size)
         run = [functools.partial(gradients.run, batch_range=stage) for stage in stages]
-        of_step = float(effective_batch_size or gradients.num_samples_at_once * per_step)
+        of_step = float(effective_batch_size or gradients.num_samples_at_once * minibatch)
         estimate = estimate_grad_sq_mean(plan, run, of_step)
         report = write_v0(
             plan,
             estimate,
             lambda beta2: settings.get_v0_scale(beta2 or 0.0),
             seed=v0_seed,
-            one_dimensional=v0_one_dimensional,
-            warmup_steps=settings.v0_warmup_steps,
+            include_bias_and_norm=v0_include_bias_and_norm,
+            warmup_steps=settings.v0_decay_steps,
             num_samples_requested=v0_num_samples,
             stats_batch_size=gradients.first_size,
             effective_batch_size=of_step,
@@ -171,8 +171,8 @@ def _require_scale_known(settings: V0InitArguments, moments: SecondMoments) -> N
         beta2 = moments.read_beta2(group)
         if beta2 is not None:
             settings.get_v0_scale(beta2)
-        elif settings.v0_warmup_steps is not None:
+        elif settings.v0_decay_steps is not None:
             raise InputError(
-                f"v0_warmup_steps={settings.v0_warmup_steps} with {moments.name}: its second moment "
+                f"v0_decay_steps={settings.v0_decay_steps} with {moments.name}: its second moment "
                 "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"
             )

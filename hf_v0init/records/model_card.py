@@ -97,19 +97,19 @@ def compose_flags(report: Mapping[str, Any]) -> str:
 
     # The scale follows from the warmup length, and the arguments accept only one of the two.
     if report.get("warmup_steps") is not None:
-        add("v0_warmup_steps", "warmup_steps")
+        add("v0_decay_steps", "warmup_steps")
     else:
         add("v0_scale", "scale")
     if strategy == "data_driven":
-        add("v0_statistic", "statistic")
-        add("v0_measure_steps", "measure_steps")
-        if report.get("statistic") == "per_sample":
+        add("v0_estimator", "estimator")
+        add("v0_estimation_steps", "estimation_steps")
+        if report.get("estimator") == "per_sample":
             requested = "num_samples_requested"
             add("v0_num_samples", requested if report.get(requested) is not None else "num_samples")
             add("v0_stats_batch_size", "stats_batch_size")
     add("v0_seed", "seed")
-    if report.get("one_dimensional"):
-        flags.append("--v0_one_dimensional")
+    if report.get("include_bias_and_norm"):
+        flags.append("--v0_include_bias_and_norm")
     return " ".join(flags)
 
 
@@ -264,13 +264,13 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("scale", "scale", _format_exact)
     add("scale chosen for m(t) = 0.9 at step", "warmup_steps", _format_count)
     if strategy == "data_driven":
-        add("statistic", "statistic", "`{}`".format)
-        add("optimizer steps measured", "measure_steps", _format_count)
-        if report.get("statistic") == "per_sample":
+        add("estimator", "estimator", "`{}`".format)
+        add("optimizer steps measured", "estimation_steps", _format_count)
+        if report.get("estimator") == "per_sample":
             add("samples", "num_samples", _format_count)
             add("samples per batch of the pass before training", "stats_batch_size", _format_count)
     add("seed", "seed", _format_exact)
-    add("one-dimensional tensors", "one_dimensional", lambda wanted: "get a v0" if wanted else "start at zero")
+    add("one-dimensional tensors", "include_bias_and_norm", lambda wanted: "get a v0" if wanted else "start at zero")
     add("optimizer", "optimizer", "`{}`".format)
     add("its beta2", "beta2", _format_exact)
     return rows

@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..closed_form.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 from ..errors import InputError
+from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 
 REPORT_FILE = "v0_init.json"
 
@@ -17,12 +17,12 @@ MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does 
 SETTINGS = (
     "strategy",
     "scale",
-    "statistic",
-    "measure_steps",
+    "estimator",
+    "estimation_steps",
     "num_samples_requested",
     "stats_batch_size",
     "seed",
-    "one_dimensional",
+    "include_bias_and_norm",
 )
 
 logger = logging.getLogger("hf_v0init")
@@ -41,15 +41,15 @@ class V0Report:
     strategy: str
     scale: float
     seed: int
-    statistic: str | None = None
-    measure_steps: int | None = None
+    estimator: str | None = None
+    estimation_steps: int | None = None
     num_samples_requested: int | str | None = None
     num_samples: int = 0
     num_batches: int = 0
     num_skipped: int = 0
     stats_batch_size: int | None = None
     effective_batch_size: float | None = None
-    one_dimensional: bool = False
+    include_bias_and_norm: bool = False
     warmup_steps: int | None = None
     optimizer: str | None = None
     beta2: float | None = None
@@ -97,11 +97,11 @@ class V0Report:
         """Return the summary, two lines at most: what was written, from what; and what it will do on this run."""
         if self.strategy == "random":
             source = "drawn"
-        elif self.statistic == "per_sample":
+        elif self.estimator == "per_sample":
             skipped = f", {self.num_skipped:,} without a loss skipped" if self.num_skipped else ""
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
         else:
-            steps = self.measure_steps or 1
+            steps = self.estimation_steps or 1
             source = (
                 "from the gradient of the first step"
                 if steps == 1
@@ -114,7 +114,7 @@ class V0Report:
         later = ""
         if self.without_gradient:
             shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
-            what = "start at 0" if self.statistic == "per_sample" else "get theirs at their first gradient"
+            what = "start at 0" if self.estimator == "per_sample" else "get theirs at their first gradient"
             later = f"; {len(self.without_gradient)} without a gradient so far {what}: {shown}"
         lines = [
             f"v0 ({self.strategy}, scale {self.scale:g}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
@@ -130,8 +130,8 @@ class V0Report:
     def find_warning(self) -> str | None:
         """Return the one warning that this run needs, with a remedy that can be typed, or None."""
         if self.is_all_zero:
-            if self.statistic == "per_sample":
-                remedy = "use --v0_statistic per_step, which takes v0 from the run's own first steps"
+            if self.estimator == "per_sample":
+                remedy = "use --v0_estimator minibatch, which takes v0 from the run's own first steps"
             else:
                 remedy = "check that the loss depends on the optimizer's parameters"
             return f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"

@@ -15,7 +15,9 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..closed_form.length import (
+from ..errors import InputError
+from ..estimation.trust_radius import TrustRadius
+from ..method.length import (
     NEEDED_FROM,
     STEPS_PER_X,
     compute_largest_rate_with_room,
@@ -24,8 +26,6 @@ from ..closed_form.length import (
     compute_warmup_length,
     is_cut_short,
 )
-from ..errors import InputError
-from ..gradients.trust_radius import TrustRadius
 from ..plots import draw_trust_radius, require_figure_path
 from ..trainer.trust_radius import measure_run
 from .script_stages import flag
@@ -59,7 +59,7 @@ def turn_into_probe(training: TrainingArguments) -> None:
     training.eval_strategy, training.eval_on_start, training.save_strategy = IntervalStrategy.NO, False, SaveStrategy.NO
     training.load_best_model_at_end, training.push_to_hub, training.report_to = False, False, []
     training.resume_from_checkpoint = None
-    training.v0_init, training.v0_scale, training.v0_warmup_steps = "zeros", None, None
+    training.v0_init, training.v0_scale, training.v0_decay_steps = "zeros", None, None
     training.untuned_warmup = None
     training.v0_record_run, training.disable_tqdm = False, True
     if training.log_level == "passive":

@@ -6,7 +6,7 @@
 
 | at `on_train_begin` | what happens |
 | --- | --- |
-| new run, optimizer without state | v0 is written at the first step, see `initialization.first_steps`; the paper's pass (`v0_statistic="per_sample"`) runs now |
+| new run, optimizer without state | v0 is written at the first step, see `initialization.first_steps`; the paper's pass (`v0_estimator="per_sample"`) runs now |
 | resumed while v0 was being measured | the measurement goes on |
 | resumed, optimizer state loaded | the checkpoint's state stands; differing v0 settings are named in a warning |
 | resumed from a `save_only_model` checkpoint (no optimizer state) | v0 is written anew at the loaded weights, with a warning |
@@ -24,17 +24,17 @@ import weakref
 import torch
 from transformers import TrainerCallback
 
-from ..closed_form.length import LONGEST_SHARE, compute_relative_rate, compute_warmup_length
-from ..closed_form.untuned_warmup import UNTUNED_WARMUPS
 from ..errors import InputError
 from ..initialization.first_steps import FirstSteps
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
-from ..optimizers.schedules import lengthen_warmup
-from ..optimizers.state import SecondMoments
-from ..preservation import defer_interrupts
+from ..method.length import LONGEST_SHARE, compute_relative_rate, compute_warmup_length
+from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import V0Report, read_report, write_report
+from ..second_moment.schedules import lengthen_warmup
+from ..second_moment.state import SecondMoments
 from ..settings import MEASURED, V0InitArguments, read_v0_arguments
+from ..state_guard import defer_interrupts
 from .gradients import TrainerGradients
 from .supported_runs import require_sole_warmup, require_supported_pass, require_supported_run
 from .trust_radius import measure_run
@@ -112,7 +112,7 @@ class V0InitCallback(TrainerCallback):
     def attach_to(self, optimizer, model, args) -> None:
         """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
         settings = self.get_settings(args)
-        if settings.v0_statistic == "per_sample" and settings.v0_init == "data_driven":
+        if settings.v0_estimator == "per_sample" and settings.v0_init == "data_driven":
             SecondMoments(optimizer)
             return
         self._attach(optimizer, model, args, settings, None)
@@ -143,7 +143,7 @@ class V0InitCallback(TrainerCallback):
             return
         if self._trainer is not None:
             require_supported_run(self._trainer)
-        by_pass = settings.v0_init == "data_driven" and settings.v0_statistic == "per_sample"
+        by_pass = settings.v0_init == "data_driven" and settings.v0_estimator == "per_sample"
         moments = SecondMoments(optimizer)
         untouched, resumed = moments.is_untouched(), state.global_step > 0
         if resumed and not untouched and not self._take_over(args, state, settings, moments):
@@ -185,12 +185,12 @@ class V0InitCallback(TrainerCallback):
             if self.length is None:
                 raise InputError(
                     f"the checkpoint at step {state.global_step} was trained without a measured length: go on without "
-                    "untuned_warmup=measured and v0_warmup_steps=auto, or start anew"
+                    "untuned_warmup=measured and v0_decay_steps=auto, or start anew"
                 )
             return self.length["steps"]
         if self._trainer is None:
             raise InputError(
-                "untuned_warmup=measured and v0_warmup_steps=auto are measured through the Trainer: use "
+                "untuned_warmup=measured and v0_decay_steps=auto are measured through the Trainer: use "
                 "V0InitCallback(...).attach(trainer)"
             )
         with defer_interrupts():
@@ -202,7 +202,7 @@ class V0InitCallback(TrainerCallback):
             steps = min(math.ceil(2 / (1 - beta2) - 1e-6), math.floor(LONGEST_SHARE * state.max_steps))
             logger.warning(
                 f"how long to hold back cannot be measured ({radius.reason}): 2 / (1 - beta2) steps are taken, {steps:,}; to choose "
-                "yourself, give --warmup_steps in place of --untuned_warmup, or a number for --v0_warmup_steps"
+                "yourself, give --warmup_steps in place of --untuned_warmup, or a number for --v0_decay_steps"
             )
         else:
             found["x"] = compute_relative_rate(args.learning_rate, radius.d50)
@@ -276,17 +276,17 @@ class V0InitCallback(TrainerCallback):
         self.report = stored
         now = V0Report(
             strategy=settings.v0_init,
-            scale=stored["scale"] if settings.v0_warmup_steps else settings.get_v0_scale(moments.read_beta2() or 0.0),
+            scale=stored["scale"] if settings.v0_decay_steps else settings.get_v0_scale(moments.read_beta2() or 0.0),
             seed=self._get_seed(args, settings),
-            one_dimensional=settings.v0_one_dimensional,
+            include_bias_and_norm=settings.v0_include_bias_and_norm,
         )
         if settings.v0_init == "data_driven":
-            now.statistic = settings.v0_statistic
-            if settings.v0_statistic == "per_sample":
+            now.estimator = settings.v0_estimator
+            if settings.v0_estimator == "per_sample":
                 now.num_samples_requested = settings.v0_num_samples
                 now.stats_batch_size = settings.v0_stats_batch_size or stored.get("stats_batch_size")
             else:
-                now.measure_steps = settings.v0_measure_steps or stored.get("measure_steps")
+                now.estimation_steps = settings.v0_estimation_steps or stored.get("estimation_steps")
         differences = now.find_differences(stored)
         if differences:
             logger.warning(
@@ -309,12 +309,12 @@ class V0InitCallback(TrainerCallback):
         """Run the paper's pass over training samples and write v0 from it (eq. 10)."""
         if self._trainer is None:
             raise InputError(
-                "v0_statistic=per_sample reads training samples through the Trainer: use V0InitCallback(...).attach(trainer), or "
-                "v0_statistic=per_step (the default), which needs no Trainer"
+                "v0_estimator=per_sample reads training samples through the Trainer: use V0InitCallback(...).attach(trainer), or "
+                "v0_estimator=minibatch (the default), which needs no Trainer"
             )
         require_supported_pass(self._trainer)
         seed = self._get_seed(args, settings)
-        plan = plan_v0(moments, model, settings.v0_one_dimensional)
+        plan = plan_v0(moments, model, settings.v0_include_bias_and_norm)
         gradients = TrainerGradients(self._trainer, settings, moments, seed)
         gradients.require_readable_data()
         settings.get_v0_scale(plan.beta2 or 0.0)  # one that is too large is refused before the pass
@@ -326,8 +326,8 @@ class V0InitCallback(TrainerCallback):
             estimate,
             lambda beta2: settings.get_v0_scale(beta2 or 0.0),
             seed=seed,
-            one_dimensional=settings.v0_one_dimensional,
-            warmup_steps=settings.v0_warmup_steps,
+            include_bias_and_norm=settings.v0_include_bias_and_norm,
+            warmup_steps=settings.v0_decay_steps,
             num_samples_requested=settings.v0_num_samples,
             stats_batch_size=gradients.choose_batch_size(),
             effective_batch_size=step_size,

@@ -15,22 +15,22 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..distributed.fsdp import find_data_share
-from ..distributed.parts import is_sharded
 from ..errors import InputError
-from ..gradients.batches import (
+from ..estimation.batches import (
     SampledBatches,
     choose_batch_size,
     choose_samples,
     iterate_streamed_batches,
     require_reiterable,
 )
-from ..gradients.statistics import PassCounts, visit_gradients
-from ..gradients.stopping import BATCH_SIZE, list_stages
-from ..gradients.together import count_row_items, visit_gradients_together
-from ..optimizers.state import SecondMoments
-from ..preservation import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
+from ..estimation.statistics import PassCounts, visit_gradients
+from ..estimation.stopping import BATCH_SIZE, list_stages
+from ..estimation.together import count_row_items, visit_gradients_together
+from ..second_moment.state import SecondMoments
 from ..settings import AUTO, V0InitArguments
+from ..sharding.fsdp import find_data_share
+from ..sharding.parts import is_sharded
+from ..state_guard import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
 
 logger = logging.getLogger("hf_v0init")
 
@@ -38,7 +38,7 @@ FP16_LOSS_SCALE = 1024.0  # keeps fp16 gradients of the pass out of the subnorma
 NUM_ROWS_TRIED = 3  # of the look whether a loss is a mean over independent samples
 TOLERANCE, TOLERANCE_NARROW = 1e-3, 3e-2  # relative, of that look
 
-PER_STEP = "use v0_statistic=per_step (the default), which takes v0 from the run's own first steps"
+PER_STEP = "use v0_estimator=minibatch (the default), which takes v0 from the run's own first steps"
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -47,7 +47,7 @@ class TrainerGradients:
 
     Args:
         trainer: a `transformers.Trainer`, its model and optimizer prepared.
-        settings: with `v0_statistic="per_sample"`.
+        settings: with `v0_estimator="per_sample"`.
         moments: of its optimizer.
         seed: of the choice of samples and of their dropout.
     """
@@ -63,7 +63,7 @@ class TrainerGradients:
         dataset = self.trainer.train_dataset
         if dataset is None or isinstance(dataset, dict):
             what = "without a train_dataset" if dataset is None else "with a dictionary of training data sets"
-            raise InputError(f"v0_statistic=per_sample {what}: it reads samples before training; {PER_STEP}")
+            raise InputError(f"v0_estimator=per_sample {what}: it reads samples before training; {PER_STEP}")
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise InputError(
                 "the training data set is empty, so v0 has no gradients to be taken from: check the data files"
@@ -77,7 +77,7 @@ class TrainerGradients:
             home = _find_home(type(self.trainer), name)
             if home is not None and not home.startswith(("transformers.", "hf_v0init.")):
                 raise InputError(
-                    f"v0_statistic=per_sample with {type(self.trainer).__name__}, which has a {name} of its own: a pass over single "
+                    f"v0_estimator=per_sample with {type(self.trainer).__name__}, which has a {name} of its own: a pass over single "
                     f"samples would not see what the training sees; {PER_STEP}"
                 )
         if self._runs_together():
@@ -90,7 +90,7 @@ class TrainerGradients:
         tolerance = TOLERANCE_NARROW if self.args.bf16 or self.args.fp16 else TOLERANCE
         if all(abs(of_batch - value) > tolerance * max(abs(of_batch), abs(value), 1e-12) for value in of_rows):
             raise InputError(
-                f"v0_statistic=per_sample with a loss that is no mean over its samples: {of_batch:.6g} for {NUM_ROWS_TRIED} samples "
+                f"v0_estimator=per_sample with a loss that is no mean over its samples: {of_batch:.6g} for {NUM_ROWS_TRIED} samples "
                 f"together, {of_rows[0]:.6g} on average one by one (in-batch negatives?); {PER_STEP}"
             )
 

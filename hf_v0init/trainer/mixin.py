@@ -16,12 +16,12 @@ from transformers.trainer_utils import HubStrategy
 from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
 from ..initialization.plan import require_materialised
-from ..optimizers.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ..optimizers.schedules import add_untuned_warmup
-from ..optimizers.state import SecondMoments, unwrap_optimizer
 from ..records.model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
 from ..records.report import read_report, write_report
 from ..records.run_log import RunRecordCallback
+from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
+from ..second_moment.schedules import add_untuned_warmup
+from ..second_moment.state import SecondMoments, unwrap_optimizer
 from ..settings import MEASURED, V0InitArguments
 from .callback import V0InitCallback
 from .supported_runs import require_supported_run

@@ -1,7 +1,7 @@
 """The kinds of runs in which a v0 cannot be exact, refused in one line before any training. Knows Trainers from outside."""
 
 from ..errors import InputError
-from ..optimizers.deepspeed import require_supported_config
+from ..second_moment.deepspeed import require_supported_config
 from ..settings import MEASURED, V0InitArguments
 
 
@@ -37,8 +37,8 @@ def require_supported_pass(trainer) -> None:
     """Raise `InputError` if the paper's pass before training cannot run in this set-up."""
     if trainer.args.n_gpu > 1:
         raise InputError(
-            f"v0_statistic=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
-            "GPU with `accelerate launch` or `torchrun`, or use v0_statistic=per_step (the default)"
+            f"v0_estimator=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
+            "GPU with `accelerate launch` or `torchrun`, or use v0_estimator=minibatch (the default)"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from ..errors import InputError
-from ..gradients.trust_radius import TrustRadius, measure_trust_radius
+from ..estimation.trust_radius import TrustRadius, measure_trust_radius
 from .gradients import FP16_LOSS_SCALE, preserve_trainer
 
 DEFAULT_NUM_STEPS = 2  # optimizer steps whose batches are looked at

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.measuring import measure_pairs, use_one_thread
 from benchmarks.tasks import make_gpt2
-from hf_v0init.gradients.statistics import PassCounts, reduce_sums
+from hf_v0init.estimation.statistics import PassCounts, reduce_sums
 
 
 def main(path: str, num_pairs: str) -> None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
-from hf_v0init.comparison.reading.results import RECORD_FILE, RUNS_FOLDER
-from hf_v0init.comparison.running.run_state import read_json
+from hf_v0init.compare.reading.results import RECORD_FILE, RUNS_FOLDER
+from hf_v0init.compare.running.run_state import read_json
 
 COMPARE_FILE = Path(__file__).resolve().parents[2] / "configs" / "benchmark" / "compare.yaml"
 TIME_LIMIT = 1200
@@ -31,7 +31,7 @@ def measure_commands(conditions: Conditions) -> list[Row]:
     rows, num_pairs = [], conditions.choose(3, 15)
     for name, flags in (("--help", ["--help"]), ("explain", ["explain", "--max_steps", "5000"])):
         ratios = measure_pairs(
-            lambda flags=flags: _run("-m", "hf_v0init.commands.main", *flags),
+            lambda flags=flags: _run("-m", "hf_v0init.cli.main", *flags),
             lambda: _run("-c", "import torch"),
             num_pairs,
             _time_children,
@@ -48,7 +48,7 @@ def measure_compare(conditions: Conditions) -> Row:
     """
     folder = conditions.work_dir / "compare"
     begin = time.perf_counter()
-    _run("-m", "hf_v0init.commands.main", "compare", str(COMPARE_FILE), "--output_dir", str(folder))
+    _run("-m", "hf_v0init.cli.main", "compare", str(COMPARE_FILE), "--output_dir", str(folder))
     ours = time.perf_counter() - begin
     records = [read_json(path) for path in sorted((folder / RUNS_FOLDER).glob(f"*/{RECORD_FILE}"))]
     theirs = sum(record["seconds"] for record in records)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
-from hf_v0init.distributed.draws import draw_standard_normal_
 from hf_v0init.initialization.strategies import compute_random_v0_
+from hf_v0init.sharding.draws import draw_standard_normal_
 
 NUM_PROCESSES = 2
 TIME_LIMIT = 300

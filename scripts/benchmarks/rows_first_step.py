@@ -75,7 +75,7 @@ def measure_measuring_memory(conditions: Conditions) -> Row:
     def train(with_v0: bool):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         if with_v0:
-            attach_v0(optimizer, model, v0_init="data_driven", v0_measure_steps=NUM_STEPS)
+            attach_v0(optimizer, model, v0_init="data_driven", v0_estimation_steps=NUM_STEPS)
         for batch in batches:
             model(**batch).loss.backward()
             optimizer.step()

@@ -8,8 +8,8 @@ from torch import nn
 
 from benchmarks.measuring import BYTES, Conditions, Row, measure_memory, measure_pairs
 from benchmarks.tasks import load_translation_task, make_arguments, make_gpt2, make_random_sequences, read_penn_treebank
-from hf_v0init.gradients.statistics import PassCounts, StatisticsBatch, make_sum_visitor, visit_gradients
-from hf_v0init.gradients.stopping import TOLERANCE, SumsSeen, compute_relative_errors, list_stages, see_sums
+from hf_v0init.estimation.statistics import PassCounts, StatisticsBatch, make_sum_visitor, visit_gradients
+from hf_v0init.estimation.stopping import TOLERANCE, SumsSeen, compute_relative_errors, list_stages, see_sums
 from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
 from hf_v0init.trainer.gradients import TrainerGradients
@@ -39,7 +39,7 @@ def measure_pass_time(conditions: Conditions) -> Row:
     # and then what ran before, and what it freed, makes differences of 5% between runs of one and the same function.
     data = make_random_sequences(BATCH_SIZE * per_pair, 10_000)
     model = make_gpt2(vocabulary=10_000)
-    settings = {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": BATCH_SIZE}
+    settings = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": BATCH_SIZE}
     arguments = make_arguments(conditions.work_dir, per_device_train_batch_size=BATCH_SIZE, **settings)
     trainer = V0InitTrainer(model=model, args=arguments, train_dataset=data)
     plan = plan_v0(trainer.create_optimizer(), model)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
 from hf_v0init.analysis.checkpoint_data import load_batch_loss, load_model, pair_checkpoints
-from hf_v0init.commands import main as cli
+from hf_v0init.cli import main as cli
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.translation.post_norm import build_post_norm_config
 
@@ -196,7 +196,7 @@ def test_windows_cover_the_text_once(folder, tokenizer):
 )
 def test_imports_nothing_heavy_before_it_runs(flags):
     code = (
-        "import sys, hf_v0init.commands.main as cli\n"
+        "import sys, hf_v0init.cli.main as cli\n"
         f"sys.argv = ['hf-v0init', *{flags!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy'} & set(sys.modules)\n"

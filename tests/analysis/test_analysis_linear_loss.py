@@ -17,8 +17,8 @@ from hf_v0init.analysis.linear_loss import (
     draw_start,
     simulate_linear_loss,
 )
-from hf_v0init.closed_form.multiplier import compute_multiplier
 from hf_v0init.errors import InputError
+from hf_v0init.method.multiplier import compute_multiplier
 
 NOISY = LinearLoss(gradient_mean=0.3, gradient_std=0.4, beta2=0.98, num_samples=200, fans=256)
 STEADY = LinearLoss(gradient_mean=0.3, gradient_std=0.01, beta2=0.98, num_samples=200, fans=256, data_scale=3.0)

@@ -13,9 +13,9 @@ from trainers import assert_equal_weights, make_trainer, train
 from transformers import TrainerCallback
 
 from hf_v0init import InputError, attach_v0, read_second_moment
-from hf_v0init.closed_form.multiplier import compute_multiplier
 from hf_v0init.diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback, _is_moment_step, read_diagnostics
 from hf_v0init.diagnostics.element_samples import ElementSamples, compute_weighted_quantiles
+from hf_v0init.method.multiplier import compute_multiplier
 
 DATA_DRIVEN = {"v0_init": "data_driven", "v0_num_samples": 16}
 
@@ -133,7 +133,7 @@ def linear_runs(tmp_path_factory):
     for name, options in {
         "with": {
             "v0_init": "data_driven",
-            "v0_statistic": "per_sample",
+            "v0_estimator": "per_sample",
             "v0_scale": 4 * 0.34 / 1.09,
             "v0_num_samples": 400,
         },

@@ -51,11 +51,11 @@ def test_twice_the_scale_is_the_squared_xavier_normal_of_the_authors_code():
     assert authors.get_v0_scale(0.999) == 2 * paper.get_v0_scale(0.999) == 200.0
 
 
-@pytest.mark.parametrize(("preset", "one_dimensional"), [("paper", False), ("authors_code", True)])
-def test_presets_are_the_pass_over_5000_samples(preset, one_dimensional):
+@pytest.mark.parametrize(("preset", "include_bias_and_norm"), [("paper", False), ("authors_code", True)])
+def test_presets_are_the_pass_over_5000_samples(preset, include_bias_and_norm):
     settings = V0InitArguments(v0_init="data_driven", v0_preset=preset)
-    assert (settings.v0_statistic, settings.v0_num_samples, settings.v0_scale) == ("per_sample", 5000, 1.0)
-    assert settings.v0_one_dimensional == one_dimensional
+    assert (settings.v0_estimator, settings.v0_num_samples, settings.v0_scale) == ("per_sample", 5000, 1.0)
+    assert settings.v0_include_bias_and_norm == include_bias_and_norm
     with pytest.raises(
         InputError, match=f"v0_preset={preset} has v0_scale=1.0, and 3.0 was given: drop one of the two"
     ):
@@ -74,4 +74,4 @@ def test_data_driven_is_its_formula():
 )
 def test_only_two_or_more_dimensions_get_a_v0(shape, default, all_dimensions):
     assert takes_v0(shape) == bool(default)
-    assert takes_v0(shape, one_dimensional=True) == bool(all_dimensions)
+    assert takes_v0(shape, include_bias_and_norm=True) == bool(all_dimensions)

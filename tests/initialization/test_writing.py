@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_v0init import InputError, read_second_moment
-from hf_v0init.gradients.statistics import PassCounts, StatisticsBatch, visit_gradients
+from hf_v0init.estimation.statistics import PassCounts, StatisticsBatch, visit_gradients
 from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.initialization.writing import GradSqMean, estimate_grad_sq_mean, write_v0
 
@@ -64,7 +64,7 @@ def test_an_estimate_is_saved_loaded_and_written_at_several_scales(tmp_path):
                 torch.testing.assert_close(v0, scale * expected[name], rtol=1e-5, atol=1e-12)
                 assert torch.equal(v0, loaded.tensors[name] * scale)
         assert report.measured_ratio == pytest.approx(scale * made.measured_ratio)
-        assert (report.scale, report.seed, report.num_samples, report.statistic) == (scale, 4, 9, "per_sample")
+        assert (report.scale, report.seed, report.num_samples, report.estimator) == (scale, 4, 9, "per_sample")
 
 
 def test_writing_the_fresh_estimate_is_writing_the_loaded_one(tmp_path):

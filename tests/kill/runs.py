@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
-from hf_v0init.optimizers.state import is_untouched
 from hf_v0init.records.checkpoints import find_defect, list_checkpoints
+from hf_v0init.second_moment.state import is_untouched
 
 PAUSE = 0.004  # seconds that a batch of the pass takes at least, so that a kill can meet it
 
@@ -74,7 +74,7 @@ class Stock(ReportsPhases, Trainer):
 def build(request: dict, report) -> Trainer:
     stock = request.get("stock", False)
     options = OPTIONS | (
-        {} if stock else {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 2}
+        {} if stock else {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 2}
     )
     trainer = make_trainer(
         Path(request["folder"]) / "out",

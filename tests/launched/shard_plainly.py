@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from hf_v0init import attach_v0, read_second_moment
-from hf_v0init.distributed.fsdp import find_data_share
-from hf_v0init.gradients.statistics import StatisticsBatch
-from hf_v0init.gradients.together import visit_gradients_together
+from hf_v0init.estimation.statistics import StatisticsBatch
+from hf_v0init.estimation.together import visit_gradients_together
 from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
+from hf_v0init.sharding.fsdp import find_data_share
 
 BATCH_SIZE = 4
 
@@ -163,7 +163,7 @@ def save_and_load(model_dir: str, folder: Path) -> dict:
     for num_before, name in ((3, "written"), (1, "measuring")):
         model = load_sharded("fully_shard", model_dir)
         optimizer = make_optimizer(model)
-        handle = attach_v0(optimizer, model, v0_init="data_driven", v0_measure_steps=3)
+        handle = attach_v0(optimizer, model, v0_init="data_driven", v0_estimation_steps=3)
         run_steps(model, optimizer, range(num_before))
         place = folder / name
         weights = {key: gather(p) for key, p in model.named_parameters()}
@@ -174,7 +174,7 @@ def save_and_load(model_dir: str, folder: Path) -> dict:
                 mine.copy_(theirs)
         other_optimizer = make_optimizer(other)
         # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
-        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", v0_measure_steps=3)
+        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", v0_estimation_steps=3)
         state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
         dcp.load(state, checkpoint_id=place)
         set_optimizer_state_dict(other, other_optimizer, state["optimizer"])

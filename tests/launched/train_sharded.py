@@ -21,9 +21,9 @@ from trainers import make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.distributed.parts import Fragment
 from hf_v0init.initialization.first_steps import find_first_steps
-from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
+from hf_v0init.sharding.parts import Fragment
 
 # `DistributedConfig` of a mode; -n stands for the number of processes / n.
 FSDP2_MODES = {"fsdp2": {"fsdp_size": -1}, "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2}}

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from hf_v0init import InputError, attach_v0, compute_multiplier, compute_scale_for_warmup, read_second_moment
-from hf_v0init.closed_form.defaults import DEFAULT_SCALE
-from hf_v0init.optimizers.state import is_untouched
+from hf_v0init.method.defaults import DEFAULT_SCALE
+from hf_v0init.second_moment.state import is_untouched
 
 
 def make_network(dtype=torch.float32) -> nn.Module:
@@ -84,7 +84,7 @@ def assert_v0_is_mean_square(caught, gradients, scale: float = 1.0) -> None:
 def test_in_a_plain_loop_v0_is_the_mean_square_of_the_first_gradients(num):
     model, batches = make_network(), make_batches(5)
     optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, v0_measure_steps=num, v0_scale=2.0)
+    steps = attach_v0(optimizer, model, v0_estimation_steps=num, v0_scale=2.0)
     caught, start = catch_v0(steps, optimizer, model), copy.deepcopy(model.state_dict())
     train(model, optimizer, batches[: num - 1])
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
@@ -92,7 +92,7 @@ def test_in_a_plain_loop_v0_is_the_mean_square_of_the_first_gradients(num):
     train(model, optimizer, batches[num - 1 :])
     assert_v0_is_mean_square(caught, compute_gradients(batches[:num]), 2.0)
     report = steps.report
-    assert (report.strategy, report.scale, report.measure_steps) == ("data_driven", 2.0, num)
+    assert (report.strategy, report.scale, report.estimation_steps) == ("data_driven", 2.0, num)
     assert (report.num_parameters_with_v0, report.num_parameters_without_v0) == (2, 2)
     assert report.v0_mean == pytest.approx(float(torch.cat([v.flatten() for v in caught.values()]).mean()), rel=1e-6)
     assert not steps.is_attached and optimizer.state[model[0].weight]["step"] == 5 - num + 1
@@ -105,7 +105,7 @@ def test_in_a_plain_loop_v0_is_the_mean_square_of_the_first_gradients(num):
     assert not caught.keys() & {"0.bias", "2.bias"}
     one_step = make_network()
     again = make_adam(one_step)
-    attach_v0(again, one_step, v0_measure_steps=num)
+    attach_v0(again, one_step, v0_estimation_steps=num)
     train(one_step, again, batches[:num])
     assert torch.equal(one_step[0].bias, stock[0].bias)
 
@@ -147,7 +147,7 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
     model, batches = make_network(), make_batches(4)
     optimizer = make_adam(model)
     model, prepared = accelerator.prepare(model, optimizer)
-    steps = attach_v0(prepared, model, v0_measure_steps=2)
+    steps = attach_v0(prepared, model, v0_estimation_steps=2)
     caught = catch_v0(steps, optimizer, model)
     for batch in batches:
         with accelerator.accumulate(model):
@@ -172,7 +172,7 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
 def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keyword):
     model, batches = make_network(), make_batches(4)
     optimizer = make_adam(model)
-    caught, calls = catch_v0(attach_v0(optimizer, model, v0_measure_steps=2), optimizer, model), []
+    caught, calls = catch_v0(attach_v0(optimizer, model, v0_estimation_steps=2), optimizer, model), []
 
     def closure():
         calls.append(1)
@@ -184,7 +184,7 @@ def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keywor
     losses = [optimizer.step(closure=closure) if as_keyword else optimizer.step(closure) for _ in range(4)]
     plain = make_network()
     other = make_adam(plain)
-    attach_v0(other, plain, v0_measure_steps=2)
+    attach_v0(other, plain, v0_estimation_steps=2)
     train(plain, other, batches)
     assert len(calls) == 4 and losses[0].item() == compute_loss(make_network(), batches[0]).item()
     assert_v0_is_mean_square(caught, compute_gradients(batches[:2]))
@@ -196,7 +196,7 @@ def test_a_compiled_step_is_the_plain_one():
     for compiled in (False, True):
         model, batches = make_network(), make_batches(5)
         optimizer = make_adam(model)
-        steps = attach_v0(optimizer, model, v0_measure_steps=2)
+        steps = attach_v0(optimizer, model, v0_estimation_steps=2)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for batch in batches:
             optimizer.zero_grad()
@@ -329,7 +329,7 @@ def test_hooks_of_others_are_called_and_ours_goes():
     model, batches = make_network(), make_batches(4)
     optimizer, calls = make_adam(model), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    steps = attach_v0(optimizer, model, v0_measure_steps=2)
+    steps = attach_v0(optimizer, model, v0_estimation_steps=2)
     optimizer.register_step_pre_hook(lambda *_: calls.append("after"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     train(model, optimizer, batches)
@@ -355,10 +355,10 @@ def test_an_optimizer_that_has_made_steps_keeps_its_state():
     [
         ({"v0_init": "xavier"}, "v0_init='xavier': choose one of"),
         ({"v0_scale": -1.0}, "scale=-1"),
-        ({"v0_measure_steps": 0}, "v0_measure_steps=0: must be a whole number >= 1"),
-        ({"v0_measure_steps": 5, "v0_init": "random"}, "only data_driven per_step takes the mean over steps"),
-        ({"v0_measure_steps": 5, "max_steps": 5}, "v0_measure_steps=5: the run has 5 steps"),
-        ({"v0_scale": 1.0, "v0_warmup_steps": 3}, "both set the size of v0"),
+        ({"v0_estimation_steps": 0}, "v0_estimation_steps=0: must be a whole number >= 1"),
+        ({"v0_estimation_steps": 5, "v0_init": "random"}, "only data_driven minibatch takes the mean over steps"),
+        ({"v0_estimation_steps": 5, "max_steps": 5}, "v0_estimation_steps=5: the run has 5 steps"),
+        ({"v0_scale": 1.0, "v0_decay_steps": 3}, "both set the size of v0"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step(options, words):
@@ -375,13 +375,13 @@ def test_a_model_without_matrices_is_refused_and_nothing_stays_attached():
     with pytest.raises(InputError, match="no trainable parameter of two or more dimensions"):
         attach_v0(optimizer, model)
     assert not optimizer._optimizer_step_pre_hooks
-    assert attach_v0(optimizer, model, v0_one_dimensional=True).is_waiting
+    assert attach_v0(optimizer, model, v0_include_bias_and_norm=True).is_waiting
 
 
 def test_warmup_steps_need_a_decaying_second_moment():
     model = make_network()
     with pytest.raises(InputError, match="no decaying mean of g\\^2"):
-        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_warmup_steps=5)
+        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_decay_steps=5)
 
 
 # ---- stopping while v0 is measured -----------------------------------------------------------------------------------
@@ -393,12 +393,12 @@ def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
     batches = make_batches(7, dtype)
     straight = make_network(dtype)
     straight_optimizer = make_adam(straight)
-    attach_v0(straight_optimizer, straight, v0_measure_steps=4)
+    attach_v0(straight_optimizer, straight, v0_estimation_steps=4)
     train(straight, straight_optimizer, batches)
 
     model = make_network(dtype)
     optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, v0_measure_steps=4)
+    steps = attach_v0(optimizer, model, v0_estimation_steps=4)
     train(model, optimizer, batches[:stop])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "v0": steps.state_dict()}, file)
@@ -407,7 +407,7 @@ def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
 
     resumed = make_network(dtype)
     resumed_optimizer = make_adam(resumed)
-    handle = attach_v0(resumed_optimizer, resumed, v0_measure_steps=4)
+    handle = attach_v0(resumed_optimizer, resumed, v0_estimation_steps=4)
     resumed.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
     handle.load_state_dict(saved["v0"])
@@ -425,7 +425,7 @@ def test_bf16_sums_are_right_to_the_precision_of_the_state():
     batches = make_batches(32, torch.bfloat16)
     model = make_network(torch.bfloat16)
     optimizer = make_adam(model)
-    caught = catch_v0(attach_v0(optimizer, model, v0_measure_steps=32), optimizer, model)
+    caught = catch_v0(attach_v0(optimizer, model, v0_estimation_steps=32), optimizer, model)
     train(model, optimizer, batches)
     for name, gradients in compute_gradients(batches, make_network(torch.bfloat16)).items():
         if name in caught:
@@ -442,7 +442,7 @@ def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num
     model, batches = make_network(), make_batches(6)
     model[0].weight.requires_grad_(False)
     optimizer = make_adam(model, weight_decay=0.0)
-    steps = attach_v0(optimizer, model, v0_measure_steps=num, v0_scale=scale)
+    steps = attach_v0(optimizer, model, v0_estimation_steps=num, v0_scale=scale)
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
         train(model, optimizer, batches[:3])
         assert steps.report.without_gradient == ["0.weight"] and steps.is_attached
@@ -501,7 +501,7 @@ def make_two_groups(model):
 def test_each_group_gets_the_scale_of_its_own_beta2(num):
     model, batches = make_network(), make_batches(num)
     optimizer = make_two_groups(model)
-    caught = catch_v0(attach_v0(optimizer, model, v0_warmup_steps=4, v0_measure_steps=num), optimizer, model)
+    caught = catch_v0(attach_v0(optimizer, model, v0_decay_steps=4, v0_estimation_steps=num), optimizer, model)
     train(model, optimizer, batches)
     gradients = compute_gradients(batches)
     for name, beta2 in (("0.weight", 0.9), ("2.weight", 0.99)):
@@ -514,7 +514,7 @@ def test_each_group_gets_the_scale_of_its_own_beta2(num):
 def test_random_with_warmup_steps_is_as_large_beside_g2_as_its_length_asks_for(groups):
     model, batches = make_network(), make_batches(1)
     optimizer = make_adam(model) if groups == 1 else make_two_groups(model)
-    steps = attach_v0(optimizer, model, "random", v0_warmup_steps=6)
+    steps = attach_v0(optimizer, model, "random", v0_decay_steps=6)
     caught = catch_v0(steps, optimizer, model)
     train(model, optimizer, batches)
     gradients = compute_gradients(batches)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
 from hf_v0init import InputError, initialize_v0, read_second_moment
-from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.loop.gradients import count_first_dimension
 
 SCRIPT = Path(initialize_plainly.__file__)
@@ -92,7 +92,7 @@ def token_loss(model, batch):
 
 def test_the_pass_is_the_trainers(tmp_path):
     """With dropout, for the samples that the Trainer chooses, in its batches; but for rounding."""
-    options = {"v0_num_samples": 30, "v0_stats_batch_size": 3, "v0_statistic": "per_sample", "v0_scale": 2.0}
+    options = {"v0_num_samples": 30, "v0_stats_batch_size": 3, "v0_estimator": "per_sample", "v0_scale": 2.0}
     trainer, recorder = record(tmp_path, v0_init="data_driven", max_steps=1, **options)
     rows, model = make_sequences(), make_gpt2()
     chosen = [rows[i] for i in choose_samples(len(rows), 30, 11)]
@@ -128,7 +128,7 @@ def test_equals_the_oracle_for_single_samples():
         loss_fn=mean_square,
         v0_scale=0.5,
         effective_batch_size=10,
-        v0_one_dimensional=True,
+        v0_include_bias_and_norm=True,
     )
     ratios = []
     for name, g in exact.items():
@@ -176,7 +176,7 @@ def test_reads_no_further_than_needed(num_samples, num_batches):
 
 
 def test_auto_ends_where_the_trainer_would_and_is_the_fixed_number_there(tmp_path):
-    options = {"v0_statistic": "per_sample", "v0_stats_batch_size": 2, "data": make_sequences(300)}
+    options = {"v0_estimator": "per_sample", "v0_stats_batch_size": 2, "data": make_sequences(300)}
     trainer, _ = record(tmp_path, v0_init="data_driven", v0_num_samples="auto", max_steps=1, **options)
     rows = options["data"]
     chosen = [rows[i] for i in choose_samples(300, 5000, 11)]
@@ -439,8 +439,8 @@ def test_an_exception_on_one_process_is_raised_on_all(launched):
 
 BAD = [
     ({"v0_scale": -1.0}, "v0_scale=-1|scale=-1"),
-    ({"v0_scale": 1.0, "v0_warmup_steps": 5}, "v0_scale=1.0 and v0_warmup_steps=5 both"),
-    ({"v0_warmup_steps": 0.3}, "^v0_warmup_steps=0.3 is a share of the run, whose length is not known here: give max_steps"),
+    ({"v0_scale": 1.0, "v0_decay_steps": 5}, "v0_scale=1.0 and v0_decay_steps=5 both"),
+    ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is a share of the run, whose length is not known here: give max_steps"),
     ({"v0_seed": -1}, "v0_seed=-1"),
     ({"v0_num_samples": 0}, "v0_num_samples=0"),
     ({"batches_per_step": 0}, "batches_per_step=0"),
@@ -475,7 +475,7 @@ def test_optimizers_that_cannot_take_it_are_refused():
     with pytest.raises(InputError, match="holds no trainable parameter"):
         initialize_v0(make_adam(make_network()), **options)
     with pytest.raises(InputError, match="no decaying mean"):
-        initialize_v0(torch.optim.Adagrad(model.parameters()), **options, v0_warmup_steps=10)
+        initialize_v0(torch.optim.Adagrad(model.parameters()), **options, v0_decay_steps=10)
     stepped = make_adam(model)
     mean_square(model, make_data(4)[:]).backward()
     stepped.step()
@@ -490,7 +490,7 @@ def test_warmup_steps_below_one_are_a_share_of_max_steps():
     for warmup_steps in (0.3, 6):
         optimizer = make_adam(model)
         report = initialize_v0(
-            optimizer, model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, v0_warmup_steps=warmup_steps, max_steps=18
+            optimizer, model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, v0_decay_steps=warmup_steps, max_steps=18
         )  # fmt: skip
         assert report.warmup_steps == 6
         v0s.append(read_all(optimizer, model))

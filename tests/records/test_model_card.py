@@ -21,12 +21,12 @@ from hf_v0init.settings import V0InitArguments
 REPORT = {
     "strategy": "data_driven",
     "scale": 1.0,
-    "statistic": "per_sample",
+    "estimator": "per_sample",
     "num_samples_requested": 5000,
     "num_samples": 4800,
     "stats_batch_size": 8,
     "seed": 42,
-    "one_dimensional": False,
+    "include_bias_and_norm": False,
     "measured_ratio": 49.0,
     "warmup_steps": None,
     "optimizer": "AdamW",
@@ -80,7 +80,7 @@ def test_section_states_settings_and_what_the_run_did():
     for line in (
         "| strategy | `data_driven` |",
         "| scale | 1 |",
-        "| statistic | `per_sample` |",
+        "| estimator | `per_sample` |",
         "| samples | 4,800 |",
         "| samples per batch of the pass before training | 8 |",
         "| seed | 42 |",
@@ -102,15 +102,15 @@ def test_section_states_settings_and_what_the_run_did():
 
 
 def test_section_of_random_has_its_own_settings_only():
-    report = {"strategy": "random", "scale": 100.0, "seed": 3, "statistic": "per_sample", "measure_steps": 4}
+    report = {"strategy": "random", "scale": 100.0, "seed": 3, "estimator": "per_sample", "estimation_steps": 4}
     section = compose_v0_section(report | {"multiplier": {}, "num_samples": 0})
     assert "| scale | 100 |" in section and "| seed | 3 |" in section
-    assert not any(word in section for word in ("statistic", "measured", "samples", "m(t)"))
+    assert not any(word in section for word in ("estimator", "measured", "samples", "m(t)"))
 
 
 def test_section_of_steps_names_how_many_were_measured():
-    section = compose_v0_section(REPORT | {"statistic": "per_step", "measure_steps": 32})
-    assert "| optimizer steps measured | 32 |" in section and "--v0_measure_steps 32 " in section
+    section = compose_v0_section(REPORT | {"estimator": "minibatch", "estimation_steps": 32})
+    assert "| optimizer steps measured | 32 |" in section and "--v0_estimation_steps 32 " in section
     assert "| samples" not in section and "v0_num_samples" not in section
 
 
@@ -147,14 +147,14 @@ def test_section_of_a_bare_report():
             "v0_scale": 0.1 + 0.2,
             "v0_num_samples": 7,
             "v0_stats_batch_size": 3,
-            "v0_statistic": "per_sample",
+            "v0_estimator": "per_sample",
             "v0_seed": 11,
         },
-        {"v0_init": "data_driven", "v0_warmup_steps": 400, "v0_measure_steps": 4, "v0_seed": 0},
+        {"v0_init": "data_driven", "v0_decay_steps": 400, "v0_estimation_steps": 4, "v0_seed": 0},
         {
             "v0_init": "random",
             "v0_scale": 1e-12,
-            "v0_one_dimensional": True,
+            "v0_include_bias_and_norm": True,
             "v0_seed": 1,
         },
         {"v0_init": "first_gradient", "v0_scale": 10.0, "v0_seed": 2},
@@ -167,14 +167,14 @@ def test_flags_parse_back_to_the_arguments(arguments):
     report = {
         "strategy": wanted.v0_init,
         "scale": wanted.get_v0_scale(0.98),
-        "statistic": wanted.v0_statistic,
+        "estimator": wanted.v0_estimator,
         "num_samples_requested": wanted.v0_num_samples,
         "num_samples": 5,
         "stats_batch_size": wanted.v0_stats_batch_size,
         "seed": wanted.v0_seed,
-        "one_dimensional": wanted.v0_one_dimensional,
-        "measure_steps": wanted.v0_measure_steps,
-        "warmup_steps": wanted.v0_warmup_steps,
+        "include_bias_and_norm": wanted.v0_include_bias_and_norm,
+        "estimation_steps": wanted.v0_estimation_steps,
+        "warmup_steps": wanted.v0_decay_steps,
     }
     (parsed,) = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(compose_flags(report).split())
     assert parsed == wanted

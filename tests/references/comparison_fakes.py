@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from hf_v0init.comparison.planning.plan import read_plan
-from hf_v0init.comparison.running.claims import join_folder, lock_plan
-from hf_v0init.comparison.running.folder import find_waiting_runs, require_usable_folder, write_plan
-from hf_v0init.comparison.running.runs import RunQueue
+from hf_v0init.compare.planning.plan import read_plan
+from hf_v0init.compare.running.claims import join_folder, lock_plan
+from hf_v0init.compare.running.folder import find_waiting_runs, require_usable_folder, write_plan
+from hf_v0init.compare.running.runs import RunQueue
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.optimizers.state import SecondMoments, StoredTensor, draft_state, read_second_moment
-from hf_v0init.optimizers.table import SUPPORTED_ROWS
+from hf_v0init.second_moment.state import SecondMoments, StoredTensor, draft_state, read_second_moment
+from hf_v0init.second_moment.table import SUPPORTED_ROWS
 
 LR = 1e-2
 SHAPE = (64, 128)  # 8,192 elements: 8-bit optimizers quantise from 4,096 on

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 from hf_v0init.initialization.first_steps import find_first_steps
-from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 
 
 class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):

@@ -76,7 +76,7 @@ def test_a_package_that_is_there_is_not_imported(monkeypatch):
     assert importlib.util.find_spec("sacremoses") is None or "sacremoses" not in sys.modules
 
 
-COMMAND = "from hf_v0init.commands.main import main; main()"
+COMMAND = "from hf_v0init.cli.main import main; main()"
 MISSING = [
     ("datasets", ["hf-v0init", "translate", "--help"], COMMAND, "scripts"),
     ("datasets", ["hf-v0init", "clm", "nosuch.yaml"], COMMAND, "scripts"),
@@ -117,7 +117,7 @@ def test_the_base_installation_trains(tmp_path):
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.optimizers.state import read_second_moment
+from hf_v0init.second_moment.state import read_second_moment
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
 rows = [{{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i}} for i in range(8)]
 arguments = V0InitTrainingArguments({str(tmp_path)!r}, max_steps=2, v0_init="data_driven", use_cpu=True, report_to="none")

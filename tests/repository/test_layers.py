@@ -10,35 +10,35 @@ PACKAGE = ROOT / "hf_v0init"
 
 # A file may import from its own row and from rows further down. A row names folders and flat modules of the package.
 LAYERS = [
-    ["commands"],
-    ["comparison", "analysis"],
+    ["cli"],
+    ["compare", "analysis"],
     ["tasks"],
     ["trainer", "loop"],
     ["diagnostics"],
     ["initialization"],
     ["records"],
-    ["gradients", "optimizers"],
-    ["settings", "distributed", "preservation", "plots"],
-    ["closed_form", "extras"],
+    ["estimation", "second_moment"],
+    ["settings", "sharding", "state_guard", "plots"],
+    ["method", "extras"],
     ["errors", "third_party_messages"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may not be loaded by these, not even through others.
 FORBIDDEN = {
-    "closed_form": {"torch", "numpy", "transformers", "accelerate", "datasets"},
+    "method": {"torch", "numpy", "transformers", "accelerate", "datasets"},
     "settings": {"torch", "numpy", "transformers", "accelerate", "datasets"},
-    "optimizers.table": {"torch", "numpy", "transformers", "accelerate", "datasets"},
+    "second_moment.table": {"torch", "numpy", "transformers", "accelerate", "datasets"},
     "records.checkpoints": {"torch", "numpy", "transformers", "accelerate", "datasets"},
-    "distributed": {"transformers", "accelerate", "datasets"},
-    "gradients": {"transformers", "accelerate", "datasets"},
-    "optimizers": {"transformers", "accelerate", "datasets"},
+    "sharding": {"transformers", "accelerate", "datasets"},
+    "estimation": {"transformers", "accelerate", "datasets"},
+    "second_moment": {"transformers", "accelerate", "datasets"},
     "initialization": {"transformers", "accelerate", "datasets"},
-    "comparison": {"torch", "transformers", "accelerate", "datasets"},
+    "compare": {"torch", "transformers", "accelerate", "datasets"},
 }
 
 
 def get_module(path: Path) -> tuple[str, ...]:
-    """The dotted name of a file below `hf_v0init`, without it: ("optimizers", "state")."""
+    """The dotted name of a file below `hf_v0init`, without it: ("second_moment", "state")."""
     return path.relative_to(PACKAGE).with_suffix("").parts
 
 
@@ -118,8 +118,8 @@ def test_nothing_loads_what_it_must_not_even_through_others(name):
 
 
 def test_the_maths_knows_no_optimizer():
-    for path in [*get_files("gradients"), PACKAGE / "initialization" / "strategies.py"]:
-        assert not [module for module in find_imports(path)[0] if module[0] == "optimizers"], path.name
+    for path in [*get_files("estimation"), PACKAGE / "initialization" / "strategies.py"]:
+        assert not [module for module in find_imports(path)[0] if module[0] == "second_moment"], path.name
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
@@ -134,14 +134,12 @@ def test_scripts_never_touch_optimizer_state(script):
         and getattr(node.value, "attr", getattr(node.value, "id", "")) == "optimizer"
     ]
     assert not touched, f"{script.name} touches optimizer.state in lines {touched}"
-    assert "hf_v0init.optimizers" not in script.read_text(encoding="utf-8")
+    assert "hf_v0init.second_moment" not in script.read_text(encoding="utf-8")
 
 
 def test_nobody_but_scripts_and_commands_prints():
     for path in PACKAGE.rglob("*.py"):
-        if "commands" in path.parts or path.name.endswith(
-            ("script_support.py", "script.py")
-        ):  # these speak to a terminal
+        if "cli" in path.parts or path.name.endswith(("script_support.py", "script.py")):  # these speak to a terminal
             continue
         calls = [
             node.lineno

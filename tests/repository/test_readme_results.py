@@ -20,7 +20,7 @@ MAIN_ROWS = {
     "untuned linear warmup, 2/(1 - beta2) steps": ("zeros", "untuned_linear"),
     "`data_driven`, scale 1 (the paper's)": ("data_driven 1", "none"),
     "`data_driven`, scale 10": ("data_driven 10", "none"),
-    "`data_driven`, `v0_warmup_steps` of a third of the run": (
+    "`data_driven`, `v0_decay_steps` of a third of the run": (
         ("data_driven warmup 200", "data_driven warmup 400"),
         "none",
     ),

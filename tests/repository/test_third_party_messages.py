@@ -20,11 +20,11 @@ SAID = {
 }
 WARNED = re.compile(r"\bWARNING\b|Warning: |Failed to |^W\d{4} ")
 STARTS = {
-    "translate": ["-m", "hf_v0init.commands.main", "translate", "--help"],
+    "translate": ["-m", "hf_v0init.cli.main", "translate", "--help"],
     "translation.script": ["-m", "hf_v0init.tasks.translation.script", "--help"],
     "run_clm.py": ["scripts/run_clm.py", "--help"],
     "demo.py": ["scripts/demo.py", "--help"],
-    "optimizers": ["-m", "hf_v0init.commands.main", "optimizers"],
+    "optimizers": ["-m", "hf_v0init.cli.main", "optimizers"],
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from trainers import make_trainer
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
-from hf_v0init.optimizers.state import is_untouched
+from hf_v0init.second_moment.state import is_untouched
 from hf_v0init.tasks.language_modeling import shared_script
 from hf_v0init.tasks.script_support import run_script
 
@@ -28,28 +28,28 @@ SETTINGS = [
     ({"v0_init": "random", "v0_scale": float("nan")}, ["v0_scale=nan", "finite"]),
     ({"v0_init": "random", "v0_scale": float("inf")}, ["v0_scale=inf", "finite"]),
     (
-        {"v0_init": "data_driven", "v0_scale": 1.0, "v0_warmup_steps": 10},
-        ["v0_scale=1.0", "v0_warmup_steps=10", "give one"],
+        {"v0_init": "data_driven", "v0_scale": 1.0, "v0_decay_steps": 10},
+        ["v0_scale=1.0", "v0_decay_steps=10", "give one"],
     ),
-    ({"v0_init": "zeros", "v0_warmup_steps": 10}, ["v0_warmup_steps=10", "data_driven"]),
-    ({"v0_init": "data_driven", "v0_warmup_steps": 0}, ["v0_warmup_steps=0", ">= 1"]),
-    ({"v0_init": "data_driven", "v0_warmup_steps": 1.5}, ["v0_warmup_steps=1.5", "a share of the run in (0, 1)"]),
-    ({"v0_init": "data_driven", "v0_warmup_steps": -0.5}, ["v0_warmup_steps=-0.5", "a share of the run in (0, 1)"]),
-    ({"v0_init": "data_driven", "v0_warmup_steps": float("nan")}, ["v0_warmup_steps=nan", "a share"]),
-    ({"v0_init": "data_driven", "v0_warmup_steps": True}, ["v0_warmup_steps=True", "a share"]),
+    ({"v0_init": "zeros", "v0_decay_steps": 10}, ["v0_decay_steps=10", "data_driven"]),
+    ({"v0_init": "data_driven", "v0_decay_steps": 0}, ["v0_decay_steps=0", ">= 1"]),
+    ({"v0_init": "data_driven", "v0_decay_steps": 1.5}, ["v0_decay_steps=1.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_decay_steps": -0.5}, ["v0_decay_steps=-0.5", "a share of the run in (0, 1)"]),
+    ({"v0_init": "data_driven", "v0_decay_steps": float("nan")}, ["v0_decay_steps=nan", "a share"]),
+    ({"v0_init": "data_driven", "v0_decay_steps": True}, ["v0_decay_steps=True", "a share"]),
     ({"v0_num_samples": 0}, ["v0_num_samples=0", ">= 1"]),
     ({"v0_num_samples": -5}, ["v0_num_samples=-5", ">= 1"]),
     ({"v0_stats_batch_size": 0}, ["v0_stats_batch_size=0", ">= 1"]),
-    ({"v0_statistic": "median"}, ["v0_statistic='median'", "per_sample, per_step"]),
+    ({"v0_estimator": "median"}, ["v0_estimator='median'", "per_sample, minibatch"]),
     ({"v0_seed": -1}, ["v0_seed=-1", "2^63"]),
-    ({"v0_init": "data_driven", "v0_measure_steps": 0}, ["v0_measure_steps=0", ">= 1"]),
-    ({"v0_init": "random", "v0_measure_steps": 4}, ["v0_measure_steps=4", "only data_driven per_step"]),
+    ({"v0_init": "data_driven", "v0_estimation_steps": 0}, ["v0_estimation_steps=0", ">= 1"]),
+    ({"v0_init": "random", "v0_estimation_steps": 4}, ["v0_estimation_steps=4", "only data_driven minibatch"]),
     ({"v0_preset": "article"}, ["v0_preset='article'", "paper"]),
     ({"v0_preset": "paper", "v0_init": "first_gradient"}, ["v0_init=first_gradient", "random or data_driven"]),
     ({"v0_preset": "paper", "v0_init": "data_driven", "v0_scale": 3.0}, ["v0_scale=1.0", "3.0", "drop one"]),
     (
-        {"v0_preset": "paper", "v0_init": "data_driven", "v0_statistic": "per_step"},
-        ["v0_statistic=per_sample", "per_step"],
+        {"v0_preset": "paper", "v0_init": "data_driven", "v0_estimator": "minibatch"},
+        ["v0_estimator=per_sample", "minibatch"],
     ),
 ]
 
@@ -111,21 +111,21 @@ class GradientOf(V0InitTrainer):
         return super().compute_loss(*args, **kwargs) * float("nan")
 
 
-PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
+PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
 RUNS = [
     ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
     ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
     ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
     ("meta device", {**on_meta(), "v0_init": "random"}, ["meta device", "'transformer.h.1.mlp.c_fc.weight'"]),
-    ("no matrices", {**nothing_to_initialise(), "v0_init": "random"}, ["v0_one_dimensional=True"]),
+    ("no matrices", {**nothing_to_initialise(), "v0_init": "random"}, ["v0_include_bias_and_norm=True"]),
     ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "v0_init=random"]),
     ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", **PER_SAMPLE}, ["loss is nan in batch 3"]),
     ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", **PER_SAMPLE}, ["loss is inf in batch 3"]),
     ("gradient NaN", {"trainer_class": GradientOf, "v0_init": "data_driven"}, ["gradient of parameter", "is not finite"]),
-    ("one batch", {"v0_num_samples": 8, "v0_stats_batch_size": 8, **PER_SAMPLE}, ["8 samples", "at most 4", "per_step"]),
-    ("more measuring than steps", {"v0_init": "data_driven", "v0_measure_steps": 9}, ["v0_measure_steps=9", "has 5 steps"]),
-    ("warmup beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 10**7}, ["v0_warmup_steps=10000000", "use at most"]),
-    ("share beyond floats", {"v0_init": "data_driven", "v0_warmup_steps": 0.5, "max_steps": 10**7}, ["v0_warmup_steps=5000000", "use at most"]),
+    ("one batch", {"v0_num_samples": 8, "v0_stats_batch_size": 8, **PER_SAMPLE}, ["8 samples", "at most 4", "minibatch"]),
+    ("more measuring than steps", {"v0_init": "data_driven", "v0_estimation_steps": 9}, ["v0_estimation_steps=9", "has 5 steps"]),
+    ("warmup beyond floats", {"v0_init": "data_driven", "v0_decay_steps": 10**7}, ["v0_decay_steps=10000000", "use at most"]),
+    ("share beyond floats", {"v0_init": "data_driven", "v0_decay_steps": 0.5, "max_steps": 10**7}, ["v0_decay_steps=5000000", "use at most"]),
 ]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ SCRIPTS = [
     ("run_translation", PARALLEL + " --v0_init random --v0_scale -3", ["v0_scale=-3.0", "> 0"]),
     (
         "run_translation",
-        PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_warmup_steps 3",
+        PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_decay_steps 3",
         ["v0_scale=2.0", "give one"],
     ),
     ("run_translation", PARALLEL + " --v0_init random --optim sgd", ["SGD", "no second moment"]),

@@ -119,7 +119,7 @@ def test_pushed_card_has_tags_task_and_the_section_of_this_run(outcomes, pushed_
     assert card.data["pipeline_tag"] == "text-generation"
     assert card.text.count(f"## {SECTION_TITLE}") == 1
     assert compose_v0_section(outcomes["pushed"]["report"]) in card.text
-    assert "--v0_init data_driven --v0_scale 1 --v0_statistic per_step" in card.text
+    assert "--v0_init data_driven --v0_scale 1 --v0_estimator minibatch" in card.text
 
 
 def test_pushed_report_is_the_report_of_the_run(outcomes, pushed_files):

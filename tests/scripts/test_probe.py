@@ -13,8 +13,8 @@ from image_sets import write_image_folder
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError, compute_warmup_length
-from hf_v0init.commands import main as cli
-from hf_v0init.commands.probe import find_script
+from hf_v0init.cli import main as cli
+from hf_v0init.cli.probe import find_script
 from hf_v0init.tasks import probing
 
 ROOT = Path(__file__).resolve().parents[2]

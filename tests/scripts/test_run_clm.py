@@ -357,8 +357,8 @@ BAD_INPUT = {
     "unknown strategy": ({"v0_init": "ones"}, ["v0_init", "ones", "zeros"]),
     "negative scale": ({"v0_init": "random", "v0_scale": "-1"}, ["v0_scale", "-1"]),
     "scale and warmup": (
-        {"v0_init": "data_driven", "v0_scale": "1", "v0_warmup_steps": "5"},
-        ["v0_scale", "v0_warmup_steps"],
+        {"v0_init": "data_driven", "v0_scale": "1", "v0_decay_steps": "5"},
+        ["v0_scale", "v0_decay_steps"],
     ),
     "no task": ({"do_train": None}, ["--do_train", "--do_eval"]),
     "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),

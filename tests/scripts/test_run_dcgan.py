@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init.comparison.running.run_state import judge_run
+from hf_v0init.compare.running.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
@@ -128,12 +128,12 @@ def test_a_run_leaves_figures_pictures_networks_and_a_record(finished, capsys):
         with Image.open(folder / "samples" / f"step_{step}.png") as picture:
             assert picture.mode == "L" and picture.size == (8 * 34 + 2, 8 * 34 + 2)
     report = json.loads((folder / "v0_init.json").read_text())
-    assert report["strategy"] == "data_driven" and report["statistic"] == "per_step" and report["max_steps"] == 6
+    assert report["strategy"] == "data_driven" and report["estimator"] == "minibatch" and report["max_steps"] == 6
     assert set(report["networks"]) == {"generator", "discriminator"}
     assert not (finished["zeros"] / "v0_init.json").exists()
     for name in ("generator", "discriminator"):
         card = (folder / name / "README.md").read_text()
-        assert "- hf_v0init\n" in card and "| scale | 1 |" in card and "| statistic | `per_step` |" in card
+        assert "- hf_v0init\n" in card and "| scale | 1 |" in card and "| estimator | `minibatch` |" in card
         assert json.loads((folder / name / "v0_init.json").read_text()) == report["networks"][name]
     assert "started at zero" in (finished["zeros"] / "generator" / "README.md").read_text()
 
@@ -407,7 +407,7 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, ["constant_with_warmup"]),
         ({"warmup_steps": 5, "untuned_warmup": "linear"}, ["two warmups"]),
         ({"v0_init": "auto"}, ["a GAN has two", "--warmup_steps"]),
-        ({"v0_init": "random", "v0_warmup_steps": "auto"}, ["a GAN has two"]),
+        ({"v0_init": "random", "v0_decay_steps": "auto"}, ["a GAN has two"]),
         ({"per_device_train_batch_size": 61}, ["60 training images are too few"]),
         ({"gradient_accumulation_steps": 4}, ["--gradient_accumulation_steps=4", "no effect"]),
         ({"fp16": True}, ["--fp16=True", "no effect"]),

@@ -132,7 +132,7 @@ def test_trains_evaluates_and_saves(script, tiny, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == dict(zip("012", CLASSES, strict=True)) and config["num_channels"] == 3
     report = json.loads((out / "v0_init.json").read_text())
-    assert (report["strategy"], report["statistic"], report["measure_steps"]) == ("data_driven", "per_step", 1)
+    assert (report["strategy"], report["estimator"], report["estimation_steps"]) == ("data_driven", "minibatch", 1)
     card = (out / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card and "hf_v0init" in card and "trained from scratch" in card
     assert str(tmp_path) not in card
@@ -149,7 +149,7 @@ def test_trains_evaluates_and_saves(script, tiny, tmp_path, capsys):
 def test_training_loss_is_the_smoothed_one_and_that_of_the_pass(script, tiny, tmp_path):
     """Without a step's worth of change, both are the mean over the same images of the same function."""
     flags = {
-        **tiny, "v0_init": "data_driven", "v0_statistic": "per_sample", "learning_rate": 0.0, "label_smoothing_factor": 0.3, "max_steps": 1,
+        **tiny, "v0_init": "data_driven", "v0_estimator": "per_sample", "learning_rate": 0.0, "label_smoothing_factor": 0.3, "max_steps": 1,
         "per_device_train_batch_size": 30, "v0_stats_batch_size": 15, "config_name": tiny["config_name"].replace("resnet", "vit"),
     }  # fmt: skip
     script.main(to_argv(flags))
@@ -200,7 +200,7 @@ def test_a_data_set_by_name_a_split_off_and_a_vit(script, tiny, tmp_path):
         "dataset_name": tmp_path / "named", "validation_split_percentage": 20, "do_eval": True, "do_predict": True,
         "config_name": tiny["config_name"].replace("resnet", "vit"), "image_size": 8, "crop_fraction": 0.9,
         "max_train_samples": 20, "max_predict_samples": 7, "cache_dir": tmp_path / "cache", "v0_init": "data_driven",
-        "v0_statistic": "per_sample",
+        "v0_estimator": "per_sample",
         "max_steps": 2,
     }  # fmt: skip
     script.main(to_argv(flags))
@@ -348,8 +348,8 @@ BAD_INPUT = {
         ["--per_device_train_batch_size=29", "batch of one", "--dataloader_drop_last"],
     ),
     "a batch of one image for v0": (
-        {"image_size": 2, "v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 1},
-        ["--v0_stats_batch_size=1", "batch of one", "--v0_statistic per_step"],
+        {"image_size": 2, "v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 1},
+        ["--v0_stats_batch_size=1", "batch of one", "--v0_estimator minibatch"],
     ),
     "images that the model cannot take": (
         lambda folder: {"image_size": 2, "config_name": write_config(folder, {**VIT, "intermediate_size": 16})},

@@ -321,7 +321,7 @@ def test_shipped_configurations_differ_only_in_what_they_compare(path):
     different = {
         "v0_init",
         "v0_num_samples",
-        "v0_warmup_steps",
+        "v0_decay_steps",
         "warmup_steps",
         "output_dir",
         "accelerator_config",

@@ -13,8 +13,8 @@ from torch import nn
 
 from hf_v0init import read_second_moment
 from hf_v0init.errors import InputError
-from hf_v0init.gradients.batches import choose_samples
-from hf_v0init.gradients.statistics import compute_batch_seed
+from hf_v0init.estimation.batches import choose_samples
+from hf_v0init.estimation.statistics import compute_batch_seed
 from hf_v0init.tasks.gan.dcgan import (
     IMAGE_SIZES,
     Discriminator,
@@ -174,7 +174,7 @@ def write_v0(trainer) -> dict:
 
 
 def test_both_passes_leave_both_networks_and_batch_norm_untouched(tmp_path):
-    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_statistic="per_sample")
+    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_estimator="per_sample")
     (before, *rest), (after, *rest_after) = write_v0(trainer)
     assert any("running_var" in name for name in before)
     for name, value in before.items():
@@ -192,7 +192,7 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
         v0_init="data_driven",
         v0_num_samples=30,
         v0_stats_batch_size=6,
-        v0_statistic="per_sample",
+        v0_estimator="per_sample",
         v0_scale=2.0,
     )
     write_v0(trainer)
@@ -223,7 +223,7 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_measure_steps": 2}, 2)]
+    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_estimation_steps": 2}, 2)]
 )
 def test_v0_of_both_networks_is_the_mean_square_of_their_first_gradients(tmp_path, options, num):
     """As each optimizer sees them; the networks stand still while they are measured."""
@@ -262,7 +262,7 @@ def test_v0_apart_the_run_is_the_same_run(tmp_path):
     """Same weights, images and noise at every step, whatever the passes did."""
     weights = []
     for strategy in ("zeros", "data_driven"):
-        trainer = make_trainer(tmp_path / strategy, v0_init=strategy, v0_statistic="per_sample")
+        trainer = make_trainer(tmp_path / strategy, v0_init=strategy, v0_estimator="per_sample")
         if strategy == "data_driven":
 
             def forget(trainer=trainer):
@@ -314,7 +314,7 @@ def test_records_are_joined_by_sums_and_means():
 
 
 def test_settings_that_differ_on_resume_are_named():
-    names = ("init", "scale", "num_samples", "statistic", "measure_steps", "stats_batch_size", "seed", "one_dimensional",
+    names = ("init", "scale", "num_samples", "estimator", "estimation_steps", "stats_batch_size", "seed", "include_bias_and_norm",
              "warmup_steps")  # fmt: skip
     training = types.SimpleNamespace(**{f"v0_{name}": 1 for name in names})
     stored = {"settings": {f"v0_{name}": 1 for name in names} | {"v0_scale": 2}}

@@ -11,7 +11,7 @@ from trainers import Recorder, make_arguments, second_moments_of
 from transformers import Trainer, TrainerCallback
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.tasks.images.augmentation import Augmentation
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.tasks.images.folders import load_image_folder
@@ -73,7 +73,7 @@ class KeepStart(TrainerCallback):
             self.v0 = second_moments_of(self.trainer)
 
 
-PASS = {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_stats_batch_size": 5}
+PASS = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 5}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_v0_of_the_pass_is_the_oracles(tmp_path, images):
     keep = KeepStart()
     trainer = make_trainer(
         tmp_path, images, [keep], v0_init="data_driven", v0_num_samples=20, v0_stats_batch_size=BATCH,
-        v0_statistic="per_sample", v0_seed=5, max_steps=1,
+        v0_estimator="per_sample", v0_seed=5, max_steps=1,
     )  # fmt: skip
     keep.trainer = trainer
     trainer.train()
@@ -144,7 +144,7 @@ def test_v0_of_the_pass_is_the_oracles(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_measure_steps": 3}, 3)]
+    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_estimation_steps": 3}, 3)]
 )
 def test_v0_is_of_the_first_augmented_batches_as_adam_sees_them(tmp_path, images, options, num):
     """Clipped, that is, at weights that stay as they are while they are measured."""

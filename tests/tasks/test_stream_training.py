@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.gradients.batches import choose_samples
+from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.tasks.language_modeling.perplexity import ExactPerplexityMixin
 from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin
 from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator, TokenStreams
@@ -174,7 +174,7 @@ def test_a_v0_thrown_away_leaves_the_run_bit_for_bit(tmp_path, plain_runs, strat
     streams, recorder = make_streams(num_tokens=440, segment_length=20, varies=True), Recorder(erase=True)
     options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1, "v0_init": strategy}
     if strategy == "per_sample":
-        options |= {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_num_samples": 12}
+        options |= {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_num_samples": 12}
     erased = train(tmp_path, streams, callbacks=[recorder], **options)
     plain = plain_runs[accumulation]
     assert len(recorder.v0) > 0
@@ -190,7 +190,7 @@ def test_v0_sees_single_segments_with_the_state_of_their_context(tmp_path):
     streams = make_streams(num_tokens=101, num_streams=4, segment_length=5)
     model = make_awd_lstm(2, **REGULARISERS)
     recorder = Recorder()
-    options = {"v0_init": "data_driven", "v0_statistic": "per_sample", "v0_num_samples": 7, "max_steps": 1}
+    options = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_num_samples": 7, "max_steps": 1}
     trainer = train(tmp_path, streams, model=make_awd_lstm(2, **REGULARISERS), callbacks=[recorder], **options)
     samples = choose_samples(len(streams), 7, seed=11)
     assert any(sample < 4 for sample in samples) and any(sample >= 4 for sample in samples)

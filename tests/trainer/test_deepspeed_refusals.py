@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_v0init import InputError
-from hf_v0init.optimizers.deepspeed import STAGE_3, ZeroPartitions, find_partitions, require_supported_config
+from hf_v0init.second_moment.deepspeed import STAGE_3, ZeroPartitions, find_partitions, require_supported_config
 from hf_v0init.trainer.supported_runs import require_supported_run
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}

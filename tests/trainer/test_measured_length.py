@@ -1,4 +1,4 @@
-"""`--untuned_warmup measured` and `--v0_warmup_steps auto`: a length from the trust radius at the initial weights, acted on."""
+"""`--untuned_warmup measured` and `--v0_decay_steps auto`: a length from the trust radius at the initial weights, acted on."""
 
 import json
 import logging
@@ -67,8 +67,8 @@ def test_a_measured_warmup_is_the_trainers_own_of_that_length(kind, tmp_path):
 
 def test_auto_gives_v0_the_measured_length(tmp_path):
     length = find_length(tmp_path / "a", **LONG)
-    ours, recorder = record(tmp_path / "b", v0_init="data_driven", v0_warmup_steps="auto", **LONG)
-    told, expected = record(tmp_path / "c", v0_init="data_driven", v0_warmup_steps=length.steps, **LONG)
+    ours, recorder = record(tmp_path / "b", v0_init="data_driven", v0_decay_steps="auto", **LONG)
+    told, expected = record(tmp_path / "c", v0_init="data_driven", v0_decay_steps=length.steps, **LONG)
     assert ours.get_v0_report()["warmup_steps"] == length.steps
     assert all(torch.equal(recorder.v0[name], v0) for name, v0 in expected.v0.items())
     assert_equal_weights(ours, told)
@@ -78,7 +78,7 @@ def test_where_none_is_needed_adam_is_left_alone(tmp_path, caplog):
     small = {"max_steps": 4, "learning_rate": 1e-6}
     stock = train(tmp_path / "a", stock=True, **small)
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
-        ours = train(tmp_path / "b", v0_init="data_driven", v0_warmup_steps="auto", untuned_warmup="measured", **small)
+        ours = train(tmp_path / "b", v0_init="data_driven", v0_decay_steps="auto", untuned_warmup="measured", **small)
     assert_equal_weights(stock, ours)
     assert ours.get_v0_report() is None and ours._v0_callback.length["steps"] == 0
     assert "nothing needed, so Adam is left alone" in caplog.text
@@ -105,7 +105,7 @@ def test_a_network_with_batch_norm_is_not_held_back(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_length(tmp_path):
-    options = LONG | {"v0_init": "data_driven", "v0_warmup_steps": "auto", "untuned_warmup": "measured"}
+    options = LONG | {"v0_init": "data_driven", "v0_decay_steps": "auto", "untuned_warmup": "measured"}
     options |= {"save_strategy": "steps", "save_steps": 3}
     straight = train(tmp_path, **options)
     stored = json.loads((tmp_path / "checkpoint-3" / "v0_init.json").read_text())["length"]
@@ -137,7 +137,7 @@ def test_auto_is_the_measured_warmup_and_no_v0(tmp_path):
     ("flags", "words"),
     [
         ({"v0_scale": 2.0}, "v0_init=auto and v0_scale=2.0: auto has no v0"),
-        ({"v0_warmup_steps": 20}, "v0_init=auto and v0_warmup_steps=20"),
+        ({"v0_decay_steps": 20}, "v0_init=auto and v0_decay_steps=20"),
         ({"v0_preset": "paper"}, "v0_init=auto and v0_preset=paper"),
         ({"untuned_warmup": "linear"}, "v0_init=auto and untuned_warmup=linear are two warmups"),
         (
@@ -198,7 +198,7 @@ def test_it_takes_a_trainer(tmp_path):
     attached.train()
     assert callback.length["steps"] > 0 and isinstance(attached, Trainer)
     with pytest.raises(InputError, match="compute_warmup_length"):
-        attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_warmup_steps="auto")
+        attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_decay_steps="auto")
     with pytest.raises(InputError, match="cannot measure v0_init=auto"):
         attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_init="auto")
     with pytest.raises(InputError, match="choose one of linear, exponential, measured"):

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_v0init import InputError, V0InitCallback, V0InitTrainer
 
-PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
+PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
 STRATEGIES = ["random", "data_driven", "first_gradient"]
 
 
@@ -48,7 +48,7 @@ def test_a_callback_that_knows_its_trainer_runs_the_papers_pass(tmp_path):
     assert callback.report["num_samples"] == 48
     alone = make_trainer(tmp_path / "c", stock=True, max_steps=3)
     alone.add_callback(V0InitCallback(v0_init="data_driven", v0_preset="paper"))
-    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\), or v0_statistic=per_step"):
+    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\), or v0_estimator=minibatch"):
         alone.train()
 
 
@@ -57,7 +57,7 @@ def test_a_callback_resumes_as_our_trainer_does(tmp_path):
 
     def run(folder, resume=None, **more):
         trainer = make_trainer(folder, **options | more)
-        callback = V0InitCallback(v0_init="data_driven", v0_measure_steps=6)
+        callback = V0InitCallback(v0_init="data_driven", v0_estimation_steps=6)
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, callback
@@ -115,11 +115,11 @@ def make_pairs(num: int) -> list[dict]:
 
 def test_in_batch_negatives_get_the_steps_own_squares_and_the_pass_is_refused(tmp_path):
     options = {"data": make_pairs(100), "per_device_train_batch_size": 16, "remove_unused_columns": False}
-    _, recorder = record(tmp_path / "a", model=Contrastive(), v0_init="data_driven", v0_measure_steps=3, **options)
+    _, recorder = record(tmp_path / "a", model=Contrastive(), v0_init="data_driven", v0_estimation_steps=3, **options)
     assert sorted(recorder.v0) == ["left.weight", "right.weight"]
     assert_v0_is_mean_square(recorder, 3)
     trainer = make_trainer(tmp_path / "b", model=Contrastive(), **PER_SAMPLE, **options)
-    with pytest.raises(InputError, match=r"no mean over its samples: .*in-batch negatives.*v0_statistic=per_step"):
+    with pytest.raises(InputError, match=r"no mean over its samples: .*in-batch negatives.*v0_estimator=minibatch"):
         trainer.train()
 
 
@@ -150,7 +150,7 @@ def test_the_mean_over_tokens_of_ragged_rows_is_no_reason_to_refuse_and_is_what_
     for name, v0 in recorder.v0.items():
         torch.testing.assert_close(v0.double(), exact[name].square().mean(0), rtol=1e-4, atol=1e-12)
     _, recorder = record(
-        tmp_path / "b", data=rows, kwargs={"data_collator": collate}, v0_init="data_driven", v0_measure_steps=4
+        tmp_path / "b", data=rows, kwargs={"data_collator": collate}, v0_init="data_driven", v0_estimation_steps=4
     )
     assert_v0_is_mean_square(recorder, 4)
 
@@ -288,11 +288,11 @@ class OwnSampler(V0InitTrainer):
 
 @pytest.mark.parametrize("trainer_class", [OwnLoader, OwnStep, OwnSampler])
 def test_v0_is_of_what_the_run_draws_and_the_pass_is_refused(tmp_path, trainer_class):
-    _, recorder = record(tmp_path / "a", trainer_class=trainer_class, v0_init="data_driven", v0_measure_steps=2)
+    _, recorder = record(tmp_path / "a", trainer_class=trainer_class, v0_init="data_driven", v0_estimation_steps=2)
     assert_v0_is_mean_square(recorder, 2)
     trainer = make_trainer(tmp_path / "b", trainer_class=trainer_class, **PER_SAMPLE)
     with pytest.raises(
-        InputError, match=rf"{trainer_class.__name__}, which has a .* of its own.*v0_statistic=per_step"
+        InputError, match=rf"{trainer_class.__name__}, which has a .* of its own.*v0_estimator=minibatch"
     ):
         trainer.train()
 
@@ -436,7 +436,7 @@ def test_data_parallel_is_refused_by_the_pass_alone(tmp_path, monkeypatch):
     from hf_v0init.trainer.supported_runs import require_supported_pass, require_supported_run
 
     require_supported_run(trainer)
-    with pytest.raises(InputError, match=r"DataParallel over 2 GPUs.*torchrun.*v0_statistic=per_step"):
+    with pytest.raises(InputError, match=r"DataParallel over 2 GPUs.*torchrun.*v0_estimator=minibatch"):
         require_supported_pass(trainer)
     assert all(torch.equal(w, before[n]) for n, w in weights_of(trainer).items())
 

@@ -15,7 +15,7 @@ from trainers import (
 
 from hf_v0init import InputError, V0InitTrainer, attach_v0, read_second_moment
 
-PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
+PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
 
 
 def assert_recurrence(recorder, beta2=0.999, rtol=1e-6):
@@ -48,7 +48,7 @@ def test_no_side_effect_and_the_recurrence(tmp_path, mode, settings):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_v0_is_of_the_gradients_that_adam_sees(tmp_path, mode):
-    _, recorder = record(tmp_path, v0_init="data_driven", v0_measure_steps=2, max_steps=3, **MODES[mode])
+    _, recorder = record(tmp_path, v0_init="data_driven", v0_estimation_steps=2, max_steps=3, **MODES[mode])
     for name, v0 in recorder.v0.items():
         expected = sum(g[name].double().square() for g in recorder.gradients[:2]) / 2
         torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0.0)
@@ -171,7 +171,7 @@ def test_rows_that_no_sample_touched_are_counted(tmp_path):
         model=make_gpt2(tie_word_embeddings=False),
         data=data,
         v0_init="data_driven",
-        v0_measure_steps=8,
+        v0_estimation_steps=8,
         max_steps=12,
     )
     wte = plain.v0["transformer.wte.weight"]
@@ -210,7 +210,7 @@ class FirstBatchTooLarge(V0InitTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": "data_driven", "v0_measure_steps": 3}, PER_SAMPLE], ids=str)
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven", "v0_estimation_steps": 3}, PER_SAMPLE], ids=str)
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_auto_find_batch_size_writes_v0_once(tmp_path, fails_at, settings):
     FirstBatchTooLarge.fails_at = fails_at

@@ -20,11 +20,11 @@ from hf_v0init import (
     V0InitTrainingArguments,
 )
 
-PER_SAMPLE = {"v0_init": "data_driven", "v0_statistic": "per_sample"}
+PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
 WAYS = [
-    {"v0_init": "random"}, {"v0_init": "first_gradient"}, {"v0_init": "data_driven", "v0_measure_steps": 2}, PER_SAMPLE,
+    {"v0_init": "random"}, {"v0_init": "first_gradient"}, {"v0_init": "data_driven", "v0_estimation_steps": 2}, PER_SAMPLE,
     PER_SAMPLE | {"v0_num_samples": "auto", "gradient_accumulation_steps": 2},
-    {"v0_init": "data_driven", "v0_warmup_steps": 0.34}, {"v0_init": "random", "v0_optimizer": "torch.optim:NAdam"},
+    {"v0_init": "data_driven", "v0_decay_steps": 0.34}, {"v0_init": "random", "v0_optimizer": "torch.optim:NAdam"},
     {"v0_init": "data_driven", "bf16": True}, PER_SAMPLE | {"bf16": True},
     {"v0_init": "data_driven", "gradient_checkpointing": True}, {"v0_init": "data_driven", "auto_find_batch_size": True},
     {"v0_init": "data_driven", "v0_record_run": True, "eval_strategy": "steps", "eval_steps": 1},
@@ -54,7 +54,7 @@ def test_a_run_writes_its_v0_and_trains(tmp_path, options):
     assert trainer.get_v0_report()["num_parameters_with_v0"] == 10
 
 
-@pytest.mark.parametrize("options", [{"v0_init": "data_driven", "v0_measure_steps": 3}, PER_SAMPLE], ids=str)
+@pytest.mark.parametrize("options", [{"v0_init": "data_driven", "v0_estimation_steps": 3}, PER_SAMPLE], ids=str)
 def test_stop_and_resume(tmp_path, options):
     options = options | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     straight = train(tmp_path / "a", **options)
@@ -95,7 +95,7 @@ def test_the_card_and_the_record(tmp_path):
 
 def test_the_flags_are_parsed_and_help_is_written():
     parser = HfArgumentParser(V0InitTrainingArguments)
-    assert "--v0_measure_steps" in parser.format_help()
+    assert "--v0_estimation_steps" in parser.format_help()
     parsed = parser.parse_args_into_dataclasses(["--output_dir", "x", "--v0_init", "random", "--v0_scale", "2"])[0]
     assert (parsed.v0_init, parsed.v0_scale) == ("random", 2.0)
 

@@ -23,13 +23,13 @@ from transformers import Trainer, TrainerCallback
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
 from hf_v0init.errors import InputError
 from hf_v0init.initialization.first_steps import choose_measure_steps
-from hf_v0init.optimizers.state import is_untouched
+from hf_v0init.second_moment.state import is_untouched
 
 STRATEGIES = {
     "random": {"v0_init": "random"},
-    "per_step": {"v0_init": "data_driven"},
+    "minibatch": {"v0_init": "data_driven"},
     "first_gradient": {"v0_init": "first_gradient"},
-    "per_sample": {"v0_init": "data_driven", "v0_statistic": "per_sample"},
+    "per_sample": {"v0_init": "data_driven", "v0_estimator": "per_sample"},
 }
 PER_SAMPLE = STRATEGIES["per_sample"]
 
@@ -104,19 +104,25 @@ def test_first_gradient_is_the_gradient_of_the_first_step(tmp_path, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.05}, {"v0_scale": 7.0}, {"v0_one_dimensional": True}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 0.05},
+        {"v0_scale": 7.0},
+        {"v0_include_bias_and_norm": True},
+    ],
 )
 def test_per_step_is_the_mean_square_of_the_first_steps_gradients(tmp_path, options):
     """K = 3: two steps that move nothing, then v0 = scale * mean(g^2) of the three, as Adam sees them."""
-    trainer, recorder = record(tmp_path, v0_init="data_driven", v0_measure_steps=3, max_steps=5, **options)
+    trainer, recorder = record(tmp_path, v0_init="data_driven", v0_estimation_steps=3, max_steps=5, **options)
     scale = options.get("v0_scale", 1.0)
-    assert len(recorder.v0) == (28 if "v0_one_dimensional" in options else 10)
+    assert len(recorder.v0) == (28 if "v0_include_bias_and_norm" in options else 10)
     for name, v0 in recorder.v0.items():
         expected = scale * sum(g[name].double().square() for g in recorder.gradients[:3]) / 3
         torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0.0)
     assert {state["step"].item() for state in trainer.optimizer.state.values()} == {3.0}
     report = trainer.get_v0_report()
-    assert (report["measure_steps"], report["statistic"], report["measured_ratio"]) == (3, "per_step", scale)
+    assert (report["estimation_steps"], report["estimator"], report["measured_ratio"]) == (3, "minibatch", scale)
 
 
 def test_measuring_steps_move_nothing_and_the_schedule_runs_on(tmp_path):
@@ -135,7 +141,7 @@ def test_measuring_steps_move_nothing_and_the_schedule_runs_on(tmp_path):
         tmp_path,
         model=model,
         v0_init="data_driven",
-        v0_measure_steps=3,
+        v0_estimation_steps=3,
         max_steps=6,
         weight_decay=0.1,
         callbacks=[watch],
@@ -153,8 +159,8 @@ def test_the_default_measures_one_percent_of_the_run_and_32_steps_at_most(max_st
 
 
 def test_more_measuring_than_steps_is_refused_before_the_first(tmp_path):
-    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_measure_steps=5, max_steps=5)
-    with pytest.raises(InputError, match=r"v0_measure_steps=5: the run has 5 steps.*1% of the run"):
+    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_estimation_steps=5, max_steps=5)
+    with pytest.raises(InputError, match=r"v0_estimation_steps=5: the run has 5 steps.*1% of the run"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -166,14 +172,14 @@ def loss_alone(model, sample):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 4}, {"v0_one_dimensional": True}, {"v0_scale": 7.0}]
+    "options", [{}, {"gradient_accumulation_steps": 4}, {"v0_include_bias_and_norm": True}, {"v0_scale": 7.0}]
 )
 def test_data_driven_is_scale_times_the_mean_square_of_single_sample_gradients(tmp_path, options):
     data = make_sequences(30)
     model = make_gpt2(dropout=0.0)
     exact = per_sample_gradients(model, data, loss_alone)
     trainer, recorder = record(tmp_path, model=model, data=data, max_steps=1, **PER_SAMPLE, **options)
-    expected_names = [n for n, g in exact.items() if g.dim() > 2 or options.get("v0_one_dimensional")]
+    expected_names = [n for n, g in exact.items() if g.dim() > 2 or options.get("v0_include_bias_and_norm")]
     assert sorted(recorder.v0) == sorted(expected_names)
     for name, v0 in recorder.v0.items():
         expected = options.get("v0_scale", 1.0) * exact[name].square().mean(0)
@@ -248,7 +254,7 @@ def test_stop_and_resume_inside_and_after_the_measuring_steps(tmp_path, stop, dt
     """K = 4: the sums are part of the optimizer's state, and the count stands in v0_init.json."""
     common = {
         "v0_init": "data_driven",
-        "v0_measure_steps": 4,
+        "v0_estimation_steps": 4,
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": stop,
@@ -327,7 +333,7 @@ def test_mixin_with_someone_elses_trainer_and_arguments(tmp_path):
         trainer.train()
         return recorder.v0
 
-    for number, settings in enumerate((STRATEGIES["per_step"], PER_SAMPLE)):
+    for number, settings in enumerate((STRATEGIES["minibatch"], PER_SAMPLE)):
         theirs, plain = run(Ours, f"a{number}", **settings), run(V0InitTrainer, f"b{number}", **settings)
         for name in plain:  # their loss is 3 times as large, so E[g^2] is 9 times
             torch.testing.assert_close(theirs[name], 9 * plain[name], rtol=1e-3, atol=1e-6 * plain[name].max().item())
@@ -369,9 +375,9 @@ def test_resume_from_a_model_only_checkpoint_writes_v0_anew_and_says_so(tmp_path
     ("change", "words"),
     [
         ({"v0_scale": 5.0}, "scale: 1.0 -> 5.0"),
-        ({"v0_statistic": "per_step", "v0_num_samples": 5000}, "statistic: per_sample -> per_step"),
+        ({"v0_estimator": "minibatch", "v0_num_samples": 5000}, "estimator: per_sample -> minibatch"),
         ({"v0_num_samples": 40}, "num_samples_requested: 5000 -> 40"),
-        ({"v0_init": "random", "v0_statistic": None}, "strategy: data_driven -> random"),
+        ({"v0_init": "random", "v0_estimator": None}, "strategy: data_driven -> random"),
         ({"v0_seed": 3}, "seed: 11 -> 3"),
         ({}, None),
     ],
@@ -438,8 +444,8 @@ def test_the_log_has_three_lines_at_most_that_agree(tmp_path, caplog):
     slow = lines_of("b", v0_init="random")
     assert [level for level, _ in slow] == ["INFO", "INFO", "WARNING"]
     assert slow[0][1].startswith("v0 (random, scale 100) drawn: mean ")
-    assert "Remedy: --v0_warmup_steps 4 (a third of the run) instead of --v0_scale" in slow[2][1]
-    mended = lines_of("c", v0_init="random", v0_warmup_steps=4)
+    assert "Remedy: --v0_decay_steps 4 (a third of the run) instead of --v0_scale" in slow[2][1]
+    mended = lines_of("c", v0_init="random", v0_decay_steps=4)
     assert [level for level, _ in mended] == ["INFO", "INFO"]
 
 
@@ -460,7 +466,9 @@ def test_a_v0_that_no_gradient_reached_is_a_warning_and_no_multiplier(tmp_path, 
         record.getMessage() for record in caplog.records if record.levelname == "WARNING" and record.name == "hf_v0init"
     ]
     assert (
-        len(warnings) == 1 and "v0 is zero in all 1 tensors" in warnings[0] and "--v0_statistic per_step" in warnings[0]
+        len(warnings) == 1
+        and "v0 is zero in all 1 tensors" in warnings[0]
+        and "--v0_estimator minibatch" in warnings[0]
     )
     assert "multiplies the step" not in caplog.text
 
@@ -494,7 +502,7 @@ def test_parameters_whose_first_gradient_comes_later_get_their_v0_then(tmp_path,
 
 def test_warmup_steps_hold_for_a_random_v0_by_the_measured_ratio(tmp_path):
     """m(30) = 0.9 for the median element."""
-    _, recorder = record(tmp_path, v0_init="random", v0_warmup_steps=30, adam_beta2=0.98, max_steps=40)
+    _, recorder = record(tmp_path, v0_init="random", v0_decay_steps=30, adam_beta2=0.98, max_steps=40)
     ratios = torch.cat([(v0 / recorder.gradients[0][n].square()).flatten() for n, v0 in recorder.v0.items()])
     ratio = ratios[ratios.isfinite()].median().item()
     assert 1 / (1 + ratio * 0.98**30 / (1 - 0.98**30)) ** 0.5 == pytest.approx(0.9, rel=0.05)
@@ -511,7 +519,7 @@ def test_each_group_has_the_scale_of_its_own_beta2(tmp_path):
         model=model,
         kwargs={"optimizers": (optimizer, None)},
         v0_init="data_driven",
-        v0_warmup_steps=30,
+        v0_decay_steps=30,
         max_steps=40,
     )
     for layer, beta2 in ((0, 0.999), (1, 0.95)):
@@ -521,7 +529,7 @@ def test_each_group_has_the_scale_of_its_own_beta2(tmp_path):
 
 
 def test_warmup_steps_choose_the_scale(tmp_path):
-    trainer, _ = record(tmp_path, v0_init="data_driven", v0_warmup_steps=50, adam_beta2=0.98, max_steps=51)
+    trainer, _ = record(tmp_path, v0_init="data_driven", v0_decay_steps=50, adam_beta2=0.98, max_steps=51)
     assert trainer.get_v0_report()["scale"] == pytest.approx((1 / 0.81 - 1) * (0.98**-50 - 1), rel=1e-9)
 
 
@@ -530,8 +538,8 @@ def test_warmup_steps_choose_the_scale(tmp_path):
 )  # fmt: skip
 def test_a_share_of_the_run_is_that_many_steps(tmp_path, length):
     """48 sequences in batches of 4: all three are runs of 18 steps."""
-    share, recorder = record(tmp_path / "a", v0_init="data_driven", v0_warmup_steps=0.3, adam_beta2=0.9, **length)
-    steps, expected = record(tmp_path / "b", v0_init="data_driven", v0_warmup_steps=6, adam_beta2=0.9, **length)
+    share, recorder = record(tmp_path / "a", v0_init="data_driven", v0_decay_steps=0.3, adam_beta2=0.9, **length)
+    steps, expected = record(tmp_path / "b", v0_init="data_driven", v0_decay_steps=6, adam_beta2=0.9, **length)
     assert share.state.global_step == 18 and share.get_v0_report()["warmup_steps"] == 6
     assert all(torch.equal(recorder.v0[name], expected.v0[name]) for name in expected.v0)
     assert_equal_weights(share, steps)
@@ -542,8 +550,8 @@ def test_a_share_of_the_run_is_that_many_steps(tmp_path, length):
 
 def test_a_share_that_takes_too_large_a_scale_is_refused_before_the_first_step(tmp_path):
     trainer = make_trainer(
-        tmp_path, v0_init="data_driven", v0_warmup_steps=0.9, adam_beta2=0.1, max_steps=-1, num_train_epochs=10
+        tmp_path, v0_init="data_driven", v0_decay_steps=0.9, adam_beta2=0.1, max_steps=-1, num_train_epochs=10
     )
-    with pytest.raises(InputError, match=r"v0_warmup_steps=108: at adam_beta2=0\.1"):
+    with pytest.raises(InputError, match=r"v0_decay_steps=108: at adam_beta2=0\.1"):
         trainer.train()
     assert is_untouched(trainer.optimizer) and trainer.get_v0_report() is None

@@ -18,7 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from hf_v0init import V0InitCallback
 from hf_v0init.initialization.first_steps import find_first_steps
-from hf_v0init.optimizers.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 
 WORDS = "the a cat dog owl sees eats small old mouse fish runs".split()
 STRATEGIES = ["data_driven", "random", "first_gradient"]
@@ -125,7 +125,7 @@ def run(kind: str, tokenizer, folder, settings: dict | None):
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward", "orpo", "cpo", "grpo", "rloo"])
 def test_trl_trains_and_its_first_log_is_the_stock_one(kind, strategy, tokenizer, tmp_path):
     stock, _, _ = run(kind, tokenizer, tmp_path / "a", None)
-    settings = {"v0_init": strategy} | ({"v0_measure_steps": 2} if strategy == "data_driven" else {})
+    settings = {"v0_init": strategy} | ({"v0_estimation_steps": 2} if strategy == "data_driven" else {})
     ours, trainer, callback = run(kind, tokenizer, tmp_path / "b", settings)
     assert ours[0] == stock[0]
     assert len(ours) == 3 and callback.report["v0_max"] > 0

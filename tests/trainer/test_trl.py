@@ -63,7 +63,7 @@ def train(trainer_class, config_class, tokenizer, folder, **arguments):
 def run(tokenizer, tmp_path_factory):
     return train(
         V0InitSFTTrainer, V0InitSFTConfig, tokenizer, tmp_path_factory.mktemp("sft"),
-        v0_init="data_driven", v0_scale=3.0, v0_measure_steps=2,
+        v0_init="data_driven", v0_scale=3.0, v0_estimation_steps=2,
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_v0_is_scale_times_the_mean_square_of_the_first_steps_gradients(run):
         expected = 3.0 * sum(g[name].double().square() for g in recorder.gradients[:2]) / 2
         torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0)
         assert v0.max() > 0, name
-    assert trainer.get_v0_report()["measure_steps"] == 2
+    assert trainer.get_v0_report()["estimation_steps"] == 2
 
 
 def test_first_step_obeys_adams_rule(run):

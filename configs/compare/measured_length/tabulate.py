@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_v0init.comparison.reading.summary import compute_paired_interval
+from hf_v0init.compare.reading.summary import compute_paired_interval
 from hf_v0init.plots import import_pyplot, require_figure_path, write_figure
 
 RESULTS = Path("configs/compare/results")

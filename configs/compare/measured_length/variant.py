@@ -12,9 +12,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Trainer
 
-from hf_v0init.closed_form.multiplier import compute_multiplier, compute_scale_for_warmup, resolve_warmup_steps
-from hf_v0init.commands.scripts import run_named
-from hf_v0init.optimizers.schedules import multiply_schedule
+from hf_v0init.cli.scripts import run_named
+from hf_v0init.method.multiplier import compute_multiplier, compute_scale_for_warmup, resolve_warmup_steps
+from hf_v0init.second_moment.schedules import multiply_schedule
 
 RUN_OUT = 1_000_000  # optimizer steps after which 1 - beta2^t is 1 in float64, also for beta2 .9999
 

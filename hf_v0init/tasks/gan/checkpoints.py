@@ -18,9 +18,9 @@ from torch import nn
 from transformers import TrainerState
 
 from ...errors import InputError
-from ...preservation import read_rng_states, write_rng_states
 from ...records.checkpoints import begin_save, complete_save, delete_old_checkpoints
 from ...records.report import read_report, write_report
+from ...state_guard import read_rng_states, write_rng_states
 
 STATE_FILE, PROCESS_FILE = "training_state.pt", "process_state_{}.pt"
 

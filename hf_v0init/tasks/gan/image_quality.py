@@ -21,7 +21,7 @@ from torch import nn
 
 from ...errors import InputError
 from ...extras import describe_missing
-from ...preservation import preserve_rng, seed_everything
+from ...state_guard import preserve_rng, seed_everything
 
 logger = logging.getLogger("hf_v0init")
 

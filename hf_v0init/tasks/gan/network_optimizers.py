@@ -6,9 +6,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, get_scheduler
 
 from ...errors import InputError
-from ...optimizers.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ...optimizers.schedules import add_untuned_warmup
-from ...optimizers.state import SecondMoments
+from ...second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
+from ...second_moment.schedules import add_untuned_warmup
+from ...second_moment.state import SecondMoments
 
 
 def build_optimizer(network: nn.Module, training) -> torch.optim.Optimizer:

@@ -24,12 +24,12 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
 from ...diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback
-from ...distributed.processes import raise_together
 from ...errors import InputError
-from ...preservation import preserve_rng, seed_everything
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
+from ...sharding.processes import raise_together
+from ...state_guard import preserve_rng, seed_everything
 from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
 from .checkpoints import load_gan_checkpoint, save_gan_checkpoint
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...gradients.batches import choose_samples
+from ...estimation.batches import choose_samples
 from ...initialization.first_steps import FirstSteps
 from ...loop.initialize import initialize_v0
 from ...settings import AUTO
@@ -16,11 +16,11 @@ SETTINGS = (
     "init",
     "scale",
     "num_samples",
-    "statistic",
-    "measure_steps",
+    "estimator",
+    "estimation_steps",
     "stats_batch_size",
     "seed",
-    "one_dimensional",
+    "include_bias_and_norm",
     "warmup_steps",
 )
 
@@ -48,7 +48,7 @@ def attach_gan_v0(training, networks: dict[str, nn.Module], optimizers: dict, ma
 
 def takes_pass(training) -> bool:
     """Whether v0 comes from the paper's pass before training."""
-    return training.v0_init == "data_driven" and training.v0_statistic == "per_sample"
+    return training.v0_init == "data_driven" and training.v0_estimator == "per_sample"
 
 
 def write_gan_v0(
@@ -105,10 +105,10 @@ def write_gan_v0(
             loss_fn=loss_fn,
             accelerator=accelerator,
             v0_scale=training.v0_scale,
-            v0_warmup_steps=training.v0_warmup_steps,
+            v0_decay_steps=training.v0_decay_steps,
             v0_num_samples=AUTO if training.v0_num_samples == AUTO else None,
             v0_seed=seed,
-            v0_one_dimensional=training.v0_one_dimensional,
+            v0_include_bias_and_norm=training.v0_include_bias_and_norm,
             effective_batch_size=float(step_size * accelerator.num_processes),
             other_modules=[network for other, network in networks.items() if other != name],
             max_steps=max_steps,

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_v0init import V0InitTrainer, V0InitTrainingArguments
 
 from ...errors import InputError
-from ...preservation import preserve_model, preserve_rng
+from ...state_guard import preserve_model, preserve_rng
 from ..probing import ProbeArguments, probe_and_print, turn_into_probe
 from ..run_identity import describe_run, require_same_model
 from ..script_stages import (
@@ -289,10 +289,10 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
             f"--per_device_train_batch_size={batch_size}: leaves a batch of one of the {len(samples)} training images, which "
             f"the model cannot take ({reason}); change it, or give --dataloader_drop_last"
         )
-    if training.v0_statistic == "per_sample" and training.v0_stats_batch_size == 1:
+    if training.v0_estimator == "per_sample" and training.v0_stats_batch_size == 1:
         raise InputError(
             f"--v0_stats_batch_size=1: the model cannot take a batch of one image ({reason}); leave it out, or use "
-            "--v0_statistic per_step"
+            "--v0_estimator minibatch"
         )
 
 

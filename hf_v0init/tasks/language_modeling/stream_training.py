@@ -11,7 +11,7 @@
 Weight drop and embedding dropout have one mask a batch, so the gradients of a batch's segments are not independent, and E[g^2] of
 single segments is exact only with `v0_stats_batch_size` 1: with the masks of batches of 15 it came out 1.6 times too large for
 hidden-to-hidden matrices (2 layers of 200, weight drop 0.2, Penn Treebank), and within 7% of it for the other matrices. For
-`v0_statistic` "per_step" take the training batch size.
+`v0_estimator` "minibatch" take the training batch size.
 
 With varying segment lengths the learning rate of each step is multiplied by (tokens of its segments) / (usual length), as in
 AWD-LSTM (Merity et al., section 5).

@@ -1,0 +1,276 @@
+"""The command `hf-v0init`: what a start value of the second moment will do, before anything is trained.
+
+It imports neither torch nor transformers, and matplotlib only to draw; the commands of `analysis.commands` import torch when
+they run on a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..errors import InputError
+from ..method.defaults import DEFAULT_SCALE, SCALED_BY_GRADIENTS, STRATEGIES
+from ..method.multiplier import (
+    PRINTED_STEPS,
+    WASHED_OUT,
+    compute_multiplier,
+    compute_multiplier_table,
+    compute_scale_for_warmup,
+    compute_similar_linear_warmup,
+    compute_steps_to_multiplier,
+    compute_washout_warning,
+    require_beta2,
+    require_scale,
+    require_warmup_steps,
+    resolve_warmup_steps,
+)
+from ..plots import draw_multiplier, require_figure_path
+from ..second_moment.table import make_cells, make_markdown_table
+from ..settings import AUTO
+from ..third_party_messages import drop_known_messages
+from .analysis import add_commands
+from .compare import add_commands as add_comparison
+from .probe import add_commands as add_probe
+from .report import add_commands as add_report
+from .scripts import add_commands as add_scripts
+
+TARGETS = (0.5, 0.9, 0.99)
+RATIOS = (1.0, 1e2, 1e4, 1e6)
+EXIT_BAD_INPUT = 2
+
+UsageError = typer.BadParameter.__base__  # what typer raises for flags it cannot read, whichever click it uses
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def introduce() -> None:
+    """A non-zero start (v0) for Adam's second moment, instead of a learning-rate warmup."""
+
+
+@app.command()
+def explain(
+    v0_init: Annotated[str, typer.Option("--v0_init", help=f"Strategy: {', '.join(STRATEGIES)}.")] = "data_driven",
+    v0_scale: Annotated[
+        float | None,
+        typer.Option("--v0_scale", help="sigma, > 0. [default: 1; for random, where it is 100, without effect here]"),
+    ] = None,
+    v0_decay_steps: Annotated[
+        float | None,
+        typer.Option(
+            "--v0_decay_steps",
+            help="Choose the scale so that m reaches 0.9 at this step; below 1, a share of max_steps.",
+        ),
+    ] = None,
+    adam_beta2: Annotated[float, typer.Option("--adam_beta2", help="Adam's beta2, in (0, 1).")] = 0.999,
+    max_steps: Annotated[int, typer.Option("--max_steps", help="Optimizer steps of the run.")] = 10_000,
+    figure: Annotated[
+        str | None, typer.Option("--figure", help="Also draw m(t) into this .png, .svg or .pdf file.")
+    ] = None,
+) -> None:
+    """Print what v0 will do to the step size: the closed-form multiplier m(t), without training.
+
+    With stationary gradients and v0 = scale * E[g^2], v0 multiplies Adam's step at time t by
+    m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)): a warmup set by beta2 and scale.
+    The flags are those of training.
+    """
+    if max_steps < 1:
+        raise InputError(f"max_steps={max_steps}: must be a whole number >= 1, the optimizer steps of the run")
+    if v0_decay_steps is not None:
+        v0_decay_steps = resolve_warmup_steps(require_warmup_steps(v0_decay_steps), max_steps)
+    scale = compute_scale_in_force(v0_init, v0_scale, v0_decay_steps, adam_beta2)
+    figure_path = require_figure_path(figure) if figure else None
+    console = Console(highlight=False, markup=False)
+    settings = {"v0_init": v0_init, "v0_decay_steps": v0_decay_steps, "v0_scale": scale}
+    settings |= {"adam_beta2": adam_beta2, "max_steps": max_steps}
+    heading = ", ".join(f"{name} {_format(value)}" for name, value in settings.items() if value is not None)
+    console.print(heading, style="bold")
+
+    if v0_init == "zeros":
+        console.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
+        curves, markers, linear_warmup = {"zeros": 0.0}, {}, None
+    elif v0_init == "random" and v0_decay_steps is None:
+        _print_random(console, adam_beta2, max_steps)
+        curves = {f"v0 / E[g²] = {ratio:,.0f}": ratio for ratio in RATIOS}
+        markers, linear_warmup = {}, None
+    else:
+        markers = {target: compute_steps_to_multiplier(target, scale, adam_beta2) for target in TARGETS}
+        linear_warmup = compute_similar_linear_warmup(scale, adam_beta2, max_steps)
+        _print_multiplier(console, scale, adam_beta2, max_steps, markers, linear_warmup)
+        curves = {f"m(t), scale {_format(scale)}": scale}
+
+    if figure_path:
+        draw_multiplier(
+            figure_path,
+            curves,
+            adam_beta2,
+            max_steps,
+            title=heading,
+            markers=markers,
+            linear_warmup_steps=linear_warmup,
+        )
+        console.print(f"Figure: {figure_path}", soft_wrap=True)
+
+
+@app.command()
+def optimizers(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Print which optimizers take a v0, where it is written and how exactly, and which are refused and why."""
+    if markdown:
+        print(make_markdown_table())
+        return
+    table = Table("optimizer", Column("--optim", overflow="fold"), "v0", "remark", show_lines=True)
+    for name, optim, second_moment, start, error, remark in make_cells():
+        v0 = f"{start} in {second_moment}; {error}" if error else start
+        table.add_row(*(cell.replace("`", "") for cell in (name, optim, v0, remark)))
+    Console(highlight=False, markup=False).print(table)
+
+
+add_commands(app)
+add_report(app)
+add_comparison(app)
+add_probe(app)
+add_scripts(app)
+
+
+def compute_scale_in_force(
+    v0_init: str, v0_scale: float | None, v0_decay_steps: int | None, beta2: float
+) -> float | None:
+    """Return the size of v0 beside g^2, as far as it is known beforehand: None for `zeros`, and for `random` without a length.
+
+    Raises:
+        InputError: what `V0InitArguments` refuses too.
+    """
+    if v0_init == AUTO:
+        raise InputError(
+            "v0_init=auto measures its length on the run's own batches: `hf-v0init probe CONFIG` says what it will do"
+        )
+    if v0_init not in STRATEGIES:
+        raise InputError(f"v0_init={v0_init!r}: choose one of {', '.join(STRATEGIES)}")
+    if v0_scale is not None and v0_decay_steps is not None:
+        raise InputError(f"v0_scale={v0_scale} and v0_decay_steps={v0_decay_steps} both set the size of v0: give one")
+    require_beta2(beta2)
+    if v0_scale is not None:
+        require_scale(v0_scale)
+    if v0_decay_steps is not None:
+        if v0_init == "zeros":
+            raise InputError(
+                f"v0_decay_steps={v0_decay_steps} with v0_init=zeros: there is no v0 to size; use --v0_init data_driven"
+            )
+        return compute_scale_for_warmup(v0_decay_steps, beta2)  # for random the ratio that the first step will measure
+    if v0_init not in SCALED_BY_GRADIENTS:
+        return None
+    return DEFAULT_SCALE[v0_init] if v0_scale is None else v0_scale
+
+
+def _print_multiplier(
+    console: Console,
+    scale: float,
+    beta2: float,
+    max_steps: int,
+    markers: dict[float, float],
+    linear_warmup: float,
+) -> None:
+    console.print("m(t), the factor on Adam's step:")
+    over_time = Table()
+    over_time.add_column("step t", justify="right")
+    over_time.add_column("m(t)", justify="right")
+    for step, value in compute_multiplier_table(scale, beta2, max_steps).items():
+        over_time.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(value))
+    console.print(over_time)
+
+    reached = Table()
+    reached.add_column("m(t) reaches", justify="right")
+    reached.add_column("at step", justify="right")
+    for target, step in markers.items():
+        reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
+    console.print(reached)
+
+    longer = (
+        f", longer than the run of {max_steps:,}, so it never reaches the full rate"
+        if linear_warmup > max_steps
+        else ""
+    )
+    console.print(
+        f"Within this run v0 takes away as much step size as a linear warmup over {linear_warmup:,.0f} steps{longer} "
+        "(the sum of 1 - m over the run, which for a linear warmup over L steps is L/2)."
+    )
+    warning = compute_washout_warning(scale, beta2, max_steps)
+    if warning:
+        console.print(f"Warning: {warning}", style="yellow")
+    else:
+        at_end = compute_multiplier(max_steps, scale, beta2)
+        console.print(
+            f"v0 will have washed out by the end of the run: m({max_steps:,}) = {_format_multiplier(at_end)}."
+        )
+    console.print(
+        "m(t) takes the gradients' size as constant. In a real network it changes by orders of magnitude in "
+        "the first hundred steps: m is a guide, not a prediction."
+    )
+
+
+def _print_random(console: Console, beta2: float, max_steps: int) -> None:
+    console.print(
+        "A random v0 knows nothing of the gradients' size, so m(t) cannot be known before gradients have "
+        "been measured; a training run measures v0 against one batch and prints it. m(t) by that ratio:"
+    )
+    steps = [step for step in PRINTED_STEPS if step < max_steps] + [max_steps]
+    table = Table()
+    table.add_column("v0 / E[g^2]", justify="right")
+    for step in steps:
+        table.add_column(f"m({step:,})", justify="right")
+    table.add_column(f"{WASHED_OUT:g} at step", justify="right")
+    too_late = []
+    for ratio in RATIOS:
+        washed_out = math.ceil(compute_steps_to_multiplier(WASHED_OUT, ratio, beta2))
+        if washed_out > max_steps:
+            too_late.append(ratio)
+        values = [_format_multiplier(compute_multiplier(step, ratio, beta2)) for step in steps]
+        table.add_row(f"{ratio:,.0f}", *values, f"{washed_out:,}")
+    console.print(table)
+    if too_late:
+        console.print(
+            f"Warning: from a ratio of {too_late[0]:,.0f} on, v0 will not have washed out at step "
+            f"{max_steps:,}. Remedy: --v0_decay_steps 0.33, which sizes v0 by the gradients of the run's first step.",
+            style="yellow",
+        )
+
+
+def _format(value: str | float | int) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _format_multiplier(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+
+
+def _exit_with_error(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit status 2."""
+    drop_known_messages()
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        _exit_with_error(str(error))
+    except UsageError as error:
+        _exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the flags")
+    except typer.Abort:
+        raise SystemExit(130) from None
+    raise SystemExit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What a start value of the second moment does to the step size over time, in closed form.
+
+With stationary gradients, E[g^2] = s, and v0 = scale * s, Adam's bias-corrected second moment obeys
+E[v_hat_t] = s * (1 + scale * beta2^t / (1 - beta2^t)), so that v0 multiplies the step at time t by
+
+    m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t))
+
+against the run without v0. m rises from sqrt((1 - beta2) / (1 - beta2 + scale * beta2)) at the first step to 1:
+a warmup whose length is set by beta2 and scale. Gradients of a real network are not stationary, so m is a guide.
+
+Plain Python, so that the command line can use it without importing torch.
+"""
+
+import math
+
+from ..errors import InputError
+
+PRINTED_STEPS = (1, 10, 100, 1000)
+WASHED_OUT = 0.9  # m(t) from which on v0 is said to have washed out
+
+
+def require_beta2(beta2: float) -> float:
+    """Return `beta2`; raise `InputError` unless 0 < beta2 < 1."""
+    if not 0.0 < beta2 < 1.0:
+        raise InputError(f"adam_beta2={beta2}: the closed form needs 0 < beta2 < 1, e.g. 0.999 (Adam's default)")
+    return beta2
+
+
+def require_scale(scale: float) -> float:
+    """Return `scale`; raise `InputError` unless it is finite and positive."""
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise InputError(f"v0_scale={scale}: must be a finite number > 0; for no v0 use v0_init=zeros")
+    return scale
+
+
+def compute_multiplier(step: float, scale: float, beta2: float) -> float:
+    """Compute m(t), the factor by which v0 multiplies Adam's step at time `step` (dimensionless, in (0, 1]).
+
+    Args:
+        step: t >= 1, in optimizer steps.
+        scale: v0 / E[g^2], >= 0 (0 gives 1, the run without v0).
+        beta2: Adam's second-moment decay, in (0, 1).
+
+    Raises:
+        InputError: `beta2` outside (0, 1) or `step` < 1.
+    """
+    require_beta2(beta2)
+    if step < 1:
+        raise InputError(f"step={step}: optimizer steps count from 1")
+    log_decay = step * math.log(beta2)
+    return 1.0 / math.sqrt(1.0 + scale * math.exp(log_decay) / -math.expm1(log_decay))
+
+
+def compute_steps_to_multiplier(target: float, scale: float, beta2: float) -> float:
+    """Compute the time at which m(t) reaches `target`, in optimizer steps (not rounded; 0 if scale is 0).
+
+    Solves m(t) = target: beta2^t = k / (scale + k) with k = 1 / target^2 - 1.
+
+    Raises:
+        InputError: `target` outside (0, 1) or `beta2` outside (0, 1).
+    """
+    require_beta2(beta2)
+    if not 0.0 < target < 1.0:
+        raise InputError(f"target={target}: the multiplier m(t) lies between 0 and 1, both excluded")
+    if scale == 0.0:
+        return 0.0
+    k = 1.0 / target**2 - 1.0
+    return math.log1p(scale / k) / -math.log(beta2)
+
+
+def compute_scale_for_warmup(steps: float, beta2: float, target: float = WASHED_OUT) -> float:
+    """Compute the scale for which m(`steps`) = `target`: scale = k * (beta2^-steps - 1), k = 1 / target^2 - 1.
+
+    Raises:
+        InputError: `steps` <= 0, or so many that the scale exceeds the float range.
+    """
+    require_beta2(beta2)
+    if not steps > 0:
+        raise InputError(f"v0_decay_steps={steps}: must be > 0 optimizer steps; for no v0 use v0_init=zeros")
+    k = 1.0 / target**2 - 1.0
+    exponent = -steps * math.log(beta2)
+    if exponent > 80.0:
+        longest = int(80.0 / -math.log(beta2))
+        raise InputError(
+            f"v0_decay_steps={steps}: at adam_beta2={beta2} that takes a scale above 1e34; use at most {longest} "
+            "steps, a larger adam_beta2, or a warmup in the learning-rate schedule"
+        )
+    return k * math.expm1(exponent)
+
+
+def require_warmup_steps(steps: float) -> float:
+    """Return `v0_decay_steps` if it is a whole number of optimizer steps >= 1 (as an int) or a share of the run in (0, 1).
+
+    Raises:
+        InputError: neither.
+    """
+    is_number = isinstance(steps, (int, float)) and not isinstance(steps, bool)
+    if is_number and 0.0 < steps < 1.0:
+        return float(steps)
+    if is_number and steps >= 1 and float(steps).is_integer():
+        return int(steps)
+    raise InputError(
+        f"v0_decay_steps={steps}: must be a whole number >= 1, optimizer steps, or a share of the run in (0, 1); for no v0 use "
+        "v0_init=zeros"
+    )
+
+
+def resolve_warmup_steps(steps: float, max_steps: int) -> int:
+    """Return `v0_decay_steps` as optimizer steps: a share in (0, 1) is of the run's `max_steps`, rounded up."""
+    return math.ceil(steps * max_steps) if steps < 1.0 else int(steps)
+
+
+def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int | None = None) -> float:
+    """Compute the length of the linear warmup that takes away as much step size as v0 does, in optimizer steps.
+
+    A linear warmup over L steps loses sum over t of (1 - t/L) = L/2 full steps; v0 loses the integral of
+    1 - m(t). The two are set equal. For scale = 1 that gives (4 - 4 ln 2) / (1 - beta2), about 1.23 / (1 - beta2);
+    the untuned linear warmup of Ma & Yarats is 2 / (1 - beta2).
+
+    Within a run of `max_steps` T both are counted up to its end: v0 loses the integral to T, and a warmup that is longer
+    than the run loses T - T^2 / (2 L). Infinite if v0 leaves no step at all.
+    """
+    require_beta2(beta2)
+    if scale == 0.0:
+        return 0.0
+    # With u = -t ln(beta2) the integral is 1/-ln(beta2) times that of 1 - m(u); m is within 1e-9 of 1 beyond `end`.
+    end = math.log1p(scale) + 22.0
+    if max_steps is not None:
+        end = min(end, max_steps * -math.log(beta2))
+    points = 20_000
+    width = end / points
+    lost = 0.0
+    for i in range(points):
+        u = (i + 0.5) * width
+        lost += 1.0 - 1.0 / math.sqrt(1.0 + scale * math.exp(-u) / -math.expm1(-u))
+    lost *= width / -math.log(beta2)
+    if max_steps is None or lost <= max_steps / 2.0:
+        return 2.0 * lost
+    return max_steps**2 / (2.0 * (max_steps - lost)) if lost < max_steps else math.inf
+
+
+def compute_multiplier_table(scale: float, beta2: float, max_steps: int) -> dict[int, float]:
+    """Compute {step: m(step)} at 1, 10, 100, 1000 (those before the end) and at `max_steps`."""
+    steps = [step for step in PRINTED_STEPS if step < max_steps] + [max_steps]
+    return {step: compute_multiplier(step, scale, beta2) for step in steps}
+
+
+def describe_multiplier(scale: float, beta2: float, max_steps: int) -> str:
+    """Return the one line that a run prints: m(t) at 1, 10, 100, 1000 steps and at the end."""
+    table = compute_multiplier_table(scale, beta2, max_steps)
+    return ", ".join(f"{value:.3g} at step {step:,}" for step, value in table.items())
+
+
+def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_for: float | None = None) -> str | None:
+    """Return a warning if m(`max_steps`) < 0.9, with the flag that brings it to 0.9 after a third of the run; else None.
+
+    A third, since v0 of that length came close to the best warmup at both beta2 (configs/compare/results/ptb_pocket, 600 steps).
+
+    Args:
+        ratio: v0 over the g^2 of a step.
+        asked_for: the `v0_decay_steps` that the user gave, if any.
+    """
+    at_end = compute_multiplier(max_steps, ratio, beta2)
+    if at_end >= WASHED_OUT:
+        return None
+    needed = math.ceil(compute_steps_to_multiplier(WASHED_OUT, ratio, beta2))
+    third = max(1, max_steps // 3)
+    if asked_for is not None:
+        remedy = f"--v0_decay_steps {third}: the {asked_for:g} given are more than the run has"
+    else:
+        remedy = f"--v0_decay_steps {third} (a third of the run) instead of --v0_scale"
+    return (
+        f"v0 will not have washed out: it still multiplies the step by {at_end:.3g} at the last step ({max_steps:,}) and reaches "
+        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}; or --v0_init auto, a warmup of measured length"
+    )

@@ -1,0 +1,244 @@
+"""DeepSpeed ZeRO: v0 in the fp32 partitions of stages 1, 2 and 3. Knows no Trainer; imports DeepSpeed only where it runs.
+
+ZeRO steps an inner optimizer over flat fp32 tensors, one or more a parameter group, of which each process holds a partition:
+
+| stage | flat tensor | a parameter's part of it |
+| --- | --- | --- |
+| 1, 2 | `single_partition_of_fp32_groups[i]` | the fragment that `parameter._hp_mapping` links, if any lies on this process |
+| 3 | `fp32_partitioned_groups_flat[i]` | elements rank * n to (rank + 1) * n of the flattened parameter, n = its partition |
+
+Contract. `ZeroPartitions` says which flat tensors there are, and which part of which parameter lies where in them. The state
+that is written is the one that the inner optimizer would create for its flat tensors at its first step.
+
+Gradients. At the inner optimizer's step the flat tensors' own gradients are those that its Adam sees. For a pass before training
+ZeRO's gradient hooks are taken off the parameters (`take_off_gradient_hooks`), so that the engine sees no backward: no
+bucket, averaged gradient, norm or micro-step of it changes. Each gradient is then averaged over the processes in fp32 and cut to
+the fragment (`place_gradient`).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import InputError
+from ..sharding.fsdp import DataShare
+from ..sharding.parts import CAST_BLOCK_NUMEL, Fragment, get_full_shape
+from .layouts import PlainLayout, State
+
+STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+
+# The inner optimizers whose flat state is known to be the moments and a step: torch's step is a tensor, DeepSpeed's a number.
+TORCH_ADAMS = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam")
+DEEPSPEED_ADAMS = ("deepspeed.ops.adam.fused_adam.FusedAdam", "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam")
+
+_REMEDY = "use ZeRO stage 1, 2 or 3 with optim=adamw_torch, or v0_init=zeros"
+
+
+def find_partitions(optimizer) -> "ZeroPartitions | None":
+    """Return where parameters lie in the flat tensors of ZeRO's optimizer (also inside accelerate's wrapper); None for others.
+
+    Raises:
+        InputError: an optimizer of DeepSpeed's that is not one of ZeRO 1 to 3, or whose state is not known here.
+    """
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        name = _name_of(candidate)
+        if name in (STAGE_1_AND_2, STAGE_3):
+            return ZeroPartitions(candidate)
+        if name.startswith("deepspeed.runtime."):
+            raise InputError(f"v0_init under DeepSpeed's {type(candidate).__name__} is not supported; {_REMEDY}")
+    return None
+
+
+def require_supported_config(config: dict) -> None:
+    """Raise `InputError` if a v0 cannot be written under this ds_config, naming the key to change or remove."""
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise InputError(f"v0_init under DeepSpeed with zero_optimization.stage={stage} is not supported; {_REMEDY}")
+    if (config.get("fp16") or {}).get("enabled") is True:
+        raise InputError(
+            'v0_init under DeepSpeed with fp16 is not supported (v0 of 1e-9 is zero in fp16): use "bf16" instead of the '
+            'ds_config key "fp16", or v0_init=zeros'
+        )
+    if (config.get("torch_autocast") or {}).get("enabled") is True:
+        raise InputError(
+            'v0_init under DeepSpeed with torch_autocast is not supported: use "bf16" instead of the ds_config key '
+            '"torch_autocast", or v0_init=zeros'
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device") or "none"
+        if device != "none":
+            raise InputError(
+                f"v0_init under DeepSpeed with zero_optimization.{key}.device={device} is not supported: remove the ds_config key "
+                f'"{key}", or use v0_init=zeros'
+            )
+    optimizer = config.get("optimizer")
+    if optimizer and str(optimizer.get("type", "")).lower() not in ("adam", "adamw"):
+        raise InputError(
+            f"v0_init with the ds_config's own optimizer {optimizer.get('type')!r} is not supported: remove the ds_config key "
+            '"optimizer" (then optim=adamw_torch is used) or give it the type AdamW, or use v0_init=zeros'
+        )
+
+
+class ZeroPartitions:
+    """Where the parameters of a model lie in the flat tensors that ZeRO's inner optimizer steps.
+
+    Attributes:
+        inner: that optimizer.
+        layout: how it keeps the state of a flat tensor.
+        param_groups: its groups with the model's own parameters in them.
+        share: this process's part of each batch.
+    """
+
+    def __init__(self, zero) -> None:
+        self.zero, self.inner = zero, zero.optimizer
+        self.stage = 3 if _name_of(zero) == STAGE_3 else 2
+        name = _name_of(self.inner)
+        if name in TORCH_ADAMS:
+            self.layout: PlainLayout = PlainLayout(scalars={"step": 0.0}, conditional=(("amsgrad", "max_exp_avg_sq"),))
+        elif name in DEEPSPEED_ADAMS:
+            self.layout = _DeepSpeedAdamLayout()
+        else:
+            raise InputError(f"v0_init under DeepSpeed with the optimizer {name} is not supported; {_REMEDY}")
+        if getattr(zero, "_leaf_module_hooks", None):
+            raise InputError(
+                "v0_init under ZeRO-3 with leaf modules (mixture of experts) is not supported; use v0_init=zeros"
+            )
+        self._inner_groups = list(self.inner.param_groups)  # in the middle of a step ZeRO shows only some of them
+        self._slots = self._find_slots()
+        self.param_groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": parameters}
+            for group, parameters in zip(self.inner.param_groups, self._list_parameters(), strict=True)
+        ]
+        group = zero.dp_process_group
+        self.share = DataShare(dist.get_rank(group), dist.get_world_size(group))
+        if self.share.num_parts != dist.get_world_size():
+            raise InputError("v0_init under DeepSpeed with model, sequence or expert parallelism is not supported")
+
+    def list_flat(self) -> list[tuple[torch.Tensor, dict, list[nn.Parameter]]]:
+        """List the flat tensors, each with the inner optimizer's group it belongs to and the parameters in it.
+
+        Between steps stage 3 takes the tensors out of the groups, so they are listed by the slots and not from there.
+        """
+        inside: dict[torch.Tensor, list[nn.Parameter]] = {flat: [] for flat in self._group_numbers}
+        for parameter, slot in self._slots.items():
+            inside[slot.flat].append(parameter)
+        return [(flat, self._inner_groups[self._group_numbers[flat]], held) for flat, held in inside.items()]
+
+    def cut(self, tensor: torch.Tensor, parameter: nn.Parameter) -> Fragment:
+        """Cut the parameter's fragment out of a tensor that lies like its flat one; its length may be 0."""
+        slot = self._slots[parameter]
+        return Fragment(tensor.narrow(0, slot.place, slot.numel), get_full_shape(parameter), slot.start)
+
+    def read(self, parameter: nn.Parameter) -> Fragment | None:
+        """Return this process's part of the parameter's second moment; None before its flat tensor has state."""
+        if parameter not in self._slots:
+            return None
+        state = self.inner.state.get(self._slots[parameter].flat)
+        return None if not state else self.cut(state[self.layout.second_moment], parameter)
+
+    def place_gradient(self, gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Return this process's part of the gradient's mean over the processes: 1-D, fp32, where the state lies.
+
+        The whole is reduced block by block, so that no second whole gradient is made.
+        """
+        flat, slot = gradient.detach().reshape(-1), self._slots[parameter]
+        part = torch.empty(slot.numel, dtype=torch.float32, device=slot.flat.device)
+        for first in range(0, flat.numel(), CAST_BLOCK_NUMEL):
+            block = flat[first : first + CAST_BLOCK_NUMEL].to(torch.float32, copy=True)
+            if self.share.num_parts > 1:
+                dist.all_reduce(block, group=self.zero.dp_process_group)
+                block /= self.share.num_parts
+            low, high = max(first, slot.start), min(first + block.numel(), slot.start + slot.numel)
+            if low < high:
+                part[low - slot.start : high - slot.start] = block[low - first : high - first]
+        return part
+
+    @contextlib.contextmanager
+    def take_off_gradient_hooks(self) -> Iterator[None]:
+        """Take all hooks off the parameters' gradients and put them back as they were."""
+        saved = []
+        counters = [
+            (module, module.__dict__["applied_pre_backward_ref_cnt"])
+            for module in getattr(self.zero, "module", nn.Module()).modules()
+            if "applied_pre_backward_ref_cnt" in module.__dict__
+        ]
+        try:
+            for parameter in self._slots:
+                hooks = parameter._post_accumulate_grad_hooks
+                if hooks:
+                    saved.append((hooks, list(hooks.items())))
+                    hooks.clear()
+            yield
+        finally:
+            for hooks, items in saved:
+                hooks.clear()
+                hooks.update(items)
+            for module, count in counters:  # a forward without a backward counts up
+                module.applied_pre_backward_ref_cnt = count
+
+    def _list_parameters(self) -> list[list[nn.Parameter]]:
+        """List the model's parameters of each group."""
+        if self.stage == 3:
+            groups: list[list[nn.Parameter]] = [[] for _ in self.inner.param_groups]
+            for number, sub_group in enumerate(self.zero.fp16_groups):
+                groups[self.zero.sub_group_to_group_id[number]].extend(sub_group)
+            return groups
+        return [list(group) for group in self.zero.bit16_groups]
+
+    def _find_slots(self) -> dict[nn.Parameter, "_Slot"]:
+        slots = {}
+        self._group_numbers: dict[torch.Tensor, int] = {}
+        if self.stage == 3:
+            for number, (sub_group, flat) in enumerate(
+                zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True)
+            ):
+                self._group_numbers[flat] = self.zero.sub_group_to_group_id[number]
+                for parameter in sub_group:
+                    _, place, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                    start = min(dist.get_rank(self.zero.dp_process_group) * length, parameter.ds_numel)
+                    slots[parameter] = _Slot(flat, place, min(length, parameter.ds_numel - start), start)
+            return slots
+        for number, (group, flat) in enumerate(
+            zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True)
+        ):
+            self._group_numbers[flat] = number
+            for parameter in group:
+                mapping = getattr(parameter, "_hp_mapping", None)
+                if mapping is None:
+                    slots[parameter] = _Slot(flat, 0, 0, 0)
+                else:
+                    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    slots[parameter] = _Slot(flat, here.start, here.numel, there.start)
+        return slots
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter's part lies: `numel` elements from `place` on in `flat`, from `start` on in the parameter."""
+
+    flat: torch.Tensor
+    place: int
+    numel: int
+    start: int
+
+
+class _DeepSpeedAdamLayout(PlainLayout):
+    """DeepSpeed's FusedAdam and DeepSpeedCPUAdam, whose `step` is a Python number."""
+
+    def create_state(self, optimizer, parameter: torch.Tensor, group: dict) -> State:
+        """Create the state as the optimizer does at its first step."""
+        dtype = parameter.dtype
+        if getattr(optimizer, "fp32_optimizer_states", False):
+            dtype = torch.float32
+        moments = ("exp_avg", "exp_avg_sq")
+        return {"step": 0} | {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in moments}
+
+
+def _name_of(instance) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"

@@ -1,0 +1,211 @@
+"""`hf-v0init explain`: its numbers against the closed form, what it imports, what it refuses."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+
+from hf_v0init.cli import main as cli
+from hf_v0init.errors import InputError
+
+
+@dataclass
+class Done:
+    """What a run of the command left: exit status and output."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_explain(*flags: str) -> Done:
+    """Run `hf-v0init explain` inside this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["hf-v0init", "explain", *flags]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        cli.main()
+    return Done(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def read_tables(output: str) -> list[list[str]]:
+    """The cells of every body row that was printed."""
+    rows = [line for line in output.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+
+
+def multiplier(step: int, scale: float, beta2: float) -> float:
+    """m(t), written out again here as the oracle."""
+    return (1.0 + scale * beta2**step / (1.0 - beta2**step)) ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "scale", "beta2", "max_steps"),
+    [
+        ((), 1.0, 0.999, 10_000),
+        (("--v0_scale", "100", "--adam_beta2", "0.98", "--max_steps", "500"), 100.0, 0.98, 500),
+        (("--v0_init", "first_gradient", "--adam_beta2", ".95", "--max_steps", "7"), 1.0, 0.95, 7),
+    ],
+)
+def test_table_is_the_closed_form(flags, scale, beta2, max_steps):
+    done = run_explain(*flags)
+    assert done.returncode == 0, done.stderr
+    rows = read_tables(done.stdout)
+    steps = [step for step in (1, 10, 100, 1000) if step < max_steps] + [max_steps]
+    printed = {int(step.removesuffix(" (end)").replace(",", "")): float(m) for step, m in rows[: len(steps)]}
+    assert list(printed) == steps
+    for step, value in printed.items():
+        assert value == pytest.approx(multiplier(step, scale, beta2), abs=6e-5)
+
+    reached = {float(m): int(step.replace(",", "")) for m, step in rows[len(steps) :]}
+    assert list(reached) == [0.5, 0.9, 0.99]
+    for target, step in reached.items():
+        assert multiplier(step, scale, beta2) >= target
+        assert step == 1 or multiplier(step - 1, scale, beta2) < target
+
+
+def test_known_washout_steps():
+    assert "1,660" in run_explain().stdout
+    assert re.search(r"0\.9 │\s+83 ", run_explain("--adam_beta2", "0.98").stdout)
+
+
+def test_warmup_steps_choose_the_scale():
+    done = run_explain("--v0_decay_steps", "400", "--adam_beta2", "0.98")
+    assert re.search(r"0\.9 │\s+400 ", done.stdout)
+    expected = (1 / 0.81 - 1) * (0.98**-400 - 1)
+    assert float(re.search(r"v0_scale ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_warmup_steps_below_one_are_a_share_of_the_run():
+    share = run_explain("--v0_decay_steps", "0.4", "--adam_beta2", "0.98", "--max_steps", "1000")
+    assert share.stdout == run_explain("--v0_decay_steps", "400", "--adam_beta2", "0.98", "--max_steps", "1000").stdout
+    assert "v0_decay_steps 400" in share.stdout
+
+
+def test_similar_linear_warmup_takes_away_the_same_steps():
+    done = run_explain("--v0_scale", "10", "--adam_beta2", "0.99")
+    length = int(re.search(r"linear warmup over ([\d,]+) steps", " ".join(done.stdout.split()))[1].replace(",", ""))
+    # A sum over steps is the integral up to half a step at the start.
+    lost = sum(1.0 - multiplier(step, 10.0, 0.99) for step in range(1, 5000)) + 0.5
+    assert length / 2 == pytest.approx(lost, abs=1.0)
+
+
+def test_a_similar_warmup_longer_than_the_run_is_said_to_be():
+    text = " ".join(run_explain("--v0_scale", "10", "--max_steps", "600").stdout.split())
+    assert "a linear warmup over 1,709 steps, longer than the run of 600" in text
+
+
+def test_warns_with_a_remedy_only_if_not_washed_out():
+    late = run_explain("--max_steps", "500")
+    assert late.returncode == 0
+    text = " ".join(late.stdout.split())
+    assert "Warning" in text and "Remedy" in text and "1,660" in text
+    assert "Warning" not in run_explain("--max_steps", "5000").stdout
+
+
+def test_random_shows_ratios_and_says_why():
+    done = run_explain("--v0_init", "random", "--adam_beta2", "0.98", "--max_steps", "500")
+    assert "cannot be known" in " ".join(done.stdout.split())
+    rows = read_tables(done.stdout)[-4:]
+    assert [row[0] for row in rows] == ["1", "100", "10,000", "1,000,000"]
+    for ratio, row in zip((1.0, 1e2, 1e4, 1e6), rows, strict=True):
+        assert float(row[1]) == pytest.approx(multiplier(1, ratio, 0.98), rel=0.05, abs=6e-5)
+        washed_out = int(row[-1].replace(",", ""))
+        assert multiplier(washed_out, ratio, 0.98) >= 0.9 > multiplier(washed_out - 1, ratio, 0.98)
+    assert "ratio of 10,000 on" in " ".join(done.stdout.split())
+
+
+def test_zeros_has_nothing_to_wash_out():
+    done = run_explain("--v0_init", "zeros", "--max_steps", "10")
+    assert done.returncode == 0 and "m(t) = 1 at every step" in done.stdout and "Warning" not in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["explain"], ["--help"], ["explain", "--help"]])
+def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
+    code = (
+        "import sys, hf_v0init.cli.main as cli\n"
+        f"sys.argv = ['hf-v0init', *{flags!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--v0_init", "random"), ("--v0_init", "zeros")])
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_figure_is_written(tmp_path, flags, suffix):
+    path = tmp_path / f"m{suffix}"
+    done = run_explain(*flags, "--figure", str(path))
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    assert str(path) in done.stdout.replace("\n", "")
+
+
+BAD_FLAGS = [
+    (["--v0_init", "ones"], "ones"),
+    (["--v0_scale", "-1"], "v0_scale=-1"),
+    (["--v0_scale", "0"], "v0_scale=0"),
+    (["--v0_scale", "nan"], "v0_scale=nan"),
+    (["--v0_scale", "inf"], "v0_scale=inf"),
+    (["--v0_scale", "1", "--v0_decay_steps", "10"], "v0_decay_steps=10"),
+    (["--v0_decay_steps", "0"], "v0_decay_steps=0"),
+    (["--v0_decay_steps", "1.5"], "v0_decay_steps=1.5"),
+    (["--v0_decay_steps", "10", "--v0_init", "zeros"], "v0_init=zeros"),
+    (["--adam_beta2", "1"], "adam_beta2=1"),
+    (["--adam_beta2", "0"], "adam_beta2=0"),
+    (["--adam_beta2", "nan"], "adam_beta2=nan"),
+    (["--max_steps", "0"], "max_steps=0"),
+    (["--max_steps", "-5"], "max_steps=-5"),
+    (["--max_steps", "many"], "--max_steps"),
+    (["--figure", "/no/such/folder/m.png"], "/no/such/folder"),
+    (["--figure", "m.bmp"], "m.bmp"),
+    (["--figure", "m"], ".png"),
+    (["--scale", "3"], "--scale"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_is_one_line_and_exit_2(flags, named):
+    done = run_explain(*flags)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert named in done.stderr
+
+
+def test_bad_input_in_a_process_has_no_traceback():
+    command = [sys.executable, "-m", "hf_v0init.cli.main", "explain", "--v0_scale", "nan"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["zeros", "random", "data_driven", "first_gradient", "ones"])
+@pytest.mark.parametrize("scale", [None, 2.0, 0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("warmup_steps", [None, 0, 30])
+def test_scale_is_that_of_the_training_arguments(strategy, scale, warmup_steps):
+    from hf_v0init.settings import V0InitArguments
+
+    beta2 = 0.98
+    try:
+        arguments = V0InitArguments(v0_init=strategy, v0_scale=scale, v0_decay_steps=warmup_steps)
+        expected = arguments.get_v0_scale(beta2)
+    except InputError:
+        with pytest.raises(InputError):
+            cli.compute_scale_in_force(strategy, scale, warmup_steps, beta2)
+        return
+    actual = cli.compute_scale_in_force(strategy, scale, warmup_steps, beta2)
+    if strategy in cli.SCALED_BY_GRADIENTS or (strategy == "random" and warmup_steps is not None):
+        assert actual == pytest.approx(expected, rel=1e-12)
+    else:
+        assert actual is None

@@ -1,0 +1,149 @@
+"""What a look at the gradients must leave as it was, also when it fails halfway."""
+
+import collections
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_v0init.errors import InputError
+from hf_v0init.estimation.statistics import StatisticsBatch, visit_gradients
+from hf_v0init.state_guard import preserve_bookkeeping, preserve_generators, preserve_model
+
+
+class Failure(Exception):
+    pass
+
+
+def run_in(context, change, fails: bool) -> None:
+    """Make the change inside, and leave with an exception or without."""
+    if not fails:
+        with context:
+            change()
+        return
+    with pytest.raises(Failure), context:
+        change()
+        raise Failure
+
+
+class Momentum(nn.Module):
+    """Buffers that are None before the first forward, new ones, and a momentum encoder that forward updates."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(3, 3)
+        self.follower = nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("late", None)
+        self.register_buffer("queue", torch.zeros(4, 3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.follower.weight.mul_(0.9).add_(self.encoder.weight, alpha=0.1)
+            self.queue[0] = x[0]
+        self.late = x.mean(0)
+        if "new" not in self._buffers:
+            self.register_buffer("new", torch.ones(2))
+        return self.encoder(x) - self.follower(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_modes_untrained_weights_and_gradients_are_restored(fails):
+    model, outside = Momentum(), nn.Linear(3, 1)
+    model.follower.eval()
+    (model.encoder(torch.ones(1, 3)).sum() + outside(torch.ones(1, 3)).sum()).backward()
+    weights, queue = copy.deepcopy(dict(model.named_parameters())), model.queue
+    kept = {id(p): p.grad for p in [*model.parameters(), *outside.parameters()]}
+    copies = {key: None if g is None else g.clone() for key, g in kept.items()}
+
+    def change():
+        assert all(p.grad is None for p in [*model.parameters(), *outside.parameters()])
+        model.train()
+        outside(model(torch.randn(2, 3))).sum().backward()
+        assert model.late is not None and not torch.equal(model.follower.weight, weights["follower.weight"])
+
+    run_in(preserve_model(model, outside.parameters()), change, fails)
+    assert model.late is None and set(model._buffers) == {"late", "queue"}
+    assert model.queue is queue and not queue.any()
+    assert [m.training for m in model.modules()] == [True, True, False]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    for p in [*model.parameters(), *outside.parameters()]:
+        assert p.grad is kept[id(p)] and (p.grad is None or torch.equal(p.grad, copies[id(p)]))
+
+
+def test_a_forward_that_changes_trained_weights_is_refused_and_names_them():
+    class Normalised(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    model = Normalised(3, 2)
+    batches = [StatisticsBatch(torch.randn(2, 3), 2, 0)]
+    with pytest.raises(InputError, match=r"forward changes its own weights \('weight'\).*v0_estimator=minibatch"):
+        visit_gradients(
+            model, list(model.named_parameters()), batches, lambda m, x: m(x.clone()).square().mean(), lambda *_: None
+        )
+
+
+class Source:
+    """A data set or collator with generators of its own."""
+
+    def __init__(self):
+        self.torch, self.python = torch.Generator().manual_seed(1), random.Random(2)
+        self.numpy, self.legacy = np.random.default_rng(3), np.random.RandomState(4)
+        self.inner = None
+
+    def draw(self) -> list[float]:
+        own = [
+            float(torch.rand(1, generator=self.torch)),
+            self.python.random(),
+            self.numpy.random(),
+            self.legacy.rand(),
+        ]
+        return own + (self.inner.draw() if self.inner is not None else [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_private_generators_are_restored(fails):
+    source = Source()
+    source.inner = Source()
+    source.inner.inner = source  # a cycle ends
+    source.inner.inner = None
+    source.draw()
+    twin = copy.deepcopy(source)
+    run_in(preserve_generators(source), lambda: [source.draw() for _ in range(3)], fails)
+    assert [source.draw() for _ in range(3)] == [twin.draw() for _ in range(3)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_metric_stores_and_counters_are_restored_in_place(fails):
+    class Owner:
+        def __init__(self):
+            self.seen, self.name, self.nothing = 3, "a", None
+            self.metrics = {"train": collections.defaultdict(list, {"loss": [1.0]}), "eval": {}}
+            self.logs, self.last, self.ids = [1, 2], collections.deque([5], maxlen=2), {7}
+            self.model = nn.Linear(2, 2)
+
+    owner, expected = Owner(), Owner()
+    places = {name: id(value) for name, value in vars(owner).items() if not isinstance(value, (int, str, type(None)))}
+
+    def change():
+        owner.seen, owner.name, owner.nothing = 9, "b", 1.0
+        owner.metrics["train"]["loss"].append(2.0)
+        owner.metrics["train"]["more"].append(2.0)
+        owner.logs.append(3)
+        owner.last.extend([6, 7])
+        owner.ids.add(8)
+
+    run_in(preserve_bookkeeping(owner), change, fails)
+    for name, place in places.items():
+        assert id(getattr(owner, name)) == place, name
+    for name in ("seen", "name", "nothing", "metrics", "logs", "last", "ids"):
+        assert getattr(owner, name) == getattr(expected, name), name
+    owner.metrics["train"]["again"].append(1)  # still a defaultdict
+    assert owner.last.maxlen == 2

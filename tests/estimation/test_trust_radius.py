@@ -1,0 +1,334 @@
+"""d50 against closed forms and an obvious reference, and the model left bit for bit as it was."""
+
+import copy
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_v0init import InputError, TrustRadius, measure_trust_radius
+from hf_v0init.estimation.trust_radius import GRID_FACTOR, find_crossing, walk_grid
+
+PROGRAM = Path(__file__).parents[1] / "launched" / "measure_trust_radius.py"
+
+
+class Quadratic(nn.Module):
+    """0.5 * sum h_i (w_i - b_i)^2, with b from the batch."""
+
+    def __init__(self, curvatures: torch.Tensor, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+        self.register_buffer("curvatures", curvatures)
+
+    def forward(self, target: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (self.curvatures * (self.weights - target) ** 2).sum()
+
+
+def compute_quadratic_loss(model: nn.Module, target: torch.Tensor) -> torch.Tensor:
+    return model(target)
+
+
+def make_quadratic() -> tuple[Quadratic, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    model = Quadratic(torch.rand(50, generator=generator) + 0.1, torch.randn(50, generator=generator))
+    return model, [0.3 * torch.randn(50, generator=generator) for _ in range(4)]
+
+
+class Network(nn.Module):
+    """A tied embedding with dropout and, if asked, BatchNorm and a frozen layer; it draws random numbers in eval mode too."""
+
+    def __init__(self, *, batch_norm: bool = False, dropout: float = 0.3, jitter: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 12)
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.hidden = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12) if batch_norm else nn.LayerNorm(12)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(12, 20, bias=False)
+        self.output.weight = self.embedding.weight
+        self.jitter = jitter
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.frozen(self.embedding(ids))
+        hidden = hidden + self.jitter * torch.randn_like(hidden)
+        return self.output(self.dropout(self.norm(torch.tanh(self.hidden(hidden)))))
+
+
+def compute_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(ids[:-1]).float(), ids[1:])
+
+
+def make_batches(num: int = 2, length: int = 200) -> list[torch.Tensor]:
+    """Walks on 20 tokens where the next one is mostly the last plus 3, so that batches agree on something."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(num):
+        steps = torch.where(torch.rand(length, generator=generator) < 0.9, 3, 7)
+        batches.append(steps.cumsum(0) % 20)
+    return batches
+
+
+def compute_reference(model: nn.Module, batch: torch.Tensor, displacement: float) -> tuple[float, float]:
+    """The decrease and the predicted decrease of a batch, the obvious way, on a copy."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(compute_loss(model, batch), parameters)
+    predicted = displacement * sum(float((gradient.sign() * gradient).sum()) for gradient in gradients)
+    with torch.no_grad():
+        before = float(compute_loss(model, batch))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= displacement * gradient.sign()
+        return before - float(compute_loss(model, batch)), predicted
+
+
+def describe_state(model: nn.Module) -> dict:
+    """Everything that must not change, in comparable form."""
+    rng = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "identity": [id(parameter) for parameter in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "rng": rng,
+    }
+
+
+def assert_same_state(model: nn.Module, before: dict) -> None:
+    after = describe_state(model)
+    assert after["identity"] == before["identity"] and after["modes"] == before["modes"]
+    assert after["rng"] == before["rng"]
+    assert all(torch.equal(after["state"][name], value) for name, value in before["state"].items())
+    for now, then in zip(after["gradients"], before["gradients"], strict=True):
+        assert (now is None) == (then is None) and (now is None or torch.equal(now, then))
+
+
+# ------------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_a_quadratic_loss_has_its_closed_form():
+    """rho(d) = 1 - d * sum(h) / (2 |g|_1), so d50 = |g|_1 / sum(h); over batches, by the sums."""
+    model, batches = make_quadratic()
+    gradients = [model.curvatures * (model.weights.detach() - target) for target in batches]
+    slopes = [float(gradient.abs().sum()) for gradient in gradients]
+    curvature = float(model.curvatures.sum())
+    measured = measure_trust_radius(model, batches, compute_quadratic_loss)
+    assert measured.d50 == pytest.approx(sum(slopes) / (4 * curvature), rel=1e-3)
+    assert measured.batch_d50 == pytest.approx([slope / curvature for slope in slopes], rel=1e-3)
+    assert measured.slope == pytest.approx(sum(slopes) / 4, rel=1e-5)
+    expected = [1 - d * 4 * curvature / (2 * sum(slopes)) for d in measured.displacements]
+    assert measured.rho == pytest.approx(expected, abs=2e-3)
+    assert measured.num_elements == 50 and measured.num_backwards == 4 and measured.reason is None
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 10.0])
+def test_the_grid_reaches_any_trust_radius(factor):
+    """A loss of the same shape, stretched in the weights: d50 stretches with it, whichever way the grid must grow."""
+    model, batches = make_quadratic()
+    usual = measure_trust_radius(model, batches[:2], compute_quadratic_loss).d50
+    stretched = Quadratic(model.curvatures / factor**2, model.weights.detach() * factor)
+    measured = measure_trust_radius(stretched, [factor * b for b in batches[:2]], compute_quadratic_loss)
+    assert measured.d50 == pytest.approx(factor * usual, rel=2e-3)
+    ratios = [high / low for low, high in zip(measured.displacements, measured.displacements[1:], strict=False)]
+    assert ratios == pytest.approx([GRID_FACTOR] * len(ratios))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["layer_norm", "batch_norm"])
+def test_a_network_gives_what_the_obvious_reference_gives(batch_norm):
+    """Dropout is off, BatchNorm normalises by the batch, frozen weights stay, tied ones move once."""
+    model, (a, b) = Network(batch_norm=batch_norm).train(), make_batches()
+    measured = measure_trust_radius(model, [a, b], compute_loss)
+    for displacement, rho in zip(measured.displacements, measured.rho, strict=True):
+        of_a, of_b = compute_reference(model, a, displacement), compute_reference(model, b, displacement)
+        assert rho == pytest.approx((of_a[0] + of_b[0]) / (of_a[1] + of_b[1]), abs=5e-3)
+    assert find_crossing(dict(zip(measured.displacements, measured.rho, strict=True)))[0] == measured.d50
+    trained = {p for p in model.parameters() if p.requires_grad}
+    assert measured.num_elements == sum(p.numel() for p in trained) and model.output.weight in trained
+    assert measured.has_batch_norm == batch_norm
+
+
+def test_the_order_of_the_batches_does_not_matter():
+    model, (a, b) = Network(), make_batches()
+    one, other = measure_trust_radius(model, [a, b], compute_loss), measure_trust_radius(model, [b, a], compute_loss)
+    assert one.d50 == pytest.approx(other.d50, rel=1e-6)
+    assert one.batch_d50 == other.batch_d50[::-1] and one.batch_d50[0] != one.batch_d50[1]
+
+
+def test_batches_whose_gradients_point_apart_are_measured_all_the_same():
+    """Each is judged along its own gradient; along that of the other the loss of each rises."""
+    model, _ = make_quadratic()
+    apart = [model.weights.detach() + 1.0, model.weights.detach() - 1.0]
+    of_a, of_b = (model.curvatures * (model.weights.detach() - target) for target in apart)
+    assert float((of_a.sign() * of_b).sum()) < 0.0
+    measured = measure_trust_radius(model, apart, compute_quadratic_loss)
+    assert measured.d50 == pytest.approx(1.0, rel=1e-3) and measured.batch_d50 == pytest.approx([1.0, 1.0], rel=1e-3)
+
+
+def test_micro_batches_are_one_batch():
+    model, (a, b) = Network(), make_batches()
+    parts = [
+        part for batch in (a, b) for part in (batch[:101], batch[100:])
+    ]  # a token is predicted from the one before
+    whole = measure_trust_radius(model, [a, b], compute_loss)
+    split = measure_trust_radius(
+        model, parts, lambda m, ids: compute_loss(m, ids) * (len(ids) - 1) / (len(a) - 1), accumulation=2
+    )
+    assert split.d50 == pytest.approx(whole.d50, rel=1e-3)
+    assert split.num_backwards == 4 and whole.num_backwards == 2
+
+
+def test_random_numbers_of_the_loss_are_the_same_at_every_displacement():
+    """Else their noise, and not the step, would be what is measured."""
+    model, batches = Network(jitter=0.2), make_batches()
+    measured = measure_trust_radius(model, batches, compute_loss)
+    assert measured.rho[:2] == pytest.approx([1.0, 1.0], abs=0.1)
+    assert measure_trust_radius(model, batches, compute_loss).rho == measured.rho
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+def test_bfloat16_weights_are_measured_or_said_not_to_be():
+    """Coarse weights give the d50 of fine ones where it is above their rounding, and else none at all."""
+    model, batches = make_quadratic()
+    fine = measure_trust_radius(model, batches[:2], compute_quadratic_loss).d50
+    coarse = Quadratic(model.curvatures.bfloat16(), model.weights.detach().bfloat16())
+
+    def compute_in_fp32(module, target):
+        return 0.5 * (module.curvatures.float() * (module.weights.float() - target) ** 2).sum()
+
+    assert measure_trust_radius(coarse, batches[:2], compute_in_fp32).d50 == pytest.approx(fine, rel=0.03)
+    far = Quadratic(model.curvatures.bfloat16(), (model.weights.detach() + 1000.0).bfloat16())
+    near_optimum = [far.weights.detach().float() + 1e-3 * b for b in batches[:2]]
+    measured = measure_trust_radius(far, near_optimum, compute_in_fp32)
+    assert measured.d50 is None and "rounding" in measured.reason
+
+
+def test_loss_scale_changes_nothing():
+    model, batches = Network(), make_batches()
+    plain = measure_trust_radius(model, batches, compute_loss)
+    scaled = measure_trust_radius(model, batches, compute_loss, loss_scale=1024.0)
+    assert scaled.d50 == plain.d50 and scaled.slope == pytest.approx(plain.slope)
+
+
+# ------------------------------------------------------------------------------------------- what cannot be measured
+
+
+def test_what_cannot_be_measured_has_a_reason():
+    model, batches = make_quadratic()
+    linear = measure_trust_radius(model, batches[:2], lambda m, b: (m.weights * model.curvatures).sum())
+    assert linear.d50 is None and "stays above half" in linear.reason
+    nan = measure_trust_radius(model, batches[:2], lambda m, b: m(b) * math.nan)
+    assert nan.d50 is None and "not finite" in nan.reason
+    frozen = Quadratic(model.curvatures, model.weights.detach()).requires_grad_(False)
+    frozen.other = nn.Parameter(torch.zeros(1))
+    without = measure_trust_radius(frozen, batches[:2], lambda m, b: m(b) + 0.0 * m.other.sum())
+    assert without.reason == "no parameter got a gradient"
+    for number, accumulation in ((0, 1), (1, 2), (3, 2), (2, 0)):
+        with pytest.raises(InputError, match=f"{number} batches with accumulation={accumulation}"):
+            measure_trust_radius(model, batches[:1] * number, compute_quadratic_loss, accumulation=accumulation)
+
+
+def test_a_loss_that_overflows_is_a_step_too_far():
+    """exp(w) with a wall: rho is -inf beyond it, and d50 lies before it."""
+    model = Quadratic(torch.ones(4), torch.ones(4))
+
+    def compute_walled_loss(module, target):
+        loss = module(target)
+        return torch.where((module.weights < 0.9).any(), math.inf, loss)
+
+    measured = measure_trust_radius(model, [torch.zeros(4)] * 2, compute_walled_loss)
+    assert measured.d50 is not None and measured.d50 <= 0.1
+    assert measured.rho[-1] == -math.inf and json.loads(json.dumps(measured.to_dict()))["rho"][-1] is None
+
+
+def test_the_crossing_needs_two_points_near_one_before_it():
+    assert find_crossing({1.0: 1.0, 2.0: 0.9, 4.0: 0.1})[0] == pytest.approx(2.0 + 2.0 * 0.4 / 0.8)
+    assert find_crossing({0.5: 1.0, 1.0: 0.6, 2.0: 0.4})[0] is None  # near one only once
+    noise = {0.25: 3.0, 0.5: -1.0, 1.0: 0.4, 2.0: 0.9, 4.0: 1.1, 8.0: 0.4}  # rounding first, then the curve
+    assert find_crossing(noise)[0] == pytest.approx(4.0 + 4.0 * 0.6 / 0.7)
+    curve = walk_grid(lambda d: 1.0 / (1.0 + d / 3e-6))  # d50 far below where the grid begins
+    assert find_crossing(curve)[0] == pytest.approx(3e-6, rel=0.03) and len(curve) < 14
+
+
+# ------------------------------------------------------------------------------------------------ nothing is changed
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["layer_norm", "batch_norm"])
+def test_everything_is_as_before_bit_for_bit(batch_norm):
+    model, batches = Network(batch_norm=batch_norm, jitter=0.1).train(), make_batches(4)
+    model.hidden.eval()
+    compute_loss(model, batches[0]).backward()
+    before = describe_state(model)
+    assert measure_trust_radius(model, batches, compute_loss).num_forwards > 20
+    assert_same_state(model, before)
+
+
+NUM_PASSES = 2 + 2 + 2 * 7  # backward passes, losses at the initial weights, two batches at seven displacements
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 5, 10, NUM_PASSES - 1])
+def test_an_interruption_at_any_pass_changes_nothing(at, error):
+    model, batches, passes = Network(batch_norm=True).train(), make_batches(), 0
+
+    def compute_until(network, ids):
+        nonlocal passes
+        passes += 1
+        loss = compute_loss(network, ids)
+        if passes == at + 1:
+            raise error("stop")
+        return loss
+
+    before = describe_state(model)
+    with pytest.raises(error):
+        measure_trust_radius(model, batches, compute_until)
+    assert passes == at + 1
+    assert_same_state(model, before)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def run_program(folder: Path, num_processes: int, *kinds: str) -> dict[str, list[dict]]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *(launcher if num_processes > 1 else []), str(PROGRAM), str(folder), *kinds]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads((folder / f"{num_processes}_{rank}.json").read_text()) for rank in range(num_processes)]
+    return {kind: [result[kind] for result in results] for kind in kinds}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_measures_the_same(tmp_path):
+    """Plain replicas (as under DDP) and FSDP2 on two gloo processes, each with half of every batch."""
+    (alone,) = run_program(tmp_path, 1, "plain")["plain"]
+    results = run_program(tmp_path, 2, "plain", "fsdp", "failing")
+    for kind in ("plain", "fsdp"):
+        first, second = results[kind]
+        assert first["d50"] == second["d50"] and first["rho"] == second["rho"]  # of one mind, bit for bit
+        assert first["d50"] == pytest.approx(alone["d50"], rel=1e-3)
+        assert first["rho"] == pytest.approx(alone["rho"], abs=2e-3)
+        assert first["slope"] == pytest.approx(alone["slope"], rel=1e-4)
+        assert first["num_elements"] == alone["num_elements"]
+        assert first["unchanged"] and second["unchanged"]
+    mine, theirs = results["failing"]
+    assert "bad batch here" in mine["error"] and "process 0: bad batch here" in theirs["error"]
+    assert mine["unchanged"] and theirs["unchanged"]
+
+
+def test_the_result_is_a_plain_record():
+    measured = TrustRadius(d50=1e-3, displacements=[1e-4], rho=[1.0], batch_d50=[None, 1e-3])
+    assert measured.to_dict()["batch_d50"] == [None, 1e-3]

@@ -1,0 +1,257 @@
+"""Every supported optimizer, held to a slow reference that starts at v0 and to the state that it makes itself."""
+
+import optimizer_references as slow
+import pytest
+import torch
+from optimizer_cases import (
+    CASES,
+    LR,
+    SHAPE,
+    create,
+    find_stored,
+    has_state,
+    load,
+    make_gradients,
+    make_parameter,
+    make_v0,
+    measure,
+    name_of,
+    put,
+    quiet_and_eager,
+    row_of,
+    step,
+    write,
+)
+from torch import nn
+
+from hf_v0init.errors import InputError
+from hf_v0init.second_moment.state import SecondMoments, draft_state, find_layout, is_untouched, read_second_moment
+from hf_v0init.second_moment.table import EXACT
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_steps_from_v0_are_those_of_the_reference(case):
+    with quiet_and_eager():
+        stored, of_moment, of_update = measure(case)
+    row = row_of(case)
+    assert stored <= max(row.stored_error, 2e-7), stored  # 2e-7: the root and its square, for Adamax
+    assert max(of_moment, of_update) <= row.error, (of_moment, of_update)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_created_state_is_the_optimizers_own(case):
+    """Same keys, dtypes, devices and shapes as it makes itself, and from v0 = 0 (or its own start) the same steps, bit for bit."""
+    ours, theirs = make_parameter(), make_parameter()
+    with quiet_and_eager():
+        a, b = case.make([ours]), case.make([theirs])
+        put(a, ours, create(a, ours))
+        for gradient in make_gradients(2):
+            step(a, ours, gradient)
+            step(b, theirs, gradient)
+            assert torch.equal(ours, theirs)
+        mine, own = (find_layout(o).find_state(o, p, o.param_groups[0]) for o, p in ((a, ours), (b, theirs)))
+    assert set(mine) == set(own)
+    for key, value in own.items():
+        assert type(mine[key]) is type(value), key
+        if isinstance(value, torch.Tensor):
+            assert (mine[key].dtype, mine[key].device, mine[key].shape) == (value.dtype, value.device, value.shape), key
+        else:
+            assert mine[key] == value
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_drafts_leave_the_optimizer_alone_and_states_are_never_overwritten(case):
+    parameter, v0 = make_parameter(), make_v0()
+    with quiet_and_eager():
+        optimizer = case.make([parameter])
+        draft = draft_state(*find_stored(optimizer, parameter), num_tensors=2, for_sums=True)
+        assert [t.dtype for t in draft.tensors] == [torch.float32] * 2 and not any(t.any() for t in draft.tensors)
+        draft.tensors[0].fill_(3.0)
+        draft.tensors[1].copy_(v0)
+        assert is_untouched(optimizer) and read_second_moment(optimizer, parameter) is None
+        draft.finish()
+        stored = read_second_moment(optimizer, parameter).clone()
+        assert has_state(optimizer, parameter) and not is_untouched(optimizer)
+        with pytest.raises(InputError, match="parameters already have optimizer state"):
+            write(optimizer, parameter, torch.ones_like(v0))
+        assert torch.equal(read_second_moment(optimizer, parameter), stored)
+        twin_parameter = make_parameter()
+        twin = case.make([twin_parameter])
+        write(twin, twin_parameter, v0)  # without the detour of the sums: they must have left no trace
+        for gradient in make_gradients(2):
+            step(optimizer, parameter, gradient)
+            step(twin, twin_parameter, gradient)
+    assert torch.equal(parameter, twin_parameter)
+
+
+LOSES_STATE = "GrokAdamW's state_dict holds tensors keyed by parameters that no longer exist after loading: its resume starts anew"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_v0_survives_a_checkpoint(case, tmp_path):
+    """Saved before the first step and loaded into a new optimizer, as a resumed run does, the steps are the same bit for bit."""
+    parameter, other = make_parameter(), make_parameter()
+    with quiet_and_eager():
+        optimizer, resumed = case.make([parameter]), case.make([other])
+        write(optimizer, parameter, make_v0())
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
+        if case.row[0] == "GrokAdamW":
+            assert is_untouched(resumed), LOSES_STATE
+            return
+        assert not is_untouched(resumed)
+        assert torch.equal(read_second_moment(resumed, other), read_second_moment(optimizer, parameter))
+        for gradient in make_gradients(2):
+            step(optimizer, parameter, gradient)
+            step(resumed, other, gradient)
+    assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if row_of(c).stored_error], ids=name_of)
+def test_small_tensors_of_quantised_optimizers_are_exact(case):
+    with quiet_and_eager():
+        stored, of_moment, of_update = measure(case, shape=(8, 16))
+    assert stored == 0.0 and max(of_moment, of_update) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("path", "share"),
+    [
+        ("torchao.optim:AdamW8bit", 0.18),
+        ("torchao.optim:AdamWFp8", 0.059),
+        ("bitsandbytes.optim:AdamW8bit", 0.23),
+        ("bitsandbytes.optim:RMSprop8bit", 0.29),
+        ("torchao.optim:AdamW4bit", None),
+    ],
+)
+def test_stored_error_of_elements_far_below_the_largest_of_their_block(path, share):
+    """What the table says of elements down to 10^-4 of the largest; and nothing is stored as zero there."""
+    generator = torch.Generator().manual_seed(0)
+    v0 = 10 ** (-4 * torch.rand(SHAPE, generator=generator))
+    stored = store(path, v0)
+    assert bool((stored > 0).all())
+    if share is not None:
+        assert ((stored - v0).abs() / v0).max().item() <= share
+    else:  # 4 bits: 1/16 of the block's largest is the least, so small elements are stored too large
+        largest = v0.view(-1, 128).amax(1, keepdim=True)
+        blocks, stored = v0.view(-1, 128), stored.view(-1, 128)
+        assert ((stored - blocks).abs() / largest).max().item() <= 1 / 16
+        small = blocks < largest / 32
+        assert small.any() and torch.allclose(stored[small], (largest / 16).expand_as(blocks)[small])
+
+
+def store(path, v0):
+    """v0 as an optimizer gives it back."""
+    with quiet_and_eager():
+        parameter = make_parameter()
+        optimizer = load(path)([parameter], lr=LR)
+        write(optimizer, parameter, v0)
+        return read_second_moment(optimizer, parameter)
+
+
+def test_what_torchao_cannot_tell_from_zero_or_store_small():
+    v0 = torch.ones(SHAPE)
+    v0[:, ::2] = 5e-8
+    assert not store("torchao.optim:AdamW8bit", v0)[:, ::2].any()
+    assert store("torchao.optim:AdamW8bit", 2 * v0 / 5)[:, 1::2].bool().all()
+    tiny = store("torchao.optim:AdamW4bit", torch.full(SHAPE, 1e-16))
+    torch.testing.assert_close(tiny, torch.full(SHAPE, 1e-12 / 16))
+
+
+def test_stored_v0_of_random_strategy_is_right_in_the_mean():
+    v0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).square()
+    for path in ("torchao.optim:AdamW8bit", "torchao.optim:AdamWFp8", "bitsandbytes.optim:AdamW8bit"):
+        assert store(path, v0).mean().item() == pytest.approx(v0.mean().item(), rel=1e-3)
+
+
+# ---- details of single optimizers --------------------------------------------------------------------------------------------------
+
+
+def test_beta2_of_the_closed_form():
+    p = make_parameter()
+    expected = [
+        (torch.optim.AdamW([p], betas=(0.9, 0.97)), 0.97),
+        (torch.optim.AdamW([p], amsgrad=True), None),
+        (torch.optim.RMSprop([p], alpha=0.96), 0.96),
+        (torch.optim.Adagrad([p]), None),
+        (torch.optim.Adamax([p]), None),
+        (torch.optim.Adadelta([p]), None),
+    ]
+    for optimizer, beta2 in expected:
+        assert SecondMoments(optimizer).read_beta2() == beta2
+
+
+def test_adagrad_is_untouched_until_something_was_written_or_stepped():
+    parameter = make_parameter()
+    optimizer = torch.optim.Adagrad([parameter], lr=LR, initial_accumulator_value=0.25)
+    assert len(optimizer.state[parameter]) > 0  # from construction on
+    assert is_untouched(optimizer) and read_second_moment(optimizer, parameter) is None
+    step(optimizer, parameter, torch.zeros(SHAPE))
+    assert not is_untouched(optimizer)  # the sum is as it was, the step is not
+    other = torch.optim.Adagrad([parameter], lr=LR, initial_accumulator_value=0.25)
+    write(other, parameter, make_v0())
+    assert not is_untouched(other) and torch.equal(read_second_moment(other, parameter), make_v0())
+
+
+def test_embeddings_of_8_bit_bitsandbytes_stay_fp32_where_the_trainer_says_so(tmp_path):
+    """The Trainer tells bitsandbytes so for embeddings, and only the optimizer's first step would look at it."""
+    bnb = load("bitsandbytes:optim")
+    embedding, linear = nn.Embedding(64, 128), nn.Linear(128, 64, bias=False)
+    optimizer = bnb.AdamW([embedding.weight, linear.weight], lr=LR, optim_bits=8)
+    manager = bnb.GlobalOptimManager.get_instance()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    try:
+        for weight in (embedding.weight, linear.weight):
+            write(optimizer, weight, make_v0(tuple(weight.shape)))
+    finally:
+        manager.module_weight_config_triple.pop()
+    assert optimizer.state[embedding.weight]["state2"].dtype == torch.float32
+    assert optimizer.state[linear.weight]["state2"].dtype == torch.uint8
+    assert torch.equal(read_second_moment(optimizer, embedding.weight), make_v0((64, 128)))
+
+
+def test_schedule_free_averages_start_at_the_weights():
+    parameter = make_parameter()
+    optimizer = load("schedulefree:AdamWScheduleFree")([parameter], lr=LR)
+    write(optimizer, parameter, make_v0())
+    assert torch.equal(optimizer.state[parameter]["z"], parameter)
+    before = parameter.detach().clone()
+    optimizer.train()
+    optimizer.eval()
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.5])
+def test_adabelief_settles_where_the_table_says(beta1):
+    """2 beta1^2 / (1 + beta1) * Var[g], whatever the mean of g: the note of its row."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [3.0 + torch.randn(4000, generator=generator) for _ in range(400)]
+    zero = torch.zeros(4000)
+    history = slow.adabelief(zero, zero, gradients, lr=0.0, b1=beta1, b2=0.95)
+    assert history[-1][1].mean().item() == pytest.approx(2 * beta1**2 / (1 + beta1), rel=0.02)
+    first = slow.adabelief(zero, zero, gradients[:1], lr=0.0, b1=beta1, b2=0.95)[0][1]
+    torch.testing.assert_close(first, 0.05 * beta1**2 * gradients[0].double() ** 2)
+
+
+def test_adabelief_with_state_that_is_not_known_is_refused():
+    optimizer = load("pytorch_optimizer:AdaBelief")([make_parameter()], lr=LR, adanorm=True)
+    with pytest.raises(InputError, match="adanorm=True"):
+        create(optimizer, optimizer.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.path.startswith(("torch.", "schedulefree", "pytorch_optimizer"))], ids=name_of
+)
+def test_state_of_other_dtypes_is_the_optimizers_own(case, dtype):
+    ours, theirs = make_parameter(dtype=dtype), make_parameter(dtype=dtype)
+    a, b = case.make([ours]), case.make([theirs])
+    draft = draft_state(*find_stored(a, ours), num_tensors=2, for_sums=True)
+    assert {t.dtype for t in draft.tensors} == {torch.float32 if dtype == torch.bfloat16 else dtype}
+    put(a, ours, create(a, ours))
+    step(a, ours, torch.ones(SHAPE, dtype=dtype))
+    step(b, theirs, torch.ones(SHAPE, dtype=dtype))
+    assert torch.equal(ours, theirs)
+    layout = find_layout(a)
+    mine, own = (layout.find_state(o, p, o.param_groups[0]) for o, p in ((a, ours), (b, theirs)))
+    assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in own.items()}

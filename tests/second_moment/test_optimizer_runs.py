@@ -1,0 +1,258 @@
+"""Optimizers through the Trainer: what `--optim` and `--v0_optimizer` build holds, before its first step, the strategy's v0."""
+
+import logging
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from optimizer_cases import quiet_and_eager
+from test_optimizer_probe import Mine
+from trainers import Recorder, assert_equal_weights, make_trainer, record, second_moments_of
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_v0init import InputError
+from hf_v0init.second_moment.state import is_untouched
+from hf_v0init.second_moment.table import REFUSED_ROWS, find_row_of_optim
+
+STRATEGIES = ["random", "data_driven", "first_gradient"]
+EXACT_RUNS = [
+    {"optim": "adamw_torch"},
+    {"optim": "rmsprop"},
+    {"optim": "adagrad"},
+    {"optim": "rmsprop_bnb"},
+    {"optim": "paged_adamw_32bit"},
+    {"optim": "ademamix"},
+    {"optim": "schedule_free_adamw"},
+    {"optim": "schedule_free_radam"},
+    {"optim": "grokadamw"},
+    *[{"v0_optimizer": f"torch.optim:{name}"} for name in ("Adam", "NAdam", "RAdam", "Adamax", "Adadelta")],
+    *[{"v0_optimizer": f"pytorch_optimizer:{name}"} for name in ("AdaBelief", "AdaBound", "ADOPT", "Yogi", "LaProp")],
+    {"v0_optimizer": "torch.optim:AdamW", "optim_args": "amsgrad=true"},
+]
+QUANTISED_RUNS = [
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "ademamix_8bit",
+    "rmsprop_bnb_8bit",
+]
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "schedulefree": "schedulefree",
+    "grokadamw": "grokadamw",
+    "torchao": "torchao",
+}
+
+
+def name_of(options) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+def require(options) -> None:
+    if "v0_optimizer" in options:
+        pytest.importorskip(options["v0_optimizer"].split(":")[0], exc_type=ImportError)
+        return
+    package = find_row_of_optim(options["optim"]).package
+    if package in PACKAGES:
+        pytest.importorskip(PACKAGES[package], exc_type=ImportError)
+
+
+def make_wide_gpt2():
+    """Its matrices have 4,096 elements and more, which 8-bit optimizers quantise."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=16, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def slow_unless(strategy, quick):
+    """Every pair is tried; the quick ones each time."""
+    return pytest.param(strategy, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The v0 of each strategy as the default optimizer gets it."""
+    return {
+        s: record(tmp_path_factory.mktemp(s), v0_init=s, max_steps=1, optim="adamw_torch")[1].v0 for s in STRATEGIES
+    }
+
+
+@pytest.mark.parametrize("strategy", [slow_unless(s, s == "data_driven") for s in STRATEGIES])
+@pytest.mark.parametrize("options", EXACT_RUNS, ids=name_of)
+def test_v0_before_the_first_step_is_the_strategys(tmp_path, expected, strategy, options):
+    require(options)
+    with quiet_and_eager():
+        trainer, recorder = record(tmp_path, v0_init=strategy, max_steps=2, **options)
+    assert sorted(recorder.v0) == sorted(expected[strategy])
+    rtol = 2e-7 if "Adamax" in name_of(options) else 0.0  # the root and its square
+    for name, v0 in recorder.v0.items():
+        torch.testing.assert_close(v0, expected[strategy][name], rtol=rtol, atol=0.0)
+    report = trainer.get_v0_report()
+    assert report["strategy"] == strategy and report["num_parameters_with_v0"] == 10
+    assert all(w.isfinite().all() for w in second_moments_of(trainer).values())
+
+
+@pytest.mark.parametrize("strategy", ["random", "data_driven"])
+@pytest.mark.parametrize("optim", [slow_unless(o, o in ("adamw_torch_8bit", "adamw_bnb_8bit")) for o in QUANTISED_RUNS])
+def test_quantised_state_holds_the_strategys_v0(tmp_path, strategy, optim):
+    require({"optim": optim})
+    with quiet_and_eager():
+        _, exact = record(tmp_path / "a", model=make_wide_gpt2(), v0_init=strategy, max_steps=1, optim="adamw_torch")
+        trainer, recorder = record(tmp_path / "b", model=make_wide_gpt2(), v0_init=strategy, max_steps=2, optim=optim)
+    assert sorted(recorder.v0) == sorted(exact.v0)
+    row, quantised = find_row_of_optim(optim), 0
+    for name, v0 in exact.v0.items():
+        stored = recorder.v0[name]
+        if torch.equal(stored, v0):
+            continue  # a small tensor, or an embedding under bitsandbytes
+        quantised += 1
+        stored, blocks = stored.reshape(-1, 256), v0.reshape(-1, 256)
+        largest = blocks.amax(1, keepdim=True)
+        near = (blocks > largest / 10) & (largest > 1e-12)  # torchao's least scale
+        assert near.any() and ((stored - blocks).abs() / blocks)[near].max().item() <= row.stored_error, name
+    assert quantised >= 4
+    state = trainer.get_v0_report()["parameters"]["transformer.h.0.mlp.c_fc.weight"]
+    assert state["mean"] == pytest.approx(
+        exact.v0["transformer.h.0.mlp.c_fc.weight"].mean().item(), rel=0.3 if "4bit" in optim else 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": "adagrad"},
+        {"optim": "paged_adamw_8bit"},
+        {"optim": "schedule_free_adamw"},
+        {"v0_optimizer": "pytorch_optimizer:AdaBelief"},
+    ],
+    ids=name_of,
+)
+def test_stop_and_resume_is_the_straight_run(tmp_path, options):
+    require(options)
+    common = {"v0_init": "data_driven", "max_steps": 4, "save_strategy": "steps", "save_steps": 2} | options
+    with quiet_and_eager():
+        straight = make_trainer(tmp_path, model=make_wide_gpt2(), **common)
+        straight.train()
+        resumed = make_trainer(tmp_path, model=make_wide_gpt2(), **common)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal_weights(straight, resumed)
+    assert resumed.get_v0_report() == straight.get_v0_report()
+
+
+def test_an_unlisted_optimizer_passed_to_the_trainer_gets_v0_and_resumes(tmp_path, expected):
+    common = {"v0_init": "data_driven", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def make(**kwargs):
+        model = make_gpt2()
+        optimizer = Mine([p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.999))
+        return make_trainer(tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, **common, **kwargs)
+
+    recorder = Recorder()
+    straight = make(callbacks=[recorder])
+    recorder.trainer = straight
+    straight.train()
+    assert (
+        all(torch.equal(v0, expected["data_driven"][name]) for name, v0 in recorder.v0.items())
+        and len(recorder.v0) == 10
+    )
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal_weights(straight, resumed)
+
+
+def test_an_optimizer_that_has_made_steps_is_not_given_a_v0(tmp_path):
+    model = make_gpt2()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-3)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    trainer = make_trainer(
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", max_steps=1
+    )
+    trainer.train()
+    assert trainer.get_v0_report() is None
+
+
+@pytest.mark.parametrize("value", ["sgd", "adafactor", "stable_adamw", "lion_32bit", "schedule_free_sgd"])
+def test_refused_values_raise_before_any_training(tmp_path, value):
+    row = find_row_of_optim(value)
+    assert row in REFUSED_ROWS
+    module = row.classes[0].split(".")[0]
+    pytest.importorskip(module, exc_type=ImportError)
+    trainer = make_trainer(tmp_path, v0_init="random", optim=value)
+    with pytest.raises(InputError) as caught:
+        trainer.train()
+    assert row.refusal in str(caught.value) and trainer.state.global_step == 0
+
+
+def test_refused_values_train_as_stock_with_zeros(tmp_path):
+    trainer = make_trainer(tmp_path, v0_init="zeros", optim="adafactor", max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("value", ["galore_adamw", "apollo_adamw", "galore_adamw_layerwise"])
+def test_projecting_optimizers_are_refused(tmp_path, value):
+    pytest.importorskip(value.split("_")[0] + "_torch", exc_type=ImportError)
+
+    class WithLinear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x, labels=None):
+            return {"loss": self.linear(x).square().mean()}
+
+    data = [{"x": torch.ones(8), "labels": torch.tensor(0.0)} for _ in range(8)]
+    trainer = make_trainer(
+        tmp_path, model=WithLinear(), data=data, v0_init="random", optim=value, optim_target_modules="all-linear", remove_unused_columns=False
+    )  # fmt: skip
+    with quiet_and_eager(), pytest.raises(InputError, match="projected into a space"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{"optim": "adagrad"}, {"v0_optimizer": "torch.optim:Adamax"}], ids=name_of)
+def test_warmup_steps_need_a_decaying_second_moment(tmp_path, options):
+    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_decay_steps=50, **options)
+    with pytest.raises(InputError, match="no decaying mean of g\\^2, so the closed form gives no scale; use v0_scale"):
+        trainer.train()
+    assert is_untouched(trainer.optimizer)
+
+
+def test_closed_form_takes_rmsprops_alpha(tmp_path):
+    trainer, _ = record(tmp_path, v0_init="data_driven", optim="rmsprop", optim_args="alpha=0.75", max_steps=1)
+    assert trainer.get_v0_report()["beta2"] == 0.75
+    assert trainer.get_v0_report()["multiplier"]["1"] == pytest.approx(0.5)
+
+
+def test_sums_live_in_the_state_itself_where_they_can(tmp_path, monkeypatch):
+    """No tensor of the parameter's size is made for the pass beyond the state of torch's Adam."""
+    import hf_v0init.second_moment.state as module
+
+    drafts = []
+    original = module.draft_state
+    monkeypatch.setattr(
+        "hf_v0init.initialization.writing.draft_state", lambda *a, **k: drafts.append(original(*a, **k)) or drafts[-1]
+    )
+    shared = []
+    finish = module.StateDraft.finish
+
+    def spy(self):
+        tensors = self.tensors
+        state = finish(self)
+        shared.append((tensors[0] is state.get("exp_avg"), tensors[-1] is state["exp_avg_sq"]))
+        return state
+
+    monkeypatch.setattr(module.StateDraft, "finish", spy)
+    record(tmp_path, v0_init="data_driven", v0_estimator="per_sample", max_steps=1, data=make_sequences(16))
+    assert len(shared) == 10 and set(shared) == {(True, True)}
+
+
+def test_a_large_v0_that_does_not_decay_is_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        make_trainer(tmp_path / "a", v0_init="data_driven", optim="adagrad", max_steps=1).train()
+        assert "does not decay" not in caplog.text
+        make_trainer(tmp_path / "b", v0_init="random", optim="adagrad", max_steps=1).train()
+    assert "does not decay as Adam's does: v0 may hold the steps back" in caplog.text

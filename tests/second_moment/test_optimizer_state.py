@@ -1,0 +1,179 @@
+import pytest
+import torch
+from optimizer_cases import create, find_stored, has_state, put
+from reference import adamw_steps
+from torch import nn
+
+from hf_v0init.errors import InputError
+from hf_v0init.second_moment.state import (
+    SecondMoments,
+    count_touched,
+    draft_state,
+    find_layout,
+    is_untouched,
+    read_second_moment,
+    unwrap_optimizer,
+)
+
+VARIANTS = [
+    (cls, {**kind, **amsgrad})
+    for cls in (torch.optim.AdamW, torch.optim.Adam)
+    for kind in ({"fused": True}, {"foreach": True}, {"foreach": False, "fused": False})
+    for amsgrad in ({}, {"amsgrad": True})
+]
+
+
+def make(cls, options, dtype=torch.float32, lr=1e-2):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 3, dtype=dtype))
+    return p, cls([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.0, **options)
+
+
+@pytest.mark.parametrize(("cls", "options"), VARIANTS)
+def test_state_is_what_torch_itself_creates(cls, options):
+    p, optimizer = make(cls, options)
+    ours = create(optimizer, p)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    theirs = optimizer.state[p]
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        mine = ours[key]
+        assert (mine.dtype, mine.device, mine.shape) == (value.dtype, value.device, value.shape), key
+        assert not mine.any()
+
+
+@pytest.mark.parametrize(("cls", "options"), VARIANTS)
+def test_steps_from_a_written_v0_are_adam_from_v0(cls, options):
+    p, optimizer = make(cls, options)
+    v0 = torch.rand(4, 3) + 0.1
+    state = create(optimizer, p)
+    state["exp_avg_sq"].copy_(v0)
+    put(optimizer, p, state)
+    gradients = [torch.randn(4, 3) for _ in range(5)]
+    expected = adamw_steps(p.detach(), v0, gradients, lr=1e-2, beta2=0.98, amsgrad=options.get("amsgrad", False))
+    for g, (w, v) in zip(gradients, expected, strict=True):
+        p.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(p.detach().double(), w, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(read_second_moment(optimizer, p).double(), v, rtol=1e-6, atol=0)
+
+
+def test_first_step_is_equation_12():
+    p, optimizer = make(torch.optim.AdamW, {})
+    before, v0, g = p.detach().clone(), torch.rand(4, 3), torch.randn(4, 3)
+    state = create(optimizer, p)
+    state["exp_avg_sq"].copy_(v0)
+    put(optimizer, p, state)
+    p.grad = g
+    optimizer.step()
+    expected = -1e-2 * g / (g.square() + 0.98 / 0.02 * v0).sqrt()
+    torch.testing.assert_close(p.detach() - before, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_written_state_survives_a_state_dict_round_trip():
+    p, optimizer = make(torch.optim.AdamW, {})
+    state = create(optimizer, p)
+    state["exp_avg_sq"].fill_(0.5)
+    put(optimizer, p, state)
+    q, other = make(torch.optim.AdamW, {})
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(read_second_moment(other, q), torch.full((4, 3), 0.5))
+    q.grad = torch.ones_like(q)
+    other.step()
+    assert other.state[q]["step"].item() == 1.0
+
+
+def test_bf16_state_has_the_dtype_that_torch_gives_it():
+    p, optimizer = make(torch.optim.AdamW, {}, dtype=torch.bfloat16)
+    assert create(optimizer, p)["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_existing_state_is_never_overwritten():
+    p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.AdamW([p, q])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = optimizer.state[p]["exp_avg_sq"].clone()
+    moments, stored = find_stored(optimizer, p)
+    draft = draft_state(moments, stored)
+    draft.tensors[-1].fill_(7.0)
+    for overwrite in (draft.finish, lambda: put(optimizer, p, create(optimizer, p))):
+        with pytest.raises(InputError, match=r"already have optimizer state: .* build a new optimizer"):
+            overwrite()
+    assert count_touched(moments, moments.list_tensors({})) == 1
+    assert torch.equal(optimizer.state[p]["exp_avg_sq"], before)
+    assert not has_state(optimizer, q)
+
+
+def test_looking_creates_no_state():
+    p, optimizer = make(torch.optim.AdamW, {})
+    assert is_untouched(optimizer) and not has_state(optimizer, p)
+    assert read_second_moment(optimizer, p) is None
+    assert len(optimizer.state) == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "no second moment"),
+        (lambda p: torch.optim.ASGD(p), "dry run on a copy refused it"),
+        (lambda p: type("Mine", (torch.optim.SGD,), {})(p), "Mine is not listed"),
+    ],
+)
+def test_other_optimizers_are_refused_with_a_remedy(optimizer, words):
+    with pytest.raises(InputError, match=words) as caught:
+        find_layout(optimizer([nn.Parameter(torch.ones(2, 2))]))
+    assert "adamw_torch" in str(caught.value)
+
+
+def test_accelerate_wrapper_is_looked_through():
+    from accelerate import Accelerator
+
+    p, optimizer = make(torch.optim.AdamW, {})
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    assert type(wrapped) is not torch.optim.AdamW and unwrap_optimizer(wrapped) is optimizer
+    put(wrapped, p, create(wrapped, p))
+    assert has_state(optimizer, p)
+
+
+def test_refused_optimizers_still_tell_whether_they_have_made_steps():
+    p, optimizer = make(torch.optim.AdamW, {})
+    optimizer = torch.optim.Adafactor([p])
+    assert is_untouched(optimizer)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not is_untouched(optimizer)
+
+
+def test_stored_tensors_are_named_by_the_model_the_group_or_their_place():
+    p, q, r, s = (nn.Parameter(torch.ones(2, n)) for n in range(1, 5))
+    groups = [{"params": [p, q]}, {"params": [("own.name", r)], "betas": (0.8, 0.9)}]
+    optimizer = torch.optim.AdamW([{"params": [("a", p), ("b", q)]}, groups[1]])
+    moments = SecondMoments(optimizer)
+    stored = moments.list_tensors({id(q): "layer.weight"})
+    assert [(one.parts[0].name, one.parts[0].full_shape) for one in stored] == [
+        ("a", (2, 1)),
+        ("layer.weight", (2, 2)),
+        ("own.name", (2, 3)),
+    ]
+    assert [one.tensor for one in stored] == [p, q, r]
+    assert [moments.read_beta2(one.group) for one in stored] == [0.999, 0.999, 0.9]
+    unnamed = SecondMoments(torch.optim.AdamW([{"params": [p]}, {"params": [q, s]}]))
+    names = [one.parts[0].name for one in unnamed.list_tensors({id(q): "w"})]
+    assert names == ["group 0, parameter 0", "w", "group 1, parameter 1"]
+    assert unnamed.read(r) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_lend_the_states_own_tensors_where_those_are_wide_enough(dtype):
+    """The sums of a pass need no memory beyond the state of Adam; in bf16 they are fp32 buffers of their own."""
+    p, optimizer = make(torch.optim.AdamW, {}, dtype=dtype)
+    draft = draft_state(*find_stored(optimizer, p), num_tensors=2, for_sums=True)
+    assert {t.dtype for t in draft.tensors} == {torch.float32}
+    sums, is_wide = draft.tensors, dtype == torch.float32
+    sums[0].fill_(3.0), sums[1].fill_(0.25)
+    state = draft.finish()
+    assert state is optimizer.state[p]
+    assert (state["exp_avg"] is sums[0], state["exp_avg_sq"] is sums[1]) == (is_wide, is_wide)
+    assert not state["exp_avg"].any() and torch.equal(state["exp_avg_sq"], torch.full((4, 3), 0.25, dtype=dtype))

@@ -1,0 +1,187 @@
+"""The table: every optimizer has its row, and the refused ones are refused with the reason that was measured."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from optimizer_cases import CASES, LR, SHAPE, load, make_gradients, make_parameter, step
+from torch import nn
+from trainers import make_arguments
+from transformers.training_args import OptimizerNames
+
+from hf_v0init import V0InitTrainer
+from hf_v0init.errors import InputError
+from hf_v0init.second_moment.layouts import LAYOUTS
+from hf_v0init.second_moment.state import find_layout
+from hf_v0init.second_moment.table import (
+    REFUSED_ROWS,
+    ROWS,
+    SUPPORTED_ROWS,
+    find_row,
+    find_row_of_optim,
+    make_markdown_table,
+)
+
+# ---- the table itself ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [name.value for name in OptimizerNames])
+def test_every_optim_value_has_a_row(value):
+    assert find_row_of_optim(value) is not None
+
+
+def test_no_optim_value_is_invented_and_none_has_two_rows():
+    named = [value for row in ROWS for value in row.optim]
+    assert len(named) == len(set(named)) and set(named) <= {name.value for name in OptimizerNames}
+
+
+def test_every_optimizer_of_the_paper_has_a_row():
+    names = {row.name for row in ROWS}
+    assert {"SGD", "Adam", "AdamW", "AdaBound", "RAdam", "AdaBelief", "RMSprop", "AMSGrad"} <= names
+
+
+def test_every_supported_row_has_a_case_and_a_layout():
+    assert {(row.name, row.package) for row in SUPPORTED_ROWS} == {case.row for case in CASES}
+    assert all(row.layout in LAYOUTS for row in SUPPORTED_ROWS)
+    for name in {name for row in ROWS for name in row.classes}:
+        assert len({(row.layout, bool(row.refusal)) for row in ROWS if name in row.classes}) == 1, name
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.is_probed], ids=lambda row: f"{row.name}-{row.package}")
+def test_the_classes_named_exist(row):
+    """Where the package is installed; the old home of torchao's optimizers does not."""
+    for name in row.classes:
+        if ".prototype." in name:
+            continue
+        module, _, class_name = name.rpartition(".")
+        found = load(f"{module}:{class_name}")
+        assert f"{found.__module__}.{found.__qualname__}" in row.classes
+
+
+@pytest.mark.parametrize(
+    "value", [name.value for name in OptimizerNames if not find_row_of_optim(name.value).is_probed]
+)
+def test_optim_values_lead_to_the_class_of_their_row(value, tmp_path):
+    """What transformers builds for the value is a class that the row names."""
+    args = make_arguments(tmp_path, optim=value, optim_target_modules="all-linear")
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8)})
+    try:
+        built, _ = V0InitTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"transformers cannot build it here: {error}")
+    assert f"{built.__module__}.{built.__qualname__}" in find_row_of_optim(value).classes
+
+
+def test_readme_holds_the_table_as_generated():
+    readme = Path(__file__).resolve().parents[2] / "hf_v0init" / "optimizers" / "README.md"
+    text, begin, end = readme.read_text(encoding="utf-8"), "<!-- optimizers: begin -->", "<!-- optimizers: end -->"
+    assert text.split(begin)[1].split(end)[0].strip() == make_markdown_table()
+
+
+def test_markdown_has_one_line_a_row_and_whole_cells():
+    lines = make_markdown_table().splitlines()
+    assert len(lines) == len(ROWS) + 3
+    assert {line.count(" | ") for line in lines} == {5}
+
+
+def test_command_prints_the_table_without_torch():
+    code = "import sys; sys.argv = ['x', 'optimizers', '--markdown']; from hf_v0init.cli.main import main\ntry: main()\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == make_markdown_table()
+
+
+# ---- refusals, and what was measured for them -----------------------------------------------------------------------------------
+
+
+REFUSED = [
+    ("torch.optim:SGD", {}, "no second moment"),
+    ("torch.optim:Adafactor", {}, "no effect"),
+    ("transformers.optimization:Adafactor", {"scale_parameter": False, "relative_step": False}, "no effect"),
+    ("optimi:StableAdamW", {}, "no effect"),
+    ("pytorch_optimizer:StableAdamW", {}, "no effect"),
+    ("bitsandbytes.optim:Lion", {}, "no second moment"),
+    ("bitsandbytes.optim:PagedLion8bit", {}, "no second moment"),
+    ("schedulefree:SGDScheduleFree", {}, "no second moment"),
+    ("galore_torch:GaLoreAdamW", {}, "projected"),
+    ("galore_torch:GaLoreAdamW8bit", {}, "projected"),
+    ("galore_torch:GaLoreAdafactor", {"scale_parameter": False, "relative_step": False}, "projected"),
+    ("apollo_torch:APOLLOAdamW", {}, "projected"),
+]
+
+
+@pytest.mark.parametrize(("path", "options", "words"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_refused_rows_raise_their_reason(path, options, words):
+    optimizer_class = load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = optimizer_class([make_parameter()], lr=LR, **options)
+    with pytest.raises(InputError, match=words) as caught:
+        find_layout(optimizer)
+    row = find_row(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
+    assert row.refusal in str(caught.value) and "adamw_torch" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("lomo_optim:Lomo", "no second moment"), ("lomo_optim:AdaLomo", "row and column means")]
+)
+def test_lomo_is_refused(path, words):
+    optimizer_class = load(path)  # whose constructor needs a GPU
+    with pytest.raises(InputError, match=words):
+        find_layout(optimizer_class.__new__(optimizer_class))
+
+
+def test_every_refused_row_is_tried():
+    tried = {path for path, *_ in REFUSED} | {"lomo_optim:Lomo", "lomo_optim:AdaLomo"}
+    homes = {path.split(":")[0].split(".")[0] for path in tried}
+    assert {row.classes[0].split(".")[0] for row in REFUSED_ROWS} == homes
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "keys"),
+    [
+        ("optimi:StableAdamW", {}, ["exp_avg_sq"]),
+        ("pytorch_optimizer:StableAdamW", {}, ["exp_avg_sq"]),
+        ("torch.optim:Adafactor", {}, ["row_var", "col_var"]),
+        (
+            "transformers.optimization:Adafactor",
+            {"scale_parameter": False, "relative_step": False},
+            ["exp_avg_sq_row", "exp_avg_sq_col"],
+        ),
+    ],
+)
+def test_a_v0_has_no_effect_on_those_that_reset_theirs(path, options, keys):
+    """The measured reason of the refusal: with its second moment set to 7 before step 1, every step is the same bit for bit."""
+    optimizer_class = load(path)
+    parameters = [make_parameter(), make_parameter()]
+    optimizers = [optimizer_class([p], lr=LR, **options) for p in parameters]
+    probe = make_parameter()
+    scout = optimizer_class([probe], lr=LR, **options)
+    step(scout, probe, torch.zeros(SHAPE))
+    state = {}
+    for key, value in scout.state[probe].items():
+        state[key] = torch.zeros_like(value) if isinstance(value, torch.Tensor) and key != "eps_sq" else value
+        if key == "step" and not isinstance(value, torch.Tensor):
+            state[key] = 0
+        if key in keys:
+            state[key] = torch.full_like(value, 7.0)
+    assert set(keys) <= set(state)
+    optimizers[0].state[parameters[0]] = state
+    for gradient in make_gradients(3):
+        for optimizer, parameter in zip(optimizers, parameters, strict=True):
+            step(optimizer, parameter, gradient)
+        assert torch.equal(*parameters)
+
+
+def test_galore_keeps_its_second_moment_in_another_space():
+    parameter = make_parameter()
+    group = {"params": [parameter], "rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = load("galore_torch:GaLoreAdamW")([group], lr=LR)
+    step(optimizer, parameter, make_gradients(1)[0])
+    assert optimizer.state[parameter]["exp_avg_sq"].shape == (4, 128)

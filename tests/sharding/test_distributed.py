@@ -1,0 +1,161 @@
+"""DDP on gloo CPU processes: the same v0 on every rank, the same as on one process, no deadlock, one reduction."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "launched" / "train.py"
+TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
+
+PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample", "max_steps": 1}
+RUNS = {
+    "stock": {"stock": True, "max_steps": 20},
+    "zeros": {"v0_init": "zeros", "max_steps": 20},
+    "stock_accumulate": {"stock": True, "max_steps": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "zeros_accumulate": {"v0_init": "zeros", "max_steps": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "random": {"v0_init": "random", "max_steps": 1},
+    "data_driven": PER_SAMPLE | {"max_grad_norm": 0.0},
+    "data_driven_batches": PER_SAMPLE | {"v0_stats_batch_size": 4, "num_samples": 37},
+    "first_gradient": {"v0_init": "first_gradient", "max_steps": 1, "gradient_accumulation_steps": 2},
+    "minibatch": {"v0_init": "data_driven", "v0_estimation_steps": 3, "max_steps": 5, "dropout": 0.0, "logging_steps": 1},
+    "one_sample": PER_SAMPLE | {"num_samples": 1},
+    "uneven": PER_SAMPLE | {"num_samples": 35, "v0_stats_batch_size": 8},
+    "gathers": PER_SAMPLE | {"num_samples": 41, "trainer": "gathers", "dropout": 0.0},
+    "fails": PER_SAMPLE | {"trainer": "fails"},
+    "nan": PER_SAMPLE | {"trainer": "fails", "run_name": "nan"},
+    "nan_gradient": PER_SAMPLE | {"trainer": "fails", "run_name": "nan_gradient"},
+    "nan_gradient_of_a_step": {"v0_init": "data_driven", "max_steps": 2, "trainer": "nan_step"},
+}  # fmt: skip
+FAILING = ("fails", "nan", "nan_gradient", "nan_gradient_of_a_step")
+
+
+def launch(num_processes: int, runs: dict, folder: Path, script: Path = SCRIPT) -> dict[str, list[dict]]:
+    """Run the runs on so many processes; {name: [what each rank saved]}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs_file = folder / "runs.json"
+    runs_file.write_text(json.dumps(runs))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable, *(torchrun if num_processes > 1 else []), str(script), str(runs_file), str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [torch.load(folder / f"{name}.rank{rank}.pt", weights_only=False) for rank in range(num_processes)]
+        for name in runs
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    one = {name: run for name, run in RUNS.items() if name not in FAILING and "stock" not in run}
+    # The same global batch on one process: what the Trainer counts per process is doubled.
+    one["minibatch"] = one["minibatch"] | {"per_device_train_batch_size": 8}
+    return {1: launch(1, one, folder / "1"), 2: launch(2, RUNS, folder / "2")}
+
+
+def test_there_really_were_two_processes(results):
+    assert [saved["world_size"] for saved in results[2]["random"]] == [2, 2]
+    assert [saved["world_size"] for saved in results[1]["random"]] == [1]
+
+
+@pytest.mark.parametrize("suffix", ["", "_accumulate"])
+def test_zeros_is_the_stock_trainer_bit_for_bit(results, suffix):
+    for stock, ours in zip(results[2]["stock" + suffix], results[2]["zeros" + suffix], strict=True):
+        assert all(torch.equal(w, ours["weights"][name]) for name, w in stock["weights"].items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["random", "data_driven", "data_driven_batches", "first_gradient", "uneven", "one_sample", "minibatch", "gathers"],
+)
+def test_v0_is_the_same_on_every_rank_bit_for_bit(results, name):
+    first, second = results[2][name]
+    assert len(first["v0"]) == 10
+    assert all(torch.equal(v0, second["v0"][key]) for key, v0 in first["v0"].items())
+    assert first["report"]["parameters"] == second["report"]["parameters"]
+
+
+def test_random_v0_does_not_depend_on_the_number_of_processes(results):
+    one, two = results[1]["random"][0], results[2]["random"][0]
+    assert all(torch.equal(v0, two["v0"][key]) for key, v0 in one["v0"].items())
+
+
+@pytest.mark.parametrize("name", ["data_driven", "data_driven_batches", "uneven", "one_sample", "gathers"])
+def test_data_driven_v0_equals_one_process_on_the_same_samples(results, name):
+    """Dropout included: it is seeded by batch. fp32 sums in another order: 1e-6 relative, of the tensor's largest v0."""
+    one, two = results[1][name][0], results[2][name][0]
+    for key, v0 in one["v0"].items():
+        torch.testing.assert_close(two["v0"][key], v0, rtol=1e-6, atol=1e-6 * v0.max().item())
+    for figure in ("num_samples", "num_batches"):
+        assert one["report"][figure] == two["report"][figure]
+
+
+def test_per_step_is_the_mean_square_of_the_reduced_gradients_and_that_of_one_process(results):
+    for saved in results[2]["minibatch"]:
+        for key, v0 in saved["v0"].items():
+            expected = sum(g[key].double().square() for g in saved["gradients"][:3]) / 3
+            torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0)
+    one, two = results[1]["minibatch"][0], results[2]["minibatch"][0]
+    assert len(one["v0"]) == 10 and one["report"]["estimation_steps"] == two["report"]["estimation_steps"] == 3
+    for key, v0 in one["v0"].items():  # the same samples in a step; sums in another order
+        torch.testing.assert_close(two["v0"][key], v0, rtol=1e-4, atol=1e-6 * v0.max().item())
+
+
+def test_a_loss_that_gathers_is_computed_as_often_on_every_process(results):
+    """41 batches for two processes: one of them runs one more that does not count, or the other would wait for ever."""
+    first, second = (saved["num_losses"] for saved in results[2]["gathers"])
+    assert first == second
+    assert results[2]["gathers"][0]["report"]["num_samples"] == 41
+
+
+def test_samples_are_counted_over_all_processes(results):
+    assert results[2]["data_driven_batches"][0]["report"]["num_samples"] == 37
+    assert results[2]["data_driven_batches"][0]["report"]["num_batches"] == 9  # eight of 4 and one of 5
+    assert results[2]["one_sample"][1]["report"]["num_samples"] == 1
+
+
+@pytest.mark.parametrize("name", ["random", "data_driven", "first_gradient"])
+def test_first_step_obeys_the_recurrence_with_the_averaged_gradient(results, name):
+    for saved in results[2][name]:
+        for key, v1 in saved["moments"][0].items():
+            g = saved["gradients"][0][key].double()
+            v0 = saved["v0"].get(key, torch.zeros_like(g)).double()
+            torch.testing.assert_close(v1.double(), 0.999 * v0 + 0.001 * g.square(), rtol=1e-6, atol=1e-20)
+
+
+def test_first_gradient_is_that_of_the_first_step_over_all_processes(results):
+    saved = results[2]["first_gradient"][0]
+    for key, v0 in saved["v0"].items():
+        expected = saved["gradients"][0][key].square()
+        torch.testing.assert_close(v0, expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+
+
+def test_the_pass_costs_one_reduction_of_two_numbers_a_parameter(results):
+    """48 batches in the pass, yet: one all-reduce for all sums, one for the counts and each process's time."""
+    saved = results[2]["data_driven"][0]
+    calls, num_bytes = saved["all_reduces"]
+    assert calls == 2
+    assert num_bytes == 2 * 4 * saved["report"]["num_elements_with_v0"] + 8 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", "disk full on this one"),
+        ("nan", "loss is nan in batch 5"),
+        ("nan_gradient", "not finite"),
+        ("nan_gradient_of_a_step", "the gradient of parameter 'transformer.wte.weight' is not finite"),
+    ],
+)
+def test_an_error_on_one_rank_stops_all_with_that_error_and_writes_nothing(results, name, words):
+    for saved in results[2][name]:
+        assert words in saved["error"], saved["error"]
+        assert saved["num_states"] == 0
+        assert saved["report"] is None

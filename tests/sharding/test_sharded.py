@@ -1,0 +1,514 @@
+"""Sharded training on gloo CPU processes: v0 in the live optimizer state before the first step is that of one process.
+
+FSDP2 (transformers' `DistributedConfig`, hybrid sharding, accelerate's plugin), DeepSpeed ZeRO-1, 2 and 3, and DDP beside
+them; without a Trainer `fully_shard`, tensor parallelism, and both. accelerate gives its plugin to accelerators only, so here it
+is put in its place by hand; what it does with the parameters is the same. No dropout: its masks differ where a batch is shared
+out.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import VOCAB
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_v0init import InputError
+from hf_v0init.second_moment.deepspeed import find_partitions
+from hf_v0init.trainer.supported_runs import require_supported_run
+
+FOLDER = Path(__file__).parents[1] / "launched"
+TIME_LIMIT = 540  # seconds; a deadlock is a failure, not a wait
+NUM_PARAMETERS = 21  # tensors of the model, 16 of them with two dimensions
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed: pip install 'hf_v0init[deepspeed]'",
+)
+
+ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0}
+DATA_DRIVEN = ONE_STEP | {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 4}
+RUNS = {
+    "random": ONE_STEP | {"v0_init": "random"},
+    "data_driven": DATA_DRIVEN,
+    "one_by_one": DATA_DRIVEN | {"v0_stats_batch_size": 1, "v0_num_samples": 12},
+    "minibatch": {"v0_init": "data_driven", "v0_estimation_steps": 3, "max_steps": 4},  # clipped, of 8 samples on any number
+    "short_last_batch": DATA_DRIVEN | {"v0_stats_batch_size": 8, "num_samples": 35},
+    "fewer_rows_than_processes": DATA_DRIVEN | {"v0_stats_batch_size": 3, "num_samples": 5},
+    "one_sample": DATA_DRIVEN | {"num_samples": 1},
+    "include_bias_and_norm": DATA_DRIVEN | {"v0_include_bias_and_norm": True},
+    "loss_ignores_items": DATA_DRIVEN | {"trainer": "rows_mean"},
+    "loss_without_items": DATA_DRIVEN | {"trainer": "sample_mean"},
+    "first_gradient": ONE_STEP | {"v0_init": "first_gradient", "gradient_accumulation_steps": 2},
+}  # fmt: skip
+OF_A_STEP = ("minibatch", "first_gradient")
+SAME_AS_ONE_PROCESS = [name for name in RUNS if name != "random"]
+AT_FOUR = [
+    "random", "data_driven", "one_by_one", "minibatch", "fewer_rows_than_processes", "loss_ignores_items", "first_gradient",
+]  # fmt: skip
+FAILURES = {
+    "data": (DATA_DRIVEN | {"failing_data": True}, "cannot read sample on this one"),
+    "after_forward": (DATA_DRIVEN | {"trainer": "fails", "run_name": "after_forward"}, "disk full on this one"),
+    "nan": (
+        DATA_DRIVEN | {"trainer": "fails", "run_name": "nan"},
+        "the loss is nan in batch 2 of the gradient statistics",
+    ),
+}
+AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": AUTO | {"torch_adam": True}}}
+REFUSED = {
+    "lamb": ({"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, 'remove the ds_config key "optimizer"'),
+    "offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        'remove the ds_config key "offload_optimizer"',
+    ),
+    "stage_0": ({"zero_optimization": {"stage": 0}}, "use ZeRO stage 1, 2 or 3"),
+}
+
+
+def make_model_folder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB + 1, hidden_size=16, intermediate_size=22, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def import_script(name: str):
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def start(num_processes: int, script: str, *arguments) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    return subprocess.run(
+        [sys.executable, *(torchrun if num_processes > 1 else []), str(FOLDER / script), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(num_processes)},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
+
+
+def launch(num_processes: int, runs: dict, folder: Path, model_folder: Path) -> dict[str, list[dict]]:
+    """Run the runs on so many processes; {name: [what each rank saved]}."""
+    folder.mkdir(parents=True)
+    batch_size = {"per_device_train_batch_size": 8 // num_processes}  # so that a step has 8 samples on any number
+    (folder / "runs.json").write_text(json.dumps({name: batch_size | run for name, run in runs.items()}))
+    done = start(num_processes, "train_sharded.py", folder / "runs.json", folder, model_folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [torch.load(folder / f"{name}.rank{rank}.pt", weights_only=False) for rank in range(num_processes)]
+        for name in runs
+    }
+
+
+def launch_modes(num_processes: int, modes: list[str], names, folder: Path, model_folder: Path, more: dict) -> dict:
+    """Launch the runs of these names in each mode, all in one launch; {mode: {name: [what each rank saved]}}."""
+    runs = {f"{mode}.{name}": RUNS[name] | {"mode": mode} for mode in modes for name in names}
+    saved = launch(num_processes, runs | more, folder, model_folder)
+    by_mode: dict = {}
+    for key, ranks in saved.items():
+        mode, name = key.split(".")
+        by_mode.setdefault(mode, {})[name] = ranks
+    return by_mode
+
+
+def expect_failures(mode: str) -> dict:
+    runs = {name: run for name, (run, _) in FAILURES.items()}
+    return {f"{mode}.{name}": run | {"mode": mode} for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+class RunsAlone(dict):
+    """{name: what the run saves on one process, this one}, each run when first asked for."""
+
+    def __init__(self, folder: Path, model_folder: Path):
+        super().__init__()
+        self.folder, self.model_folder = folder, model_folder
+
+    def __missing__(self, name: str) -> dict:
+        run = RUNS[name] | {"mode": "whole", "per_device_train_batch_size": 8}
+        self[name] = import_script("train_sharded").train(run, self.folder / name, str(self.model_folder))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model_folder):
+    return RunsAlone(tmp_path_factory.mktemp("alone"), model_folder)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, model_folder):
+    """{(mode, number of processes): {name: [what each rank saved]}}, launched when first asked for."""
+    launches = {
+        ("torch", 2): (["fsdp2", "whole"], list(RUNS), ["fsdp2"]),
+        ("torch", 4): (["fsdp2", "hybrid", "whole"], AT_FOUR, ["fsdp2"]),
+        ("zero", 2): (["zero1", "zero2", "zero3"], list(RUNS), ["zero2", "zero3"]),
+        ("zero", 4): (["zero2", "zero3"], AT_FOUR, []),
+    }
+    results: dict = {}
+
+    def get(mode: str, num_processes: int) -> dict:
+        family = ("zero" if mode.startswith("zero") else "torch", num_processes)
+        if family not in results:
+            modes, names, failing = launches[family]
+            more = {key: run for each in failing for key, run in expect_failures(each).items()}
+            folder = tmp_path_factory.mktemp(f"{family[0]}{num_processes}") / "runs"
+            results[family] = launch_modes(num_processes, modes, names, folder, model_folder, more)
+        return results[family][mode]
+
+    return get
+
+
+PLACES = [
+    pytest.param("whole", 2, id="ddp-2"),
+    pytest.param("whole", 4, id="ddp-4"),
+    pytest.param("fsdp2", 2, id="fsdp2-2"),
+    pytest.param("fsdp2", 4, id="fsdp2-4"),
+    pytest.param("hybrid", 4, id="hybrid-4"),
+    *(pytest.param(f"zero{n}", 2, id=f"zero{n}-2", marks=needs_deepspeed) for n in (1, 2, 3)),
+    *(pytest.param(f"zero{n}", 4, id=f"zero{n}-4", marks=needs_deepspeed) for n in (2, 3)),
+]
+
+
+def assert_equal_v0(
+    ranks: list[dict], expected: dict[str, torch.Tensor], exact: bool = False, rtol: float = 1e-6
+) -> None:
+    """fp32 sums in another order: `rtol` relative, of the tensor's largest v0 for those much smaller."""
+    assert [saved["error"] for saved in ranks] == [None] * len(ranks)
+    for saved in ranks:
+        # A flat partition of ZeRO holds vectors beside matrices: they start at zero, as without state.
+        assert not any(v0.any() for name, v0 in saved["v0"].items() if name not in expected)
+        for name, v0 in expected.items():
+            if exact:
+                assert torch.equal(saved["v0"][name], v0), name
+            else:
+                torch.testing.assert_close(saved["v0"][name], v0, rtol=rtol, atol=rtol * v0.max().item())
+
+
+def assert_recurrence(saved: dict, rtol: float = 1e-6) -> None:
+    assert len(saved["moments"]) == len(saved["gradients"][-1]) == NUM_PARAMETERS
+    for name, v1 in saved["moments"].items():
+        g = saved["gradients"][-1][name].double()
+        v0 = saved["v0"].get(name, torch.zeros_like(g)).double()
+        torch.testing.assert_close(v1.double(), 0.999 * v0 + 0.001 * g.square(), rtol=rtol, atol=1e-20)
+
+
+def test_fsdp2_gives_the_v0_of_one_process_and_stops_together_on_an_error(tmp_path, model_folder, alone):
+    """The fast one: runs of each strategy on two processes, and an error on one of them."""
+    runs = {name: RUNS[name] | {"mode": "fsdp2"} for name in ("random", "data_driven", "minibatch")}
+    runs["after_forward"] = FAILURES["after_forward"][0] | {"mode": "fsdp2"}
+    saved = launch(2, runs, tmp_path / "runs", model_folder)
+    assert [rank["num_sharded"] for rank in saved["random"]] == [NUM_PARAMETERS] * 2
+    assert_equal_v0(saved["random"], alone["random"]["v0"], exact=True)
+    assert_equal_v0(saved["data_driven"], alone["data_driven"]["v0"])
+    assert_equal_v0(saved["minibatch"], alone["minibatch"]["v0"], rtol=1e-5)
+    assert_recurrence(saved["data_driven"][1])
+    for rank in saved["after_forward"]:
+        assert "disk full on this one" in rank["error"]
+        assert rank["num_states"] == 0 and rank["report"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "num_processes"), PLACES)
+def test_the_runs_were_what_they_say(sharded, mode, num_processes):
+    for saved in sharded(mode, num_processes)["random"]:
+        assert saved["world_size"] == num_processes
+        assert saved["num_sharded"] == (NUM_PARAMETERS if mode in ("fsdp2", "hybrid") else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "num_processes"), PLACES)
+def test_random_v0_is_that_of_one_process_bit_for_bit(sharded, alone, mode, num_processes):
+    assert_equal_v0(sharded(mode, num_processes)["random"], alone["random"]["v0"], exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME_AS_ONE_PROCESS)
+@pytest.mark.parametrize(("mode", "num_processes"), PLACES)
+def test_data_driven_v0_is_that_of_one_process(sharded, alone, mode, num_processes, name):
+    if num_processes == 4 and name not in AT_FOUR:
+        pytest.skip("run on two processes only")
+    ranks = sharded(mode, num_processes)[name]
+    assert_equal_v0(ranks, alone[name]["v0"], rtol=1e-5 if name in OF_A_STEP else 1e-6)
+    for figure in ("num_samples", "num_batches", "num_zero_elements", "without_gradient", "num_elements_with_v0"):
+        assert ranks[0]["report"][figure] == alone[name]["report"][figure]
+    for figure in ("v0_mean", "v0_max", "mean_loss", "effective_batch_size"):
+        expected = alone[name]["report"][figure]
+        assert ranks[0]["report"][figure] == (None if expected is None else pytest.approx(expected, rel=1e-5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random", "data_driven", "first_gradient", "minibatch"])
+@pytest.mark.parametrize(("mode", "num_processes"), PLACES)
+def test_every_process_reports_and_steps_alike(sharded, mode, num_processes, name):
+    ranks = sharded(mode, num_processes)[name]
+    for saved in ranks:
+        assert saved["report"]["parameters"] == ranks[0]["report"]["parameters"]
+        assert saved["report"]["measured_ratio"] == ranks[0]["report"]["measured_ratio"]
+        assert_recurrence(saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_A_STEP)
+@pytest.mark.parametrize(("mode", "num_processes"), PLACES)
+def test_v0_is_the_mean_square_of_the_first_steps_reduced_gradients(sharded, mode, num_processes, name):
+    for saved in sharded(mode, num_processes)[name]:
+        steps = saved["gradients"]
+        assert len(steps) == (3 if name == "minibatch" else 1)
+        clipped = RUNS[name].get("max_grad_norm", 1.0) > 0 and mode.startswith("zero")
+        for key in (k for k, v in saved["v0"].items() if v.dim() >= 2):
+            expected = sum(clip(step)[key].square() if clipped else step[key].square() for step in steps) / len(steps)
+            torch.testing.assert_close(saved["v0"][key], expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+
+
+def clip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ZeRO clips inside its step, after these were read."""
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    return {name: g / max(1.0, norm.item() + 1e-6) for name, g in gradients.items()}
+
+
+FAILING_PLACES = [
+    pytest.param("fsdp2", 2, id="fsdp2-2"),
+    pytest.param("fsdp2", 4, id="fsdp2-4"),
+    pytest.param("zero2", 2, id="zero2-2", marks=needs_deepspeed),
+    pytest.param("zero3", 2, id="zero3-2", marks=needs_deepspeed),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FAILURES))
+@pytest.mark.parametrize(("mode", "num_processes"), FAILING_PLACES)
+def test_an_error_on_one_process_stops_all_with_that_error_and_writes_nothing(sharded, mode, num_processes, name):
+    for saved in sharded(mode, num_processes)[name]:
+        assert FAILURES[name][1] in saved["error"]
+        assert saved["num_states"] == 0
+        assert saved["report"] is None
+
+
+@pytest.mark.slow
+def test_an_error_inside_a_forward_ends_the_run_with_that_error(tmp_path, model_folder):
+    """The others wait in a collective of that forward; the launcher ends them when the failing process does."""
+    run = DATA_DRIVEN | {"trainer": "fails", "run_name": "in_forward", "mode": "fsdp2"}
+    (tmp_path / "runs.json").write_text(json.dumps({"in_forward": run}))
+    done = start(2, "train_sharded.py", tmp_path / "runs.json", tmp_path, model_folder)
+    assert done.returncode != 0
+    assert "RuntimeError: out of memory on this one" in done.stderr
+
+
+@pytest.mark.slow
+def test_accelerates_fsdp2_plugin_and_bf16(tmp_path, model_folder, alone):
+    runs = {
+        "bf16": DATA_DRIVEN | {"mode": "fsdp2", "bf16": True},
+        "random": RUNS["random"] | {"mode": "whole", "trainer": "accelerate"},
+        "data_driven": DATA_DRIVEN | {"mode": "whole", "trainer": "accelerate"},
+        "first_gradient": RUNS["first_gradient"] | {"mode": "whole", "trainer": "accelerate"},
+    }
+    saved = launch(2, runs, tmp_path / "runs", model_folder)
+    assert [rank["num_sharded"] for rank in saved["random"]] == [NUM_PARAMETERS] * 2
+    assert_equal_v0(saved["random"], alone["random"]["v0"], exact=True)
+    assert_equal_v0(saved["data_driven"], alone["data_driven"]["v0"])
+    for name in runs:
+        assert_recurrence(saved[name][0])
+    for name, v0 in saved["first_gradient"][0]["v0"].items():
+        expected = saved["first_gradient"][0]["gradients"][0][name].square()
+        torch.testing.assert_close(v0, expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+    for name, v0 in alone["data_driven"]["v0"].items():
+        torch.testing.assert_close(saved["bf16"][0]["v0"][name], v0, rtol=0.1, atol=0.02 * v0.max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"mode": "zero2"}, id="zero2", marks=needs_deepspeed),
+        pytest.param({"mode": "zero3"}, id="zero3", marks=needs_deepspeed),
+        pytest.param({"mode": "whole", "trainer": "accelerate"}, id="accelerates-fsdp2"),
+    ],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one_and_takes_no_v0_again(tmp_path, model_folder, how):
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2} | how
+    runs = {}
+    for name, run in (("", DATA_DRIVEN), ("_measuring", {"v0_init": "data_driven", "v0_estimation_steps": 3})):
+        runs[f"through{name}"] = run | saving
+        runs[f"resumed{name}"] = run | saving | {"resume_from": f"through{name}/out/checkpoint-2"}
+    saved = launch(2, runs, tmp_path / "runs", model_folder)
+    for through, resumed in zip(saved["through_measuring"], saved["resumed_measuring"], strict=True):
+        assert all(torch.equal(w, resumed["weights"][name]) for name, w in through["weights"].items())
+        assert resumed["report"]["parameters"] == through["report"]["parameters"]
+    for through, resumed in zip(saved["through"], saved["resumed"], strict=True):
+        assert all(torch.equal(w, resumed["weights"][name]) for name, w in through["weights"].items())
+        assert resumed["report"] == saved["through"][0]["report"]  # the main process's, with its seconds
+        assert not torch.equal(resumed["v0"]["lm_head.weight"], through["v0"]["lm_head.weight"])
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configurations(tmp_path, model_folder, alone, stage):
+    """The ds_config's own AdamW, a model split while it loads, bf16; and what is refused, before any step."""
+    zero = {"mode": f"zero{stage}"}
+    runs = {
+        "own_random": RUNS["random"] | zero | {"ds_config": TORCH_ADAM},
+        "own": DATA_DRIVEN | zero | {"ds_config": TORCH_ADAM},
+        "split": DATA_DRIVEN | zero | {"split_while_loading": True},
+        "bf16": DATA_DRIVEN | zero | {"bf16": True, "ds_config": {"bf16": {"enabled": True}}},
+    }
+    runs |= {name: RUNS["random"] | zero | {"ds_config": config} for name, (config, _) in REFUSED.items()}
+    saved = launch(2, runs, tmp_path / "runs", model_folder)
+    assert_equal_v0(saved["own_random"], alone["random"]["v0"], exact=True)
+    for name in ("own", "split"):
+        assert_equal_v0(saved[name], alone["data_driven"]["v0"])
+        assert_recurrence(saved[name][0])
+    assert_recurrence(saved["bf16"][0])
+    for name, v0 in alone["data_driven"]["v0"].items():
+        torch.testing.assert_close(saved["bf16"][0]["v0"][name], v0, rtol=0.1, atol=0.03 * v0.max().item())
+    for name, (_, words) in REFUSED.items():
+        for rank in saved[name]:
+            assert rank["error"].startswith("InputError") and words in rank["error"]
+            assert rank["num_states"] == 0
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeeds_fused_adam(tmp_path, model_folder, alone):
+    """Its step is compiled at first use; the kernel's own rounding is coarser than torch's."""
+    run = DATA_DRIVEN | {"mode": "zero2", "ds_config": {"optimizer": {"type": "AdamW", "params": AUTO}}}
+    (tmp_path / "runs.json").write_text(json.dumps({"fused": run}))
+    done = start(2, "train_sharded.py", tmp_path / "runs.json", tmp_path, model_folder)
+    if "Error building extension" in done.stderr or "Ninja is required" in done.stderr:
+        pytest.skip("DeepSpeed's FusedAdam cannot be compiled here: no C++ compiler")
+    assert done.returncode == 0, done.stderr[-4000:]
+    saved = [torch.load(tmp_path / f"fused.rank{rank}.pt", weights_only=False) for rank in range(2)]
+    assert_equal_v0(saved, alone["data_driven"]["v0"])
+    assert_recurrence(saved[0], rtol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, model_folder):
+    """{number of processes: [what each rank saved]} of the runs without a Trainer, launched when first asked for."""
+    results: dict = {}
+
+    def get(num_processes: int) -> list[dict]:
+        if num_processes not in results:
+            folder = tmp_path_factory.mktemp(f"plain{num_processes}")
+            done = start(num_processes, "shard_plainly.py", folder, model_folder)
+            assert done.returncode == 0, done.stderr[-4000:]
+            ranks = range(num_processes)
+            results[num_processes] = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in ranks]
+        return results[num_processes]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def plain_alone(model_folder):
+    return import_script("shard_plainly").write_both(LlamaForCausalLM.from_pretrained(model_folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "num_processes"),
+    [("fully_shard", 2), ("fully_shard", 4), ("tensor_parallel", 2), ("tensor_parallel", 4), ("both", 4)],
+)
+def test_without_a_trainer_v0_is_that_of_one_process(plain, plain_alone, kind, num_processes):
+    """Rows and columns split over processes, FSDP2 over tensor parallelism (strided shards), plain vectors beside them."""
+    for saved in (rank[kind] for rank in plain(num_processes)):
+        assert saved["placed_as_parameters"]
+        assert any("Shard" in placement for placement in saved["placements"].values())
+        for name, v0 in plain_alone["random"].items():
+            assert torch.equal(saved["random"][name], v0), name
+        for name, v0 in plain_alone["steps"]["data_driven"]["v0"].items():
+            torch.testing.assert_close(
+                saved["steps"]["data_driven"]["v0"][name], v0, rtol=1e-5, atol=1e-5 * v0.max().item()
+            )
+            g = saved["steps"]["data_driven"]["gradients"][name]
+            torch.testing.assert_close(saved["steps"]["data_driven"]["v0"][name], g.square(), rtol=1e-5, atol=1e-20)
+        for name, v0 in plain_alone["data_driven"].items():
+            torch.testing.assert_close(saved["data_driven"][name], v0, rtol=1e-6, atol=1e-6 * v0.max().item())
+        assert saved["report"]["num_samples"] == 22
+        assert saved["report"]["mean_loss"] == pytest.approx(plain_alone["report"]["mean_loss"], rel=1e-6)
+        for name, v1 in saved["after"].items():
+            g = saved["gradients"][name].double()
+            v0 = saved["data_driven"].get(name, torch.zeros_like(g)).double()
+            torch.testing.assert_close(v1.double(), 0.999 * v0 + 0.001 * g.square(), rtol=1e-6, atol=1e-20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_v0_survives_a_distributed_checkpoint(plain, num_processes):
+    for name, count in (("written", NUM_PARAMETERS), ("measuring", 16)):
+        for saved in (rank["checkpoint"][name] for rank in plain(num_processes)):
+            with_v0 = {key: v for key, v in saved["saved"].items() if v.any()}
+            assert len(with_v0) == count
+            assert all(torch.equal(v, saved["loaded"][key]) for key, v in with_v0.items())
+            kept_on, loaded = saved["steps"]
+            assert all(torch.equal(w, loaded[key]) for key, w in kept_on.items())
+            assert saved["moved"] and saved["report"] == (name == "measuring")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("kind", ["fsdp2", "rows", "columns"])
+def test_drawing_makes_no_tensor_larger_than_this_process_part(plain, kind, num_processes):
+    """A layer of 16.8 MB: what a process makes while drawing is its own part, of 4,099 rows as evenly as they go."""
+    row = 1024 * 4
+    for saved in (rank[f"large_{kind}"] for rank in plain(num_processes)):
+        assert saved["whole"] == 4099 * row
+        assert saved["largest"] <= -(-4099 // num_processes) * row
+        drawn = plain(num_processes)[0]["large_rows"]["drawn"]
+        assert all(torch.equal(v0, drawn[name]) for name, v0 in saved["drawn"].items())
+
+
+def make_stub(**settings) -> SimpleNamespace:
+    """What `require_supported_run` looks at of a Trainer."""
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=settings.pop("fsdp_plugin", None)),
+        parallelism_config=settings.pop("parallelism_config", None),
+    )
+    config = SimpleNamespace(distributed_config=settings.pop("distributed_config", None))
+    return SimpleNamespace(
+        is_deepspeed_enabled=False, accelerator=accelerator, model=SimpleNamespace(config=config), args=SimpleNamespace(n_gpu=1),
+    )  # fmt: skip
+
+
+def test_fsdp1_is_refused_and_fsdp2_named():
+    with pytest.raises(InputError, match=r"FSDP1.*use FSDP2 \(fsdp_version: 2"):
+        require_supported_run(make_stub(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1)))
+    require_supported_run(make_stub(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"distributed_config": SimpleNamespace(pp_size=2)}, "pipeline parallelism"),
+        ({"distributed_config": SimpleNamespace(pp_size=1, ep_size=2)}, "expert parallelism"),
+        ({"parallelism_config": SimpleNamespace(cp_size=2)}, "context parallelism"),
+        ({"parallelism_config": SimpleNamespace(cp_size=1, sp_size=4)}, "sequence parallelism"),
+    ],
+)
+def test_parallelism_without_whole_samples_or_tensors_is_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        require_supported_run(make_stub(**settings))
+
+
+def test_other_optimizers_are_not_taken_for_deepspeeds():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 2))])
+    assert find_partitions(optimizer) is None

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from hf_v0init.sharding.draws import BLOCK_NUMEL, compute_block_seed, draw_standard_normal_
+from hf_v0init.sharding.parts import Fragment, clean_parameter_name, find_pieces
+from hf_v0init.sharding.tensor_statistics import compute_figures
+
+SHAPES = [(), (1,), (5,), (3, 7), (513, 1024), (700, 3, 5, 7), (2, BLOCK_NUMEL + 3)]
+
+
+def draw(shape, name="w", seed=1, **kwargs):
+    return draw_standard_normal_(torch.empty(shape), name=name, seed=seed, **kwargs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
+def test_rows_split_over_processes_are_the_whole_tensor_bit_for_bit(shape, num_parts):
+    whole = draw(shape)
+    if not shape:
+        return
+    parts = []
+    for rows in torch.arange(shape[0]).tensor_split(num_parts):
+        if len(rows):
+            part = torch.empty((len(rows), *shape[1:]))
+            offset = (int(rows[0]),) + (0,) * (len(shape) - 1)
+            parts.append(draw_standard_normal_(part, name="w", seed=1, full_shape=shape, offset=offset))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_columns_split_over_processes_are_the_whole_tensor_bit_for_bit():
+    shape = (513, 1024)
+    whole = draw(shape)
+    parts = [
+        draw_standard_normal_(torch.empty(513, 256), name="w", seed=1, full_shape=shape, offset=(0, 256 * i))
+        for i in range(4)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_draws_are_standard_normal_and_differ_by_name_and_seed():
+    a, b, c = draw((600, 500)), draw((600, 500), name="v"), draw((600, 500), seed=2)
+    for x in (a, b, c):
+        assert x.mean().item() == pytest.approx(0.0, abs=0.01)
+        assert x.std().item() == pytest.approx(1.0, abs=0.01)
+    for x, y in ((a, b), (a, c), (b, c)):
+        assert abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()) < 0.01
+
+
+def test_blocks_of_one_tensor_are_independent():
+    a = draw((2 * (BLOCK_NUMEL // 64), 64))
+    first, second = a.chunk(2)
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()) < 0.01
+
+
+def test_global_random_state_is_not_touched():
+    before = torch.get_rng_state()
+    draw((100, 100))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_narrow_dtypes_are_cast_from_the_same_fp32_draws():
+    bf16 = draw_standard_normal_(
+        torch.empty(50, 60, dtype=torch.bfloat16), name="w", seed=1, transform=lambda z: z.square_()
+    )
+    assert torch.equal(bf16, draw((50, 60)).square().to(torch.bfloat16))
+
+
+def test_block_seed_is_a_fixed_function():
+    """Pinned: a change of it changes every user's random v0."""
+    assert compute_block_seed(42, "transformer.wte.weight", 0) == 9028124940478335008
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.a.weight",
+        "_orig_mod.a.weight",
+        "module._orig_mod.a.weight",
+        "_fsdp_wrapped_module.a._checkpoint_wrapped_module.weight",
+    ],
+)
+def test_wrapper_prefixes_do_not_count(name):
+    assert clean_parameter_name(name) == "a.weight"
+    assert clean_parameter_name("submodule.weight") == "submodule.weight"
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (513, 1024), (70, 3, 5, 7)])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
+def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
+    """As ZeRO cuts: in equal numbers of elements, through the middle of rows."""
+    whole = draw(shape).flatten()
+    size = -(-whole.numel() // num_parts)
+    for start in range(0, whole.numel(), size):
+        part = torch.full((min(size, whole.numel() - start),), float("nan"))
+        pieces = find_pieces(Fragment(part, shape, start))
+        assert 1 <= len(pieces) <= 3
+        for piece in pieces:
+            draw_standard_normal_(piece.local, name="w", seed=1, full_shape=piece.full_shape, offset=piece.offset)
+        assert torch.equal(part, whole[start : start + len(part)])
+
+
+def test_a_process_without_any_element_has_no_piece():
+    assert find_pieces(Fragment(torch.empty(0), (3, 7), 21)) == []
+
+
+def test_figures_of_whole_tensors_and_fragments():
+    values = torch.tensor([[0.0, 2.0], [4.0, 0.0]])
+    fragment = Fragment(values.flatten()[1:3], (2, 2), 1)
+    assert compute_figures([values, fragment], over_processes=False) == [(1.5, 0.0, 4.0, 2), (3.0, 2.0, 4.0, 0)]
