@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__geta
     from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
     from .errors import InputError as InputError
     from .estimation.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
-    from .initialization.first_steps import attach_v0 as attach_v0
+    from .hook import attach_v0 as attach_v0
     from .loop.initialize import initialize_v0 as initialize_v0
     from .method.length import compute_warmup_length as compute_warmup_length
     from .method.multiplier import (
@@ -44,7 +44,7 @@ _HOME = {
     "V0InitSeq2SeqTrainer": "trainer.mixin",
     "SafeCheckpointsMixin": "trainer.safe_checkpoints",
     "V0DiagnosticsCallback": "diagnostics.callback",
-    "attach_v0": "initialization.first_steps",
+    "attach_v0": "hook",
     "initialize_v0": "loop.initialize",
     "measure_trust_radius": "estimation.trust_radius",
     "TrustRadius": "estimation.trust_radius",

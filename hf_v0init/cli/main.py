@@ -27,8 +27,8 @@ from ..method.multiplier import (
     compute_washout_warning,
     require_beta2,
     require_scale,
-    require_warmup_steps,
-    resolve_warmup_steps,
+    require_decay_steps,
+    resolve_decay_steps,
 )
 from ..plots import draw_multiplier, require_figure_path
 from ..second_moment.table import make_cells, make_markdown_table
@@ -83,7 +83,7 @@ def explain(
     if max_steps < 1:
         raise InputError(f"max_steps={max_steps}: must be a whole number >= 1, the optimizer steps of the run")
     if v0_decay_steps is not None:
-        v0_decay_steps = resolve_warmup_steps(require_warmup_steps(v0_decay_steps), max_steps)
+        v0_decay_steps = resolve_decay_steps(require_decay_steps(v0_decay_steps), max_steps)
     scale = compute_scale_in_force(v0_init, v0_scale, v0_decay_steps, adam_beta2)
     figure_path = require_figure_path(figure) if figure else None
     console = Console(highlight=False, markup=False)

@@ -40,7 +40,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import InputError
-from ..initialization.first_steps import find_first_steps
+from ..hook import find_hook
 from ..method.defaults import SCALED_BY_GRADIENTS
 from ..method.multiplier import compute_multiplier
 from ..second_moment.state import SecondMoments
@@ -130,8 +130,9 @@ class V0DiagnosticsCallback(TrainerCallback):
         step = state.global_step + 1
         if self._moment_samples is None:
             self._choose_elements(optimizer)
-            self._first_steps = find_first_steps(optimizer)
-            if self._first_steps is not None and self._first_steps.is_waiting:
+            self._first_steps = find_hook(optimizer)
+            decays_by_beta2 = self._first_steps is not None and self._first_steps.plan.decay == "beta2"
+            if decays_by_beta2 and self._first_steps.is_waiting:
                 self._first_steps.observers.append(self._read_v0)
             else:
                 self._read_v0()

@@ -50,7 +50,14 @@ from ..errors import InputError
 from ..sharding.fsdp import match_placements, reshard
 from ..sharding.parts import get_local_part, is_dtensor, is_sharded
 from ..sharding.processes import get_rank_and_world_size, raise_together
-from ..state_guard import preserve_model, preserve_rng, read_rng_states, write_rng_states
+from ..state_guard import (
+    defer_interrupts,
+    preserve_model,
+    preserve_rng,
+    raise_if_interrupted,
+    read_rng_states,
+    write_rng_states,
+)
 from .statistics import PassCounts, reduce_sums
 
 FIRST_DISPLACEMENT = 1e-4  # of every element; d50 was between 1e-4 and 1e-2 on every network measured
@@ -58,7 +65,12 @@ GRID_FACTOR = 2.0  # from one displacement to the next
 SMALLEST_DISPLACEMENT, LARGEST_DISPLACEMENT = 1e-10, 16.0
 CROSSING = 0.5  # of rho
 NEAR_ONE = 0.25  # |rho - 1| up to which the first-order model is said to hold
+SLOPE_TOLERANCE = 0.1  # between two small displacements, up to which the decrease is said to be proportional
 POINTS_BEYOND = 1  # displacements after the crossing, so that a plot shows how steeply rho falls
+
+
+class LossNotComputed(Exception):
+    """Raised by a loss function that has nothing to compute the loss of; says why."""
 
 
 @dataclass
@@ -149,12 +161,158 @@ def measure_trust_radius(
         )
     steps = [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
     started = time.perf_counter()
-    with preserve_rng(), preserve_model(model):
+    with defer_interrupts(), preserve_rng(), preserve_model(model):
         _switch_randomness_off(model)
         measurement = _Measurement(model, loss_fn, loss_scale)
         result = measurement.run(steps)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def measure_in_step(
+    parameters: Sequence[tuple[torch.Tensor, float]], loss_fn: Callable[[], Any], model: nn.Module | None = None
+) -> TrustRadius:
+    """Measure d50 while an optimizer step is being made: at the gradients in hand, along the update that Adam would make.
+
+    Adam's first update moves every element by its group's learning rate, so a displacement d moves the elements of a group by d
+    times the group's rate over the largest. The gradients may have been clipped or scaled by a factor that is not known here:
+    the predicted decrease per unit of displacement is the one measured at the smallest displacements, extrapolated to zero.
+
+    Several processes call it together; losses are means over them.
+
+    Args:
+        parameters: (parameter with its gradient, its group's learning rate over the largest one); weights are displaced in place
+            and put back bit for bit, also when an exception or Ctrl-C passes, which acts within one pass.
+        loss_fn: computes the loss of this step's batch at the weights as they are: a number or a scalar tensor.
+        model: whose buffers, modes and plain tensors are to be as before afterwards.
+
+    Returns:
+        What was measured. `d50` is None, and `reason` says why, where it could not be measured.
+    """
+    started = time.perf_counter()
+    walk = _StepWalk([(p, p.grad, rate) for p, rate in parameters], loss_fn, model)
+    with defer_interrupts(), preserve_rng(), torch.no_grad(), preserve_model(model) if model is not None else contextlib.nullcontext():
+        walk.run()
+    walk.result.seconds = time.perf_counter() - started
+    return walk.result
+
+
+class _StepWalk:
+    """The forwards of `measure_in_step`: where the weights are, and what the loss is there."""
+
+    def __init__(self, parameters, loss_fn: Callable[[], Any], model: nn.Module | None) -> None:
+        self.loss_fn, self.model = loss_fn, model
+        self.weights = [p for p, _, _ in parameters]
+        self.gradients = [match_placements(g.detach(), p) if is_dtensor(p) else g.detach() for p, g, _ in parameters]
+        self.rates = [rate for _, _, rate in parameters]
+        self.num_processes = get_rank_and_world_size()[1]
+        self.is_sharded = any(is_dtensor(p) for p in self.weights)
+        self.decreases: dict[float, float] = {}
+        self.result = TrustRadius(
+            has_batch_norm=model is not None and has_batch_norm(model),
+            num_elements=sum(p.numel() for p in self.weights),
+        )
+
+    def run(self) -> None:
+        result = self.result
+        self._reshard()
+        copies = [get_local_part(p.detach()).clone() for p in self.weights]
+        try:
+            result.loss = self._compute_loss()
+            if not math.isfinite(result.loss):
+                result.reason = f"the loss at the initial weights is {result.loss}"
+                return
+            slope, smallest = self._find_slope(copies)
+            if slope is None:
+                return
+            result.slope = slope
+            rho = walk_grid(lambda d: self._measure(copies, d) / (d * slope), smallest)
+        finally:
+            self._move(copies, 0.0)
+        result.displacements, result.rho = list(rho), list(rho.values())
+        result.d50, result.reason = find_crossing(rho)
+
+    def _find_slope(self, copies: list[torch.Tensor]) -> tuple[float | None, float]:
+        """Find the decrease per unit of displacement as the displacement goes to zero, and the smallest one to try."""
+        narrow = [p for p in self.weights if p.dtype in (torch.bfloat16, torch.float16)]
+        predicted = self._sum(
+            [
+                sum(
+                    rate * float(get_local_part(g).float().abs().sum(dtype=torch.float64))
+                    for g, rate in zip(self.gradients, self.rates, strict=True)
+                )
+            ]
+        )[0]
+        if not (math.isfinite(predicted) and predicted > 0.0):
+            self.result.reason = "no parameter got a gradient" if predicted == 0.0 else "a gradient is not finite"
+            return None, 0.0
+        smallest = SMALLEST_DISPLACEMENT
+        if narrow:
+            parts = [get_local_part(p.detach()) for p in narrow]
+            total, count = self._sum(
+                [sum(float(part.float().square().sum()) for part in parts), sum(part.numel() for part in parts)]
+            )
+            smallest = max(
+                smallest, 0.25 * max(torch.finfo(p.dtype).eps for p in narrow) * math.sqrt(total / max(1.0, count))
+            )
+        d = FIRST_DISPLACEMENT
+        while d / GRID_FACTOR >= smallest:
+            upper, lower = self._measure(copies, d) / d, self._measure(copies, d / GRID_FACTOR) / (d / GRID_FACTOR)
+            rounding = 4.0 * torch.finfo(torch.float32).eps * abs(self.result.loss) / d
+            if lower > rounding and abs(upper / lower - 1.0) <= SLOPE_TOLERANCE:
+                return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), d / GRID_FACTOR
+            if max(abs(lower), abs(upper)) <= rounding:
+                break
+            d /= GRID_FACTOR
+        self.result.reason = (
+            "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
+            "the loss or of the weights, or the loss is not smooth; measure in fp32"
+        )
+        return None, smallest
+
+    def _measure(self, copies: list[torch.Tensor], displacement: float) -> float:
+        """Measure the decrease of the loss at a displacement, once for each."""
+        if displacement not in self.decreases:
+            self._move(copies, displacement)
+            change = self.result.loss - self._compute_loss()
+            self.decreases[displacement] = change if math.isfinite(change) else -math.inf
+        return self.decreases[displacement]
+
+    def _move(self, copies: list[torch.Tensor], displacement: float) -> None:
+        self._reshard()
+        for weight, copy, gradient, rate in zip(self.weights, copies, self.gradients, self.rates, strict=True):
+            part = get_local_part(weight.detach())
+            part.copy_(copy)
+            if displacement and rate:
+                part.sub_(get_local_part(gradient).sign().to(part.dtype), alpha=displacement * rate)
+
+    def _compute_loss(self) -> float:
+        raise_if_interrupted()
+        total, error = 0.0, None
+        try:
+            loss = self.loss_fn()
+            total = float(loss.detach().double() if isinstance(loss, torch.Tensor) else loss)
+            self.result.num_forwards += 1
+        except Exception as exception:
+            error = exception
+        if error is not None and self.is_sharded:
+            error.raised_alone = True  # the others wait inside the model's own passes
+        if error is not None or self.num_processes > 1:
+            raise_together(error)
+        return self._sum([total])[0] / self.num_processes
+
+    def _sum(self, numbers: list[float]) -> list[float]:
+        if self.num_processes == 1:
+            return numbers
+        device = self.weights[0].device if self.weights else torch.device("cpu")
+        totals = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def _reshard(self) -> None:
+        """Free the whole parameters that FSDP2 keeps after a forward, which would hide what is written into the shards."""
+        if self.is_sharded and self.model is not None:
+            reshard(self.model)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -219,6 +377,7 @@ class _Measurement:
         """Compute the gradient of an optimizer step's batch, the mean over the processes: this process's part of each
         parameter; zeros where there is none.
         """
+        raise_if_interrupted()
         error = None
         try:
             with torch.enable_grad():
@@ -303,6 +462,7 @@ class _Measurement:
 
     def _compute_loss(self, micro_batches: Sequence[Any]) -> float:
         """Compute the loss of an optimizer step's batch at the weights as they are, the mean over the processes."""
+        raise_if_interrupted()
         total, error = 0.0, None
         try:
             for batch in micro_batches:

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import InputError
 from ..second_moment.state import SecondMoments
 from ..sharding.parts import clean_parameter_name, get_full_shape, is_sharded
-from .strategies import takes_v0
+from .strategies import is_eligible
 
 
 def name_parameters(model: nn.Module | None) -> dict[int, str]:
@@ -53,7 +53,7 @@ def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) ->
             continue
         _require_memory(name, parameter)
         shape = get_full_shape(parameter)
-        if takes_v0(shape, include_bias_and_norm) and parameter.is_floating_point():
+        if is_eligible(shape, include_bias_and_norm) and parameter.is_floating_point():
             if not plan.named_parameters:
                 plan.beta2 = moments.read_beta2(group)
             plan.named_parameters.append((name, parameter))

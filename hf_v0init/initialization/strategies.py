@@ -56,7 +56,7 @@ def compute_data_driven_v0_(grad_sq_mean: torch.Tensor, scale: float) -> torch.T
     return grad_sq_mean.mul_(scale)
 
 
-def takes_v0(shape: tuple[int, ...], include_bias_and_norm: bool = False) -> bool:
+def is_eligible(shape: tuple[int, ...], include_bias_and_norm: bool = False) -> bool:
     """Whether a parameter of this shape gets a v0: two or more dimensions, or all if `include_bias_and_norm`.
 
     The paper's text leaves biases and norms at zero; its Algorithm 2 does not.

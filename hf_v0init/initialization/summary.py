@@ -38,13 +38,17 @@ def sample_ratio(v0: torch.Tensor | Fragment, gradient: torch.Tensor | Fragment)
 
 
 def add_parameters(
-    report: V0Report, named: list[tuple[str, tuple[int, ...], torch.Tensor | Fragment]], over_processes: bool
+    report: V0Report,
+    named: list[tuple[str, tuple[int, ...], torch.Tensor | Fragment]],
+    over_processes: bool,
+    scale: float = 1.0,
 ) -> None:
     """Add the statistics of written second moments to the report.
 
     Args:
         named: name, shape of the whole parameter, its second moment (whole, DTensor or fragment).
         over_processes: whether any is sharded; then all processes must call this.
+        scale: from what is stored to v0.
 
     Raises:
         InputError: a v0 that is not finite.
@@ -54,6 +58,7 @@ def add_parameters(
     for (name, shape, _), (mean, low, high, zeros) in zip(named, figures, strict=True):
         if not all(math.isfinite(value) for value in (mean, low, high)):
             raise InputError(describe_not_finite(name))
+        mean, low, high = mean * scale, low * scale, high * scale
         report.parameters[name] = {"mean": mean, "min": low, "max": high, "zeros": int(zeros), "shape": list(shape)}
         report.num_zero_elements += int(zeros)
         report.num_parameters_with_v0 += 1

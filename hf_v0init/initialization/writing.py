@@ -8,7 +8,7 @@ optimizer as it was. What `first_steps` does, at the run's own first step, needs
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from torch import nn
 
 from ..errors import InputError
 from ..estimation.statistics import PassCounts, compute_grad_sq_mean_, make_sum_visitor, reduce_sums
-from ..estimation.stopping import TOLERANCE, compute_relative_errors, see_sums
 from ..records.report import V0Report, collect_versions
 from ..second_moment.state import StateDraft, count_touched, draft_state
 from ..sharding.parts import Fragment, get_full_shape, get_local_part
@@ -84,17 +83,14 @@ class GradSqMean:
         return cls(tensors, counts, None if ratio is None else float(ratio))
 
 
-def estimate_grad_sq_mean(
-    plan: V0Plan, run_pass: RunPass | Sequence[RunPass], effective_batch_size: float | None = None
-) -> GradSqMean:
+def estimate_grad_sq_mean(plan: V0Plan, run_pass: RunPass, effective_batch_size: float | None = None) -> GradSqMean:
     """Estimate E[g^2] of single samples (eq. 10) by a pass over training samples.
 
     The sums of the pass live in the future state's own `exp_avg` and `exp_avg_sq`; where these are narrower than fp32 or
     quantised, in fp32 buffers instead, since running sums in bf16 lose a fifth over a thousand batches.
 
     Args:
-        run_pass: see `RunPass`; its counts are this process's. Or several, the stages of one pass, which ends after the first
-            at which enough samples have been seen (`gradients.stopping`).
+        run_pass: see `RunPass`; its counts are this process's.
         effective_batch_size: samples of one optimizer step over all processes, for `GradSqMean.measured_ratio`.
 
     Raises:
@@ -111,8 +107,7 @@ def estimate_grad_sq_mean(
             draft = draft_state(plan.moments, stored, num_tensors=2, for_sums=True)
             drafts.append(draft)
             sums |= {parameters[part.name]: tuple(part.cut(tensor) for tensor in draft.tensors) for part in inside}
-    stages = [run_pass] if callable(run_pass) else run_pass
-    counts = _run_until_enough(stages, plan, sums)
+    counts = _run_together(run_pass, plan, make_sum_visitor(sums))
     counts = reduce_sums([tensor for pair in sums.values() for tensor in pair], counts)
     tensors, ratios = {}, []
     with torch.no_grad():
@@ -221,26 +216,6 @@ def _run_together(run_pass: RunPass, plan: V0Plan, visit: Callable) -> PassCount
     except Exception as exception:  # the others must hear of it before they wait for this process
         error = exception
     raise_together(error)
-    return counts
-
-
-def _run_until_enough(
-    stages: Sequence[RunPass], plan: V0Plan, sums: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]
-) -> PassCounts:
-    """Run the stages into `sums` until two halves of the samples agree; see `gradients.stopping`. Returns the counts of all."""
-    counts, visit, earlier = PassCounts(), make_sum_visitor(sums), None
-    for number, run_stage in enumerate(stages, start=1):
-        counts = counts + _run_together(run_stage, plan, visit)
-        if number == len(stages):
-            break
-        now = see_sums(*([take_elements(pair[i]) for pair in sums.values()] for i in (0, 1)), counts)
-        if earlier is not None:
-            if now.counts.num_samples < 2 * earlier.counts.num_samples:
-                break  # the data have ended
-            error = compute_median([compute_relative_errors(earlier, now, 1.0)], plan.is_sharded)
-            if error is None or error <= TOLERANCE:
-                break
-        earlier = now
     return counts
 
 

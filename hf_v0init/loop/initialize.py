@@ -23,12 +23,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from ..estimation.stopping import list_stages
 from ..initialization.plan import plan_v0
 from ..initialization.writing import estimate_grad_sq_mean, write_v0
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoments
-from ..settings import AUTO, V0InitArguments
+from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments, V0Plan
 from ..sharding.processes import get_rank_and_world_size
 from ..state_guard import defer_interrupts
 from .gradients import LoopGradients, LossFunction, count_first_dimension, unwrap_model
@@ -45,9 +44,9 @@ def initialize_v0(
     accelerator=None,
     v0_scale: float | None = None,
     v0_decay_steps: float | None = None,
-    v0_num_samples: int | str | None = V0InitArguments.v0_num_samples,
+    v0_num_samples: int | None = DEFAULT_NUM_SAMPLES,
     v0_seed: int = 0,
-    v0_include_bias_and_norm: bool = V0InitArguments.v0_include_bias_and_norm,
+    v0_include_bias_and_norm: bool = False,
     batches_per_step: int | None = None,
     effective_batch_size: float | None = None,
     count_samples: Callable[[Any], int] | None = None,
@@ -65,8 +64,7 @@ def initialize_v0(
             division by accumulation steps. It must use the model it is given, which is not inside DDP.
         accelerator: places the batches on its device and tells precision and accumulation.
         v0_scale, v0_decay_steps, v0_seed, v0_include_bias_and_norm: as the flags of these names.
-        v0_num_samples: samples over all processes, rounded up to whole batches; "auto": as many as are enough
-            (see `gradients.stopping`); None: all of `batches`.
+        v0_num_samples: samples over all processes, rounded up to whole batches; None: all of `batches`.
         batches_per_step: batches per process that one optimizer step averages over. Default: the accelerator's
             `gradient_accumulation_steps`, or 1.
         effective_batch_size: samples of one optimizer step over all processes, which the log's outlook needs. Default: samples
@@ -75,7 +73,7 @@ def initialize_v0(
         other_modules: further modules that `loss_fn` runs, such as a GAN's other network. They are left as they were, and their
             gradients are neither computed nor kept.
         max_steps: optimizer steps of the whole run. With it the report and the log say what v0 will do over the run, and
-            `v0_decay_steps` below 1 is a share of them.
+            `v0_decay_steps` below 1 is a fraction of them.
 
     Returns:
         What was done, see `V0Report`; `report.to_dict()` are plain JSON types.
@@ -84,7 +82,7 @@ def initialize_v0(
         InputError: (a ValueError) bad settings; an optimizer without a second moment or with state already; no batches; a
             loss that is no scalar, not finite or without gradient. The optimizer is then as before.
     """
-    settings = V0InitArguments(
+    wanted = V0InitArguments(
         v0_init="data_driven",
         v0_estimator="per_sample",
         v0_scale=v0_scale,
@@ -100,23 +98,24 @@ def initialize_v0(
             raise InputError(f"initialize_v0 takes v0 from gradients: give {name}; attach_v0 needs none")
     plan = plan_v0(optimizer, unwrap_model(model), v0_include_bias_and_norm)
     _require_fresh(plan.moments)
-    _require_scale_known(settings, plan.moments)
+    _require_scale_known(wanted, plan.moments)
     gradients = LoopGradients(
         model, loss_fn, accelerator, count_samples or count_first_dimension, other_modules, v0_seed
     )
     minibatch = batches_per_step or getattr(accelerator, "gradient_accumulation_steps", 1)
     with defer_interrupts(), gradients.open(batches):
-        stages = _list_stages(v0_num_samples, gradients.first_size)
-        run = [functools.partial(gradients.run, batch_range=stage) for stage in stages]
+        num_batches = math.inf if v0_num_samples is None else math.ceil(v0_num_samples / gradients.first_size)
+        run = functools.partial(gradients.run, batch_range=(0, num_batches))
         of_step = float(effective_batch_size or gradients.num_samples_at_once * minibatch)
         estimate = estimate_grad_sq_mean(plan, run, of_step)
         report = write_v0(
             plan,
             estimate,
-            lambda beta2: settings.get_v0_scale(beta2 or 0.0),
+            lambda beta2: wanted.get_scale(beta2 or 0.0),
             seed=v0_seed,
             include_bias_and_norm=v0_include_bias_and_norm,
-            warmup_steps=settings.v0_decay_steps,
+            decay=wanted.decay,
+            decay_steps=wanted.decay_steps,
             num_samples_requested=v0_num_samples,
             stats_batch_size=gradients.first_size,
             effective_batch_size=of_step,
@@ -126,13 +125,6 @@ def initialize_v0(
     if get_rank_and_world_size()[0] == 0:
         report.log()
     return report
-
-
-def _list_stages(num_samples: int | str | None, batch_size: int) -> list[tuple[int, float]]:
-    """List the ranges of batches after each of which the pass may end; one, unless that is to be found out."""
-    if num_samples == AUTO:
-        return list_stages(batch_size)
-    return [(0, math.inf if num_samples is None else math.ceil(num_samples / batch_size))]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -166,13 +158,13 @@ def _require_fresh(moments: SecondMoments) -> None:
         )
 
 
-def _require_scale_known(settings: V0InitArguments, moments: SecondMoments) -> None:
+def _require_scale_known(wanted: V0Plan, moments: SecondMoments) -> None:
     for group in moments.list_groups():
         beta2 = moments.read_beta2(group)
         if beta2 is not None:
-            settings.get_v0_scale(beta2)
-        elif settings.v0_decay_steps is not None:
+            wanted.get_scale(beta2)
+        elif wanted.decay_steps is not None:
             raise InputError(
-                f"v0_decay_steps={settings.v0_decay_steps} with {moments.name}: its second moment "
+                f"v0_decay_steps={wanted.decay_steps} with {moments.name}: its second moment "
                 "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"
             )

@@ -17,9 +17,13 @@ and what not:
 Plain Python, so that the command line can use it without importing torch.
 """
 
+import logging
 import math
+from dataclasses import asdict, dataclass
 
 from ..errors import InputError
+
+logger = logging.getLogger("hf_v0init")
 
 STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
 LONGEST_SHARE = 2 / 3  # of the run; beyond it nothing is left to train with
@@ -88,6 +92,72 @@ def compute_largest_rate_with_room(d50: float, num_steps: int) -> float:
     """
     with_warmup = LONGEST_SHARE * _require_num_steps(num_steps) / STEPS_PER_X * _require_d50(d50)
     return max(with_warmup, compute_largest_rate_without_warmup(d50))
+
+
+@dataclass(frozen=True)
+class WarmupLength:
+    """For how long a run warms up, and what was measured for it.
+
+    Attributes:
+        steps: optimizer steps; 0 where no warmup is needed.
+        d50: the trust radius, in the weights' own unit; None where it could not be measured, `reason` says why.
+        learning_rate: the largest of the optimizer's groups.
+        x: learning_rate / d50; None without d50.
+        is_capped: whether `LONGEST_SHARE` of the run stands in for a longer warmup that x asks for.
+        num_forwards, seconds: what the measurement took.
+    """
+
+    steps: int
+    d50: float | None
+    learning_rate: float
+    x: float | None = None
+    is_capped: bool = False
+    reason: str | None = None
+    has_batch_norm: bool = False
+    num_forwards: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    def describe(self, what: str) -> str:
+        """Say in one line what was measured and what follows; `what` takes the number of steps, as in "v0 decays over"."""
+        if self.d50 is None:
+            return (
+                f"the trust radius cannot be measured ({self.reason}): {what} 2 / (1 - beta2) steps, {self.steps:,}; give "
+                "--v0_decay_steps or --warmup_steps to choose yourself"
+            )
+        found = f"trust radius d50 {self.d50:.3g}, learning rate / d50 = {self.x:.3g}"
+        if self.steps == 0:
+            return f"{found}: no warmup needed, so this run is stock Adam's"
+        cut = f", cut from {round(STEPS_PER_X * self.x):,} to two thirds of the run" if self.is_capped else ""
+        return f"{found}: {what} {self.steps:,} steps{cut}"
+
+    def log(self, what: str) -> None:
+        """Log what `describe` says; a warning where nothing was measured."""
+        (logger.warning if self.d50 is None else logger.info)(self.describe(what))
+
+
+def choose_length(
+    d50: float | None, learning_rate: float, num_steps: int, *, beta2: float, has_batch_norm: bool = False, **found
+) -> WarmupLength:
+    """Choose the warmup of a run of `num_steps` from its trust radius; where there is none, 2 / (1 - beta2) steps.
+
+    Args:
+        d50: displacement per element, > 0; None where it could not be measured.
+        learning_rate: the peak of the optimizer's groups.
+        beta2: of the optimizer, in (0, 1).
+        found: further fields of `WarmupLength`.
+    """
+    if d50 is None:
+        longest = max(1, math.floor(LONGEST_SHARE * _require_num_steps(num_steps)))
+        steps = min(math.ceil(2 / (1 - beta2) - 1e-6), longest)
+        return WarmupLength(steps, None, learning_rate, has_batch_norm=has_batch_norm, **found)
+    x = compute_relative_rate(learning_rate, d50)
+    steps = compute_warmup_length(x, num_steps, has_batch_norm=has_batch_norm)
+    is_capped = is_cut_short(x, num_steps, has_batch_norm=has_batch_norm)
+    return WarmupLength(steps, d50, learning_rate, x, is_capped, has_batch_norm=has_batch_norm, **found)
 
 
 def _require_d50(d50: float) -> float:

@@ -88,7 +88,7 @@ def compute_scale_for_warmup(steps: float, beta2: float, target: float = WASHED_
     return k * math.expm1(exponent)
 
 
-def require_warmup_steps(steps: float) -> float:
+def require_decay_steps(steps: float) -> float:
     """Return `v0_decay_steps` if it is a whole number of optimizer steps >= 1 (as an int) or a share of the run in (0, 1).
 
     Raises:
@@ -105,7 +105,7 @@ def require_warmup_steps(steps: float) -> float:
     )
 
 
-def resolve_warmup_steps(steps: float, max_steps: int) -> int:
+def resolve_decay_steps(steps: float, max_steps: int) -> int:
     """Return `v0_decay_steps` as optimizer steps: a share in (0, 1) is of the run's `max_steps`, rounded up."""
     return math.ceil(steps * max_steps) if steps < 1.0 else int(steps)
 
@@ -171,5 +171,5 @@ def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_fo
         remedy = f"--v0_decay_steps {third} (a third of the run) instead of --v0_scale"
     return (
         f"v0 will not have washed out: it still multiplies the step by {at_end:.3g} at the last step ({max_steps:,}) and reaches "
-        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}; or --v0_init auto, a warmup of measured length"
+        f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}; or --v0_decay linear"
     )

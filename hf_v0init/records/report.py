@@ -7,23 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 
 REPORT_FILE = "v0_init.json"
+DECAY_FILE = "v0_decay.safetensors"  # in checkpoints that are saved while v0 decays linearly
 
 MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does not decay is worth a warning
-
-# The settings that must be the same for a resumed run to be the run that was begun.
-SETTINGS = (
-    "strategy",
-    "scale",
-    "estimator",
-    "estimation_steps",
-    "num_samples_requested",
-    "stats_batch_size",
-    "seed",
-    "include_bias_and_norm",
-)
 
 logger = logging.getLogger("hf_v0init")
 
@@ -39,8 +29,10 @@ class V0Report:
     """
 
     strategy: str
-    scale: float
+    scale: float | None
     seed: int
+    decay: str = "beta2"
+    decay_steps: int | None = None
     estimator: str | None = None
     estimation_steps: int | None = None
     num_samples_requested: int | str | None = None
@@ -50,7 +42,6 @@ class V0Report:
     stats_batch_size: int | None = None
     effective_batch_size: float | None = None
     include_bias_and_norm: bool = False
-    warmup_steps: int | None = None
     optimizer: str | None = None
     beta2: float | None = None
     max_steps: int | None = None
@@ -77,8 +68,8 @@ class V0Report:
         return asdict(self)
 
     @property
-    def ratio(self) -> float:
-        """The size of v0 beside the g^2 of an optimizer step, as measured; the scale where it was not."""
+    def ratio(self) -> float | None:
+        """The size of v0 beside the g^2 of an optimizer step, as measured; the scale where it was not. None with linear."""
         return self.scale if self.measured_ratio is None else self.measured_ratio
 
     @property
@@ -89,14 +80,24 @@ class V0Report:
     def add_expectation(self, max_steps: int) -> None:
         """Fill in the multiplier m(t) over a run of `max_steps` optimizer steps, where the closed form holds."""
         self.max_steps = max_steps
-        if self.beta2 is not None and not self.is_all_zero:
+        if self.is_all_zero:
+            return
+        if self.decay == "linear":
+            first = self.estimation_steps or 1
+            steps = {1, first, self.decay_steps // 2, self.decay_steps, max_steps}
+            table = {
+                step: compute_linear_factor(step, self.decay_steps) for step in sorted(steps) if 1 <= step <= max_steps
+            }
+        elif self.beta2 is not None:
             table = compute_multiplier_table(self.ratio, self.beta2, max_steps)
-            self.multiplier = {str(step): value for step, value in table.items()}
+        else:
+            return
+        self.multiplier = {str(step): value for step, value in table.items()}
 
     def describe(self) -> list[str]:
         """Return the summary, two lines at most: what was written, from what; and what it will do on this run."""
         if self.strategy == "random":
-            source = "drawn"
+            source = "drawn, sized tensor by tensor by g^2 of the first step" if self.decay == "linear" else "drawn"
         elif self.estimator == "per_sample":
             skipped = f", {self.num_skipped:,} without a loss skipped" if self.num_skipped else ""
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
@@ -116,11 +117,15 @@ class V0Report:
             shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
             what = "start at 0" if self.estimator == "per_sample" else "get theirs at their first gradient"
             later = f"; {len(self.without_gradient)} without a gradient so far {what}: {shown}"
+        decay = f"linear decay over {self.decay_steps:,} steps" if self.decay == "linear" else f"scale {self.scale:g}"
         lines = [
-            f"v0 ({self.strategy}, scale {self.scale:g}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
+            f"v0 ({self.strategy}, {decay}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
             f"{self.v0_max:.3g}; {self.num_parameters_with_v0} tensors with v0, {self.num_parameters_without_v0} without{zeros}{later}"
         ]
-        if self.beta2 is not None and self.max_steps and not self.is_all_zero:
+        if self.decay == "linear" and self.multiplier:
+            factors = ", ".join(f"{value:.3g} at step {int(step):,}" for step, value in self.multiplier.items())
+            lines.append(f"effective learning-rate factor, where g^2 keeps its size: {factors}")
+        elif self.beta2 is not None and self.max_steps and not self.is_all_zero:
             lines.append(
                 f"v0 is {self.ratio:.3g} times g^2 (median over elements), which multiplies the step by "
                 + describe_multiplier(self.ratio, self.beta2, self.max_steps)
@@ -135,7 +140,7 @@ class V0Report:
             else:
                 remedy = "check that the loss depends on the optimizer's parameters"
             return f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"
-        if not self.max_steps:
+        if not self.max_steps or self.decay == "linear":
             return None
         if self.beta2 is None:
             if self.ratio <= MUCH_WITHOUT_DECAY:
@@ -145,7 +150,7 @@ class V0Report:
                 "decay as Adam's does: v0 may hold the steps back for the whole run. Remedy: --v0_init data_driven, whose v0 has the "
                 "gradients' own size"
             )
-        return compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.warmup_steps)
+        return compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.decay_steps)
 
     def log(self) -> None:
         """Log the summary, and the warning if there is one."""
@@ -154,11 +159,6 @@ class V0Report:
         warning = self.find_warning()
         if warning is not None:
             logger.warning(warning)
-
-    def find_differences(self, other: dict) -> list[str]:
-        """Name the settings in which this report and the stored one `other` differ, as 'name: stored -> now'."""
-        mine = self.to_dict()
-        return [f"{name}: {other.get(name)} -> {mine[name]}" for name in SETTINGS if other.get(name) != mine[name]]
 
 
 def write_report(report: dict, folder: str | os.PathLike) -> Path:
@@ -188,6 +188,44 @@ def read_report(folder: str | os.PathLike) -> dict | None:
     if not isinstance(report, dict) or "strategy" not in report:
         raise InputError(f"{path} is no v0 report; delete it to resume without the record of v0")
     return report
+
+
+def write_decay_state(state: dict, folder: str | os.PathLike) -> None:
+    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.safetensors` into `folder`, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(folder) / DECAY_FILE
+    aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
+    tensors, numbers = {}, {key: value for key, value in state.items() if key != "held"} | {"held": {}}
+    for name, entry in state["held"].items():
+        numbers["held"][name] = {key: value for key, value in entry.items() if key not in ("rows", "columns")}
+        for key in ("rows", "columns"):
+            if key in entry:
+                tensors[f"{key}.{name}"] = entry[key].detach().cpu().contiguous()
+    save_file(tensors, aside, metadata={"state": json.dumps(numbers)})
+    os.replace(aside, path)
+
+
+def read_decay_state(folder: str | os.PathLike) -> dict | None:
+    """Read what `write_decay_state` wrote; None if there is none.
+
+    Raises:
+        InputError: the file is there but is not whole.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder) / DECAY_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                key, _, parameter = name.partition(".")
+                state["held"][parameter][key] = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+    return state
 
 
 def collect_versions() -> dict[str, str]:

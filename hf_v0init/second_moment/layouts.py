@@ -50,6 +50,7 @@ class PlainLayout:
         square_root: whether the tensor holds the root of the second moment (Adamax).
         unknown_options: group options that add state which is not known here, and so must be off.
         find_decay: the decay of the second moment from a parameter group; None where it is no decaying mean of g^2.
+        no_linear_decay: why v0 cannot decay linearly, which takes a beta2 that may change from step to step; "" if it can.
     """
 
     second_moment: str = "exp_avg_sq"
@@ -62,6 +63,7 @@ class PlainLayout:
     square_root: bool = False
     unknown_options: tuple[str, ...] = ()
     find_decay: Callable[[dict], float | None] = _second_beta
+    no_linear_decay: str = ""
 
     def create_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State:
         """Create the state of `parameter` before the first step; not yet part of the optimizer.
@@ -108,6 +110,20 @@ class PlainLayout:
         """Return the second moment: the live tensor, or its square where the root is what is stored."""
         own = state[self.second_moment]
         return own.square() if self.square_root else own
+
+    def multiply_(self, state: State, factor: float) -> None:
+        """Multiply the second moment by a number, in place."""
+        state[self.second_moment].mul_(factor)
+
+    def explain_no_linear_decay(self, group: dict) -> str:
+        """Say why v0 cannot decay linearly in this group; "" if it can."""
+        if self.no_linear_decay:
+            return self.no_linear_decay
+        if group.get("amsgrad") or group.get("ams_bound"):
+            return "it keeps the largest second moment, which never decays"
+        if self.find_decay is not _second_beta or "betas" not in group:
+            return "its second moment is no mean of g^2 that decays by betas[1]"
+        return ""
 
     def find_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State | None:
         """Return the state that steps, a checkpoint or a v0 have left for `parameter`, or None; creates nothing."""
@@ -220,6 +236,11 @@ class BitsAndBytesLayout(PlainLayout):
         code, absmax = self._find_code(state)
         return dequantize_blockwise(own, absmax=absmax, code=code, blocksize=BNB_BLOCK_SIZE)
 
+    def multiply_(self, state: State, factor: float) -> None:
+        """Multiply the second moment by a number, in place: of 8-bit codes their scales, so that nothing is rounded anew."""
+        own = state[self.second_moment]
+        (self._find_code(state)[1] if own.dtype == torch.uint8 else own).mul_(factor)
+
     def _find_code(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
         number = self.second_moment.removeprefix("state")
         return state[f"qmap{number}"], state[f"absmax{number}"]
@@ -245,6 +266,11 @@ class TorchAOLayout(PlainLayout):
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""
         get_local_part(state[self.second_moment]).copy_(get_local_part(v0).float())
+
+    def multiply_(self, state: State, factor: float) -> None:
+        """Multiply the second moment by a number, in place: of codes their scales, so that nothing is rounded anew."""
+        local = get_local_part(state[self.second_moment])
+        (local if type(local) is torch.Tensor else local.scale).mul_(factor)
 
     def read(self, state: State) -> torch.Tensor:
         """Return the second moment in fp32 (a DTensor where the state is one); the live tensor where it is plain."""
@@ -277,7 +303,7 @@ _STEP = {"step": 0.0}
 LAYOUTS: dict[str, PlainLayout] = {
     "adam": PlainLayout(scalars=_STEP, conditional=(("amsgrad", "max_exp_avg_sq"),)),
     "nadam": PlainLayout(scalars=_STEP | {"mu_product": 1.0}),
-    "radam": PlainLayout(scalars=_STEP),
+    "radam": PlainLayout(scalars=_STEP, no_linear_decay="its rectification is a warmup by beta2 already"),
     "adamax": PlainLayout("exp_inf", scalars=_STEP, square_root=True, find_decay=_no_beta),
     "rmsprop": PlainLayout(
         "square_avg",
@@ -299,5 +325,5 @@ LAYOUTS: dict[str, PlainLayout] = {
     "bitsandbytes": BitsAndBytesLayout("state2"),
     "bitsandbytes_rmsprop": BitsAndBytesLayout("state1", find_decay=_first_beta),
     "bitsandbytes_adagrad": BitsAndBytesLayout("state1", find_decay=_no_beta),
-    "torchao": TorchAOLayout(),
+    "torchao": TorchAOLayout(no_linear_decay="its step is compiled anew for every beta2"),
 }

@@ -111,6 +111,7 @@ def _find_layout(optimizer: torch.optim.Optimizer) -> ProbedLayout:
             find_decay=lambda group: _read_beta2(group, option),
             zeros_like_parameter=template.zeros,
             small=template.small,
+            no_linear_decay="it is not listed, and how it corrects the bias of its second moment is not known",
         )
         reason = next((r for r in (_try_layout(optimizer, layout, case, beta2) for case in cases) if r), "")
         if reason:

@@ -56,7 +56,7 @@ def find_layout(optimizer) -> PlainLayout:
     return layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What of one parameter lies in a stored tensor.
 
@@ -72,7 +72,7 @@ class Part:
     cut: Callable[[torch.Tensor], torch.Tensor | Fragment] = lambda tensor: tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
     """A tensor that the innermost optimizer steps.
 
@@ -179,6 +179,49 @@ class SecondMoments:
                 "start again"
             )
         self.layout.put_state(self.inner, tensor, group, state)
+
+    def change(
+        self, stored: StoredTensor, parts: Iterable[Part], change: Callable[[Part, torch.Tensor | Fragment], None]
+    ) -> None:
+        """Let `change` act on the second moment, part by part, in place; the state is created where there is none.
+
+        Args:
+            stored: one of `list_tensors`.
+            parts: those of `stored.parts` that change.
+            change: gets a part and its second moment in units of gradient squared: the live tensor, or a copy in fp32 that is stored
+                afterwards where the state is quantised or a root.
+        """
+        state = self.find_state(stored.tensor, stored.group)
+        is_new = state is None
+        if is_new:
+            state = self.create_state(stored.tensor, stored.group)
+        own = state[self.layout.second_moment]
+        moment = self.layout.read(state)
+        for part in parts:
+            change(part, part.cut(moment))
+        if moment is not own:
+            self.layout.write_(state, moment)
+        if is_new:
+            self.put_state(stored.tensor, stored.group, state)
+
+    def count_steps(self, stored: StoredTensor) -> int | None:
+        """Return how many steps the optimizer has made on a stored tensor; None where it keeps no such count."""
+        state = self.find_state(stored.tensor, stored.group)
+        if state is None:
+            return 0
+        for place, key in ((state, "step"), (stored.group, "step"), (stored.group, "k")):
+            if key in place:
+                return int(place[key])
+        return None
+
+    def require_linear_decay(self) -> None:
+        """Raise `InputError` if a v0 cannot decay linearly in every group, naming what to use."""
+        for group in self.inner.param_groups:
+            reason = self.layout.explain_no_linear_decay(group)
+            if reason:
+                raise InputError(
+                    f"v0_decay=linear with {self.name}: {reason}; use v0_decay=beta2, or optim=adamw_torch"
+                )
 
     def is_untouched(self) -> bool:
         """Whether the optimizer has made no step, loaded no state and got no v0."""

@@ -1,7 +1,7 @@
-"""`--probe_only`: a training script builds its run, measures how far it may step, says so and ends without a step.
+"""`--probe_only`: a training script builds its run, measures how far it may step, says so and ends without an update.
 
-The Trainer prepares everything as for training (device, precision, sharding, loader); at `on_train_begin` the trust radius is
-measured on the first batches, and the run is left. Nothing is written but the plot.
+The Trainer prepares everything as for training (device, precision, sharding, loader); in the first optimizer step the trust radius
+is measured, and the run is left. Nothing is written but the plot.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import InputError
@@ -27,10 +27,8 @@ from ..method.length import (
     is_cut_short,
 )
 from ..plots import draw_trust_radius, require_figure_path
-from ..trainer.trust_radius import measure_run
+from ..trainer.probe import measure_run
 from .script_stages import flag
-
-PROBED_STEPS = 4  # optimizer steps whose batches are looked at
 
 
 @dataclass
@@ -59,50 +57,31 @@ def turn_into_probe(training: TrainingArguments) -> None:
     training.eval_strategy, training.eval_on_start, training.save_strategy = IntervalStrategy.NO, False, SaveStrategy.NO
     training.load_best_model_at_end, training.push_to_hub, training.report_to = False, False, []
     training.resume_from_checkpoint = None
-    training.v0_init, training.v0_scale, training.v0_decay_steps = "zeros", None, None
+    training.v0_init, training.v0_scale, training.v0_decay_steps, training.v0_decay = "zeros", None, None, None
+    training.v0_preset, training.v0_estimation_steps = None, None
     training.untuned_warmup = None
     training.v0_record_run, training.disable_tqdm = False, True
     if training.log_level == "passive":
         training.log_level = "warning"
 
 
-class _Probed(Exception):
-    """Leaves `Trainer.train` before the first step, with what was measured."""
-
-    def __init__(self, radius: TrustRadius, num_steps: int) -> None:
-        self.radius, self.num_steps = radius, num_steps
-
-
-class _Probe(TrainerCallback):
-    """Measures once everything is prepared."""
-
-    def __init__(self, trainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Measure, and leave the training."""
-        raise _Probed(measure_run(self.trainer, train_dataloader, PROBED_STEPS), state.max_steps)
-
-
 def probe_and_print(trainer, probe: ProbeArguments) -> TrustRadius:
     """Prepare the run as for training, measure, print, draw; return what was measured."""
-    trainer.add_callback(_Probe(trainer))
     try:
-        trainer.train()
-    except _Probed as probed:
-        radius, num_steps = probed.radius, probed.num_steps
+        radius, learning_rate = measure_run(trainer)
     finally:
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    num_steps = trainer.state.max_steps
     if trainer.is_world_process_zero():
         console = Console(highlight=False, markup=False)
-        print_probe(console, radius, trainer.args.learning_rate, num_steps, trainer.args.get_warmup_steps(num_steps))
+        print_probe(console, radius, learning_rate, num_steps, trainer.args.get_warmup_steps(num_steps))
         if probe.probe_figure is not None and radius.rho:
             draw_trust_radius(
                 probe.probe_figure,
                 radius.displacements,
                 radius.rho,
                 d50=radius.d50,
-                learning_rate=trainer.args.learning_rate,
+                learning_rate=learning_rate,
             )
             console.print(f"Plot: {probe.probe_figure}", soft_wrap=True)
     return radius

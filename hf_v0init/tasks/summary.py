@@ -90,7 +90,21 @@ def _describe_training(trainer, results: Mapping[str, Any]) -> str:
 
 
 def _describe_v0(report: Mapping[str, Any] | None) -> str:
+    """Say what the run did in place of a tuned warmup, from its record."""
     if report is None:
         return "zero, as in torch"
-    scale = report.get("scale")
-    return str(report.get("strategy")) + (f", scale {scale:g}" if isinstance(scale, (int, float)) else "")
+    length = report.get("length") or {}
+    measured = f" (measured: learning rate / d50 = {length['x']:.3g})" if length.get("x") is not None else ""
+    if length.get("is_capped"):
+        measured = measured[:-1] + ", cut to two thirds of the run)"
+    if report.get("strategy") == "zeros":
+        if report.get("warmup_steps"):
+            return f"zero, as in torch, beside a warmup of {report['warmup_steps']:,} steps{measured}"
+        return f"zero, as in torch: no warmup needed{measured}"
+    words = [str(report["strategy"])]
+    if report.get("decay") == "linear":
+        words.append(f"linear decay over {report['decay_steps']:,} steps{measured}")
+    else:
+        scale = report.get("scale")
+        words.append("decay by beta2" + (f", scale {scale:g}" if isinstance(scale, (int, float)) else ""))
+    return ", ".join(words)

@@ -1,31 +1,33 @@
 """The flags joined to transformers' own: `TrainingArguments` and `Seq2SeqTrainingArguments` with a v0."""
 
 import logging
+import sys
 from dataclasses import dataclass
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from ..settings import V0InitArguments
-from .callback import exists_unattached_callback
+from .callback import V0InitCallback
 
 logger = logging.getLogger("hf_v0init")
 
 
 class _NoticesStockTrainers:
-    """Warns, once, where a Trainer that knows no v0 is given arguments that ask for one, or for an untuned warmup."""
-
-    _v0_is_taken = False  # True: whoever trains heeds the flags
+    """Warns where a Trainer that knows no v0 makes its schedule from arguments that ask for one, or for an untuned warmup."""
 
     def get_warmup_steps(self, num_training_steps: int):
-        """Return the warmup's steps as transformers does, when the Trainer makes its schedule."""
-        asked = [f"v0_init={self.v0_init}"] if self.v0_init != "zeros" else []
-        asked += [f"untuned_warmup={self.untuned_warmup}"] if self.untuned_warmup is not None else []
-        if asked and not self._v0_is_taken and not exists_unattached_callback():
-            self._v0_is_taken = True
-            logger.warning(
-                f"{' and '.join(asked)} has no effect: this Trainer knows neither v0 nor its warmups. Use V0InitTrainer, or "
-                "V0InitCallback().attach(trainer) before train()"
-            )
+        """Return the warmup's steps as transformers does."""
+        asker = sys._getframe(1).f_locals.get("self")
+        if isinstance(asker, Trainer) and not any(
+            isinstance(callback, V0InitCallback) for callback in asker.callback_handler.callbacks
+        ):
+            asked = [f"v0_init={self.v0_init}"] if self.v0_init != "zeros" else []
+            asked += [f"untuned_warmup={self.untuned_warmup}"] if self.untuned_warmup is not None else []
+            if asked:
+                logger.warning(
+                    f"{' and '.join(asked)} has no effect: this Trainer knows neither v0 nor its warmups. Use V0InitTrainer, or "
+                    "V0InitCallback().attach(trainer) before train()"
+                )
         return super().get_warmup_steps(num_training_steps)
 
 

@@ -24,10 +24,9 @@ from ..estimation.batches import (
     require_reiterable,
 )
 from ..estimation.statistics import PassCounts, visit_gradients
-from ..estimation.stopping import BATCH_SIZE, list_stages
 from ..estimation.together import count_row_items, visit_gradients_together
 from ..second_moment.state import SecondMoments
-from ..settings import AUTO, V0InitArguments
+from ..settings import V0Plan
 from ..sharding.fsdp import find_data_share
 from ..sharding.parts import is_sharded
 from ..state_guard import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
@@ -47,13 +46,13 @@ class TrainerGradients:
 
     Args:
         trainer: a `transformers.Trainer`, its model and optimizer prepared.
-        settings: with `v0_estimator="per_sample"`.
+        plan: with the per-sample estimator.
         moments: of its optimizer.
         seed: of the choice of samples and of their dropout.
     """
 
-    def __init__(self, trainer, settings: V0InitArguments, moments: SecondMoments, seed: int) -> None:
-        self.trainer, self.settings, self.moments, self.seed = trainer, settings, moments, seed
+    def __init__(self, trainer, plan: V0Plan, moments: SecondMoments, seed: int) -> None:
+        self.trainer, self.plan, self.moments, self.seed = trainer, plan, moments, seed
         self.args = trainer.args
 
     # ---- what is refused -------------------------------------------------------------------------------------------
@@ -130,17 +129,10 @@ class TrainerGradients:
 
     # ---- the pass --------------------------------------------------------------------------------------------------
 
-    def list_passes(self) -> list[Callable]:
-        """List the stages of the pass, each to be called with (named parameters, visit); one, unless `v0_num_samples` is auto."""
-        if self.settings.v0_num_samples != AUTO:
-            return [self.run]
-        stages = list_stages(self.choose_batch_size(), self._count_samples())
-        return [functools.partial(self.run, batch_range=stage) for stage in stages]
-
-    def run(self, named_parameters, visit, batch_range: tuple[int, int] | None = None) -> PassCounts:
+    def run(self, named_parameters, visit) -> PassCounts:
         """Run the pass over random training samples through `compute_loss`, on this process's batches."""
         with preserve_trainer(self.trainer):
-            batches, total = self._make_batches(batch_range)
+            batches, total = self._make_batches()
             hidden = self.args.disable_tqdm or self.args.process_index != 0
             bar = transformers_logging.tqdm(total=total, desc="v0: gradient statistics", unit="batch", disable=hidden)
             zero = self.moments.zero
@@ -164,13 +156,11 @@ class TrainerGradients:
             at_once = self.trainer.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
         elif any(isinstance(module, BATCH_NORMS) for module in self.trainer.model.modules()):
             at_once = min(self.trainer._train_batch_size, max(2, self._count_samples() // 2))
-        elif self.settings.v0_num_samples == AUTO:
-            at_once = min(self.trainer._train_batch_size, BATCH_SIZE)
-        return choose_batch_size(self.settings.v0_stats_batch_size, at_once)
+        return choose_batch_size(self.plan.stats_batch_size, at_once)
 
     def _count_samples(self) -> int:
         """The most samples that the pass takes: as asked for, or all there are."""
-        num_samples = self.settings.get_max_num_samples()
+        num_samples = self.plan.num_samples
         with contextlib.suppress(TypeError):
             num_samples = min(num_samples, len(self.trainer.train_dataset))
         return num_samples
@@ -191,16 +181,15 @@ class TrainerGradients:
             return trainer._remove_unused_columns(dataset, description="training"), collator
         return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
-    def _make_batches(self, batch_range: tuple[int, int] | None):
+    def _make_batches(self):
         """Make this process's batches of the pass (all, where it is run together), and say how many (None for a stream)."""
         dataset, collate = self._prepare_data()
         world_size = 1 if self._runs_together() else self.args.world_size
-        batch_size, num_samples = self.choose_batch_size(), self.settings.get_max_num_samples()
+        batch_size, num_samples = self.choose_batch_size(), self.plan.num_samples
         place = {"seed": self.seed, "rank": self.args.process_index % world_size, "world_size": world_size}
-        place["batch_range"] = batch_range
         if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
             return iterate_streamed_batches(dataset, collate, num_samples, batch_size, **place), None
-        if batch_range is None and num_samples > len(dataset):
+        if num_samples > len(dataset):
             logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
         samples = choose_samples(len(dataset), num_samples, self.seed)
         batches = SampledBatches(dataset, collate, samples, batch_size, **place)

@@ -17,13 +17,13 @@ from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
 from ..initialization.plan import require_materialised
 from ..records.model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
-from ..records.report import read_report, write_report
+from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ..second_moment.schedules import add_untuned_warmup
 from ..second_moment.state import SecondMoments, unwrap_optimizer
-from ..settings import MEASURED, V0InitArguments
+from ..settings import TRUST_RADIUS, V0InitArguments
 from .callback import V0InitCallback
+from .schedule import add_untuned_warmup
 from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -44,6 +44,7 @@ class V0InitMixin:
     def __init__(self, *args, v0_arguments: V0InitArguments | None = None, **kwargs) -> None:
         self._v0_callback = V0InitCallback(v0_arguments)
         super().__init__(*args, **kwargs)
+        self._v0_callback._trainer = self
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
             SecondMoments(self.optimizer)  # a resume would fill its state before it is looked at
@@ -59,12 +60,12 @@ class V0InitMixin:
 
     @property
     def v0_arguments(self) -> V0InitArguments:
-        """The v0 settings of this Trainer; from the start of a training on, a share of the run is a number of steps."""
-        return self._v0_callback.get_settings(self.args, getattr(getattr(self, "state", None), "max_steps", 0))
+        """The v0 settings of this Trainer, as they were given."""
+        return self._v0_callback.get_settings()
 
     def get_v0_report(self) -> dict | None:
-        """Return what was done about v0, as in `v0_init.json`; None before the first step and for `v0_init=zeros`."""
-        return copy.deepcopy(self._v0_callback.report)
+        """Return what was done about v0 or the warmup, as in `v0_init.json`; None before the first step, and where nothing was."""
+        return copy.deepcopy(self._v0_callback.get_record())
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ class V0InitMixin:
                 require_materialised(self.model)
             # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
             if type(optimizer).__name__ != "DummyOptim":
-                self._v0_callback.attach_to(optimizer, self.model, self.args)
+                self._v0_callback.attach_to(optimizer, self.model)
         return optimizer
 
     def create_scheduler(self, *args, **kwargs):
@@ -93,7 +94,7 @@ class V0InitMixin:
         exists = self.lr_scheduler is not None
         scheduler = super().create_scheduler(*args, **kwargs)
         shape = self.v0_arguments.untuned_warmup
-        if shape not in (None, MEASURED) and not exists:
+        if shape not in (None, TRUST_RADIUS) and not exists:
             beta2 = None
             with contextlib.suppress(InputError):
                 beta2 = SecondMoments(self.optimizer).read_beta2()
@@ -122,7 +123,7 @@ class V0InitMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        self._write_record_beside_model(output_dir or self.args.output_dir)
+        self._write_record_beside_model(output_dir or self.args.output_dir, with_state=_internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
@@ -130,11 +131,9 @@ class V0InitMixin:
             self._write_record_beside_model(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _write_record_beside_model(self, folder: str) -> None:
-        record = self._v0_callback.get_record()
-        if record is not None and self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            write_report(record, folder)
+    def _write_record_beside_model(self, folder: str, with_state: bool = False) -> None:
+        if self.args.should_save:
+            self._v0_callback.write_record(folder, with_state=with_state)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`, task and metrics."""
@@ -149,7 +148,7 @@ class V0InitMixin:
             task = given.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
             text = add_task_and_metrics(text, task, infer_metrics(self.state.log_history))
             with open(path, "w", encoding="utf-8") as file:
-                file.write(add_v0_section(text, self._v0_callback.report))
+                file.write(add_v0_section(text, self._v0_callback.get_record()))
 
     def _choose_optimizer(self, was_passed: bool = False) -> None:
         """Take the optimizer class and arguments from `v0_optimizer`, if it is set."""

@@ -2,7 +2,7 @@
 
 from ..errors import InputError
 from ..second_moment.deepspeed import require_supported_config
-from ..settings import MEASURED, V0InitArguments
+from ..second_moment.state import unwrap_optimizer
 
 
 def require_supported_run(trainer) -> None:
@@ -42,13 +42,20 @@ def require_supported_pass(trainer) -> None:
         )
 
 
-def require_sole_warmup(settings: V0InitArguments, trainer) -> None:
-    """Raise `InputError` if an untuned warmup is asked for beside another one."""
-    shape = settings.untuned_warmup
-    if shape is None:
-        return
-    name = f"untuned_warmup={shape}" + (" (which v0_init=auto stands for)" if shape == MEASURED else "")
-    if trainer.args.get_warmup_steps(1000):
-        raise InputError(f"{name} and warmup_steps={trainer.args.warmup_steps} are two warmups: give one")
-    if trainer.lr_scheduler is not None:
-        raise InputError(f"{name} and a schedule that was passed in: give one")
+# Their `step` does nothing, or their parameters move while gradients are being made.
+STEP_IN_BACKWARD = ("Lomo", "AdaLomo", "LayerWiseDummyOptimizer")
+
+
+def require_measurable(optimizer) -> None:
+    """Raise `InputError` if the trust radius of Adam's first update says nothing about this optimizer's."""
+    inner = unwrap_optimizer(optimizer)
+    name = type(inner).__name__
+    if name in STEP_IN_BACKWARD:
+        raise InputError(
+            f"untuned_warmup=trust_radius with {name}, which moves the weights during the backward pass: give --warmup_steps"
+        )
+    if not any("betas" in group or "beta2" in group for group in inner.param_groups):
+        raise InputError(
+            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {name} is no optimizer of its kind (no "
+            "beta2): give --warmup_steps"
+        )

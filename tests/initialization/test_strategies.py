@@ -7,7 +7,7 @@ from hf_v0init.initialization.strategies import (
     compute_fans,
     compute_random_v0_,
     compute_random_v0_mean,
-    takes_v0,
+    is_eligible,
 )
 
 # Quantiles of chi^2 with one degree of freedom: the squared normal quantiles of (1 + p) / 2.
@@ -73,5 +73,5 @@ def test_data_driven_is_its_formula():
     ("shape", "default", "all_dimensions"), [((), 0, 1), ((4,), 0, 1), ((4, 4), 1, 1), ((2, 2, 2), 1, 1)]
 )
 def test_only_two_or_more_dimensions_get_a_v0(shape, default, all_dimensions):
-    assert takes_v0(shape) == bool(default)
-    assert takes_v0(shape, include_bias_and_norm=True) == bool(all_dimensions)
+    assert is_eligible(shape) == bool(default)
+    assert is_eligible(shape, include_bias_and_norm=True) == bool(all_dimensions)

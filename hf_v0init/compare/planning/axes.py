@@ -19,8 +19,8 @@ from typing import Any
 
 from ...errors import InputError
 from ...method.defaults import DEFAULT_SCALE, STRATEGIES
-from ...method.multiplier import require_warmup_steps
-from ...settings import AUTO, MEASURED
+from ...method.multiplier import require_decay_steps
+from ...settings import AUTO, TRUST_RADIUS as MEASURED
 
 UNTUNED = {"measured": MEASURED, "untuned_linear": "linear", "untuned_exponential": "exponential"}
 NO_WARMUP, DEFAULT_OPTIMIZER, NO_V0 = "none", "adamw", "zeros"
@@ -106,7 +106,7 @@ def _read_length(word: str, value: Any) -> float | str:
     if word == AUTO:
         return AUTO
     try:
-        return require_warmup_steps(_read_number(word))
+        return require_decay_steps(_read_number(word))
     except InputError as error:
         raise InputError(
             f"v0: {value!r}: the steps after 'warmup' must be a whole number >= 1, a share of the run in (0, 1), or {AUTO}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...method.defaults import DEFAULT_SCALE
-from ...settings import AUTO, MEASURED
+from ...settings import AUTO, TRUST_RADIUS as MEASURED
 from ..planning.axes import UNTUNED
 from ..reading.budget import Budget
 from ..reading.choice import Contest

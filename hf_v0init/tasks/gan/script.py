@@ -167,8 +167,8 @@ def require_possible(training: GanTrainingArguments, overwrite: bool) -> str | N
     require_taken(training)
     if training.wants_length:
         raise InputError(
-            "how long to hold back is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
-            "as a number in place of --v0_init auto, --untuned_warmup measured or --v0_decay_steps auto"
+            "the length of a warmup is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
+            "as a number, or --v0_decay beta2"
         )
     if not (training.do_train or training.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")

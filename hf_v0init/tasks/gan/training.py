@@ -261,7 +261,7 @@ class GanTrainer:
         if all(reports.values()):
             self.v0_report = compose_record(self.training, {name: report.to_dict() for name, report in reports.items()})
         else:
-            measuring = {name: steps.state_dict() for name, steps in self.first_steps.items()}
+            measuring = {name: steps.state_dict() | {"held": {}} for name, steps in self.first_steps.items()}
             self.v0_report = {
                 "strategy": self.training.v0_init,
                 "measuring": measuring,

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from ...estimation.batches import choose_samples
-from ...initialization.first_steps import FirstSteps
+from ...hook import V0Hook
 from ...loop.initialize import initialize_v0
-from ...settings import AUTO
 from .dcgan import compute_discriminator_loss, compute_generator_loss
 
 SETTINGS = (
@@ -21,7 +20,8 @@ SETTINGS = (
     "stats_batch_size",
     "seed",
     "include_bias_and_norm",
-    "warmup_steps",
+    "decay",
+    "decay_steps",
 )
 
 
@@ -30,7 +30,7 @@ def get_seed(training) -> int:
     return training.seed if training.v0_seed is None else training.v0_seed
 
 
-def attach_gan_v0(training, networks: dict[str, nn.Module], optimizers: dict, max_steps: int) -> dict[str, FirstSteps]:
+def attach_gan_v0(training, networks: dict[str, nn.Module], optimizers: dict, max_steps: int) -> dict[str, V0Hook]:
     """Let both second moments get a v0 at their own first step; {} where the paper's pass or nothing is asked for.
 
     Args:
@@ -40,15 +40,16 @@ def attach_gan_v0(training, networks: dict[str, nn.Module], optimizers: dict, ma
     """
     if training.v0_init == "zeros" or takes_pass(training):
         return {}
+    plan = training.resolve(max_steps)
     return {
-        name: FirstSteps(optimizers[name], network, training, seed=get_seed(training), max_steps=max_steps)
+        name: V0Hook(optimizers[name], network, plan, seed=get_seed(training), max_steps=max_steps)
         for name, network in networks.items()
     }
 
 
 def takes_pass(training) -> bool:
     """Whether v0 comes from the paper's pass before training."""
-    return training.v0_init == "data_driven" and training.v0_estimator == "per_sample"
+    return training.resolve().estimator == "per_sample"
 
 
 def write_gan_v0(
@@ -80,7 +81,8 @@ def write_gan_v0(
         The record of both, see `join_reports`.
     """
     seed = get_seed(training)
-    num_samples = min(training.get_max_num_samples(), num_images)
+    plan = training.resolve(max_steps)
+    num_samples = min(plan.num_samples, num_images)
     step_size = num_first
     # With batch norms the gradient of an image depends on its batch: by default they are training's size.
     size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
@@ -104,16 +106,16 @@ def write_gan_v0(
             batches=batches,
             loss_fn=loss_fn,
             accelerator=accelerator,
-            v0_scale=training.v0_scale,
-            v0_decay_steps=training.v0_decay_steps,
-            v0_num_samples=AUTO if training.v0_num_samples == AUTO else None,
+            v0_scale=plan.scale,
+            v0_decay_steps=plan.decay_steps,
+            v0_num_samples=None,
             v0_seed=seed,
-            v0_include_bias_and_norm=training.v0_include_bias_and_norm,
+            v0_include_bias_and_norm=plan.include_bias_and_norm,
             effective_batch_size=float(step_size * accelerator.num_processes),
             other_modules=[network for other, network in networks.items() if other != name],
             max_steps=max_steps,
         )
-        report.num_samples_requested = training.v0_num_samples
+        report.num_samples_requested = plan.num_samples
         reports[name] = report.to_dict()
     return compose_record(training, reports)
 

@@ -1,0 +1,147 @@
+"""How E[g^2] is spread over a tensor, kept for as long as v0 decays: as rows x columns, or element by element.
+
+    s ~ r c^T / mean(s),    r: means over each row, c: means over each column            (Adafactor's factoring, Shazeer & Stern 2018)
+
+A tensor of more than two dimensions is a matrix of its first dimension by the rest; one of fewer is its own rows. Over processes that
+hold shards the means are of the whole tensor, and every process keeps both vectors whole, which is next to no memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..sharding.parts import Fragment, Piece, find_pieces
+from ..sharding.processes import get_rank_and_world_size
+
+Held = torch.Tensor | Fragment  # what a process holds of a tensor
+
+
+@dataclass
+class RowsAndColumns:
+    """s as the product of two vectors.
+
+    Attributes:
+        rows: r / mean(s), fp32, shape (size of the first dimension,); 1 for a scalar.
+        columns: c, fp32, shape (elements per row,); in units of gradient squared.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def state_dict(self) -> dict:
+        """Return both vectors."""
+        return {"rows": self.rows, "columns": self.columns}
+
+    def add_(self, moment: Held, factor: float) -> None:
+        """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
+        for piece in find_pieces(moment):
+            rows, columns = _cut(self, piece)
+            flat = _view_as_matrix(piece.local)
+            if flat is None:
+                shape = (rows.numel(), *piece.local.shape[1:])
+                piece.local.add_(torch.outer(rows, columns).view(shape), alpha=factor)
+            else:
+                flat.addr_(rows.to(flat.dtype), columns.to(flat.dtype), alpha=factor)
+            if factor < 0.0:
+                piece.local.clamp_min_(0.0)
+
+
+@dataclass
+class Elements:
+    """s element by element, in bf16: two bytes each.
+
+    Attributes:
+        pieces: of what this process holds, as `find_pieces` lists it.
+        mean: of the draws that they are, in units of gradient squared.
+    """
+
+    pieces: list[torch.Tensor]
+    mean: float
+
+    def state_dict(self) -> dict:
+        """Return what the draws are made again of."""
+        return {"mean": self.mean}
+
+    def add_(self, moment: Held, factor: float) -> None:
+        """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
+        for piece, own in zip(find_pieces(moment), self.pieces, strict=True):
+            piece.local.add_(own, alpha=factor)
+            if factor < 0.0:
+                piece.local.clamp_min_(0.0)
+
+
+def factor_into_rows_and_columns(
+    moments: list[tuple[Held, tuple[int, ...]]], over_processes: bool
+) -> list[RowsAndColumns]:
+    """Factor tensors into the means of their rows and columns.
+
+    Args:
+        moments: (tensor of squares, or what this process holds of it; shape of the whole).
+        over_processes: whether any is sharded; then all processes must call this, and it is one reduction in all.
+
+    Returns:
+        One `RowsAndColumns` for each; their product's mean over the tensor is the tensor's.
+    """
+    sums = []
+    for moment, shape in moments:
+        num_rows, num_columns = _shape_as_matrix(shape)
+        device = moment.local.device if isinstance(moment, Fragment) else moment.device
+        total = torch.zeros(2, num_rows + num_columns, dtype=torch.float32, device=device)  # sums, numbers of elements
+        for piece in find_pieces(moment):
+            for place, values in enumerate((piece.local, torch.ones_like(piece.local))):
+                matrix = values.reshape(values.shape[0] if values.dim() else 1, -1).float()
+                rows = total[place, :num_rows]
+                columns = total[place, num_rows:]
+                _cut_rows(rows, piece).add_(matrix.sum(1))
+                _add_to_columns(columns, piece, matrix.sum(0))
+        sums.append(total)
+    if over_processes and sums and get_rank_and_world_size()[1] > 1:
+        joined = torch.cat([total.flatten() for total in sums])
+        dist.all_reduce(joined)
+        parts = joined.split([total.numel() for total in sums])
+        sums = [part.view(2, -1) for part in parts]
+    factored = []
+    for (_, shape), total in zip(moments, sums, strict=True):
+        num_rows, _ = _shape_as_matrix(shape)
+        means = total[0] / total[1].clamp_min(1.0)
+        rows, columns = means[:num_rows], means[num_rows:]
+        mean = rows.mean()
+        factored.append(RowsAndColumns(torch.where(mean > 0, rows / mean, rows), columns.clone()))
+    return factored
+
+
+def _shape_as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    num_rows = shape[0] if shape else 1
+    return num_rows, max(1, int(torch.Size(shape[1:]).numel()))
+
+
+def _cut(spread: RowsAndColumns, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the parts of both vectors that a piece needs."""
+    return _cut_rows(spread.rows, piece), _slice_columns(spread.columns, piece).reshape(-1)
+
+
+def _cut_rows(rows: torch.Tensor, piece: Piece) -> torch.Tensor:
+    first = piece.offset[0] if piece.offset else 0
+    return rows.narrow(0, first, piece.local.shape[0] if piece.local.dim() else 1)
+
+
+def _slice_columns(columns: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """View the columns in the dimensions after the first, and cut what the piece has of them."""
+    whole = columns.view(piece.full_shape[1:]) if len(piece.full_shape) > 1 else columns
+    for dim, (start, length) in enumerate(zip(piece.offset[1:], piece.local.shape[1:], strict=True)):
+        whole = whole.narrow(dim, start, length)
+    return whole
+
+
+def _add_to_columns(columns: torch.Tensor, piece: Piece, sums: torch.Tensor) -> None:
+    target = _slice_columns(columns, piece)
+    target.add_(sums.view(target.shape))
+
+
+def _view_as_matrix(local: torch.Tensor) -> torch.Tensor | None:
+    """View a tensor as first dimension by the rest, without a copy; None if its memory does not allow it."""
+    try:
+        return local.view(local.shape[0] if local.dim() else 1, -1)
+    except RuntimeError:
+        return None

@@ -1,0 +1,75 @@
+"""The loss of a Trainer's first step, computed again: what `compute_loss` was called with is kept while the step is being made.
+
+No batch is fetched and nothing is generated: the same inputs go through the same `compute_loss`, with the random states of its own
+call, so that dropout draws the same masks.
+"""
+
+import contextlib
+
+import torch
+
+from ..state_guard import read_rng_states, write_rng_states
+from .gradients import preserve_trainer
+
+
+class LossRecorder:
+    """Keeps the calls of a Trainer's `compute_loss` during one optimizer step, and repeats them.
+
+    Args:
+        trainer: any `transformers.Trainer`; its `compute_loss` is wrapped until `remove`.
+    """
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self._calls: list[tuple] = []  # model, inputs, further arguments, random states
+        self._compute_loss = trainer.compute_loss
+        self._had_own = "compute_loss" in vars(trainer)
+        trainer.compute_loss = self._record
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether `compute_loss` was called in this step."""
+        return bool(self._calls)
+
+    def begin_step(self) -> None:
+        """Forget the calls of an earlier step, which made no update."""
+        self._calls = []
+
+    def remove(self) -> None:
+        """Give the Trainer its own `compute_loss` back, and let go of the batches."""
+        self._calls = []
+        if self._had_own:
+            self.trainer.compute_loss = self._compute_loss
+        else:
+            vars(self.trainer).pop("compute_loss", None)
+
+    def compute_again(self) -> float:
+        """Compute the loss of the step at the weights as they are: the sum over its micro-batches."""
+        total = 0.0
+        for model, inputs, args, kwargs, states in self._calls:
+            with preserve_trainer(self.trainer), self.trainer.compute_loss_context_manager():
+                write_rng_states(states)
+                loss = self._compute_loss(model, _copy(inputs), *args, **_plain(kwargs))
+            total += float(loss.detach().double().mean())
+        return total
+
+    def _record(self, model, inputs, *args, **kwargs):
+        if torch.is_grad_enabled() and self.trainer.is_in_train:
+            self._calls.append((model, _copy(inputs), args, kwargs, read_rng_states()))
+        return self._compute_loss(model, inputs, *args, **kwargs)
+
+
+def _copy(inputs):
+    """Copy the containers, which `compute_loss` may take things out of, not the tensors."""
+    if isinstance(inputs, dict):
+        copied = type(inputs)() if type(inputs) is dict else None
+        with contextlib.suppress(TypeError):
+            return type(inputs)({key: _copy(value) for key, value in inputs.items()})
+        return copied if copied is not None else dict(inputs)
+    if type(inputs) in (list, tuple):
+        return type(inputs)(_copy(value) for value in inputs)
+    return inputs
+
+
+def _plain(kwargs: dict) -> dict:
+    return {key: value for key, value in kwargs.items() if key != "return_outputs"}

@@ -1,0 +1,69 @@
+"""The trust radius of a run that is not to be made: everything is prepared as for training, and left at the first optimizer step."""
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import InputError
+from ..estimation.trust_radius import LossNotComputed, TrustRadius
+from ..hook import find_largest_rate, measure_radius
+from ..second_moment.state import unwrap_optimizer
+from ..sharding.parts import get_local_part
+from .first_loss import LossRecorder
+
+
+class _Probed(Exception):
+    """Leaves `Trainer.train` before the first update, with what was measured."""
+
+    def __init__(self, radius: TrustRadius, learning_rate: float) -> None:
+        self.radius, self.learning_rate = radius, learning_rate
+
+
+class _Probe(TrainerCallback):
+    """Measures in the first optimizer step."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer, self.recorder, self.handle = trainer, None, None
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        """Begin to keep what `compute_loss` is called with."""
+        self.recorder = LossRecorder(self.trainer)
+
+        def measure(inner, args, kwargs) -> None:
+            gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+            if any(bool(get_local_part(gradient).any()) for gradient in gradients):
+                radius = measure_radius(optimizer, self.trainer.model, self._compute_loss)
+                raise _Probed(radius, find_largest_rate(optimizer))
+
+        self.handle = unwrap_optimizer(optimizer).register_step_pre_hook(torch.compiler.disable(measure))
+
+    def _compute_loss(self) -> float:
+        if not self.recorder.has_calls:
+            raise LossNotComputed("compute_loss was not called in the first step")
+        return self.recorder.compute_again()
+
+    def close(self) -> None:
+        """Give the Trainer its own loss back."""
+        if self.recorder is not None:
+            self.recorder.remove()
+            self.handle.remove()
+
+
+def measure_run(trainer) -> tuple[TrustRadius, float]:
+    """Prepare a Trainer's run, measure d50 in its first optimizer step and leave it before any update.
+
+    Returns:
+        What was measured, and the largest learning rate of the optimizer's groups.
+
+    Raises:
+        InputError: no step had a gradient.
+    """
+    probe = _Probe(trainer)
+    trainer.add_callback(probe)
+    try:
+        trainer.train()
+    except _Probed as probed:
+        return probed.radius, probed.learning_rate
+    finally:
+        probe.close()
+        trainer.remove_callback(probe)
+    raise InputError("the trust radius cannot be measured: no step of the run had a gradient")
