@@ -98,8 +98,33 @@ MAX_COPIED_BYTES = 1 << 30  # of weights that are not trained, which a forward m
 
 
 @contextlib.contextmanager
+def preserve_attributes(*owners: Any) -> Iterator[None]:
+    """Restore the tensors, numbers and plain containers that objects hold as attributes of their own (an EMA, a counter, a store).
+
+    Parameters, buffers and submodules of a module are no such attributes; `preserve_model` has them. Tensors are restored in place.
+    """
+    tensors = [
+        (owner, name, value, value.detach().clone())
+        for owner in owners
+        for name, value in vars(owner).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(preserve_bookkeeping(owner))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for owner, name, value, saved in tensors:
+                    value.copy_(saved)
+                    setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Restore train/eval modes, buffers (also new ones, and those that were None), weights that are not trained, and gradients.
+    """Restore train/eval modes, buffers (also new ones, and those that were None), plain attributes of the modules, weights that are
+    not trained, and gradients.
 
     Inside, every `grad` is None. Buffers are copied, in place where the module kept the tensor, so aliases stay
     valid; gradients are set aside, not copied. Trained weights are not touched by a backward pass and are not copied; those
@@ -120,7 +145,8 @@ def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = 
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        yield
+        with preserve_attributes(*model.modules()):
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -170,12 +196,16 @@ def preserve_generators(*owners: Any) -> Iterator[None]:
                 generator.set_state(state)
 
 
+_REGISTRIES = frozenset(vars(nn.Module()))  # of every module: its parameters, buffers, hooks and mode
+
+
 @contextlib.contextmanager
 def preserve_bookkeeping(owner: Any) -> Iterator[None]:
     """Restore the numbers and the plain containers (counters, metric stores, logs) among an object's attributes, in place."""
-    numbers = {k: v for k, v in vars(owner).items() if isinstance(v, (int, float, str, type(None)))}
+    own = {k: v for k, v in vars(owner).items() if k not in _REGISTRIES}
+    numbers = {k: v for k, v in own.items() if isinstance(v, (int, float, str, type(None)))}
     containers = []
-    for value in vars(owner).values():
+    for value in own.values():
         if isinstance(value, (dict, list, set, collections.deque)) and _is_plain(value):
             containers.append((value, copy.deepcopy(value)))
     try:

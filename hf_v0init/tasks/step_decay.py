@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from ..second_moment.schedules import multiply_schedule
+from ..trainer.schedule import multiply_schedule
 
 
 @dataclass

@@ -4,7 +4,8 @@ No batch is fetched and nothing is generated: the same inputs go through the sam
 call, so that dropout draws the same masks.
 """
 
-import contextlib
+import copy
+from collections.abc import Mapping
 
 import torch
 
@@ -61,11 +62,11 @@ class LossRecorder:
 
 def _copy(inputs):
     """Copy the containers, which `compute_loss` may take things out of, not the tensors."""
-    if isinstance(inputs, dict):
-        copied = type(inputs)() if type(inputs) is dict else None
-        with contextlib.suppress(TypeError):
-            return type(inputs)({key: _copy(value) for key, value in inputs.items()})
-        return copied if copied is not None else dict(inputs)
+    if isinstance(inputs, Mapping):
+        copied = copy.copy(inputs)
+        for key in list(copied):
+            copied[key] = _copy(copied[key])
+        return copied
     if type(inputs) in (list, tuple):
         return type(inputs)(_copy(value) for value in inputs)
     return inputs

@@ -29,7 +29,7 @@ from ..second_moment.state import SecondMoments
 from ..settings import V0Plan
 from ..sharding.fsdp import find_data_share
 from ..sharding.parts import is_sharded
-from ..state_guard import preserve_bookkeeping, preserve_generators, preserve_model, preserve_rng
+from ..state_guard import preserve_attributes, preserve_generators, preserve_model, preserve_rng
 
 logger = logging.getLogger("hf_v0init")
 
@@ -253,8 +253,7 @@ def preserve_trainer(trainer) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng())
         stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
-        stack.enter_context(preserve_bookkeeping(trainer))
-        stack.enter_context(preserve_bookkeeping(trainer.state))
+        stack.enter_context(preserve_attributes(trainer, trainer.state))
         if hasattr(trainer, "_set_state_aside"):  # contiguous streams
             stack.enter_context(trainer._set_state_aside())
         trainer.log = lambda *_, **__: None

@@ -7,7 +7,7 @@ from transformers import Trainer, get_scheduler
 
 from ...errors import InputError
 from ...second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ...second_moment.schedules import add_untuned_warmup
+from ...trainer.schedule import add_untuned_warmup
 from ...second_moment.state import SecondMoments
 
 
