@@ -242,9 +242,11 @@ class V0Hook:
         if self._is_done:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
-        if closure is None:
+        if closure is None and next(reversed(optimizer._optimizer_step_pre_hooks)) == self._handles[0].id:
             self._prepare(optimizer)
             return None
+        if closure is None:  # hooks that came later, and may change the gradients, go first
+            return args, kwargs | {"closure": lambda: self._prepare(optimizer)}
         # The gradients are made inside the step (Lightning): look at them there, after the first call.
         is_prepared = False
 
@@ -337,10 +339,14 @@ class V0Hook:
 
     def _decay_linearly(self, optimizer, stepped: list[StoredTensor], step: int, inverse_scale: float) -> None:
         length, first = self.plan.decay_steps, self.estimation_steps
+        if length == 1:
+            logger.info("v0_decay_steps=1: a linear decay over one step is stock Adam")
+            self._is_done = True
+            return
         if step <= first:
             for group in optimizer.param_groups:
                 self._lend(group, "lr", group["lr"] * (step / length))
-        if step == first + 1 or (step == first == length):
+        if step == first + 1:
             self._freeze([one for one in stepped if self._is_eligible(one)])
         if first < step <= length:
             self._write_late(lambda one: self._freeze_late(one, inverse_scale))
@@ -368,8 +374,8 @@ class V0Hook:
 
     def _freeze(self, stored: list[StoredTensor]) -> None:
         """Take the mean of g^2 that the second moments hold before step K + 1 as what v0 is made of."""
-        ready = [one for one in stored if self.moments.count_steps(one)]
-        self._require_finite_moments(ready)
+        stepped = [one for one in stored if self.moments.count_steps(one)]
+        ready = [one for one, largest in zip(stepped, self._read_largest(stepped), strict=True) if largest > 0.0]
         for one, spread in zip(ready, self._spread(ready), strict=True):
             self._held[one.tensor] = spread, self.moments.count_steps(one), 0.0
         self._take_off_pending(ready)
@@ -402,7 +408,7 @@ class V0Hook:
         return Elements([own.to(torch.bfloat16) for own in drawn], mean)
 
     def _freeze_late(self, one: StoredTensor, inverse_scale: float) -> None:
-        """Take the first gradient of a parameter that had none in the first K steps."""
+        """Take the first gradient of a parameter that had none, or zeros alone, in the first K steps: s is its square."""
         gradient = self._read_gradient(one)
         self.moments.change(one, [], lambda part, moment: None)  # creates its state, which stays zero
         spread: dict[str, RowsAndColumns | Elements] = {}
@@ -417,12 +423,16 @@ class V0Hook:
                 (spread[part.name],) = factor_into_rows_and_columns([(held, part.full_shape)], self._is_sharded())
         self._held[one.tensor] = spread, self.moments.count_steps(one) or 0, 0.0
 
-    def _require_finite_moments(self, stored: list[StoredTensor]) -> None:
-        named = [(part.name, part.cut(self._read(one))) for one in stored for part in one.parts]
-        statistics = compute_figures([moment for _, moment in named], self._is_sharded())
-        for (name, _), values in zip(named, statistics, strict=True):
+    def _read_largest(self, stored: list[StoredTensor]) -> list[float]:
+        """Read the largest element of each second moment; refuse those that are not finite."""
+        named = [(one, part.name, part.cut(self._read(one))) for one in stored for part in one.parts]
+        statistics = compute_figures([moment for _, _, moment in named], self._is_sharded())
+        largest = dict.fromkeys((one.tensor for one in stored), 0.0)
+        for (one, name, _), values in zip(named, statistics, strict=True):
             if not all(math.isfinite(value) for value in values[:3]):
                 raise InputError(describe_not_finite(name))
+            largest[one.tensor] = max(largest[one.tensor], values[2])
+        return list(largest.values())
 
     # ---- decay by beta2 ----------------------------------------------------------------------------------------------
 
@@ -430,7 +440,8 @@ class V0Hook:
         if step > 1:
             if step <= self.estimation_steps:
                 for one in self._written:
-                    if one in stepped and one.tensor.grad is not None:
+                    is_late = self.moments.count_steps(one) != step - 1
+                    if one in stepped and one.tensor.grad is not None and not is_late:
                         self._refine(one, step, inverse_scale)
             elif step == self.estimation_steps + 1 and self.report is None:
                 self._finish(self._written)
@@ -457,7 +468,7 @@ class V0Hook:
             self.moments.change(
                 one,
                 self._eligible_parts(one),
-                lambda p, v, s=size: self._draw(p, v, compute_random_v0_mean(p.full_shape, s)),
+                lambda part, moment, size=size: self._draw_all(part, moment, size),
             )
             moment, gradient = self._read(one), self._read_gradient(one)
             for part in self._eligible_parts(one):
@@ -510,6 +521,11 @@ class V0Hook:
             self._eligible_parts(one),
             lambda part, v: _add_square_(get_local_part(v).zero_(), get_local_part(part.cut(gradient)), size),
         )
+
+    def _draw_all(self, part: Part, moment: torch.Tensor | Fragment, scale: float) -> None:
+        """Fill a second moment with draws of eq. 11."""
+        for piece in find_pieces(moment):
+            self._draw(part, piece, compute_random_v0_mean(part.full_shape, scale))
 
     def _draw(self, part: Part, piece: Piece, mean: float) -> None:
         """Fill a piece of a parameter's second moment with mean * chi^2_1, drawn by the parameter's name."""
@@ -617,7 +633,8 @@ class V0Hook:
         if sum(len(group["params"]) for group in self.moments.list_groups()) != self._num_parameters:
             self._num_parameters = sum(len(group["params"]) for group in self.moments.list_groups())
             known, was_empty = self._stored, not self._stored
-            self._stored = {one.tensor: one for one in self.moments.list_tensors(name_parameters(self.model))}
+            found = self.moments.list_tensors(name_parameters(self.model))
+            self._stored = {one.tensor: known.get(one.tensor, one) for one in found}
             if not was_empty:
                 added = [one for tensor, one in self._stored.items() if tensor not in known]
                 self._pending += [one for one in added if self._is_eligible(one)]

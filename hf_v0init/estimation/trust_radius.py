@@ -191,7 +191,12 @@ def measure_in_step(
     """
     started = time.perf_counter()
     walk = _StepWalk([(p, p.grad, rate) for p, rate in parameters], loss_fn, model)
-    with defer_interrupts(), preserve_rng(), torch.no_grad(), preserve_model(model) if model is not None else contextlib.nullcontext():
+    with (
+        defer_interrupts(),
+        preserve_rng(),
+        torch.no_grad(),
+        preserve_model(model) if model is not None else contextlib.nullcontext(),
+    ):
         walk.run()
     walk.result.seconds = time.perf_counter() - started
     return walk.result

@@ -14,7 +14,7 @@ from transformers import modelcard
 
 from ..errors import InputError
 
-V0_TAGS = ["hf_v0init", "arxiv:2412.02153"]
+TAG, PAPER_TAG = "hf_v0init", "arxiv:2412.02153"  # the second for runs with a v0 alone
 
 SECTION_TITLE = "Start of Adam's second moment (v0)"
 SECTION_BEGIN = "<!-- hf_v0init: begin -->"
@@ -40,6 +40,12 @@ _NAMELESS_ORIGIN = "This model is a fine-tuned version of [](https://huggingface
 _SCRATCH_ORIGIN = "This model was trained from scratch on "
 
 
+def list_tags(report: Mapping[str, Any] | None) -> list[str]:
+    """List the tags of a run: the package's, and the paper's where there was a v0."""
+    has_v0 = ((report or {}).get("strategy") or "zeros") != "zeros"
+    return [TAG, PAPER_TAG] if has_v0 else [TAG]
+
+
 def compose_v0_section(report: Mapping[str, Any] | None) -> str:
     """Compose the card's section on v0: settings, what the run did, how to reproduce it.
 
@@ -52,9 +58,15 @@ def compose_v0_section(report: Mapping[str, Any] | None) -> str:
     """
     strategy = (report or {}).get("strategy") or "zeros"
     if report is None or strategy == "zeros":
-        return f"## {SECTION_TITLE}\n\nAdam's second moment started at zero (`--v0_init zeros`), as in torch."
+        warmup = _describe_measured_warmup(report or {})
+        return f"## {SECTION_TITLE}\n\nAdam's second moment started at zero (`--v0_init zeros`), as in torch.{warmup}"
     origin = _ORIGINS.get(strategy)
     opening = "`hf_v0init` started Adam's second moment at a positive v0 instead of zero"
+    if report.get("decay") == "linear":
+        opening = (
+            "In place of a learning-rate warmup, `hf_v0init` gave Adam's second moment a v0 that decays so that the step grows linearly "
+            f"over {_format_count(report.get('decay_steps'))} steps"
+        )
     parts = [
         f"## {SECTION_TITLE}",
         f"{opening}: {origin}." if origin else f"{opening}.",
@@ -68,8 +80,8 @@ def compose_v0_section(report: Mapping[str, Any] | None) -> str:
         ratio = report.get("measured_ratio")
         size = "" if ratio is None else f" v0 was {_format_short(ratio)} times the squared gradients of a step."
         parts += [
-            f"Factor m(t) by which v0 multiplies the step at optimizer step t, for gradients that stay as they were.{size}",
-            _compose_table(("t", "m(t)"), rows),
+            f"Effective learning-rate factor at optimizer step t, for gradients that keep their size.{size}",
+            _compose_table(("t", "factor"), rows),
         ]
     parts += [
         "### How to reproduce it",
@@ -95,9 +107,9 @@ def compose_flags(report: Mapping[str, Any]) -> str:
         if report.get(key) is not None:
             flags.append(f"--{flag} {_format_exact(report[key])}")
 
-    # The scale follows from the warmup length, and the arguments accept only one of the two.
-    if report.get("warmup_steps") is not None:
-        add("v0_decay_steps", "warmup_steps")
+    add("v0_decay", "decay")
+    if report.get("decay_steps") is not None:  # the size of v0 follows from it
+        add("v0_decay_steps", "decay_steps")
     else:
         add("v0_scale", "scale")
     if strategy == "data_driven":
@@ -108,8 +120,8 @@ def compose_flags(report: Mapping[str, Any]) -> str:
             add("v0_num_samples", requested if report.get(requested) is not None else "num_samples")
             add("v0_stats_batch_size", "stats_batch_size")
     add("v0_seed", "seed")
-    if report.get("include_bias_and_norm"):
-        flags.append("--v0_include_bias_and_norm")
+    if report.get("include_bias_and_norm") is not None:
+        flags.append(f"--v0_include_bias_and_norm {bool(report['include_bias_and_norm'])}")
     return " ".join(flags)
 
 
@@ -130,7 +142,7 @@ def add_v0_section(card_text: str, report: Mapping[str, Any] | None) -> str:
         InputError: the card's metadata is not a YAML mapping.
     """
     card = _parse_card(card_text)
-    card.data["tags"] = _merge_unique(card.data.get("tags"), V0_TAGS)
+    card.data["tags"] = _merge_unique(card.data.get("tags"), list_tags(report))
     card.text = _put_section(card.text, compose_v0_section(report), SECTION_BEGIN, SECTION_END)
     return str(card)
 
@@ -261,16 +273,18 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if report.get(key) is not None:
             rows.append((label, write(report[key])))
 
-    add("scale", "scale", _format_exact)
-    add("scale chosen for m(t) = 0.9 at step", "warmup_steps", _format_count)
+    add("decay", "decay", "`{}`".format)
+    add("decay steps", "decay_steps", _format_count)
+    if report.get("decay") != "linear":
+        add("scale", "scale", _format_exact)
     if strategy == "data_driven":
         add("estimator", "estimator", "`{}`".format)
-        add("optimizer steps measured", "estimation_steps", _format_count)
+        add("estimation steps", "estimation_steps", _format_count)
         if report.get("estimator") == "per_sample":
             add("samples", "num_samples", _format_count)
             add("samples per batch of the pass before training", "stats_batch_size", _format_count)
     add("seed", "seed", _format_exact)
-    add("one-dimensional tensors", "include_bias_and_norm", lambda wanted: "get a v0" if wanted else "start at zero")
+    add("biases and norms", "include_bias_and_norm", lambda wanted: "get a v0" if wanted else "start at zero")
     add("optimizer", "optimizer", "`{}`".format)
     add("its beta2", "beta2", _format_exact)
     return rows
@@ -279,12 +293,8 @@ def _list_settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _list_facts(report: Mapping[str, Any]) -> list[str]:
     facts = []
     length = report.get("length")
-    if length and length.get("x") is not None:
-        held = f"held back for {_format_count(length['steps'])} steps" if length["steps"] else "no warmup needed"
-        facts.append(
-            f"Learning rate over the trust radius at the initial weights: {_format_short(length['x'])} (d50 {_format_short(length['d50'])}); "
-            + held
-        )
+    if length:
+        facts.append(_describe_length(length))
     if report.get("status"):
         facts.append(f"Status: {report['status']}")
     for unit in ("parameters", "elements"):
@@ -305,6 +315,33 @@ def _list_facts(report: Mapping[str, Any]) -> list[str]:
         on = f" on {processes} processes" if processes > 1 else ""
         facts.append(f"Time that measuring and writing took: {_format_short(report['seconds'])} s{over}{on}")
     return facts
+
+
+def _describe_length(length: Mapping[str, Any]) -> str:
+    """Say what was measured for the length of the warmup, and what followed."""
+    if length.get("x") is None:
+        return (
+            f"The trust radius could not be measured ({length.get('reason')}): 2 / (1 - beta2) steps were taken, "
+            f"{_format_count(length['steps'])}"
+        )
+    then = f"{_format_count(length['steps'])} steps" if length["steps"] else "no warmup needed"
+    cut = ", cut to two thirds of the run" if length.get("is_capped") else ""
+    return (
+        f"Learning rate over the trust radius, measured in the first step: {_format_short(length['x'])} (d50 "
+        f"{_format_short(length['d50'])}): {then}{cut}"
+    )
+
+
+def _describe_measured_warmup(report: Mapping[str, Any]) -> str:
+    length = report.get("length")
+    if not length:
+        return ""
+    begun = (
+        f" The learning-rate warmup of {_format_count(report['warmup_steps'])} steps was measured (`--untuned_warmup trust_radius`)."
+        if report.get("warmup_steps")
+        else ""
+    )
+    return f"{begun} {_describe_length(length)}."
 
 
 def _parse_card(card_text: str) -> RepoCard:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
 from ..initialization.plan import require_materialised
-from ..records.model_card import V0_TAGS, add_task_and_metrics, add_v0_section, infer_metrics, infer_task
+from ..records.model_card import add_task_and_metrics, add_v0_section, infer_metrics, infer_task, list_tags
 from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
@@ -136,11 +136,12 @@ class V0InitMixin:
             self._v0_callback.write_record(folder, with_state=with_state)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the Trainer's model card with the v0 section, the tags `hf_v0init` and `arxiv:2412.02153`, task and metrics."""
+        """Write the Trainer's model card with the v0 section, its tags, task and metrics."""
         write_card = super().create_model_card
         given = inspect.signature(write_card).bind_partial(*args, **kwargs).arguments
         tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
-        write_card(**given | {"tags": tags + [tag for tag in V0_TAGS if tag not in tags]})
+        own = list_tags(self._v0_callback.get_record())
+        write_card(**given | {"tags": tags + [tag for tag in own if tag not in tags]})
         path = os.path.join(self.args.output_dir, "README.md")
         if self.is_world_process_zero() and os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
