@@ -55,6 +55,7 @@ logger = logging.getLogger("hf_v0init")
 
 MAX_ESTIMATION_STEPS = 32  # of the default with beta2
 ESTIMATION_FRACTION = 0.01  # of training, by default with beta2
+NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
 MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
 
@@ -689,6 +690,7 @@ class V0Hook:
             raise InputError(NOTHING_TO_WRITE)
         if self.plan.decay == "linear":
             self.moments.require_linear_decay()
+            self._warn_of_narrow_states(stored)
             return
         for group in self.moments.list_groups():
             beta2 = self.moments.read_beta2(group)
@@ -703,6 +705,15 @@ class V0Hook:
                 )
             if isinstance(self.plan.decay_steps, int):
                 self.plan.get_scale(beta2)  # too large a scale is refused now
+
+    def _warn_of_narrow_states(self, stored: list[StoredTensor]) -> None:
+        """Say where the second moment's own rounding keeps v0 from leaving on time."""
+        slow = max((one.group["betas"][1] for one in stored if one.tensor.dtype in NARROW_DTYPES), default=0.0)
+        if slow > SLOW_BETA2:
+            logger.warning(
+                f"the second moment is kept in 16 bits with beta2 {slow:g}, whose rounding lets v0 leave late (a fifth of the step is missing "
+                "at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
+            )
 
     # ---- learning rate and betas of a step -----------------------------------------------------------------------------
 

@@ -291,6 +291,11 @@ class V0InitArguments:
                 f"{', v0_estimator=per_sample' if by_sample else ''}: only data_driven with v0_estimator=minibatch takes the mean "
                 "over steps; drop v0_estimation_steps"
             )
+        if self.untuned_warmup is not None and self.resolve().keeps_plateau:
+            raise InputError(
+                f"untuned_warmup={self.untuned_warmup} and v0_init={self.v0_init}, which stands for a warmup, are two warmups: drop one, "
+                "or use v0_decay=beta2 without v0_decay_steps"
+            )
         for name in ("v0_num_samples", "v0_stats_batch_size"):
             if getattr(self, name) is not None and not by_sample:
                 raise InputError(

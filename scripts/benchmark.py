@@ -42,11 +42,11 @@ from hf_v0init.tasks.translation import script as run_translation
 EXIT_WORSE = 1
 MEASURES: dict[str, Callable[[Conditions], Row | list[Row]]] = {
     "first_step": rows_first_step.measure_first_steps,
-    "measuring": rows_first_step.measure_measuring_memory,
+    "decay_memory": rows_first_step.measure_decay_memory,
+    "length": rows_first_step.measure_length,
     "later": rows_first_step.measure_later_steps,
     "pass": rows_pass.measure_pass_time,
     "memory": rows_pass.measure_pass_memory,
-    "samples": rows_pass.measure_sample_counts,
     "shards": rows_draw.measure_shards,
     "reduction": rows_draw.measure_reduction,
     "trainer": rows_training.measure_trainer_steps,

@@ -15,24 +15,21 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..errors import InputError
-from ..method.defaults import DEFAULT_SCALE, SCALED_BY_GRADIENTS, STRATEGIES
+from ..method.decay import compute_linear_factor
+from ..method.defaults import SCALED_BY_GRADIENTS, STRATEGIES
 from ..method.multiplier import (
     PRINTED_STEPS,
     WASHED_OUT,
     compute_multiplier,
     compute_multiplier_table,
-    compute_scale_for_warmup,
     compute_similar_linear_warmup,
     compute_steps_to_multiplier,
     compute_washout_warning,
     require_beta2,
-    require_scale,
-    require_decay_steps,
-    resolve_decay_steps,
 )
 from ..plots import draw_multiplier, require_figure_path
 from ..second_moment.table import make_cells, make_markdown_table
-from ..settings import AUTO
+from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
@@ -57,16 +54,19 @@ def introduce() -> None:
 @app.command()
 def explain(
     v0_init: Annotated[str, typer.Option("--v0_init", help=f"Strategy: {', '.join(STRATEGIES)}.")] = "data_driven",
+    v0_decay: Annotated[
+        str | None,
+        typer.Option("--v0_decay", help="linear or beta2. [default: linear; beta2 with --v0_scale]"),
+    ] = None,
+    v0_decay_steps: Annotated[
+        str | None,
+        typer.Option(
+            "--v0_decay_steps", help="Optimizer steps of the decay; below 1, a fraction of max_steps. [default: auto]"
+        ),
+    ] = None,
     v0_scale: Annotated[
         float | None,
         typer.Option("--v0_scale", help="sigma, > 0. [default: 1; for random, where it is 100, without effect here]"),
-    ] = None,
-    v0_decay_steps: Annotated[
-        float | None,
-        typer.Option(
-            "--v0_decay_steps",
-            help="Choose the scale so that m reaches 0.9 at this step; below 1, a share of max_steps.",
-        ),
     ] = None,
     adam_beta2: Annotated[float, typer.Option("--adam_beta2", help="Adam's beta2, in (0, 1).")] = 0.999,
     max_steps: Annotated[int, typer.Option("--max_steps", help="Optimizer steps of the run.")] = 10_000,
@@ -74,20 +74,31 @@ def explain(
         str | None, typer.Option("--figure", help="Also draw m(t) into this .png, .svg or .pdf file.")
     ] = None,
 ) -> None:
-    """Print what v0 will do to the step size: the closed-form multiplier m(t), without training.
+    """Print what v0 will do to the step size, in closed form and without training.
 
-    With stationary gradients and v0 = scale * E[g^2], v0 multiplies Adam's step at time t by
-    m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)): a warmup set by beta2 and scale.
-    The flags are those of training.
+    With --v0_decay linear the step is multiplied by min(1, t / L), L = --v0_decay_steps. With beta2, for stationary gradients and
+    v0 = scale * E[g^2], by m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)). The flags are those of training.
     """
     if max_steps < 1:
         raise InputError(f"max_steps={max_steps}: must be a whole number >= 1, the optimizer steps of the run")
-    if v0_decay_steps is not None:
-        v0_decay_steps = resolve_decay_steps(require_decay_steps(v0_decay_steps), max_steps)
-    scale = compute_scale_in_force(v0_init, v0_scale, v0_decay_steps, adam_beta2)
+    require_beta2(adam_beta2)
+    try:
+        steps = None if v0_decay_steps is None else StepCount(v0_decay_steps)
+    except ValueError as error:
+        raise InputError(f"v0_decay_steps={v0_decay_steps}: must be a number or {AUTO}") from error
+    plan = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale).resolve(
+        max_steps
+    )
+    if plan.decay_steps == AUTO:
+        raise InputError(
+            "v0_decay_steps=auto is measured in the run's first step: `hf-v0init probe CONFIG` prints it for a training "
+            "run's file of flags; here give --v0_decay_steps a number"
+        )
+    v0_decay_steps = plan.decay_steps
+    scale = compute_scale_in_force(plan, adam_beta2)
     figure_path = require_figure_path(figure) if figure else None
     console = Console(highlight=False, markup=False)
-    settings = {"v0_init": v0_init, "v0_decay_steps": v0_decay_steps, "v0_scale": scale}
+    settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": v0_decay_steps, "v0_scale": scale}
     settings |= {"adam_beta2": adam_beta2, "max_steps": max_steps}
     heading = ", ".join(f"{name} {_format(value)}" for name, value in settings.items() if value is not None)
     console.print(heading, style="bold")
@@ -95,6 +106,9 @@ def explain(
     if v0_init == "zeros":
         console.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
         curves, markers, linear_warmup = {"zeros": 0.0}, {}, None
+    elif plan.decay == "linear":
+        _print_linear(console, v0_decay_steps, max_steps)
+        curves, markers, linear_warmup = {}, {}, v0_decay_steps
     elif v0_init == "random" and v0_decay_steps is None:
         _print_random(console, adam_beta2, max_steps)
         curves = {f"v0 / E[g²] = {ratio:,.0f}": ratio for ratio in RATIOS}
@@ -140,34 +154,32 @@ add_probe(app)
 add_scripts(app)
 
 
-def compute_scale_in_force(
-    v0_init: str, v0_scale: float | None, v0_decay_steps: int | None, beta2: float
-) -> float | None:
-    """Return the size of v0 beside g^2, as far as it is known beforehand: None for `zeros`, and for `random` without a length.
-
-    Raises:
-        InputError: what `V0InitArguments` refuses too.
-    """
-    if v0_init == AUTO:
-        raise InputError(
-            "v0_init=auto measures its length on the run's own batches: `hf-v0init probe CONFIG` says what it will do"
-        )
-    if v0_init not in STRATEGIES:
-        raise InputError(f"v0_init={v0_init!r}: choose one of {', '.join(STRATEGIES)}")
-    if v0_scale is not None and v0_decay_steps is not None:
-        raise InputError(f"v0_scale={v0_scale} and v0_decay_steps={v0_decay_steps} both set the size of v0: give one")
-    require_beta2(beta2)
-    if v0_scale is not None:
-        require_scale(v0_scale)
-    if v0_decay_steps is not None:
-        if v0_init == "zeros":
-            raise InputError(
-                f"v0_decay_steps={v0_decay_steps} with v0_init=zeros: there is no v0 to size; use --v0_init data_driven"
-            )
-        return compute_scale_for_warmup(v0_decay_steps, beta2)  # for random the ratio that the first step will measure
-    if v0_init not in SCALED_BY_GRADIENTS:
+def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
+    """Return the size of v0 beside g^2, as far as it is known beforehand: not for `random` without a length, nor with linear."""
+    if plan.decay != "beta2" or (plan.init not in SCALED_BY_GRADIENTS and plan.decay_steps is None):
         return None
-    return DEFAULT_SCALE[v0_init] if v0_scale is None else v0_scale
+    return plan.get_scale(beta2)
+
+
+def _print_linear(console: Console, decay_steps: int, max_steps: int) -> None:
+    console.print("Effective learning-rate factor of an element whose g² keeps its size:")
+    table = Table()
+    table.add_column("step t", justify="right")
+    table.add_column("min(1, t / L)", justify="right")
+    steps = {1, 10, 100, 1000, decay_steps // 2, decay_steps, max_steps}
+    for step in sorted(step for step in steps if 1 <= step <= max_steps):
+        factor = compute_linear_factor(step, decay_steps)
+        table.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(factor))
+    console.print(table)
+    console.print(
+        f"The schedule stays at its peak for these {decay_steps:,} steps, as after a linear warmup of that length. Elements whose "
+        "gradients grow meanwhile are slowed less, those whose gradients shrink are slowed more."
+    )
+    if decay_steps >= max_steps:
+        console.print(
+            f"Warning: the run has {max_steps:,} steps, so v0 never leaves. Remedy: --v0_decay_steps 0.33",
+            style="yellow",
+        )
 
 
 def _print_multiplier(

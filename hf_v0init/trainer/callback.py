@@ -147,8 +147,9 @@ class V0InitCallback(TrainerCallback):
         what = _find_what_warms_up(settings, plan)
         if state.global_step == 0:
             self.report = self.length = None
-            if what is not None:
-                require_no_warmup(what, trainer, trainer.lr_scheduler)
+            if what is not None:  # the Trainer classes have looked at it before an untuned warmup joined it
+                is_joined = settings.untuned_warmup in UNTUNED_WARMUPS
+                require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
             self._let_go()
             return

@@ -23,7 +23,7 @@ from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_c
 from ..second_moment.state import SecondMoments, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments
 from .callback import V0InitCallback
-from .schedule import add_untuned_warmup
+from .schedule import add_untuned_warmup, require_no_warmup
 from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -103,6 +103,7 @@ class V0InitMixin:
                 raise InputError(
                     f"untuned_warmup={shape} takes its length from beta2, and {name} has none; use --warmup_steps"
                 )
+            require_no_warmup(f"untuned_warmup={shape}", self, scheduler)
             add_untuned_warmup(scheduler, beta2, shape)
         return scheduler
 

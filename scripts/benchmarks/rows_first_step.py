@@ -1,4 +1,4 @@
-"""v0 at the first step: what it adds to the step that writes it, the memory of measuring, and the steps afterwards."""
+"""What a v0 costs: the first step, the steps while it decays, the steps afterwards, its memory, and the length that is measured."""
 
 import time
 
@@ -9,31 +9,45 @@ from benchmarks.measuring import BYTES, Conditions, Row, measure_memory, measure
 from benchmarks.tasks import make_gpt2, make_random_sequences
 from hf_v0init import attach_v0
 
-NUM_STEPS = 4  # of the measurement
+DECAY_STEPS = 10_000  # of v0s that are watched while they decay
+NUM_STEPS = 8  # of the memory's row, of which two decay
 
 
-def _fill_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
+def _stack(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def measure_first_steps(conditions: Conditions) -> list[Row]:
-    """A run's first step with v0, beside the stock run's first step (and, for a random v0, a draw of as many numbers by torch)."""
-    model = make_gpt2(4, 256)
+def _describe(model: nn.Module) -> str:
+    count, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
+    return f"{count / 1e6:.1f}M elements in {tensors} tensors"
+
+
+class ManyTensors(nn.Module):
+    """A thousand small matrices, where what is done once per tensor is all there is."""
+
+    def __init__(self, num: int = 1000) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(32, 32) / 32**0.5) for _ in range(num)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of the squares of 64 rows through each matrix."""
+        return sum((x @ matrix).square().mean() for matrix in self.matrices)
+
+
+def _measure_first_step(
+    model: nn.Module, compute_loss, options: dict, num_pairs: int, with_draw: bool = False
+) -> list[float]:
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    size = f"{sum(p.numel() for p in matrices) / 1e6:.0f}M elements, 8 x 128 tokens"
-    rows = make_random_sequences(8)
-    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    num_pairs = conditions.choose(9, 25)
 
-    def step(v0_init: str | None = None, with_draw: bool = False) -> float:
+    def step(with_v0: bool) -> float:
         """Processor seconds of forward, backward and step of a new AdamW."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-        if v0_init is not None:
-            attach_v0(optimizer, model, v0_init=v0_init, max_steps=10_000)
+        if with_v0:
+            attach_v0(optimizer, model, max_steps=10_000, **options)
         begin = time.process_time()
-        model(**batch).loss.backward()
-        if with_draw:
+        compute_loss().backward()
+        if with_draw and not with_v0:
             with torch.no_grad():
                 _ = [torch.empty_like(p).normal_() for p in matrices]
         optimizer.step()
@@ -41,79 +55,160 @@ def measure_first_steps(conditions: Conditions) -> list[Row]:
         optimizer.zero_grad()
         return taken
 
-    random = measure_pairs(lambda: step("random"), lambda: step(with_draw=True), num_pairs)
-    first = measure_pairs(lambda: step("first_gradient"), step, num_pairs)
-    note = "what is above 1 reads the gradients and v0 for the report, once per run"
+    return measure_pairs(lambda: step(True), lambda: step(False), num_pairs)
+
+
+def measure_first_steps(conditions: Conditions) -> list[Row]:
+    """A run's first step with v0, beside the stock run's first step (and, for a random v0, a draw of as many numbers by torch)."""
+    num_pairs = conditions.choose(9, 25)
+    large, many = make_gpt2(4, 256), ManyTensors()
+    batch, x = _stack(make_random_sequences(8)), torch.randn(64, 32)
+    linear = {"v0_decay_steps": DECAY_STEPS}
+    cases = [
+        ("first step, linear", large, lambda: large(**batch).loss, linear, 1.03, False),
+        (
+            "first step, beta2",
+            large,
+            lambda: large(**batch).loss,
+            {"v0_init": "first_gradient", "v0_scale": 1.0},
+            1.03,
+            False,
+        ),
+        (
+            "first step, random",
+            large,
+            lambda: large(**batch).loss,
+            {"v0_init": "random", "v0_scale": 100.0},
+            1.03,
+            True,
+        ),
+        ("first step, 1,000 tensors", many, lambda: many(x), linear, 1.15, False),
+    ]
     return [
         Row(
-            "first step, random",
-            f"a run's first step with a random v0, {size}",
-            "the stock first step and a draw of as many numbers with `normal_`",
-            random,
-            aim=1.03,
-            note=note,
-        ),
-        Row(
-            "first step, first_gradient",
-            f"a run's first step with v0 = g^2, {size}",
-            "the stock first step",
-            first,
-            aim=1.03,
-            note=note,
-        ),
+            name,
+            f"a run's first step with {' '.join(f'{k}={v}' for k, v in options.items())}, {_describe(model)}",
+            "the stock first step" + (" and a draw of as many numbers with `normal_`" if with_draw else ""),
+            _measure_first_step(model, compute_loss, options, num_pairs, with_draw),
+            aim=aim,
+        )
+        for name, model, compute_loss, options, aim, with_draw in cases
     ]
 
 
-def measure_measuring_memory(conditions: Conditions) -> Row:
-    """Everything from an empty optimizer to the step that writes v0, beside as many training steps from an empty optimizer."""
+def _make_step(model: nn.Module, compute_loss, with_v0: bool, decay_steps: int, num_made: int):
+    """Return a function that makes a whole training step of an optimizer that has made `num_made` already."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    if with_v0:
+        attach_v0(optimizer, model, v0_decay_steps=decay_steps)
+
+    def step() -> float:
+        begin = time.process_time()
+        compute_loss().backward()
+        optimizer.step()
+        taken = time.process_time() - begin
+        optimizer.zero_grad()
+        return taken
+
+    for _ in range(num_made):
+        step()
+    return step
+
+
+def measure_later_steps(conditions: Conditions) -> list[Row]:
+    """Whole steps while v0 decays and after it, beside those of an optimizer that never had one."""
+    num_pairs = conditions.choose(15, 50)
+    large, many = make_gpt2(4, 256), ManyTensors()
+    batch, x = _stack(make_random_sequences(8)), torch.randn(64, 32)
+    rows = []
+    for name, model, compute_loss, decay_steps, num_made, aim in (
+        ("steps while v0 decays", large, lambda: large(**batch).loss, DECAY_STEPS, 8, 1.03),
+        ("the same, 1,000 tensors", many, lambda: many(x), DECAY_STEPS, 8, 1.15),
+        ("later steps", large, lambda: large(**batch).loss, 7, 9, 1.03),
+    ):
+        steps = [_make_step(model, compute_loss, with_v0, decay_steps, num_made) for with_v0 in (True, False)]
+        ratios = measure_pairs(*steps, num_pairs)
+        rows.append(
+            Row(
+                name,
+                f"forward, backward and step with a linear decay, {_describe(model)}",
+                "the stock step",
+                ratios,
+                aim=aim,
+            )
+        )
+    return rows
+
+
+def measure_decay_memory(conditions: Conditions) -> Row:
+    """The first steps of a linear decay, beside as many of the stock optimizer."""
     model, batch_size = make_gpt2(), 8
     rows = make_random_sequences(NUM_STEPS * batch_size)
-    batches = [
-        {name: torch.stack([row[name] for row in rows[k::NUM_STEPS]]) for name in rows[0]} for k in range(NUM_STEPS)
-    ]
+    batches = [_stack(rows[k::NUM_STEPS]) for k in range(NUM_STEPS)]
 
     def train(with_v0: bool):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        if with_v0:
-            attach_v0(optimizer, model, v0_init="data_driven", v0_estimation_steps=NUM_STEPS)
+        hook = attach_v0(optimizer, model, v0_decay_steps=DECAY_STEPS) if with_v0 else None
         for batch in batches:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return optimizer
+        return optimizer, hook
 
     train(False)  # what is made once
     ours, theirs = measure_memory(lambda: train(True)), measure_memory(lambda: train(False))
+    elements = sum(p.numel() for p in model.parameters())
     return Row(
-        "measuring memory",
-        f"peak of {NUM_STEPS} measured steps, the last of which writes v0, {ours.peak / 2**20:.0f} MiB",
-        "peak of as many training steps",
+        "memory while v0 decays",
+        f"peak of {NUM_STEPS} steps, {ours.peak / 2**20:.0f} MiB, {_describe(model)}",
+        "peak of as many stock steps",
         [ours.peak / theirs.peak],
-        aim=1.0,
+        aim=1.01,
         clock=BYTES,
-        note=f"all that torch allocates; {ours.left - theirs.left} bytes are left beyond what training leaves",
-        figures={"bytes_left_beyond_training": ours.left - theirs.left},
+        note="all that torch allocates; what is kept is a vector of rows and one of columns for each matrix",
+        figures={"bytes_per_element_kept": (ours.left - theirs.left) / elements},
     )
 
 
-def measure_later_steps(conditions: Conditions) -> Row:
-    """`optimizer.step()` after v0 was written, beside that of an optimizer that never had one."""
-    steps = []
-    for with_v0 in (True, False):
-        model = make_gpt2(4, 256)
+def measure_length(conditions: Conditions) -> Row:
+    """The first step with a measured length, beside the stock first step and as many forwards as the measurement counts."""
+    model, batch = make_gpt2(4, 256), _stack(make_random_sequences(8))
+    counts: list[int] = []
+
+    def ours() -> float:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        handle = attach_v0(optimizer, model, v0_init="random", max_steps=10_000) if with_v0 else None
-        _fill_gradients(model)
+        hook = attach_v0(optimizer, model, max_steps=10_000, loss_fn=lambda: model(**batch).loss)
+        before = [p.detach().clone() for p in model.parameters()]
+        begin = time.process_time()
+        model(**batch).loss.backward()
         optimizer.step()
-        if handle is not None and (handle.is_attached or optimizer._optimizer_step_pre_hooks):
-            raise RuntimeError("the hook is still on the optimizer after the step that wrote v0")
-        steps.append(lambda optimizer=optimizer: [optimizer.step() for _ in range(5)] and None)
-    ratios = measure_pairs(*steps, conditions.choose(15, 50))
+        taken = time.process_time() - begin
+        counts.append(hook.length.num_forwards)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, old in zip(model.parameters(), before, strict=True):
+                parameter.copy_(old)
+        return taken
+
+    def stock() -> float:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        begin = time.process_time()
+        model(**batch).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for _ in range(counts[-1]):
+                model(**batch)
+        taken = time.process_time() - begin
+        optimizer.zero_grad()
+        return taken
+
+    ratios = measure_pairs(ours, stock, conditions.choose(5, 15))
     return Row(
-        "later steps",
-        "AdamW's step after a v0",
-        "AdamW's step",
+        "first step, measured length",
+        f"a run's first step with v0_decay_steps=auto, {_describe(model)}",
+        "the stock first step and as many forwards as were counted",
         ratios,
-        aim=1.03,
-        note="1 within noise: the hook is gone",
+        aim=1.10,
+        note="what is above 1 puts weights where they are measured and back",
+        figures={"forwards": float(counts[-1])},
     )

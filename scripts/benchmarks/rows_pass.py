@@ -1,15 +1,13 @@
-"""The paper's pass before training: its time and memory, and how many samples it needs."""
+"""The paper's pass before training: its time and memory."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from benchmarks.measuring import BYTES, Conditions, Row, measure_memory, measure_pairs
-from benchmarks.tasks import load_translation_task, make_arguments, make_gpt2, make_random_sequences, read_penn_treebank
+from benchmarks.tasks import make_arguments, make_gpt2, make_random_sequences
 from hf_v0init.estimation.statistics import PassCounts, StatisticsBatch, make_sum_visitor, visit_gradients
-from hf_v0init.estimation.stopping import TOLERANCE, SumsSeen, compute_relative_errors, list_stages, see_sums
 from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
 from hf_v0init.trainer.gradients import TrainerGradients
@@ -43,9 +41,9 @@ def measure_pass_time(conditions: Conditions) -> Row:
     arguments = make_arguments(conditions.work_dir, per_device_train_batch_size=BATCH_SIZE, **settings)
     trainer = V0InitTrainer(model=model, args=arguments, train_dataset=data)
     plan = plan_v0(trainer.create_optimizer(), model)
-    gradients = TrainerGradients(trainer, trainer.v0_arguments, plan.moments, seed=0)
+    gradients = TrainerGradients(trainer, trainer.v0_arguments.resolve(), plan.moments, seed=0)
     visit = make_sum_visitor(_make_sums(plan))
-    inputs = [trainer._prepare_inputs(batch.inputs) for batch in gradients._make_batches(None)[0]]
+    inputs = [trainer._prepare_inputs(batch.inputs) for batch in gradients._make_batches()[0]]
     num_items = BATCH_SIZE * inputs[0]["labels"].shape[1]
 
     def run_pass() -> None:
@@ -113,63 +111,3 @@ def _compare_memory(name: str, model: nn.Module, batch_size: int, what_it_is: st
         note=f"all that torch allocates; {what_it_is}; {ours.left - state} bytes are left beyond Adam's own state",
         figures={"bytes_left_beyond_the_state": ours.left - state},
     )
-
-
-def measure_sample_counts(conditions: Conditions) -> list[Row]:
-    """The error of v0 from fewer samples against that from 5,000, and what `--v0_num_samples auto` takes."""
-    task = load_translation_task(conditions.data_dir, conditions.work_dir, 29_000)
-    num_layers = conditions.choose(2, 6)
-    model = task.make_model(num_layers)
-    collate = task.make_collator(model)
-    rows = [_find_errors(task.name, model, list(task.tokenized.select(_choose(len(task.tokenized)))), collate)]
-    treebank = read_penn_treebank(conditions.data_dir, length=32, num=28_000)
-    if treebank is not None:
-        data, vocabulary = treebank
-        chosen = [data[index] for index in _choose(len(data))]
-        rows.append(_find_errors("Penn Treebank", make_gpt2(2, 64, vocabulary), chosen, _stack))
-    return rows
-
-
-def _choose(num_available: int) -> list[int]:
-    order = torch.randperm(num_available, generator=torch.Generator().manual_seed(0))
-    return order[:REFERENCE_SAMPLES].tolist()
-
-
-def _find_errors(name: str, model: nn.Module, data: Sequence, collate: Callable) -> Row:
-    """One pass, which is looked at after so many samples as each stage has."""
-    plan = plan_v0(torch.optim.AdamW(model.parameters()), model)
-    sums = _make_sums(plan)
-    spacing = {p: max(1, p.numel() // LOOKED_AT) for p in sums}
-    visit, counts, seen = make_sum_visitor(sums), PassCounts(), []
-    for first, end in list_stages(BATCH_SIZE, len(data)):
-        starts = range(first * BATCH_SIZE, min(end * BATCH_SIZE, len(data)), BATCH_SIZE)
-        parts = ((start, data[start : start + BATCH_SIZE]) for start in starts)
-        batches = (StatisticsBatch(collate(part), len(part), start // BATCH_SIZE) for start, part in parts)
-        counts = counts + visit_gradients(model, plan.named_parameters, batches, _compute_loss, visit)
-        taken = ([pair[i].detach().reshape(-1)[:: spacing[p]] for p, pair in sums.items()] for i in (0, 1))
-        seen.append(see_sums(*taken, counts))
-    errors = {one.counts.num_samples: _compare(one, seen[-1]) for one in seen[:-1]}
-    own = {
-        now.counts.num_samples: float(compute_relative_errors(earlier, now, 1.0).median())
-        for earlier, now in itertools.pairwise(seen[:-1])
-    }
-    chosen = next((count for count, error in own.items() if error <= TOLERANCE), len(data))
-    fewest = next((count for count, error in errors.items() if error <= TOLERANCE), len(data))
-    figures = {f"error_at_{count}": error for count, error in errors.items()}
-    figures |= {f"disagreement_at_{count}": error for count, error in own.items()}
-    return Row(
-        f"samples, {name}",
-        f"median error of v0 from the {chosen:,} samples that `auto` takes, against v0 from {len(data):,}",
-        f"{TOLERANCE:.0%}",
-        [errors.get(chosen, 0.0) / TOLERANCE],
-        aim=1.0,
-        clock="error",
-        note=f"fewest of the stages within {TOLERANCE:.0%}: {fewest:,}; batches of {BATCH_SIZE}",
-        figures=figures | {"auto": chosen, "fewest": fewest},
-    )
-
-
-def _compare(some: SumsSeen, reference: SumsSeen) -> float:
-    exact, estimate = reference.estimate(1.0), some.estimate(1.0)
-    nonzero = exact > 0
-    return float(((estimate - exact).abs()[nonzero] / exact[nonzero]).median())

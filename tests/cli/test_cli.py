@@ -50,9 +50,9 @@ def multiplier(step: int, scale: float, beta2: float) -> float:
 @pytest.mark.parametrize(
     ("flags", "scale", "beta2", "max_steps"),
     [
-        ((), 1.0, 0.999, 10_000),
+        (("--v0_decay", "beta2"), 1.0, 0.999, 10_000),
         (("--v0_scale", "100", "--adam_beta2", "0.98", "--max_steps", "500"), 100.0, 0.98, 500),
-        (("--v0_init", "first_gradient", "--adam_beta2", ".95", "--max_steps", "7"), 1.0, 0.95, 7),
+        (("--v0_init", "first_gradient", "--v0_scale", "1", "--adam_beta2", ".95", "--max_steps", "7"), 1.0, 0.95, 7),
     ],
 )
 def test_table_is_the_closed_form(flags, scale, beta2, max_steps):
@@ -73,12 +73,12 @@ def test_table_is_the_closed_form(flags, scale, beta2, max_steps):
 
 
 def test_known_washout_steps():
-    assert "1,660" in run_explain().stdout
-    assert re.search(r"0\.9 │\s+83 ", run_explain("--adam_beta2", "0.98").stdout)
+    assert "1,660" in run_explain("--v0_decay", "beta2").stdout
+    assert re.search(r"0\.9 │\s+83 ", run_explain("--v0_decay", "beta2", "--adam_beta2", "0.98").stdout)
 
 
 def test_warmup_steps_choose_the_scale():
-    done = run_explain("--v0_decay_steps", "400", "--adam_beta2", "0.98")
+    done = run_explain("--v0_decay", "beta2", "--v0_decay_steps", "400", "--adam_beta2", "0.98")
     assert re.search(r"0\.9 │\s+400 ", done.stdout)
     expected = (1 / 0.81 - 1) * (0.98**-400 - 1)
     assert float(re.search(r"v0_scale ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, rel=1e-5)
@@ -88,6 +88,20 @@ def test_warmup_steps_below_one_are_a_share_of_the_run():
     share = run_explain("--v0_decay_steps", "0.4", "--adam_beta2", "0.98", "--max_steps", "1000")
     assert share.stdout == run_explain("--v0_decay_steps", "400", "--adam_beta2", "0.98", "--max_steps", "1000").stdout
     assert "v0_decay_steps 400" in share.stdout
+
+
+@pytest.mark.parametrize("steps", ["400", "0.4"])
+def test_the_linear_decay_is_a_linear_factor(steps):
+    done = run_explain("--v0_decay_steps", steps, "--max_steps", "1000")
+    printed = {int(step.removesuffix(" (end)").replace(",", "")): float(m) for step, m in read_tables(done.stdout)}
+    assert printed == pytest.approx({t: min(1.0, t / 400) for t in (1, 10, 100, 200, 400, 1000)}, abs=6e-5)
+    assert "Warning" not in done.stdout
+    assert "Warning" in run_explain("--v0_decay_steps", "1000", "--max_steps", "1000").stdout
+
+
+def test_a_length_that_is_measured_is_asked_for():
+    done = run_explain()
+    assert done.returncode == 2 and "hf-v0init probe" in done.stderr
 
 
 def test_similar_linear_warmup_takes_away_the_same_steps():
@@ -104,15 +118,15 @@ def test_a_similar_warmup_longer_than_the_run_is_said_to_be():
 
 
 def test_warns_with_a_remedy_only_if_not_washed_out():
-    late = run_explain("--max_steps", "500")
+    late = run_explain("--v0_decay", "beta2", "--max_steps", "500")
     assert late.returncode == 0
     text = " ".join(late.stdout.split())
     assert "Warning" in text and "Remedy" in text and "1,660" in text
-    assert "Warning" not in run_explain("--max_steps", "5000").stdout
+    assert "Warning" not in run_explain("--v0_decay", "beta2", "--max_steps", "5000").stdout
 
 
 def test_random_shows_ratios_and_says_why():
-    done = run_explain("--v0_init", "random", "--adam_beta2", "0.98", "--max_steps", "500")
+    done = run_explain("--v0_init", "random", "--v0_decay", "beta2", "--adam_beta2", "0.98", "--max_steps", "500")
     assert "cannot be known" in " ".join(done.stdout.split())
     rows = read_tables(done.stdout)[-4:]
     assert [row[0] for row in rows] == ["1", "100", "10,000", "1,000,000"]
@@ -128,7 +142,7 @@ def test_zeros_has_nothing_to_wash_out():
     assert done.returncode == 0 and "m(t) = 1 at every step" in done.stdout and "Warning" not in done.stdout
 
 
-@pytest.mark.parametrize("flags", [["explain"], ["--help"], ["explain", "--help"]])
+@pytest.mark.parametrize("flags", [["explain", "--v0_decay_steps", "9"], ["--help"], ["explain", "--help"]])
 def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
     code = (
         "import sys, hf_v0init.cli.main as cli\n"
@@ -141,7 +155,15 @@ def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("flags", [(), ("--v0_init", "random"), ("--v0_init", "zeros")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--v0_decay_steps", "50"),
+        ("--v0_scale", "2"),
+        ("--v0_init", "random", "--v0_scale", "1"),
+        ("--v0_init", "zeros"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_figure_is_written(tmp_path, flags, suffix):
     path = tmp_path / f"m{suffix}"
@@ -167,9 +189,9 @@ BAD_FLAGS = [
     (["--max_steps", "0"], "max_steps=0"),
     (["--max_steps", "-5"], "max_steps=-5"),
     (["--max_steps", "many"], "--max_steps"),
-    (["--figure", "/no/such/folder/m.png"], "/no/such/folder"),
-    (["--figure", "m.bmp"], "m.bmp"),
-    (["--figure", "m"], ".png"),
+    (["--v0_scale", "1", "--figure", "/no/such/folder/m.png"], "/no/such/folder"),
+    (["--v0_scale", "1", "--figure", "m.bmp"], "m.bmp"),
+    (["--v0_scale", "1", "--figure", "m"], ".png"),
     (["--scale", "3"], "--scale"),
 ]
 
@@ -188,24 +210,3 @@ def test_bad_input_in_a_process_has_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("strategy", ["zeros", "random", "data_driven", "first_gradient", "ones"])
-@pytest.mark.parametrize("scale", [None, 2.0, 0.0, -1.0, float("nan")])
-@pytest.mark.parametrize("warmup_steps", [None, 0, 30])
-def test_scale_is_that_of_the_training_arguments(strategy, scale, warmup_steps):
-    from hf_v0init.settings import V0InitArguments
-
-    beta2 = 0.98
-    try:
-        arguments = V0InitArguments(v0_init=strategy, v0_scale=scale, v0_decay_steps=warmup_steps)
-        expected = arguments.get_v0_scale(beta2)
-    except InputError:
-        with pytest.raises(InputError):
-            cli.compute_scale_in_force(strategy, scale, warmup_steps, beta2)
-        return
-    actual = cli.compute_scale_in_force(strategy, scale, warmup_steps, beta2)
-    if strategy in cli.SCALED_BY_GRADIENTS or (strategy == "random" and warmup_steps is not None):
-        assert actual == pytest.approx(expected, rel=1e-12)
-    else:
-        assert actual is None

@@ -7,8 +7,8 @@ from transformers import Trainer, get_scheduler
 
 from ...errors import InputError
 from ...second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ...trainer.schedule import add_untuned_warmup
 from ...second_moment.state import SecondMoments
+from ...trainer.schedule import add_untuned_warmup
 
 
 def build_optimizer(network: nn.Module, training) -> torch.optim.Optimizer:
