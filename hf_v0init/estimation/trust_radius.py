@@ -191,7 +191,7 @@ class _StepWalk:
     """The forwards of `measure_in_step`: where the weights are, and what the loss is there."""
 
     def __init__(self, parameters, loss_fn: Callable[[], Any], model: nn.Module | None) -> None:
-        self.loss_fn, self.model = loss_fn, model
+        self.loss_fn, self.model, self.rng_states = loss_fn, model, read_rng_states()
         self.weights = [p for p, _, _ in parameters]
         self.gradients = [match_placements(g.detach(), p) if is_dtensor(p) else g.detach() for p, g, _ in parameters]
         self.rates = [rate for _, _, rate in parameters]
@@ -295,6 +295,7 @@ class _StepWalk:
         raise_if_interrupted()
         total, error = 0.0, None
         try:
+            write_rng_states(self.rng_states)  # the same masks at every displacement
             loss = self.loss_fn()
             total = float(loss.detach().double() if isinstance(loss, torch.Tensor) else loss)
             self.result.num_forwards += 1
