@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,12 @@ OLD_WORDS = re.compile(
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_words_are_the_fields(path):
     assert not OLD_WORDS.findall(path.read_text(encoding="utf-8"))
+
+
+def test_the_readme_of_a_package_index_has_no_links_into_the_repository():
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for substitution in tool["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    assert not LINK.search(text) and "](" in text and "][" not in text and "<!--" not in text
