@@ -159,6 +159,8 @@ class V0InitCallback(TrainerCallback):
                 require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
             self._let_go()
+            if state.global_step > 0:
+                self._keep_record_of_another_start(args, state)
             return
         if plan.init != "zeros":
             require_supported_run(trainer)
@@ -248,7 +250,7 @@ class V0InitCallback(TrainerCallback):
 
     def _go_on(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
         """Keep the loaded state and its record; name the settings that differ."""
-        folder = self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        folder = self._find_checkpoint(args, state)
         stored = read_report(folder)
         if plan.init == "zeros":
             self._warm_up_as_before(stored, state)
@@ -256,6 +258,8 @@ class V0InitCallback(TrainerCallback):
         if stored is None or stored["strategy"] == "zeros":
             self._let_go()
             self.length = (stored or {}).get("length")
+            if self.length is not None and plan.decay_steps == AUTO:
+                return  # no warmup was needed when the run began
             logger.warning(
                 f"the checkpoint {folder} was trained without a v0 (v0_init.json): its optimizer state stands as it is, "
                 f"and v0_init={settings.v0_init} has no effect on this resumed run"
@@ -292,6 +296,19 @@ class V0InitCallback(TrainerCallback):
         self._attach(optimizer, model, stored_plan, state.max_steps)
         numbers = {"decay_steps": stored.get("decay_steps"), "estimation_steps": first, "held": {}}
         self.hook.load_state_dict((held or numbers) | {"num_steps": state.global_step})
+
+    def _find_checkpoint(self, args, state) -> str:
+        return self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+
+    def _keep_record_of_another_start(self, args, state) -> None:
+        """Resumed with `v0_init=zeros` a run that was begun with a v0: say so, and let the record go along."""
+        stored = read_report(self._find_checkpoint(args, state))
+        if stored is not None and stored["strategy"] != "zeros":
+            self.length, self.report = stored.get("length"), {k: v for k, v in stored.items() if k != "length"}
+            logger.warning(
+                f"this run was begun with v0_init={stored['strategy']} and goes on with v0_init=zeros: what its second moment holds of v0 is "
+                "forgotten by beta2; give the same v0 flags to go on as it was begun"
+            )
 
     def _warm_up_as_before(self, stored: dict | None, state) -> None:
         """Give the schedule of a resumed run the warmup that was measured when it began."""
