@@ -123,7 +123,7 @@ class Beta2Decay:
         v = (1 + r_t) u_(t-1) + scale * beta2^(t-1) (1 - beta2) / (1 - beta2^t) * g^2, r_t = scale * beta2^t / (1 - beta2^t), becomes v_t
         by Adam's own update.
         """
-        beta2, scale = one.group["betas"][1], self.find_scale(one.group)
+        beta2, scale = self.moments.read_beta2(one.group), self.find_scale(one.group)
         ratio, before = (scale * beta2**t / (1.0 - beta2**t) for t in (step, step - 1))
         of_square = scale * beta2 ** (step - 1) * (1.0 - beta2) / (1.0 - beta2**step) * inverse_scale**2
         gradient = self.tensors.read_gradient(one)

@@ -211,6 +211,8 @@ class V0Hook:
         if isinstance(steps, float) and self.max_steps:
             self.plan = replace(self.plan, decay_steps=math.ceil(steps * self.max_steps))
         self.estimation_steps = choose_estimation_steps(self.plan, self.max_steps)
+        if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
+            self.estimation_steps = 1
         self._fit_estimation_steps()
 
     # ---- the hooks ---------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class V0Hook:
             self._prepare(optimizer)
             return None
         if closure is None:  # hooks that came later, and may change the gradients, go first
-            return args, kwargs | {"closure": lambda: self._prepare(optimizer)}
+            return args[:1], kwargs | {"closure": lambda: self._prepare(optimizer)}
         # The gradients are made inside the step (Lightning): look at them there, after the first call.
         is_prepared = False
 
@@ -235,9 +237,7 @@ class V0Hook:
                 self._prepare(optimizer)
             return loss
 
-        if len(args) > 1:
-            return (args[0], prepare_after, *args[2:]), kwargs
-        return args, kwargs | {"closure": prepare_after}
+        return args[:1], kwargs | {"closure": prepare_after}
 
     def _after_step(self, optimizer, args: tuple, kwargs: dict) -> None:
         self._give_back()
@@ -325,18 +325,13 @@ class V0Hook:
     def _finish(self, written: list[StoredTensor]) -> None:
         """Make the report, once all parameters that had a gradient have a v0 (ZeRO: after its last flat tensor)."""
         report = self._draft_report() if self._draft is None else self._draft
-        scale = 1.0
-        if self.plan.decay == "linear" and written:
-            scale = 1.0 / (1.0 - report.beta2 ** self.moments.count_steps(written[0]))
-        elif self.plan.decay == "beta2" and self.estimation_steps > 1:
-            decayed, sigma = report.beta2**self.estimation_steps, report.scale
-            scale = sigma / (1.0 - decayed + sigma * decayed)  # of v_K, which holds what K steps have added, to v0
         named = [
             (part.name, part.full_shape, part.cut(self.tensors.read(one)))
             for one in written
             for part in self.tensors.eligible_parts(one)
         ]
-        add_parameters(report, named, self.tensors.is_sharded(), scale)
+        scales = [self._find_stored_scale(one) for one in written for _ in self.tensors.eligible_parts(one)]
+        add_parameters(report, named, self.tensors.is_sharded(), scales)
         self._draft = report
         if self.moments.zero is not None and self.tensors.pending:
             return
@@ -354,6 +349,15 @@ class V0Hook:
             self.on_written(report)
         else:
             report.log()
+
+    def _find_stored_scale(self, one: StoredTensor) -> float:
+        """Find what leads from the second moment of a tensor, as it is when the report is made, to v0; with linear to E[g^2]."""
+        if self.plan.decay == "linear":
+            return 1.0 / (1.0 - one.group["betas"][1] ** self.moments.count_steps(one))
+        if self.estimation_steps == 1:
+            return 1.0
+        decayed, scale = self.moments.read_beta2(one.group) ** self.estimation_steps, self._decay.find_scale(one.group)
+        return scale / (1.0 - decayed + scale * decayed)  # v_K holds what K steps have added, too
 
     def _draft_report(self) -> V0Report:
         plan, stored = self.plan, self.tensors.list_stored()
