@@ -17,7 +17,7 @@ from hf_v0init.diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallba
 from hf_v0init.diagnostics.element_samples import ElementSamples, compute_weighted_quantiles
 from hf_v0init.method.multiplier import compute_multiplier
 
-DATA_DRIVEN = {"v0_init": "data_driven", "v0_num_samples": 16}
+DATA_DRIVEN = {"v0_init": "data_driven", "v0_decay": "beta2"}
 
 
 class LinearModel(nn.Module):
@@ -206,7 +206,7 @@ class RngRecorder(TrainerCallback):
     [
         {"stock": True},
         DATA_DRIVEN | {"gradient_accumulation_steps": 2},
-        {"v0_init": "random", "optim": "rmsprop", "save_strategy": "steps", "save_steps": 3},
+        {"v0_init": "random", "v0_decay": "beta2", "optim": "rmsprop", "save_strategy": "steps", "save_steps": 3},
         {"stock": True, "optim": "sgd"},
     ],
     ids=["stock", "data_driven", "rmsprop", "sgd"],

@@ -17,11 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from hf_v0init import attach_v0, initialize_v0, read_second_moment
 
+LEARNING_RATE = 1e-2
 CASES = {"data_driven": {}, "uneven": {"v0_num_samples": 12}}
 ATTACHED = {
-    "data_driven": {"v0_estimation_steps": 2},
-    "first_gradient": {"v0_init": "first_gradient"},
-    "random": {"v0_init": "random", "v0_seed": 3},
+    "data_driven": {"v0_decay": "beta2", "v0_estimation_steps": 2},
+    "first_gradient": {"v0_init": "first_gradient", "v0_decay": "beta2"},
+    "random": {"v0_init": "random", "v0_decay": "beta2", "v0_seed": 3},
+    "linear": {"v0_decay_steps": 6, "v0_estimation_steps": 2},
+    "linear random": {"v0_init": "random", "v0_decay_steps": 6, "v0_seed": 3},
+    "linear measured": {"max_steps": 12, "measures": True},
 }
 
 
@@ -50,31 +54,41 @@ def prepare(accelerator: Accelerator, kind: str) -> tuple:
     model = make_network()
     if kind == "fully_shard":
         fully_shard(model)
-        return model, torch.optim.AdamW(model.parameters(), foreach=False)
-    return accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
 
 
 def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
-    """The loop as it is, of four steps of two batches over all processes; v0 as the first real step finds it."""
+    """The loop as it is, of twelve steps of two batches over all processes; the second moments when v0 stands."""
     model, optimizer = prepare(accelerator, kind)
-    steps, found = attach_v0(optimizer, model, **options), {}
+    options, found, current = dict(options), {}, []
+    if options.pop("measures", False):
+        options["loss_fn"] = lambda: sum(loss_fn(model, batch) for batch in current) / len(current)
+    steps = attach_v0(optimizer, model, **options)
 
     def look() -> None:
         for name, p in model.named_parameters():
             moment = read_second_moment(optimizer, p)
-            if moment is not None:
+            if moment is not None and p.dim() >= 2:
                 found[name.removeprefix("module.")] = moment.clone()
 
     steps.observers.append(look)
-    batches = make_batches(accelerator.process_index, accelerator.num_processes)
+    batches = make_batches(accelerator.process_index, accelerator.num_processes) * 3
     at_once = 2 // accelerator.num_processes
     for start in range(0, len(batches), at_once):
         optimizer.zero_grad()
-        for batch in batches[start : start + at_once]:
+        current[:] = batches[start : start + at_once]
+        for batch in current:
             (loss_fn(model, batch) / at_once).backward()
         optimizer.step()
     weights = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
-    return {"v0": {name: whole(v) for name, v in found.items()}, "weights": weights, "report": steps.report.to_dict()}
+    length = None if steps.length is None else steps.length.to_dict()
+    return {
+        "v0": {name: whole(v) for name, v in found.items()},
+        "weights": weights,
+        "report": steps.report.to_dict(),
+        "length": length,
+    }
 
 
 def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
@@ -112,7 +126,24 @@ def collect_errors(accelerator: Accelerator) -> dict:
             initialize_v0(optimizer, model=model, batches=batches, loss_fn=function, accelerator=accelerator)
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
-    return errors | {"num_states": len(optimizer.optimizer.state)}
+    errors["num_states"] = len(optimizer.optimizer.state)
+    batch, before = make_batches(accelerator.process_index, accelerator.num_processes)[0], failing.calls
+
+    def compute() -> torch.Tensor:
+        failing.calls += 1
+        if failing.calls == before + 3 and accelerator.process_index == 1:
+            raise RuntimeError("bad batch on this one")
+        return loss_fn(model, batch)
+
+    weights = [p.detach().clone() for p in model.parameters()]
+    attach_v0(optimizer, model, loss_fn=compute, max_steps=10)
+    loss_fn(model, batch).backward()
+    try:
+        optimizer.step()
+    except Exception as error:
+        errors["measures"] = f"{type(error).__name__}: {error}"
+    errors["unchanged"] = all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    return errors
 
 
 def main(output_dir: str) -> None:

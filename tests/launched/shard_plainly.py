@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trainers import call_before_update
 from transformers import LlamaForCausalLM
 
 from hf_v0init import attach_v0, read_second_moment
@@ -99,7 +100,9 @@ def step_once(model, optimizer, **settings) -> dict:
     """One step with a v0 of `attach_v0`: v0 as the step sees it, the gradients, and the second moments after it, all whole."""
     seen: dict = {}
     attach_v0(optimizer, model, **settings)
-    optimizer.register_step_pre_hook(lambda *_: seen.update(v0=gather_second_moments(model, optimizer)))
+    optimizer.register_step_pre_hook(
+        call_before_update(lambda _: seen.update(v0=gather_second_moments(model, optimizer)))
+    )
     model.train()
     compute_token_loss(model, make_batches()[0].inputs).backward()
     seen["gradients"] = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -112,7 +115,7 @@ def write_both(model) -> dict:
     before = [p.detach().clone() for p in model.parameters()]
     steps = {}
     for v0_init in ("random", "data_driven"):
-        steps[v0_init] = step_once(model, make_optimizer(model), v0_init=v0_init, v0_seed=5)
+        steps[v0_init] = step_once(model, make_optimizer(model), v0_init=v0_init, v0_decay="beta2", v0_seed=5)
         model.zero_grad()
         with torch.no_grad():
             for parameter, saved in zip(model.parameters(), before, strict=True):
@@ -158,12 +161,14 @@ def load_sharded(kind: str, model_dir: str) -> LlamaForCausalLM:
 
 
 def save_and_load(model_dir: str, folder: Path) -> dict:
-    """Save with torch.distributed.checkpoint after, and in the middle of, the measuring steps; load; go on with both."""
+    """Save with torch.distributed.checkpoint after, and in the middle of, the first steps; load; go on with both."""
     results = {}
-    for num_before, name in ((3, "written"), (1, "measuring")):
+    beta2 = {"v0_decay": "beta2", "v0_estimation_steps": 3}
+    linear = {"v0_decay_steps": 5, "v0_estimation_steps": 2}
+    for num_before, name, options in ((4, "written", beta2), (1, "estimating", beta2), (3, "decaying", linear)):
         model = load_sharded("fully_shard", model_dir)
         optimizer = make_optimizer(model)
-        handle = attach_v0(optimizer, model, v0_init="data_driven", v0_estimation_steps=3)
+        handle = attach_v0(optimizer, model, v0_init="data_driven", **options)
         run_steps(model, optimizer, range(num_before))
         place = folder / name
         weights = {key: gather(p) for key, p in model.named_parameters()}
@@ -174,17 +179,17 @@ def save_and_load(model_dir: str, folder: Path) -> dict:
                 mine.copy_(theirs)
         other_optimizer = make_optimizer(other)
         # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
-        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", v0_estimation_steps=3)
+        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", **options)
         state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
         dcp.load(state, checkpoint_id=place)
         set_optimizer_state_dict(other, other_optimizer, state["optimizer"])
-        if num_before < 3:
+        if name != "written":
             other_handle.load_state_dict(handle.state_dict())
         loaded = gather_second_moments(other, other_optimizer)
         saved = gather_second_moments(model, optimizer)
         steps = []
         for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
-            run_steps(each, its_optimizer, range(num_before, 5))
+            run_steps(each, its_optimizer, range(num_before, 6))
             steps.append({key: gather(p) for key, p in each.named_parameters()})
         moved = any(not torch.equal(w, weights[key]) for key, w in steps[0].items())
         results[name] = {
@@ -212,9 +217,11 @@ def draw_large(model: nn.Module) -> dict:
     largest = LargestTensor()
     optimizer = make_optimizer(model)
     seen = {}
-    attach_v0(optimizer, model, v0_init="random", v0_seed=5)
-    optimizer.register_step_pre_hook(lambda *_: seen.update(largest=largest.num_bytes))
-    optimizer.register_step_pre_hook(lambda *_: seen.update(drawn=gather_second_moments(model, optimizer)))
+    attach_v0(optimizer, model, v0_init="random", v0_decay="beta2", v0_seed=5)
+    optimizer.register_step_pre_hook(call_before_update(lambda _: seen.update(largest=largest.num_bytes)))
+    optimizer.register_step_pre_hook(
+        call_before_update(lambda _: seen.update(drawn=gather_second_moments(model, optimizer)))
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with largest:

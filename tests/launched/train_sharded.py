@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from conftest import make_sequences
 from torch.distributed.tensor import DTensor
-from trainers import make_arguments, make_trainer
+from trainers import call_before_update, make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 from hf_v0init.sharding.parts import Fragment
 
@@ -56,17 +56,15 @@ class GatheringRecorder(TrainerCallback):
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
-            inner.register_step_pre_hook(self.look)
+            inner.register_step_pre_hook(call_before_update(self.look))
             if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
                 zero = self.trainer.optimizer.optimizer
                 zero.step = self.watch_step(zero.step)
 
-    def look(self, inner, args, kwargs):
+    def look(self, inner):
         """Before a step of the innermost optimizer, after ours: ZeRO makes one for each of its flat tensors."""
-        steps = find_first_steps(inner)
-        if self.v0 is not None or (
-            steps is not None and steps.is_waiting and steps.num_measured < steps.num_measure_steps
-        ):
+        steps = find_hook(inner)
+        if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
         # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
         reader = SecondMoments(self.trainer.optimizer) if steps is None else steps.moments

@@ -29,7 +29,7 @@ from hf_v0init.records.checkpoints import (
     list_checkpoints,
 )
 
-RUN = {"v0_init": "random", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+RUN = {"v0_init": "random", "v0_decay": "beta2", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 SAFE = RUN | {"trainer_class": SafeTrainer}
 CUT_OFF = "its save was cut off"
 REMEDY = "(if that was on purpose, delete its save_state.json: then it is judged by the files that are left)"

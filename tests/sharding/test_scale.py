@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_v0init import V0InitArguments
 from hf_v0init.estimation.statistics import CAST_BLOCK_NUMEL, REDUCTION_BUCKET_NUMEL, PassCounts, reduce_sums
-from hf_v0init.initialization import first_steps, summary, writing as initialization
-from hf_v0init.initialization.first_steps import FirstSteps
+from hf_v0init.hook import beta2_decay
+from hf_v0init.hook.beta2_decay import Beta2Decay
+from hf_v0init.hook.tensors import SteppedTensors
+from hf_v0init.initialization import summary, writing as initialization
 from hf_v0init.initialization.plan import V0Plan
 from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
 from hf_v0init.second_moment.state import SecondMoments
@@ -131,8 +133,9 @@ def plan_of(mesh, shapes, device="meta", dtype=torch.float32):
 
 def draw(optimizer) -> None:
     """Write a random v0 as the first step does, into the states of parameters that have gradients."""
-    handle = FirstSteps(optimizer, None, V0InitArguments(v0_init="random"))
-    handle._write(handle._list(), 1.0, {})
+    tensors = SteppedTensors(SecondMoments(optimizer), None, False, 0)
+    plan = V0InitArguments(v0_init="random", v0_decay="beta2").resolve()
+    Beta2Decay(tensors, plan, 1, lambda _: None)._write(tensors.list_stored(), 1.0)
 
 
 def count_local(plan) -> int:
@@ -143,10 +146,10 @@ def count_local(plan) -> int:
 def without_values(monkeypatch):
     """Leaves out what reads values, which meta tensors do not have; the run of one layer has it."""
     monkeypatch.setattr(initialization, "_sample_ratio_to_step", lambda *_: torch.zeros(1))
-    for module in (initialization, first_steps):
-        monkeypatch.setattr(module, "add_parameters", lambda *_: None)
+    monkeypatch.setattr(initialization, "add_parameters", lambda *_: None)
+    for module in (initialization, beta2_decay):
         monkeypatch.setattr(module, "compute_median", lambda *_: 1.0)
-    monkeypatch.setattr(first_steps, "sample_ratio", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(beta2_decay, "sample_ratio", lambda *_: torch.zeros(1))
 
 
 @pytest.mark.parametrize("size", DECODERS)
