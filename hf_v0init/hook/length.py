@@ -1,6 +1,7 @@
 """How long a run warms up, measured in its first optimizer step: see `estimation.trust_radius` and `method.length`."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class LengthHook:
     Args:
         optimizer: any that steps its own gradients; needs no second moment.
         on_length: gets what was measured.
+        on_failed: called where an exception or Ctrl-C cuts the measurement off.
     """
 
     def __init__(
@@ -29,7 +31,9 @@ class LengthHook:
         max_steps: int,
         loss_fn: Callable[[], Any],
         on_length: Callable[[WarmupLength], None],
+        on_failed: Callable[[], None] | None = None,
     ) -> None:
+        self.on_failed = on_failed
         self.model, self.max_steps, self.loss_fn, self.on_length = model, max_steps, loss_fn, on_length
         self.inner = unwrap_optimizer(optimizer)
         self._optimizer = optimizer
@@ -44,7 +48,20 @@ class LengthHook:
         if self.on_length is None or not any(bool(get_local_part(g).any()) for g in gradients):
             return  # measured already, or the step by which a distributed checkpoint is loaded
         on_length, self.on_length = self.on_length, None
-        on_length(measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps))
+        with call_if_cut_off(self.on_failed):
+            length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
+        on_length(length)
+
+
+@contextlib.contextmanager
+def call_if_cut_off(on_failed: Callable[[], None] | None) -> Iterator[None]:
+    """Call `on_failed` where an exception or Ctrl-C passes."""
+    try:
+        yield
+    except BaseException:
+        if on_failed is not None:
+            on_failed()
+        raise
 
 
 def measure_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None) -> TrustRadius:

@@ -44,7 +44,7 @@ from ..records.report import V0Report, collect_versions
 from ..second_moment.state import SecondMoments, StoredTensor, unwrap_optimizer
 from ..settings import AUTO, V0InitArguments, V0Plan
 from .beta2_decay import Beta2Decay
-from .length import measure_length
+from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .tensors import SteppedTensors, require_finite
 
@@ -108,10 +108,11 @@ class V0Hook:
         max_steps: int | None = None,
         loss_fn: Callable[[], Any] | None = None,
         on_length: Callable[[WarmupLength], None] | None = None,
+        on_failed: Callable[[], None] | None = None,
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
         self.model, self.plan, self.seed = model, plan, seed
-        self.loss_fn, self.on_length, self.on_written = loss_fn, on_length, on_written
+        self.loss_fn, self.on_length, self.on_failed, self.on_written = loss_fn, on_length, on_failed, on_written
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
@@ -306,7 +307,8 @@ class V0Hook:
 
     def _set_measured_length(self) -> bool:
         """Measure L at the gradients in hand; returns whether a v0 is needed."""
-        self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
+        with call_if_cut_off(self.on_failed):
+            self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
         steps = self.length.steps
         self.plan = replace(self.plan, decay_steps=steps) if steps else V0Plan()
         self._fit_estimation_steps()

@@ -342,6 +342,7 @@ class V0InitCallback(TrainerCallback):
             max_steps=max_steps,
             loss_fn=self._compute_first_loss,
             on_length=self._take_length,
+            on_failed=self._remove_recorder,
             on_written=self._finish,
         )
 
@@ -349,17 +350,18 @@ class V0InitCallback(TrainerCallback):
         """Measure the length of a warmup in the first step, without a v0."""
         self._let_go()
         self._length_hook = LengthHook(
-            optimizer, model, max_steps=max_steps, loss_fn=self._compute_first_loss, on_length=self._take_length
+            optimizer,
+            model,
+            max_steps=max_steps,
+            loss_fn=self._compute_first_loss,
+            on_length=self._take_length,
+            on_failed=self._remove_recorder,
         )
 
     def _compute_first_loss(self) -> float:
         if self._recorder is None or not self._recorder.has_calls:
             raise LossNotComputed("compute_loss was not called in the first step")
-        try:
-            return self._recorder.compute_again()
-        except BaseException:  # no event follows that would take the recorder off
-            self._remove_recorder()
-            raise
+        return self._recorder.compute_again()
 
     def _take_length(self, length: WarmupLength) -> None:
         """Let the schedule follow what was measured, before the first update."""

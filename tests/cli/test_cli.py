@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 
 from hf_v0init.cli import main as cli
-from hf_v0init.errors import InputError
 
 
 @dataclass

@@ -63,6 +63,8 @@ def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
     model, optimizer = prepare(accelerator, kind)
     options, found, current = dict(options), {}, []
     if options.pop("measures", False):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3  # large enough beside the trust radius for a warmup to be needed
         options["loss_fn"] = lambda: sum(loss_fn(model, batch) for batch in current) / len(current)
     steps = attach_v0(optimizer, model, **options)
 
