@@ -49,7 +49,7 @@ from torch import nn
 from ..errors import InputError
 from ..sharding.fsdp import match_placements, reshard
 from ..sharding.parts import get_local_part, is_dtensor, is_sharded
-from ..sharding.processes import get_rank_and_world_size, raise_together
+from ..sharding.processes import add_over_processes, get_rank_and_world_size, raise_together
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -58,7 +58,6 @@ from ..state_guard import (
     read_rng_states,
     write_rng_states,
 )
-from .statistics import PassCounts, reduce_sums
 
 FIRST_DISPLACEMENT = 1e-4  # of every element; d50 was between 1e-4 and 1e-2 on every network measured
 GRID_FACTOR = 2.0  # from one displacement to the next
@@ -413,7 +412,7 @@ class _Measurement:
             for index, parameter in enumerate(self.parameters):
                 gradients[index] = match_placements(gradients[index], parameter)
         elif self.is_several:
-            reduce_sums(gradients, PassCounts())
+            add_over_processes(gradients)
             for gradient in gradients:
                 gradient /= self.num_processes
 
