@@ -366,7 +366,9 @@ class V0InitCallback(TrainerCallback):
 
     def _run_pass(self, args, state, settings: V0InitArguments, plan: V0Plan, moments, model) -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        return write_per_sample_v0(self._trainer, plan, moments)
+        report = write_per_sample_v0(self._trainer, plan, moments)
+        report.add_expectation(state.max_steps)
+        return report
 
 
 def _find_what_warms_up(settings: V0InitArguments, plan: V0Plan) -> str | None:

@@ -44,6 +44,9 @@ def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoments) -> V0Repo
         plan: with the per-sample estimator.
         moments: of its optimizer, without state.
 
+    Returns:
+        What was written, see `V0Report`.
+
     Raises:
         InputError: (on every process) what the head of the file refuses; a model that is sharded; what the estimate and `write_v0`
             raise.
@@ -83,7 +86,7 @@ def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoments) -> V0Repo
                 on_batch=bar.update,
                 other_parameters=others,
             )
-    report = write_v0(
+    return write_v0(
         chosen,
         estimate,
         lambda beta2: plan.get_scale(beta2 or 0.0),
@@ -96,8 +99,6 @@ def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoments) -> V0Repo
         effective_batch_size=step_size,
         global_step=trainer.state.global_step,
     )
-    report.add_expectation(trainer.state.max_steps)
-    return report
 
 
 # ---- samples and loss --------------------------------------------------------------------------------------------------

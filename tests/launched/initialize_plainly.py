@@ -21,9 +21,9 @@ from hf_v0init import attach_v0, initialize_v0, read_second_moment
 
 CASES = {"data_driven": {}, "uneven": {"v0_num_samples": 12}}
 ATTACHED = {
-    "data_driven": {"v0_estimation_steps": 2},
-    "first_gradient": {"v0_init": "first_gradient"},
-    "random": {"v0_init": "random", "v0_seed": 3},
+    "data_driven": {"v0_decay": "beta2", "v0_estimation_steps": 2},
+    "first_gradient": {"v0_init": "first_gradient", "v0_decay": "beta2"},
+    "random": {"v0_init": "random", "v0_decay": "beta2", "v0_seed": 3},
 }
 
 

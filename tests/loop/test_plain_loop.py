@@ -440,7 +440,7 @@ def test_sharded_models_are_refused(launched, kind):
 BAD = [
     ({"v0_scale": -1.0}, "v0_scale=-1|scale=-1"),
     ({"v0_scale": 1.0, "v0_decay_steps": 5}, "v0_scale=1.0 and v0_decay_steps=5 both"),
-    ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is a share of the run, whose length is not known here: give max_steps"),
+    ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is not a number of optimizer steps yet: give max_steps"),
     ({"v0_seed": -1}, "v0_seed=-1"),
     ({"v0_num_samples": 0}, "v0_num_samples=0"),
     ({"batches_per_step": 0}, "batches_per_step=0"),
