@@ -27,6 +27,7 @@ from ..sharding.processes import add_over_processes, fail_together, get_rank_and
 from ..state_guard import defer_interrupts, preserve_model, preserve_rng, raise_if_interrupted, seed_everything
 from .batches import SampleBatch, compute_batch_seed
 
+FP16_LOSS_SCALE = 1024.0  # keeps gradients in fp16 out of the subnormal range; divided out again
 RATIO_ELEMENTS = 4096  # of each tensor, from which `GradSqMean.measured_ratio` is taken
 
 

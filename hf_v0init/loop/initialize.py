@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import estimate_grad_sq_mean
+from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
 from ..initialization.plan import USE_MINIBATCH, plan_v0
 from ..initialization.writing import write_v0
 from ..records.report import V0Report
@@ -38,8 +38,6 @@ from ..sharding.processes import fail_together, gather_objects, get_rank_and_wor
 from ..state_guard import defer_interrupts, preserve_model, preserve_rng
 
 logger = logging.getLogger("hf_v0init")
-
-FP16_LOSS_SCALE = 1024.0  # keeps fp16 gradients of the pass out of the subnormal range; divided out again
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 

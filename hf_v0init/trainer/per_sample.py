@@ -18,7 +18,7 @@ from transformers.utils import is_datasets_available, logging as transformers_lo
 
 from ..errors import InputError
 from ..estimation.batches import IGNORED_LABEL, choose_samples, iterate_batches, require_reiterable
-from ..estimation.per_sample import estimate_grad_sq_mean
+from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
 from ..initialization.plan import USE_MINIBATCH, plan_v0
 from ..initialization.writing import write_v0
 from ..records.report import V0Report
@@ -31,7 +31,6 @@ from .supported_runs import require_supported_pass
 
 logger = logging.getLogger("hf_v0init")
 
-FP16_LOSS_SCALE = 1024.0  # keeps fp16 gradients of the pass out of the subnormal range; divided out again
 NUM_COMPARED = 3  # samples whose loss together is compared with theirs one by one
 TOLERANCE, TOLERANCE_NARROW = 1e-3, 3e-2  # relative, of that comparison
 
@@ -59,12 +58,9 @@ def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoments) -> V0Repo
     chosen = plan_v0(moments, trainer.model, plan.include_bias_and_norm)
     plan.get_scale(chosen.beta2 or 0.0)  # one that is too large is refused before the pass
     batch_size = _choose_batch_size(trainer, plan)
-    if hasattr(
-        trainer, "get_v0_effective_batch_size"
-    ):  # under a budget of tokens batches are of another size than is set
+    step_size = float(trainer.get_total_train_batch_size(args))
+    if hasattr(trainer, "get_v0_effective_batch_size"):  # batches under a budget of tokens have another size
         step_size = trainer.get_v0_effective_batch_size()
-    else:
-        step_size = float(trainer.get_total_train_batch_size(args))
     others = _list_parameters_outside(trainer, moments)
     with fail_together(), preserve_trainer(trainer), _count_items_locally(args):
         _require_mean_over_samples(trainer, others)
