@@ -14,7 +14,6 @@
 `v0_init.json` beside every checkpoint says what was done.
 """
 
-import functools
 import logging
 import os
 
@@ -23,8 +22,6 @@ from transformers import TrainerCallback
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import LengthHook, V0Hook
-from ..initialization.plan import plan_v0
-from ..initialization.writing import estimate_grad_sq_mean, write_v0
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import (
@@ -39,9 +36,9 @@ from ..second_moment.state import SecondMoments
 from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
-from .gradients import TrainerGradients
+from .per_sample import write_per_sample_v0
 from .schedule import keep_plateau, require_no_warmup, warm_up
-from .supported_runs import require_measurable, require_supported_pass, require_supported_run
+from .supported_runs import require_measurable, require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -400,34 +397,9 @@ class V0InitCallback(TrainerCallback):
 
     def _run_pass(self, args, state, settings: V0InitArguments, plan: V0Plan, moments, model) -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        require_supported_pass(self._trainer)
-        seed = args.seed if plan.seed is None else plan.seed
-        parameters = plan_v0(moments, model, plan.include_bias_and_norm)
-        gradients = TrainerGradients(self._trainer, plan, moments, seed)
-        gradients.require_readable_data()
-        plan.get_scale(parameters.beta2 or 0.0)  # one that is too large is refused before the pass
-        gradients.require_independent_samples()
-        step_size = float(self._trainer.get_total_train_batch_size(args))
-        estimate = estimate_grad_sq_mean(parameters, gradients.run, step_size)
-        report = write_v0(
-            parameters,
-            estimate,
-            functools.partial(_get_scale, plan),
-            seed=seed,
-            decay=plan.decay,
-            decay_steps=plan.decay_steps,
-            include_bias_and_norm=plan.include_bias_and_norm,
-            num_samples_requested=plan.num_samples,
-            stats_batch_size=gradients.choose_batch_size(),
-            effective_batch_size=step_size,
-            global_step=state.global_step,
-        )
+        report = write_per_sample_v0(self._trainer, plan, moments)
         report.add_expectation(state.max_steps)
         return report
-
-
-def _get_scale(plan: V0Plan, beta2: float | None) -> float:
-    return plan.get_scale(beta2 or 0.0)
 
 
 def _find_what_warms_up(settings: V0InitArguments, plan: V0Plan) -> str | None:

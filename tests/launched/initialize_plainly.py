@@ -1,4 +1,4 @@
-"""Started by torchrun: gives v0 in loops without a Trainer, under DDP by accelerate and under FSDP2, and saves it.
+"""Started by torchrun: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
 
 torchrun --nproc_per_node 2 tests/launched/initialize_plainly.py OUTPUT_DIR
 """
@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_v0init import attach_v0, initialize_v0, read_second_moment
 
@@ -54,6 +56,10 @@ def prepare(accelerator: Accelerator, kind: str) -> tuple:
     model = make_network()
     if kind == "fully_shard":
         fully_shard(model)
+        return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    if kind == "tensor_parallel":
+        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
     return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
 
@@ -122,6 +128,13 @@ def collect_errors(accelerator: Accelerator) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     errors = {}
+
+    def fail_to_read(batches):
+        yield from batches[:2]
+        if accelerator.process_index == 1:
+            raise OSError("cannot read batch 2")
+        yield from batches[2:]
+
     for name, function in (("fails", failing), ("wrapped", lambda _, batch: loss_fn(model, batch))):
         try:
             batches = make_batches(accelerator.process_index, accelerator.num_processes)
@@ -129,6 +142,18 @@ def collect_errors(accelerator: Accelerator) -> dict:
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
     errors["num_states"] = len(optimizer.optimizer.state)
+    try:
+        batches = fail_to_read(make_batches(accelerator.process_index, accelerator.num_processes))
+        initialize_v0(optimizer, model=model, batches=batches, loss_fn=loss_fn, accelerator=accelerator)
+    except Exception as error:
+        errors["data"] = f"{type(error).__name__}: {error}"
+    for kind in ("fully_shard", "tensor_parallel"):
+        sharded, its_optimizer = prepare(accelerator, kind)
+        try:
+            initialize_v0(its_optimizer, model=sharded, batches=make_batches(0, 1), loss_fn=loss_fn)
+        except Exception as error:
+            errors[kind] = f"{type(error).__name__}: {error}"
+        assert len(its_optimizer.state) == 0
     batch, before = make_batches(accelerator.process_index, accelerator.num_processes)[0], failing.calls
 
     def compute() -> torch.Tensor:
@@ -151,7 +176,8 @@ def collect_errors(accelerator: Accelerator) -> dict:
 def main(output_dir: str) -> None:
     accelerator = Accelerator(cpu=True)
     kinds = ["ddp"] + (["fully_shard"] if accelerator.num_processes > 1 else [])
-    saved = {kind: {name: run(accelerator, kind, options) for name, options in CASES.items()} for kind in kinds}
+    saved = {kind: {} for kind in kinds}
+    saved["ddp"] = {name: run(accelerator, "ddp", options) for name, options in CASES.items()}
     for kind in kinds:
         saved[kind]["attached"] = {name: run_attached(accelerator, kind, options) for name, options in ATTACHED.items()}
     if accelerator.num_processes > 1:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from trainers import record
 
 from hf_v0init import InputError, initialize_v0, read_second_moment
 from hf_v0init.estimation.batches import choose_samples
-from hf_v0init.loop.gradients import count_first_dimension
 
 SCRIPT = Path(initialize_plainly.__file__)
 
@@ -176,15 +176,19 @@ def test_reads_no_further_than_needed(num_samples, num_batches):
 
 
 def test_counts_samples_by_the_first_tensor_or_as_told():
-    assert count_first_dimension({"id": torch.tensor(3), "x": [torch.zeros(7, 2)]}) == 7
-    assert count_first_dimension((None, torch.zeros(2))) == 2
-    with pytest.raises(InputError, match="give count_samples"):
-        count_first_dimension({"text": ["a", "b"]})
     model = make_network(batch_norm=False)
-    report = initialize_v0(
-        make_adam(model), model=model, batches=DataLoader(make_data(6), 2), loss_fn=mean_square, count_samples=lambda b: 5
-    )  # fmt: skip
-    assert report.num_samples == 15
+
+    def run(batches, **options):
+        return initialize_v0(
+            make_adam(model), model=model, batches=batches, loss_fn=lambda m, b: mean_square(m, b["rows"]), **options
+        )
+
+    rows = [{"rows": make_data(6)[i : i + 2], "text": ["a", "b"]} for i in range(0, 6, 2)]
+    assert run(rows).num_samples == 6
+    assert run(rows, count_samples=lambda batch: 5).num_samples == 15
+    for first in (["a", "b"], None, torch.tensor(3)):
+        with pytest.raises(InputError, match=r"does not begin with a tensor.*: give count_samples"):
+            run([{"first": first} | row for row in rows])
 
 
 # ---- what is left alone ------------------------------------------------------------------------------------------------
@@ -373,18 +377,17 @@ def launched(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", ["data_driven", "uneven"])
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
-def test_two_processes_are_as_one(launched, make_accelerator, kind, case):
+def test_two_processes_are_as_one(launched, make_accelerator, case):
     one = initialize_plainly.run(make_accelerator(), "ddp", initialize_plainly.CASES[case])
     for rank in range(2):
-        two = launched[rank][kind][case]
+        two = launched[rank]["ddp"][case]
         assert two["v0"].keys() == one["v0"].keys()
         for name, v0 in one["v0"].items():
             torch.testing.assert_close(two["v0"][name], v0, rtol=1e-5, atol=1e-5 * float(v0.max()))
         for key in ("num_samples", "num_batches", "effective_batch_size"):
             assert two["report"][key] == one["report"][key], key
         assert two["report"]["num_processes"] == 2
-    assert all(torch.equal(v, launched[1][kind][case]["v0"][k]) for k, v in launched[0][kind][case]["v0"].items())
+    assert all(torch.equal(v, launched[1]["ddp"][case]["v0"][k]) for k, v in launched[0]["ddp"][case]["v0"].items())
 
 
 @pytest.mark.parametrize("case", list(initialize_plainly.ATTACHED))
@@ -420,13 +423,30 @@ def test_an_exception_on_one_process_is_raised_on_all(launched):
         assert "bad batch on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
 
 
+def test_data_that_fail_on_one_process_fail_on_all_with_that_error(launched):
+    assert launched[0]["errors"]["data"] == "RuntimeError: process 1: cannot read batch 2"
+    assert launched[1]["errors"]["data"] == "OSError: cannot read batch 2"
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "tensor_parallel"])
+def test_sharded_models_are_refused(launched, kind):
+    for rank in range(2):
+        assert launched[rank]["errors"][kind].startswith(
+            "InputError: v0_estimator=per_sample under FSDP2 or tensor parallelism is not supported"
+        )
+        assert (
+            "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own)"
+            in launched[rank]["errors"][kind]
+        )
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 BAD = [
     ({"v0_scale": -1.0}, "v0_scale=-1|scale=-1"),
     ({"v0_scale": 1.0, "v0_decay_steps": 5}, "v0_scale=1.0 and v0_decay_steps=5 both"),
-    ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is .*give max_steps"),
+    ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is not a number of optimizer steps yet: give max_steps"),
     ({"v0_seed": -1}, "v0_seed=-1"),
     ({"v0_num_samples": 0}, "v0_num_samples=0"),
     ({"batches_per_step": 0}, "batches_per_step=0"),
@@ -469,6 +489,19 @@ def test_optimizers_that_cannot_take_it_are_refused():
     with pytest.raises(InputError, match="parameters already have optimizer state"):
         initialize_v0(stepped, **options)
     assert all(torch.equal(v, before[name]) for name, v in read_all(stepped, model).items())
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
+def test_accelerators_that_cut_the_model_up_are_refused(kind):
+    model, accelerator = make_network(), SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+    with pytest.raises(InputError, match=r"under DeepSpeed \(ZeRO\) or Megatron-LM .*use v0_estimator=minibatch"):
+        initialize_v0(
+            make_adam(model),
+            model=model,
+            batches=DataLoader(make_data(8), 4),
+            loss_fn=mean_square,
+            accelerator=accelerator,
+        )
 
 
 def test_decay_steps_below_one_are_a_share_of_max_steps():

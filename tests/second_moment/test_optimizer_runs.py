@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_gpt2, make_sequences
+from conftest import make_gpt2
 from optimizer_cases import quiet_and_eager
 from test_optimizer_probe import Mine
 from trainers import Recorder, assert_equal_weights, make_trainer, record, second_moments_of
@@ -238,36 +238,6 @@ def test_closed_form_takes_rmsprops_alpha(tmp_path):
     )
     assert trainer.get_v0_report()["beta2"] == 0.75
     assert trainer.get_v0_report()["multiplier"]["1"] == pytest.approx(0.5)
-
-
-def test_sums_live_in_the_state_itself_where_they_can(tmp_path, monkeypatch):
-    """No tensor of the parameter's size is made for the pass beyond the state of torch's Adam."""
-    import hf_v0init.second_moment.state as module
-
-    drafts = []
-    original = module.draft_state
-    monkeypatch.setattr(
-        "hf_v0init.initialization.writing.draft_state", lambda *a, **k: drafts.append(original(*a, **k)) or drafts[-1]
-    )
-    shared = []
-    finish = module.StateDraft.finish
-
-    def spy(self):
-        tensors = self.tensors
-        state = finish(self)
-        shared.append((tensors[0] is state.get("exp_avg"), tensors[-1] is state["exp_avg_sq"]))
-        return state
-
-    monkeypatch.setattr(module.StateDraft, "finish", spy)
-    record(
-        tmp_path,
-        v0_init="data_driven",
-        v0_decay="beta2",
-        v0_estimator="per_sample",
-        max_steps=1,
-        data=make_sequences(16),
-    )
-    assert len(shared) == 10 and set(shared) == {(True, True)}
 
 
 def test_a_large_v0_that_does_not_decay_is_warned_of(tmp_path, caplog):

@@ -13,8 +13,7 @@ from torch import nn
 
 from hf_v0init import read_second_moment
 from hf_v0init.errors import InputError
-from hf_v0init.estimation.batches import choose_samples
-from hf_v0init.estimation.statistics import compute_batch_seed
+from hf_v0init.estimation.batches import choose_samples, compute_batch_seed
 from hf_v0init.tasks.gan.dcgan import (
     IMAGE_SIZES,
     Discriminator,
