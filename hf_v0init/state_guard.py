@@ -122,7 +122,9 @@ def preserve_attributes(*owners: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def preserve_model(
+    model: nn.Module, other_parameters: Iterable[nn.Parameter] = (), *, copies_frozen: bool = True
+) -> Iterator[None]:
     """Restore train/eval modes, buffers (also new ones, and those that were None), plain attributes of the modules, weights that are
     not trained, and gradients.
 
@@ -132,12 +134,14 @@ def preserve_model(model: nn.Module, other_parameters: Iterable[nn.Parameter] = 
 
     Args:
         other_parameters: outside the model, whose gradients are kept as well.
+        copies_frozen: False for modules whose weights no forward updates.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     copies = {id(b): b.detach().clone() for _, kept in buffers for b in kept.values() if b is not None}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad and not parameter.is_meta]
-    if sum(parameter.numel() * parameter.element_size() for parameter in frozen) <= MAX_COPIED_BYTES:
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    if copies_frozen and num_bytes <= MAX_COPIED_BYTES:
         frozen_copies = [(parameter, parameter._version, parameter.detach().clone()) for parameter in frozen]
     else:
         frozen_copies = []

@@ -1,44 +1,32 @@
 """The trust radius of Adam's first update: how far every weight may move before the gradient no longer tells what happens.
 
 On a batch at the weights w: L the loss, g its gradient, and -sign(g) the direction, since Adam's first update without a v0 moves
-every weight by the learning rate against the sign of its gradient. For a displacement d of every element:
+every weight by its learning rate against the sign of its gradient. For a displacement d of every element:
 
-    rho(d) = (L(w) - L(w - d sign g)) / (d |g|_1)        decrease of the loss over the decrease predicted
+    rho(d) = (L(w) - L(w - d sign g)) / (d L'(0)),     L'(0) the decrease per unit of displacement as d goes to 0
 
-It is the ratio by which trust-region methods judge a step (Conn, Gould & Toint, 2000). rho is 1 for small d, where the loss is as
-good as linear, and falls as d grows. **d50** is the d at which it crosses 0.5. It does not depend on the learning rate; what
-follows from learning rate / d50 is in `closed_form.length`.
-
-With several batches rho is the sum of the decreases over the sum of the predictions. Each batch is judged along its own gradient:
-along that of another one the prediction is the small part that the two have in common, which on small batches, or with a head
-that was just drawn, is noise of either sign (a pretrained MiniLM with a new head, 32 sentences: negative over 16 batches).
+It is the ratio by which trust-region methods judge a step (Conn, Gould & Toint, 2000): decrease over predicted decrease. rho is 1 for small
+d, where the loss is as good as linear, and falls as d grows. **d50** is the d at which it crosses 0.5. It does not depend on
+the learning rate; what follows from learning rate / d50 is in `method.length`.
 
 How it is measured:
-    A forward-backward pass for each batch, and a forward for each batch and displacement: about ten displacements, twice as far
-    apart each time, from `FIRST_DISPLACEMENT` up until rho is below 0.5 and down until rho is near 1. A crossing counts
-    only if rho was seen near 1 at two smaller displacements. Where it was not, rounding or noise is what was measured, and d50 is
-    None with a `reason`: weights or losses in bf16 or fp16 may be too coarse for a small trust radius.
+    A forward for each displacement: about ten of them, twice as far apart each time, from `FIRST_DISPLACEMENT` up until rho is below
+    0.5 and down until two in a row agree. L'(0) is extrapolated from these two, and not |g|_1, since an optimizer's gradients may
+    have been clipped or scaled. A crossing counts only if rho was seen near 1 at two smaller displacements. Where it was
+    not, rounding or noise is what was measured, and d50 is None with a `reason`: weights or losses in bf16 or fp16 may be too
+    coarse for a small trust radius.
 
-What the model is meanwhile:
-    In eval mode: no dropout, no regulariser that acts in training alone, and no gradient checkpointing (which transformers does in
-    training mode only, so the backward pass keeps all activations). BatchNorm normalises by the batch as in training, because
-    its running statistics at initialisation (mean 0, variance 1) are those of no data: a network in which they act is another one
-    than is trained. `has_batch_norm` says so, for a rule that treats such networks otherwise. Frozen parameters stay where they
-    are.
-
-What it costs beside the activations: a copy of the weights and a quarter as much for each batch (the signs, one byte an element);
-before that the gradient of one batch. Of a sharded model each process keeps those of its own shard. That is less than Adam's state,
-which does not exist yet before the first step.
-
-Afterwards weights, buffers, gradients, modes and random states are as before bit for bit, also when an exception passes. Nothing here
-knows an optimizer or a Trainer: the loss is a callable.
+The model stays in its mode, with the same random states at each forward, so that dropout draws the same masks. What it costs beside the
+activations is a copy of the weights; of a sharded model each process copies its own shard. Afterwards weights, buffers, gradients,
+modes, plain attributes of modules and random states are as before bit for bit, also when an exception or Ctrl-C passes, which acts
+within one forward. Nothing here knows an optimizer or a Trainer: the loss is a callable.
 """
 
 import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,7 +46,6 @@ from ..state_guard import (
     read_rng_states,
     write_rng_states,
 )
-from .statistics import PassCounts, reduce_sums
 
 FIRST_DISPLACEMENT = 1e-4  # of every element; d50 was between 1e-4 and 1e-2 on every network measured
 GRID_FACTOR = 2.0  # from one displacement to the next
@@ -66,6 +53,7 @@ SMALLEST_DISPLACEMENT, LARGEST_DISPLACEMENT = 1e-10, 16.0
 CROSSING = 0.5  # of rho
 NEAR_ONE = 0.25  # |rho - 1| up to which the first-order model is said to hold
 SLOPE_TOLERANCE = 0.1  # between two small displacements, up to which the decrease is said to be proportional
+NOISE_FACTOR = 100.0  # roundings of the loss, below which a decrease is noise
 POINTS_BEYOND = 1  # displacements after the crossing, so that a plot shows how steeply rho falls
 
 
@@ -80,12 +68,11 @@ class TrustRadius:
     Attributes:
         d50: displacement of every element at which rho crosses 0.5, in the weights' unit; None where it could not be measured.
         displacements: the grid, ascending.
-        rho: at each of these, over all batches; -inf where the loss was not finite.
-        batch_d50: d50 of each batch alone; None where that batch alone does not tell.
-        slope: the decrease of the loss per unit of displacement that the gradients predict, |g|_1, mean over the batches.
-        loss: at the initial weights, mean over the batches.
+        rho: at each of these; -inf where the loss was not finite.
+        slope: L'(0), the decrease of the loss per unit of displacement as the displacement goes to zero.
+        loss: at the present weights.
         num_elements: parameter elements moved, over all processes.
-        num_forwards, num_backwards: passes of each process, micro-batches counted one by one.
+        num_forwards: computations of the step's loss.
         seconds: wall-clock time.
         has_batch_norm: whether the network normalises over the batch.
         reason: why d50 is None.
@@ -94,12 +81,10 @@ class TrustRadius:
     d50: float | None = None
     displacements: list[float] = field(default_factory=list)
     rho: list[float] = field(default_factory=list)
-    batch_d50: list[float | None] = field(default_factory=list)
     slope: float = 0.0
     loss: float = 0.0
     num_elements: int = 0
     num_forwards: int = 0
-    num_backwards: int = 0
     seconds: float = 0.0
     has_batch_norm: bool = False
     reason: str | None = None
@@ -111,62 +96,62 @@ class TrustRadius:
         return content
 
 
-@dataclass
-class _Direction:
-    """A batch, and the signs of its gradient, along which its loss is measured."""
-
-    batch: Sequence[Any]  # micro-batches
-    signs: list[torch.Tensor]  # int8, one a parameter, this process's part
-    slope: float  # |g|_1 over all processes
-    loss: float = 0.0  # L(w)
-    rho: dict[float, float] = field(default_factory=dict)
-
-
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
-
-
 def measure_trust_radius(
     model: nn.Module,
     batches: Sequence[Any],
-    loss_fn: LossFunction,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
     *,
-    accumulation: int = 1,
     loss_scale: float = 1.0,
 ) -> TrustRadius:
-    """Measure d50 at the model's present weights; see the top of the file.
+    """Measure d50 at a model's present weights; see the top of the file.
 
-    With several processes all of them call this, each with as many batches of its own: gradients and losses are means over the
+    With several processes all of them call this, each with batches of its own: gradients and losses are means over the
     processes, as in training, and every process gets the same result.
 
     Args:
         model: in the form that is trained, but *not* inside DDP (whose reducer would act on the backward passes). `fully_shard`ed
             and tensor-parallel models stay as they are.
-        batches: as `loss_fn` takes them: those of one optimizer step or more.
+        batches: those of one optimizer step, as `loss_fn` takes them; their losses are added up.
         loss_fn: maps (model, batch) to the scalar loss as training computes it.
-        accumulation: so many consecutive `batches` are one optimizer step's; their losses are added up, so `loss_fn` must have
-            divided them.
-        loss_scale: the loss is multiplied by it before backward, and the gradients are divided by it (fp16).
+        loss_scale: the loss is multiplied by it before backward (fp16).
 
     Returns:
         What was measured. `d50` is None, and `reason` says why, where it could not be measured: no trainable parameter got a
         gradient, a loss that is not finite, differences below rounding.
 
     Raises:
-        InputError: a number of batches that does not make up optimizer steps.
+        InputError: no batch.
     """
-    if accumulation < 1 or not batches or len(batches) % accumulation:
-        raise InputError(
-            f"{len(batches)} batches with accumulation={accumulation}: give the batches of whole optimizer steps, "
-            f"{max(1, accumulation)} or a multiple of that"
-        )
-    steps = [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
-    started = time.perf_counter()
+    if not batches:
+        raise InputError("no batches: give measure_trust_radius those of one optimizer step")
+    started, states = time.perf_counter(), read_rng_states()
+
+    def compute_loss() -> float:
+        write_rng_states(states)
+        return sum(float(loss_fn(model, batch).detach().double()) for batch in batches)
+
     with defer_interrupts(), preserve_rng(), preserve_model(model):
-        _switch_randomness_off(model)
-        measurement = _Measurement(model, loss_fn, loss_scale)
-        result = measurement.run(steps)
-    result.seconds = time.perf_counter() - started
-    return result
+        error = None
+        try:
+            with torch.enable_grad():
+                write_rng_states(states)
+                for batch in batches:
+                    raise_if_interrupted()
+                    (loss_fn(model, batch) * loss_scale).backward()
+        except Exception as exception:
+            error = exception
+        _raise_on_all(error, is_sharded(model))
+        parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        if not is_sharded(model):
+            _average(gradients)
+        for parameter in model.parameters():
+            parameter.grad = None
+        walk = _StepWalk([(p, g, 1.0) for p, g in zip(parameters, gradients, strict=True)], compute_loss, model)
+        with torch.no_grad():
+            walk.run()
+    walk.result.seconds = time.perf_counter() - started
+    return walk.result
 
 
 def measure_in_step(
@@ -206,7 +191,7 @@ class _StepWalk:
     """The forwards of `measure_in_step`: where the weights are, and what the loss is there."""
 
     def __init__(self, parameters, loss_fn: Callable[[], Any], model: nn.Module | None) -> None:
-        self.loss_fn, self.model = loss_fn, model
+        self.loss_fn, self.model, self.rng_states = loss_fn, model, read_rng_states()
         self.weights = [p for p, _, _ in parameters]
         self.gradients = [match_placements(g.detach(), p) if is_dtensor(p) else g.detach() for p, g, _ in parameters]
         self.rates = [rate for _, _, rate in parameters]
@@ -260,20 +245,35 @@ class _StepWalk:
             smallest = max(
                 smallest, 0.25 * max(torch.finfo(p.dtype).eps for p in narrow) * math.sqrt(total / max(1.0, count))
             )
-        d = FIRST_DISPLACEMENT
-        while d / GRID_FACTOR >= smallest:
-            upper, lower = self._measure(copies, d) / d, self._measure(copies, d / GRID_FACTOR) / (d / GRID_FACTOR)
-            rounding = 4.0 * torch.finfo(torch.float32).eps * abs(self.result.loss) / d
-            if lower > rounding and abs(upper / lower - 1.0) <= SLOPE_TOLERANCE:
-                return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), d / GRID_FACTOR
-            if max(abs(lower), abs(upper)) <= rounding:
-                break
+        start = max(FIRST_DISPLACEMENT, GRID_FACTOR * smallest)
+        d = start
+        while not self._is_proportional(copies, d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(copies, d):
             d /= GRID_FACTOR
+        if not self._is_proportional(copies, d):
+            d = start
+            while not self._is_proportional(copies, d) and d < LARGEST_DISPLACEMENT:
+                d *= GRID_FACTOR
+        if self._is_proportional(copies, d):
+            near = d / GRID_FACTOR
+            while self._is_proportional(copies, d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
+                d *= GRID_FACTOR  # the farther apart, the less rounding; these points are needed anyway
+            upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+            return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), min(near, FIRST_DISPLACEMENT)
         self.result.reason = (
             "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
             "the loss or of the weights, or the loss is not smooth; measure in fp32"
         )
         return None, smallest
+
+    def _is_proportional(self, copies: list[torch.Tensor], d: float) -> bool:
+        """Whether the decrease at d is that at half of it, doubled."""
+        upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+        return lower > 0.0 and abs(upper / lower - 1.0) <= SLOPE_TOLERANCE
+
+    def _is_noise(self, copies: list[torch.Tensor], d: float) -> bool:
+        """Whether the decrease at d is of the size of the loss's rounding."""
+        rounding = torch.finfo(torch.float32).eps * abs(self.result.loss)
+        return abs(self._measure(copies, d)) <= NOISE_FACTOR * rounding
 
     def _measure(self, copies: list[torch.Tensor], displacement: float) -> float:
         """Measure the decrease of the loss at a displacement, once for each."""
@@ -295,15 +295,13 @@ class _StepWalk:
         raise_if_interrupted()
         total, error = 0.0, None
         try:
+            write_rng_states(self.rng_states)  # the same masks at every displacement
             loss = self.loss_fn()
             total = float(loss.detach().double() if isinstance(loss, torch.Tensor) else loss)
             self.result.num_forwards += 1
         except Exception as exception:
             error = exception
-        if error is not None and self.is_sharded:
-            error.raised_alone = True  # the others wait inside the model's own passes
-        if error is not None or self.num_processes > 1:
-            raise_together(error)
+        _raise_on_all(error, self.is_sharded)
         return self._sum([total])[0] / self.num_processes
 
     def _sum(self, numbers: list[float]) -> list[float]:
@@ -320,211 +318,25 @@ class _StepWalk:
             reshard(self.model)
 
 
+def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
+    """Raise on every process if any process failed; where the model is sharded, the others wait inside its own passes."""
+    if error is not None and is_sharded:
+        error.raised_alone = True
+    if error is not None or get_rank_and_world_size()[1] > 1:
+        raise_together(error)
+
+
+def _average(gradients: list[torch.Tensor]) -> None:
+    num_processes = get_rank_and_world_size()[1]
+    if num_processes > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= num_processes
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any module normalises over the batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-def _switch_randomness_off(model: nn.Module) -> None:
-    """Put the model into eval mode, but let normalisations use the batch's own statistics as in training."""
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.training = True
-
-
-class _Measurement:
-    """The passes of one measurement: its parameters, its losses and where the weights are."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, loss_scale: float) -> None:
-        self.model, self.loss_fn, self.loss_scale = model, loss_fn, loss_scale
-        self.is_sharded = is_sharded(model)
-        self.num_processes = get_rank_and_world_size()[1]
-        self.is_several = self.num_processes > 1
-        self.rng_states = read_rng_states()
-        self._reshard()
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.result = TrustRadius(
-            has_batch_norm=has_batch_norm(model), num_elements=sum(parameter.numel() for parameter in self.parameters)
-        )
-
-    def run(self, steps: list[Sequence[Any]]) -> TrustRadius:
-        result = self.result
-        directions = [self._find_direction(batch) for batch in steps]
-        result.slope = sum(direction.slope for direction in directions) / len(directions)
-        result.batch_d50 = [None] * len(directions)
-        if not (math.isfinite(result.slope) and result.slope > 0.0):
-            result.reason = self._explain_slope()
-            return result
-        with torch.no_grad():
-            for direction in directions:
-                direction.loss = self._compute_loss(direction.batch)
-            result.loss = sum(direction.loss for direction in directions) / len(directions)
-            if not math.isfinite(result.loss):
-                result.reason = f"the loss at the initial weights is {result.loss}"
-                return result
-            with self._keep_weights() as weights:
-                rho = walk_grid(lambda d: self._measure_rho(directions, weights, d), self._find_smallest())
-        result.displacements, result.rho = list(rho), list(rho.values())
-        result.d50, result.reason = find_crossing(rho)
-        result.batch_d50 = [find_crossing(dict(sorted(direction.rho.items())))[0] for direction in directions]
-        return result
-
-    # ---- gradients -------------------------------------------------------------------------------------------------
-
-    def _find_direction(self, batch: Sequence[Any]) -> _Direction:
-        """Run the backward pass of an optimizer step's batch; what stays of the gradient are its signs and |g|_1."""
-        gradient = self._compute_gradient(batch)
-        (slope,) = self._sum_over_processes([self._compute_norm(gradient)])
-        return _Direction(batch, [part.sign().to(torch.int8) for part in gradient], slope)
-
-    def _compute_gradient(self, micro_batches: Sequence[Any]) -> list[torch.Tensor]:
-        """Compute the gradient of an optimizer step's batch, the mean over the processes: this process's part of each
-        parameter; zeros where there is none.
-        """
-        raise_if_interrupted()
-        error = None
-        try:
-            with torch.enable_grad():
-                for batch in micro_batches:
-                    write_rng_states(self.rng_states)
-                    loss = self.loss_fn(self.model, batch)
-                    (loss * self.loss_scale if self.loss_scale != 1.0 else loss).backward()
-                    self.result.num_backwards += 1
-        except Exception as exception:
-            error = exception
-        self._agree(error)
-        self._reshard()
-        gradients = []
-        for parameter in self.parameters:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                gradient = torch.zeros_like(parameter)
-            gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-        for parameter in self.model.parameters():  # frozen ones that a hook gave a gradient all the same
-            parameter.grad = None
-        self._average(gradients)
-        parts = [get_local_part(gradient).detach() for gradient in gradients]
-        return parts if self.loss_scale == 1.0 else [part / self.loss_scale for part in parts]
-
-    def _average(self, gradients: list[torch.Tensor]) -> None:
-        """Average the gradients over the processes where the backward pass has not done it."""
-        if self.is_sharded:
-            for index, parameter in enumerate(self.parameters):
-                gradients[index] = match_placements(gradients[index], parameter)
-        elif self.is_several:
-            reduce_sums(gradients, PassCounts())
-            for gradient in gradients:
-                gradient /= self.num_processes
-
-    def _compute_norm(self, gradient: list[torch.Tensor]) -> float:
-        """Compute this process's share of |g|_1; what several processes hold alike is shared out among them."""
-        total = 0.0
-        for parameter, part in zip(self.parameters, gradient, strict=True):
-            if part.numel():
-                total += float(part.float().abs().sum(dtype=torch.float64)) / self._count_copies(parameter)
-        return total
-
-    def _count_copies(self, parameter: nn.Parameter) -> float:
-        """Count the processes that hold the same part of a parameter."""
-        num_parts = 1
-        if is_dtensor(parameter):
-            for mesh_dim, placement in enumerate(parameter.placements):
-                num_parts *= parameter.device_mesh.size(mesh_dim) if placement.is_shard() else 1
-        return self.num_processes / num_parts
-
-    # ---- losses along the directions -------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _keep_weights(self) -> Iterator[list[torch.Tensor]]:
-        """Give a copy of this process's part of the weights, and put the weights back on leaving."""
-        self._reshard()
-        weights = [get_local_part(parameter.detach()).clone() for parameter in self.parameters]
-        try:
-            yield weights
-        finally:
-            self._reshard()
-            self._move(weights, None, 0.0)
-
-    def _move(self, weights: list[torch.Tensor], signs: list[torch.Tensor] | None, displacement: float) -> None:
-        """Put the weights at `weights - displacement * signs`."""
-        self._reshard()
-        for index, parameter in enumerate(self.parameters):
-            part = get_local_part(parameter.detach())
-            part.copy_(weights[index])
-            if signs is not None:
-                part.sub_(signs[index].to(part.dtype), alpha=displacement)
-
-    def _measure_rho(self, directions: list[_Direction], weights: list[torch.Tensor], displacement: float) -> float:
-        decrease = 0.0
-        for direction in directions:
-            self._move(weights, direction.signs, displacement)
-            change = direction.loss - self._compute_loss(direction.batch)
-            decrease += change
-            if direction.slope > 0.0:
-                direction.rho[displacement] = _compute_rho(change, displacement * direction.slope)
-        return _compute_rho(decrease, displacement * sum(direction.slope for direction in directions))
-
-    def _compute_loss(self, micro_batches: Sequence[Any]) -> float:
-        """Compute the loss of an optimizer step's batch at the weights as they are, the mean over the processes."""
-        raise_if_interrupted()
-        total, error = 0.0, None
-        try:
-            for batch in micro_batches:
-                write_rng_states(self.rng_states)
-                total += float(self.loss_fn(self.model, batch).detach().double())
-                self.result.num_forwards += 1
-        except Exception as exception:
-            error = exception
-        self._agree(error)
-        return self._sum_over_processes([total])[0] / self.num_processes
-
-    def _find_smallest(self) -> float:
-        """Find the displacement below which rounding is all there is: of a loss in fp32, or of weights in bf16 or fp16."""
-        narrow = [parameter for parameter in self.parameters if parameter.dtype in (torch.bfloat16, torch.float16)]
-        smallest = max(
-            SMALLEST_DISPLACEMENT, 4.0 * torch.finfo(torch.float32).eps * abs(self.result.loss) / self.result.slope
-        )
-        if not narrow:
-            return smallest
-        parts = [get_local_part(parameter.detach()) for parameter in narrow]
-        sums = [float(part.float().square().sum()) for part in parts], [part.numel() for part in parts]
-        total, count = self._sum_over_processes([float(sum(numbers)) for numbers in sums])
-        coarsest = max(torch.finfo(parameter.dtype).eps for parameter in narrow)
-        return max(smallest, 0.25 * coarsest * math.sqrt(total / max(1.0, count)))
-
-    # ---- processes -------------------------------------------------------------------------------------------------
-
-    def _agree(self, error: Exception | None) -> None:
-        """Raise on every process if any process failed; where the model is sharded, the others wait inside its own passes."""
-        if error is not None and self.is_sharded:
-            error.raised_alone = True
-        if error is not None or self.is_several:
-            raise_together(error)
-
-    def _sum_over_processes(self, numbers: list[float]) -> list[float]:
-        if not self.is_several:
-            return numbers
-        device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        totals = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(totals)
-        return totals.tolist()
-
-    def _reshard(self) -> None:
-        """Free the whole parameters that FSDP2 keeps after a forward, which would hide what is written into the shards."""
-        if self.is_sharded:
-            reshard(self.model)
-
-    def _explain_slope(self) -> str:
-        if not self.parameters:
-            return "no parameter is trained"
-        if not math.isfinite(self.result.slope):
-            return "a gradient at the initial weights is not finite"
-        return "no parameter got a gradient"
-
-
-def _compute_rho(decrease: float, predicted: float) -> float:
-    return decrease / predicted if math.isfinite(decrease) else -math.inf
 
 
 def walk_grid(measure: Callable[[float], float], smallest: float = SMALLEST_DISPLACEMENT) -> dict[float, float]:

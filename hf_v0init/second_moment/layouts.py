@@ -50,7 +50,7 @@ class PlainLayout:
         square_root: whether the tensor holds the root of the second moment (Adamax).
         unknown_options: group options that add state which is not known here, and so must be off.
         find_decay: the decay of the second moment from a parameter group; None where it is no decaying mean of g^2.
-        no_linear_decay: why v0 cannot decay linearly, which takes a beta2 that may change from step to step; "" if it can.
+        no_linear_decay: why v0 cannot decay linearly; "" if it can.
     """
 
     second_moment: str = "exp_avg_sq"
@@ -110,10 +110,6 @@ class PlainLayout:
         """Return the second moment: the live tensor, or its square where the root is what is stored."""
         own = state[self.second_moment]
         return own.square() if self.square_root else own
-
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place."""
-        state[self.second_moment].mul_(factor)
 
     def explain_no_linear_decay(self, group: dict) -> str:
         """Say why v0 cannot decay linearly in this group; "" if it can."""
@@ -236,11 +232,6 @@ class BitsAndBytesLayout(PlainLayout):
         code, absmax = self._find_code(state)
         return dequantize_blockwise(own, absmax=absmax, code=code, blocksize=BNB_BLOCK_SIZE)
 
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place: of 8-bit codes their scales, so that nothing is rounded anew."""
-        own = state[self.second_moment]
-        (self._find_code(state)[1] if own.dtype == torch.uint8 else own).mul_(factor)
-
     def _find_code(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
         number = self.second_moment.removeprefix("state")
         return state[f"qmap{number}"], state[f"absmax{number}"]
@@ -266,11 +257,6 @@ class TorchAOLayout(PlainLayout):
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""
         get_local_part(state[self.second_moment]).copy_(get_local_part(v0).float())
-
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place: of codes their scales, so that nothing is rounded anew."""
-        local = get_local_part(state[self.second_moment])
-        (local if type(local) is torch.Tensor else local.scale).mul_(factor)
 
     def read(self, state: State) -> torch.Tensor:
         """Return the second moment in fp32 (a DTensor where the state is one); the live tensor where it is plain."""
@@ -325,5 +311,5 @@ LAYOUTS: dict[str, PlainLayout] = {
     "bitsandbytes": BitsAndBytesLayout("state2"),
     "bitsandbytes_rmsprop": BitsAndBytesLayout("state1", find_decay=_first_beta),
     "bitsandbytes_adagrad": BitsAndBytesLayout("state1", find_decay=_no_beta),
-    "torchao": TorchAOLayout(no_linear_decay="its step is compiled anew for every beta2"),
+    "torchao": TorchAOLayout(no_linear_decay="its second moment is kept in few bits, in which g^2 is lost beside v0"),
 }

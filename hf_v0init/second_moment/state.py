@@ -216,6 +216,11 @@ class SecondMoments:
 
     def require_linear_decay(self) -> None:
         """Raise `InputError` if a v0 cannot decay linearly in every group, naming what to use."""
+        if getattr(getattr(self.inner, "args", None), "optim_bits", 32) == 8:  # bitsandbytes
+            raise InputError(
+                f"v0_decay=linear with {self.name}: its second moment is kept in 8 bits, in which g^2 is lost beside v0; use "
+                "v0_decay=beta2, or optim=adamw_torch"
+            )
         for group in self.inner.param_groups:
             reason = self.layout.explain_no_linear_decay(group)
             if reason:

@@ -95,6 +95,13 @@ class V0InitCallback(TrainerCallback):
         if what is not None:
             require_no_warmup(what, trainer)
         trainer.add_callback(self)
+        load = trainer._load_optimizer_and_scheduler
+
+        def load_and_note(checkpoint):
+            self.resumed_from = checkpoint
+            return load(checkpoint)
+
+        trainer._load_optimizer_and_scheduler = load_and_note
         return self
 
     def get_settings(self) -> V0InitArguments:
@@ -213,6 +220,7 @@ class V0InitCallback(TrainerCallback):
             with defer_interrupts():
                 self._finish(self._run_pass(args, state, settings, plan, moments, model))
             return
+        self._remove_recorder()
         if settings.wants_length:
             self._recorder = LossRecorder(self._trainer)
         if plan.init != "zeros":
@@ -330,7 +338,11 @@ class V0InitCallback(TrainerCallback):
     def _compute_first_loss(self) -> float:
         if self._recorder is None or not self._recorder.has_calls:
             raise LossNotComputed("compute_loss was not called in the first step")
-        return self._recorder.compute_again()
+        try:
+            return self._recorder.compute_again()
+        except BaseException:  # no event follows that would take the recorder off
+            self._remove_recorder()
+            raise
 
     def _take_length(self, length: WarmupLength) -> None:
         """Let the schedule follow what was measured, before the first update."""

@@ -57,7 +57,11 @@ class LossRecorder:
     def _record(self, model, inputs, *args, **kwargs):
         if torch.is_grad_enabled() and self.trainer.is_in_train:
             self._calls.append((model, _copy(inputs), args, kwargs, read_rng_states()))
-        return self._compute_loss(model, inputs, *args, **kwargs)
+        try:
+            return self._compute_loss(model, inputs, *args, **kwargs)
+        except BaseException:
+            self.remove()
+            raise
 
 
 def _copy(inputs):

@@ -254,6 +254,9 @@ def preserve_trainer(trainer) -> Iterator[None]:
         stack.enter_context(preserve_rng())
         stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
         stack.enter_context(preserve_attributes(trainer, trainer.state))
+        for module in vars(trainer).values():  # a teacher, a loss with weights of its own
+            if isinstance(module, nn.Module) and module not in (trainer.model, trainer.model_wrapped):
+                stack.enter_context(preserve_model(module, copies_frozen=False))
         if hasattr(trainer, "_set_state_aside"):  # contiguous streams
             stack.enter_context(trainer._set_state_aside())
         trainer.log = lambda *_, **__: None

@@ -115,10 +115,9 @@ class V0InitMixin:
         return batches
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """Load as the Trainer does, and keep in mind which checkpoint it has chosen."""
-        self._v0_callback.resumed_from = checkpoint
+        """Load as the Trainer does; a damaged record is an error before any time is spent."""
         if checkpoint is not None and self.v0_arguments.v0_init != "zeros":
-            read_report(checkpoint)  # a damaged record is an error before any time is spent
+            read_report(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -85,7 +85,8 @@ def keep_plateau(trainer, scheduler: LRScheduler, num_steps: int) -> None:
 def warm_up(trainer, scheduler: LRScheduler, num_steps: int, what: str) -> None:
     """Let a Trainer's schedule be that of `--warmup_steps num_steps`, in place; `what` asks for it.
 
-    An optimizer that does its warmup itself (schedule-free) is told its length, as the Trainer does with that flag. A schedule that has no warmup of its own (`constant`) is multiplied by min(1, steps made / num_steps).
+    An optimizer that does its warmup itself (schedule-free) is told its length, as the Trainer does with that flag. A schedule that has
+    no warmup of its own (`constant`) is multiplied by min(1, steps made / num_steps).
 
     Raises:
         InputError: the scheduler is no `LambdaLR` (all of transformers' schedules are but those that watch the loss).

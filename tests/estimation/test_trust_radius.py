@@ -77,20 +77,23 @@ def make_batches(num: int = 2, length: int = 200) -> list[torch.Tensor]:
     return batches
 
 
-def compute_reference(model: nn.Module, batch: torch.Tensor, displacement: float) -> tuple[float, float]:
-    """The decrease and the predicted decrease of a batch, the obvious way, on a copy."""
-    model = copy.deepcopy(model).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.train()
+def compute_reference(model: nn.Module, batches: list[torch.Tensor], displacement: float) -> tuple[float, float]:
+    """The decrease and the predicted decrease of the summed loss, the obvious way, on a copy in the model's own mode."""
+    states = torch.get_rng_state()
+
+    def compute(network) -> torch.Tensor:
+        torch.set_rng_state(states)
+        return sum(compute_loss(network, batch) for batch in batches)
+
+    model = copy.deepcopy(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(compute_loss(model, batch), parameters)
+    gradients = torch.autograd.grad(compute(model), parameters)
     predicted = displacement * sum(float((gradient.sign() * gradient).sum()) for gradient in gradients)
     with torch.no_grad():
-        before = float(compute_loss(model, batch))
+        before = float(compute(model))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter -= displacement * gradient.sign()
-        return before - float(compute_loss(model, batch)), predicted
+        return before - float(compute(model)), predicted
 
 
 def describe_state(model: nn.Module) -> dict:
@@ -118,18 +121,16 @@ def assert_same_state(model: nn.Module, before: dict) -> None:
 
 
 def test_a_quadratic_loss_has_its_closed_form():
-    """rho(d) = 1 - d * sum(h) / (2 |g|_1), so d50 = |g|_1 / sum(h); over batches, by the sums."""
+    """rho(d) = 1 - d * sum(h) / (2 |g|_1), so d50 = |g|_1 / sum(h), g and h those of the summed loss."""
     model, batches = make_quadratic()
-    gradients = [model.curvatures * (model.weights.detach() - target) for target in batches]
-    slopes = [float(gradient.abs().sum()) for gradient in gradients]
-    curvature = float(model.curvatures.sum())
+    slope = float(sum(model.curvatures * (model.weights.detach() - target) for target in batches).abs().sum())
+    curvature = len(batches) * float(model.curvatures.sum())
     measured = measure_trust_radius(model, batches, compute_quadratic_loss)
-    assert measured.d50 == pytest.approx(sum(slopes) / (4 * curvature), rel=1e-3)
-    assert measured.batch_d50 == pytest.approx([slope / curvature for slope in slopes], rel=1e-3)
-    assert measured.slope == pytest.approx(sum(slopes) / 4, rel=1e-5)
-    expected = [1 - d * 4 * curvature / (2 * sum(slopes)) for d in measured.displacements]
+    assert measured.d50 == pytest.approx(slope / curvature, rel=1e-3)
+    assert measured.slope == pytest.approx(slope, rel=1e-3)
+    expected = [1 - d * curvature / (2 * slope) for d in measured.displacements]
     assert measured.rho == pytest.approx(expected, abs=2e-3)
-    assert measured.num_elements == 50 and measured.num_backwards == 4 and measured.reason is None
+    assert measured.num_elements == 50 and measured.reason is None
 
 
 @pytest.mark.parametrize("factor", [1e-5, 1.0, 10.0])
@@ -146,46 +147,16 @@ def test_the_grid_reaches_any_trust_radius(factor):
 
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["layer_norm", "batch_norm"])
 def test_a_network_gives_what_the_obvious_reference_gives(batch_norm):
-    """Dropout is off, BatchNorm normalises by the batch, frozen weights stay, tied ones move once."""
+    """Dropout draws the same masks, BatchNorm normalises by the batch, frozen weights stay, tied ones move once."""
     model, (a, b) = Network(batch_norm=batch_norm).train(), make_batches()
     measured = measure_trust_radius(model, [a, b], compute_loss)
     for displacement, rho in zip(measured.displacements, measured.rho, strict=True):
-        of_a, of_b = compute_reference(model, a, displacement), compute_reference(model, b, displacement)
-        assert rho == pytest.approx((of_a[0] + of_b[0]) / (of_a[1] + of_b[1]), abs=5e-3)
+        decrease, predicted = compute_reference(model, [a, b], displacement)
+        assert rho == pytest.approx(decrease / predicted, abs=0.03)  # the slope is extrapolated from two losses
     assert find_crossing(dict(zip(measured.displacements, measured.rho, strict=True)))[0] == measured.d50
     trained = {p for p in model.parameters() if p.requires_grad}
     assert measured.num_elements == sum(p.numel() for p in trained) and model.output.weight in trained
     assert measured.has_batch_norm == batch_norm
-
-
-def test_the_order_of_the_batches_does_not_matter():
-    model, (a, b) = Network(), make_batches()
-    one, other = measure_trust_radius(model, [a, b], compute_loss), measure_trust_radius(model, [b, a], compute_loss)
-    assert one.d50 == pytest.approx(other.d50, rel=1e-6)
-    assert one.batch_d50 == other.batch_d50[::-1] and one.batch_d50[0] != one.batch_d50[1]
-
-
-def test_batches_whose_gradients_point_apart_are_measured_all_the_same():
-    """Each is judged along its own gradient; along that of the other the loss of each rises."""
-    model, _ = make_quadratic()
-    apart = [model.weights.detach() + 1.0, model.weights.detach() - 1.0]
-    of_a, of_b = (model.curvatures * (model.weights.detach() - target) for target in apart)
-    assert float((of_a.sign() * of_b).sum()) < 0.0
-    measured = measure_trust_radius(model, apart, compute_quadratic_loss)
-    assert measured.d50 == pytest.approx(1.0, rel=1e-3) and measured.batch_d50 == pytest.approx([1.0, 1.0], rel=1e-3)
-
-
-def test_micro_batches_are_one_batch():
-    model, (a, b) = Network(), make_batches()
-    parts = [
-        part for batch in (a, b) for part in (batch[:101], batch[100:])
-    ]  # a token is predicted from the one before
-    whole = measure_trust_radius(model, [a, b], compute_loss)
-    split = measure_trust_radius(
-        model, parts, lambda m, ids: compute_loss(m, ids) * (len(ids) - 1) / (len(a) - 1), accumulation=2
-    )
-    assert split.d50 == pytest.approx(whole.d50, rel=1e-3)
-    assert split.num_backwards == 4 and whole.num_backwards == 2
 
 
 def test_random_numbers_of_the_loss_are_the_same_at_every_displacement():
@@ -230,14 +201,13 @@ def test_what_cannot_be_measured_has_a_reason():
     linear = measure_trust_radius(model, batches[:2], lambda m, b: (m.weights * model.curvatures).sum())
     assert linear.d50 is None and "stays above half" in linear.reason
     nan = measure_trust_radius(model, batches[:2], lambda m, b: m(b) * math.nan)
-    assert nan.d50 is None and "not finite" in nan.reason
+    assert nan.d50 is None and "nan" in nan.reason
     frozen = Quadratic(model.curvatures, model.weights.detach()).requires_grad_(False)
     frozen.other = nn.Parameter(torch.zeros(1))
     without = measure_trust_radius(frozen, batches[:2], lambda m, b: m(b) + 0.0 * m.other.sum())
     assert without.reason == "no parameter got a gradient"
-    for number, accumulation in ((0, 1), (1, 2), (3, 2), (2, 0)):
-        with pytest.raises(InputError, match=f"{number} batches with accumulation={accumulation}"):
-            measure_trust_radius(model, batches[:1] * number, compute_quadratic_loss, accumulation=accumulation)
+    with pytest.raises(InputError, match="no batches"):
+        measure_trust_radius(model, [], compute_quadratic_loss)
 
 
 def test_a_loss_that_overflows_is_a_step_too_far():
@@ -271,11 +241,11 @@ def test_everything_is_as_before_bit_for_bit(batch_norm):
     model.hidden.eval()
     compute_loss(model, batches[0]).backward()
     before = describe_state(model)
-    assert measure_trust_radius(model, batches, compute_loss).num_forwards > 20
+    assert measure_trust_radius(model, batches, compute_loss).num_forwards > 5
     assert_same_state(model, before)
 
 
-NUM_PASSES = 2 + 2 + 2 * 7  # backward passes, losses at the initial weights, two batches at seven displacements
+NUM_PASSES = 2 + 2 + 2 * 5  # of two batches: backward, the loss at the present weights, five displacements
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -330,5 +300,5 @@ def test_any_number_of_processes_measures_the_same(tmp_path):
 
 
 def test_the_result_is_a_plain_record():
-    measured = TrustRadius(d50=1e-3, displacements=[1e-4], rho=[1.0], batch_d50=[None, 1e-3])
-    assert measured.to_dict()["batch_d50"] == [None, 1e-3]
+    measured = TrustRadius(d50=1e-3, displacements=[1e-4], rho=[1.0])
+    assert measured.to_dict()["rho"] == [1.0]

@@ -1,0 +1,80 @@
+"""The tables of v0_decay/README.md, from the committed numbers of every run; from the repository's root:
+
+    python configs/compare/v0_decay/tables.py
+
+Stage 1 (`tuning.csv`, and the runs of seed 1 in results/*.csv) chose each configuration's learning rate and length. Stage 2 is the runs of
+seeds 11 to 15, which had no part in that; only these make the tables. Intervals are paired t intervals over those seeds.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+FOLDER = Path(__file__).parent
+TASKS = {
+    "vit": "digits, ViT",
+    "multi30k": "Multi30k DE-EN, post-norm encoder-decoder, 1.5M",
+    "ptb": "Penn Treebank, GPT-2, 1.4M",
+    "demo": "the demo's corpus, post-norm encoder-decoder",
+    "mlm": "Penn Treebank, masked words, small BERT",
+    "resnet": "digits, ResNet with BatchNorm",
+}
+MARGIN = 0.01  # of the warmup's loss, up to which v0 is not inferior
+V0 = "data_driven linear auto"
+
+
+def read_runs(task: str) -> pd.DataFrame:
+    """Read a task's runs: columns configuration, learning_rate, seed, eval_loss; finished ones alone."""
+    runs = pd.read_csv(FOLDER / "results" / f"{task}.csv")
+    return runs[runs["eval_loss"].notna()]
+
+
+def describe(task: str) -> pd.DataFrame:
+    """Mean and standard deviation of each configuration over the fresh seeds, and the paired difference to the best warmup."""
+    runs = read_runs(task)
+    fresh = runs[runs["seed"] >= 11]
+    by_seed = fresh.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
+    warmups = [key for key in by_seed.columns if key[0].startswith("warmup")]
+    best = min(warmups, key=lambda key: by_seed[key].mean()) if warmups else None
+    rows = []
+    for key in by_seed.columns:
+        values = by_seed[key].dropna()
+        row = {"configuration": key[0], "rate": f"{key[1]:g}", "seeds": len(values)}
+        row["loss"] = f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
+        row["less the best warmup"] = "" if best is None or key == best else compare(by_seed[key], by_seed[best])
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("loss")
+
+
+def compare(ours: pd.Series, theirs: pd.Series) -> str:
+    """The paired mean difference with its 95% interval, and what it says."""
+    differences = (ours - theirs).dropna()
+    if len(differences) < 2:
+        return f"{differences.mean():+.3f}" if len(differences) else ""
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    margin = MARGIN * theirs[differences.index].mean()
+    if interval.high < 0.0:
+        verdict = "better"
+    elif interval.low > 0.0:
+        verdict = "worse, within 1%" if interval.high < margin else "worse"
+    else:
+        verdict = "not inferior" if interval.high < margin else "not shown"
+    return f"{differences.mean():+.3f} ({interval.low:+.3f} to {interval.high:+.3f}): {verdict}"
+
+
+def main() -> None:
+    """Print the tables."""
+    for task, title in TASKS.items():
+        if not (FOLDER / "results" / f"{task}.csv").is_file():
+            continue
+        print(f"### {title}\n")
+        table = describe(task)
+        print("| " + " | ".join(table.columns) + " |\n|" + " --- |" * len(table.columns))
+        for row in table.itertuples(index=False):
+            print("| " + " | ".join(map(str, row)) + " |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
