@@ -44,11 +44,12 @@ def find_defect(folder: str | os.PathLike) -> str | None:
         mark = _read_json(folder / SAVE_STATE_FILE)
         if mark is not None and mark.get("complete") is not True:
             return "its save was cut off"
-        for name, size in ({} if mark is None else mark.get("files", {})).items():
+        for name, saved in ({} if mark is None else mark.get("files", {})).items():
+            size = saved["bytes"] if isinstance(saved, dict) else saved  # 0.2 listed CRCs too
             if not (folder / name).is_file():
                 return f"{name} is missing (if that was on purpose, delete {SAVE_STATE_FILE})"
-            if (folder / name).stat().st_size != size:
-                found = (folder / name).stat().st_size
+            found = (folder / name).stat().st_size
+            if found != size:
                 return f"{name} has {found} bytes instead of {size} (if that was on purpose, delete {SAVE_STATE_FILE})"
         state = _read_json(folder / STATE_FILE)
         if state is None:

@@ -3,11 +3,18 @@
 import json
 import logging
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_gpt2, make_sequences
+from kill.saves import NAMES as FILES_OF_A_SAVE
 from trainers import SafeTrainer, assert_equal_weights, make_trainer, train
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -86,6 +93,16 @@ def test_a_file_that_is_cut_off_or_missing_is_seen(checkpoint):
     assert find_defect(checkpoint) is None
 
 
+def test_a_mark_of_an_older_version_counts(checkpoint):
+    """It has sizes and CRCs."""
+    mark = json.loads((checkpoint / SAVE_STATE_FILE).read_text())
+    mark["files"] = {name: {"bytes": size, "crc32": "0"} for name, size in mark["files"].items()}
+    (checkpoint / SAVE_STATE_FILE).write_text(json.dumps(mark))
+    assert find_defect(checkpoint) is None
+    (checkpoint / "config.json").write_text("{}")
+    assert "config.json has 2 bytes instead of" in find_defect(checkpoint)
+
+
 def test_without_a_mark_the_trainers_last_file_decides(checkpoint):
     (checkpoint / SAVE_STATE_FILE).unlink()
     (checkpoint / "optimizer.pt").unlink()  # as with save_only_model, or on purpose
@@ -136,6 +153,30 @@ def test_files_in_folders_are_listed_as_sharded_saves_have_them(tmp_path):
         assert find_defect(tmp_path) == f"{name} is missing {ON_PURPOSE}"
         (tmp_path / "elsewhere").rename(tmp_path / name)
     assert find_defect(tmp_path) is None
+
+
+def kill_a_save(output_dir, seconds: float) -> None:
+    """Let saves go on for a moment after the first, then kill -9."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "kill" / "saves.py"), str(output_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "saved\n"
+        time.sleep(seconds)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_kill_9_at_any_moment_leaves_only_valid_checkpoints_to_resume_from(tmp_path):
+    generator, skipped = random.Random(3), 0
+    for _ in range(12):
+        kill_a_save(tmp_path, generator.uniform(0.0, 0.03))
+        folders = list_checkpoints(tmp_path)
+        valid = [Path(folder) for folder in folders if find_defect(folder) is None]
+        skipped += len(folders) - len(valid)
+        assert 1 <= len(valid) <= 3  # one more than the limit while it is kept
+        for folder in valid:
+            token = json.loads((folder / "trainer_state.json").read_text())["token"]
+            assert {(folder / name).read_text() for name in FILES_OF_A_SAVE} == {20 * token}
+    print(f"\n12 kills, {skipped} of them left a checkpoint that was cut off")
 
 
 # ---- which one, and what goes ----------------------------------------------------------------------------------------
