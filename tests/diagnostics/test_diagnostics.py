@@ -174,7 +174,7 @@ def test_run_without_v0_has_no_multiplier(linear_runs):
 def test_under_a_linear_decay_the_closed_form_is_t_over_the_length(tmp_path):
     options = {"v0_init": "data_driven", "v0_decay": "linear", "v0_decay_steps": 4, "v0_estimation_steps": 2}
     callback = V0DiagnosticsCallback()
-    train(tmp_path, callbacks=[callback], max_steps=6, **options)
+    train(tmp_path, model=LinearModel(), data=make_linear_data(), callbacks=[callback], max_steps=6, **options)
     read = read_diagnostics(tmp_path)
     assert read["multiplier"] == {"step": [1, 2, 3, 4, 5, 6], "closed_form": [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]}
     assert read["settings"]["decay_steps"] == 4 and read["settings"]["v0_init"] == "data_driven"
