@@ -5,8 +5,10 @@ import yaml
 
 from hf_v0init.errors import InputError
 from hf_v0init.records.model_card import (
+    PAPER_TAG,
     SECTION_BEGIN,
     SECTION_TITLE,
+    TAG,
     add_task_and_metrics,
     add_v0_section,
     compose_flags,
@@ -17,7 +19,7 @@ from hf_v0init.records.model_card import (
 )
 from hf_v0init.settings import V0InitArguments
 
-V0_TAGS = list_tags({"strategy": "data_driven"})
+V0_TAGS = [TAG, PAPER_TAG]
 REPORT = {
     "strategy": "data_driven",
     "scale": 1.0,
@@ -246,13 +248,47 @@ def test_metadata_that_is_no_mapping_is_an_input_error(metadata):
     assert "\n" not in str(raised.value)
 
 
-def test_task_and_metrics_are_added_once():
-    once = add_task_and_metrics(CARD, "text-generation", ["perplexity", "accuracy"])
+def read_results(card_text: str) -> list[dict]:
+    (entry,) = read_metadata(card_text)["model-index"]
+    return [
+        {"task": r["task"]["type"], "dataset": r["dataset"]["name"]} | {m["type"]: m["value"] for m in r["metrics"]}
+        for r in entry["results"]
+    ]
+
+
+def test_task_metrics_and_their_values_are_added_once():
+    once = add_task_and_metrics(CARD, "text-generation", {"perplexity": 30.0, "accuracy": 0.5})
     metadata = read_metadata(once)
     assert metadata["pipeline_tag"] == "text-generation"
     assert metadata["metrics"] == ["accuracy", "perplexity"]
-    assert add_task_and_metrics(once, "translation", ["perplexity"]) == once
-    assert add_task_and_metrics(CARD, ["text-generation", "translation"], ["perplexity"]) == once
+    assert read_results(once) == [
+        {"task": "text-generation", "dataset": "unknown", "perplexity": 30.0, "accuracy": 0.5}
+    ]
+    assert add_task_and_metrics(once, "translation", {"perplexity": 30.0}) == once
+    assert add_task_and_metrics(CARD, ["text-generation", "translation"], {"perplexity": 30.0, "accuracy": 0.5}) == once
+
+
+def test_values_join_the_results_that_the_trainer_wrote():
+    results = """  results:
+  - task:
+      name: Translation
+      type: translation
+    dataset:
+      name: wmt
+      type: wmt
+      config: de-en
+    metrics:
+    - name: Bleu
+      type: bleu
+      value: 20.5
+"""
+    card = add_task_and_metrics(CARD.replace("  results: []\n", results), "translation", {"bleu": 20.5, "chrf": 40.0})
+    assert read_results(card) == [{"task": "translation", "dataset": "wmt", "bleu": 20.5, "chrf": 40.0}]
+    datasets = add_task_and_metrics(
+        CARD.replace("model-index:", "datasets:\n- ptb\nmodel-index:"), "fill-mask", {"accuracy": 0.5}
+    )
+    assert read_results(datasets) == [{"task": "fill-mask", "dataset": "ptb", "accuracy": 0.5}]
+    assert read_results(add_task_and_metrics(CARD, None, {"accuracy": 0.5})) == []  # a result needs a task
 
 
 def test_no_task_and_no_metrics_change_nothing():
@@ -287,12 +323,12 @@ def test_infer_metrics_takes_the_known_names_of_evaluations():
         {"eval_bleu": 21.0, "eval_perplexity": 30.0, "eval_bleu_signature": "x"},
         {"train_runtime": 3.0},
     ]
-    assert infer_metrics(history) == ["chrf", "bleu", "perplexity"]
+    assert infer_metrics(history) == {"chrf": 40.0, "bleu": 21.0, "perplexity": 30.0}
 
 
 def test_tags_are_those_the_hub_is_searched_by():
-    assert V0_TAGS == ["hf_v0init", "arxiv:2412.02153"]
-    assert list_tags(None) == list_tags({"strategy": "zeros", "warmup_steps": 5}) == ["hf_v0init"]
+    assert list_tags(REPORT) == ["hf_v0init", "arxiv:2412.02153"]
+    assert list_tags(None) == list_tags({"strategy": "zeros"}) == ["hf_v0init"]
 
 
 def train_tiny_model(folder, **arguments):
@@ -336,6 +372,7 @@ def test_card_written_without_pushing(tmp_path):
     assert metadata["metrics"] == ["bleu", "chrf"]
     assert set(metadata["tags"]) == {"mine", "generated_from_trainer", *V0_TAGS}
     assert len(metadata["tags"]) == 4
+    assert read_results(text) == [{"task": "text-generation", "dataset": "unknown", "bleu": 12.5, "chrf": 34.5}]
     assert "- Bleu: 12.5\n- Chrf: 34.5" in text
     assert "This model was trained from scratch on" in text
     assert text.count(compose_v0_section(trainer.get_v0_report())) == 1
@@ -349,4 +386,5 @@ def test_card_of_a_named_task_without_v0(tmp_path):
     assert trainer.get_v0_report() is None
     assert read_metadata(text)["pipeline_tag"] == "translation"
     assert text.count(compose_v0_section(None)) == 1
-    assert "hf_v0init" in read_metadata(text)["tags"] and "arxiv:2412.02153" not in read_metadata(text)["tags"]
+    assert TAG in read_metadata(text)["tags"] and PAPER_TAG not in read_metadata(text)["tags"]
+    assert read_results(text)[0] == {"task": "translation", "dataset": "unknown", "bleu": 12.5, "chrf": 34.5}
