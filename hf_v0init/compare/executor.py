@@ -323,11 +323,10 @@ class LocalExecutor:
         state, reason = active.judge(status, self.plan.metric, self.is_being_stopped)
         if has_begun_again:
             self._note_that_it_cannot_resume(active)
-            state, reason = files.INTERRUPTED, f"it did not go on from {active.checkpoint.name}"
         self._write_end(active, state, reason, status)
         self.active.remove(active)
         self.claims.release(active.run.digest)
-        if has_begun_again:
+        if has_begun_again and state == files.INTERRUPTED:
             self.waiting.insert(0, active.run)  # in an emptied folder, with nothing of the earlier attempt in it
         elif state in (files.FINISHED, files.DIVERGED):
             self.is_on_trial = False
@@ -348,6 +347,7 @@ class LocalExecutor:
 
     def _note_that_it_cannot_resume(self, active: RunProcess) -> None:
         active.record |= {"resumed_from": active.record["resumed_from"][:-1], "cannot_resume": True}
+        active.started += active.seconds_before
         self.resume = False
         self.checks.warn_once(
             f"{active.run.name} was told to go on from {active.checkpoint.name} and began at step 0 again: {self.plan.script} does not "

@@ -6,6 +6,7 @@ second stage, `confirm` (see `stages`). A grid that leaves nothing to choose is 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -495,10 +496,13 @@ def _name_by_flags(axis: str, arguments: Mapping[str, Any], absent: str) -> str:
 
 def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
     """Return the values of each axis of a grid."""
+    if not grid:
+        raise InputError("it is empty; give at least one axis, such as v0: [zeros, random 100]")
     lists = {}
     for axis, values in grid.items():
-        if axis in OTHER_WORDS:
-            raise InputError(f"{axis} is no axis; did you mean {OTHER_WORDS[axis]}?")
+        close = difflib.get_close_matches(axis.lower(), AXES, n=1, cutoff=0.85)
+        if axis in OTHER_WORDS or (axis not in AXES and close):
+            raise InputError(f"{axis} is no axis; did you mean {OTHER_WORDS.get(axis) or close[0]}?")
         if axis in OWNERS:
             raise InputError(
                 f"{axis} is set by the axis {OWNERS[axis]}; write it as a mapping there, {{{axis}: value}}"

@@ -239,6 +239,7 @@ class RunProcess:
     started: float
     checkpoint: Path | None = None  # that it was told to go on from
     fingerprint_stamp: int | None = None  # that of the file before it went on
+    seconds_before: float = 0.0  # that it had taken when it was cut off
     trace: LossTrace = field(default_factory=LossTrace)
     fingerprint: dict[str, Any] | None = None
     num_evals_judged: int = 0
@@ -365,7 +366,8 @@ def start_process(
         )
     files.write_json(folder / files.RECORD_FILE, {**record, "pid": process.pid})
     before = 0.0 if checkpoint is None else earlier.get("seconds") or 0.0
-    return RunProcess(run, folder, process, slot, record, time.monotonic() - before, checkpoint, stamp)
+    started = time.monotonic() - before
+    return RunProcess(run, folder, process, slot, record, started, checkpoint, stamp, before)
 
 
 def end_left_run(folder: Path) -> bool:

@@ -1,0 +1,388 @@
+"""`hf-v0init compare` as a user calls it: what it prints, Ctrl-C and going on, two at once, the tiny comparison end to end."""
+
+import io
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from comparison_fakes import Comparison, behave, is_alive, wait_until
+from rich.console import Console
+
+from hf_v0init.cli import main as cli
+from hf_v0init.compare.plan import read_plan
+from hf_v0init.compare import executor as executor_module
+from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.folder import write_plan
+from hf_v0init.compare.progress import ProgressDisplay, format_seconds
+from hf_v0init.compare.running.runs import RunQueue
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+    return Comparison(tmp_path)
+
+
+def start_command(comparison, *options) -> subprocess.Popen:
+    """Start `hf-v0init compare` as a user does; the report is replaced by a file that says it was written."""
+    program = textwrap.dedent("""
+        import sys, types
+        from pathlib import Path
+        report = types.ModuleType("hf_v0init.compare.reporting.report")
+        def write_report(folder, summary_dir, at_step):
+            (folder / "report.html").write_text("reported" + (f" at step {at_step}" if at_step is not None else ""))
+            return folder / "report.html"
+        report.write_report = write_report
+        sys.modules["hf_v0init.compare.reporting.report"] = report
+        from hf_v0init.cli.main import main
+        main()
+    """)
+    words = [
+        sys.executable,
+        "-c",
+        program,
+        "compare",
+        str(comparison.config),
+        "--output_dir",
+        str(comparison.folder),
+        *options,
+    ]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_command(comparison, *options) -> tuple[int, str, str]:
+    process = start_command(comparison, *options)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def count_ready(comparison) -> int:
+    return len(list(comparison.root.glob("journal.ready.*")))
+
+
+def test_the_command_prints_rules_progress_and_report(comparison):
+    comparison.write(behave("plain", "fail"), test_metrics=["predict_bleu"], keep_models=False)
+    code, out, err = run_command(comparison, "--jobs", "2")
+    assert (code, err) == (0, "")
+    for words in ("Fake\n", "2 runs (2 arms, 1 seeds), of which 0 are over; 2 at a time", "Selection by eval_loss",
+        "is charged to it", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
+        "RuntimeError: the data are gone", "1 finished, 1 failed.", f"Report: {comparison.folder}/report.html"):  # fmt: skip
+        assert words in out, out
+    assert (comparison.folder / "report.html").read_text() == "reported"
+
+
+def call_command(comparison, *options) -> int:
+    """Call `hf-v0init compare` inside this process; return its exit status."""
+    words = ["hf-v0init", "compare", str(comparison.config), "--output_dir", str(comparison.folder), *options]
+    with mock.patch.object(sys, "argv", words), pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
+    comparison.write([{"v0": ["zeros", "random"], "seed": [1, 2]}])
+    assert call_command(comparison, "--dry_run") == 0
+    out, err = capfd.readouterr()
+    assert err == "" and "4 runs. The first:" in out and "--v0_init=zeros" in out and "random 100" in out
+    assert not comparison.folder.exists() and comparison.read_journal() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--jobs", "0"), "jobs=0: must be"),
+        (("--job", "2"), "--job"),
+        (("--jobs", "x"), "--jobs"),
+        (("--dry_run", "--report_only"), "give one"),
+        (("--report_only",), "holds no run of this plan"),
+        (("--report_only", "--list_commands"), "report_only and list_commands each do something else: give one"),
+        (
+            ("--launcher", "pbs"),
+            "launcher='pbs': choose local or slurm; for another scheduler there is --list_commands",
+        ),
+        (("--launcher", "slurm", "--jobs", "2"), "jobs and devices are for runs on this machine"),
+        (("--halving", "--list_commands"), "halving decides seed by seed"),
+        (("--devices", "0,0"), "give each device once"),
+        (("--run", "plain"), "run=plain: the plan has no such run"),
+        (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words):
+    comparison.write(behave("plain"))
+    assert call_command(comparison, *options) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert not comparison.folder.exists()
+
+
+def test_the_command_lines_for_another_scheduler_train_the_runs(comparison):
+    comparison.write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
+    code, out, err = run_command(comparison, "--list_commands")
+    lines = [shlex.split(line) for line in out.splitlines()]
+    names = [run.name for run in read_plan(comparison.config).runs]
+    assert (code, err) == (0, "") and [line[line.index("--run") + 1] for line in lines] == names
+    assert (
+        all(line[0] == sys.executable and "--resume_runs" in line for line in lines) and not comparison.folder.exists()
+    )
+    # All at once, as a scheduler would; the first command of a new folder writes the plan.
+    processes = [
+        subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in lines[:3]
+    ]
+    ended = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
+    assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
+    assert not (comparison.folder / "report.html").exists()
+    code, out, _ = run_command(comparison, "--list_commands")
+    assert [shlex.split(line) for line in out.splitlines()] == [lines[3]]
+    assert len(comparison.read_journal()) == 3
+
+
+def test_report_only_writes_the_report_and_starts_nothing(comparison):
+    comparison.write(behave("plain"))
+    assert run_command(comparison)[0] == 0
+    journal = comparison.read_journal()
+    (comparison.folder / "report.html").unlink()
+    comparison.write(behave("plain", "fail"))  # another run has been planned since
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 finished, 1 pending." in out
+    assert (comparison.folder / "report.html").exists() and comparison.read_journal() == journal
+
+
+def test_a_report_at_a_step_is_written_although_no_run_is_over(comparison):
+    comparison.write(behave("hang_once"))
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert list(comparison.read_states().values()) == ["interrupted"]
+    report = comparison.folder / "report.html"
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 interrupted." in out and "Report" not in out and not report.exists()
+    code, out, err = run_command(comparison, "--report_only", "--at_step", "20")
+    assert (code, err) == (0, "") and f"Report: {report}" in out and report.read_text() == "reported at step 20"
+
+
+def test_report_only_while_another_call_is_at_work_reports_its_plan_and_no_other(comparison):
+    comparison.write(behave("plain", "hang_once"))
+    first = start_command(comparison)
+    wait_until(lambda: "finished" in comparison.read_states().values() and count_ready(comparison) == 1)
+    plan = (comparison.folder / "plan.json").read_bytes()
+    code, out, err = run_command(comparison, "--report_only")
+    assert (code, err) == (0, "") and "1 finished, 1 running." in out
+    comparison.write(behave("plain"))
+    code, _, err = run_command(comparison, "--report_only")
+    assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
+    assert (comparison.folder / "plan.json").read_bytes() == plan
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+
+
+def test_the_exit_status_is_1_when_every_run_failed(comparison):
+    comparison.write(behave("plain"))
+    assert run_command(comparison)[0] == 0
+    comparison.write(behave("fail", "fail"))
+    code, out, _ = run_command(comparison)
+    assert code == 1 and "failed" in out and "finished" not in out.splitlines()[-2]
+
+
+def test_a_refused_first_run_is_the_command_s_error(comparison, capfd):
+    comparison.write(behave("refuse", "plain"))
+    assert call_command(comparison) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: the first run was refused: --behaviour=refuse: choose another (log: ")
+    assert not (comparison.folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_runs_says_how_to_go_on_and_the_same_call_goes_on(comparison, number):
+    comparison.write([{"behaviour": ["plain", "hang_once", "good"]}])
+    process = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "") and "The same command continues" in out
+    assert comparison.read_states() == {"behaviour=plain 42": "finished", "behaviour=hang_once 42": "interrupted"}
+    assert not any(is_alive(entry["pid"]) for entry in comparison.read_journal())
+    assert (comparison.folder / "report.html").exists()  # a run was over
+    code, out, _ = run_command(comparison)
+    assert code == 0 and "of which 1 are over" in out and "3 finished." in out
+    assert [entry["behaviour"] for entry in comparison.read_journal()] == ["plain", "hang_once", "hang_once", "good"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_run(comparison):
+    comparison.write(behave("hang_once"), {"stubborn": True})
+    process = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None  # it gives the run its ten seconds
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=8)
+    assert process.returncode == 130 and comparison.read_states() == {"behaviour=hang_once 42": "interrupted"}
+    assert not any(is_alive(entry["pid"]) for entry in comparison.read_journal())
+    assert not (comparison.folder / "report.html").exists()  # nothing to report
+
+
+def test_a_run_that_a_killed_call_left_is_ended_and_started_anew(comparison):
+    comparison.write(behave("hang_once", "plain"))
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    (left,) = [entry["pid"] for entry in comparison.read_journal()]
+    first.kill()
+    first.communicate(timeout=10)
+    assert is_alive(left) and comparison.read_states() == {"behaviour=hang_once 42": "running"}
+    code, out, _ = run_command(comparison)
+    assert code == 0 and "ended what a worker that was killed had left running: behaviour=hang_once" in out
+    assert not is_alive(left) and set(comparison.read_states().values()) == {"finished"}
+
+
+def test_two_calls_in_one_folder_train_every_run_once(comparison):
+    """As two machines do that share a folder: each run is claimed by one of them, and both reports are on all."""
+    comparison.write([{"v0": ["zeros", "random"], "seed": list(range(6))}], {"pause": 0.05})
+    calls = [start_command(comparison, "--jobs", "2") for _ in range(2)]
+    ended = [call.communicate(timeout=60) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0] and [err for _, err in ended] == ["", ""]
+    trained = sorted((entry["v0"], int(entry["seed"])) for entry in comparison.read_journal())
+    assert trained == [(arm, seed) for arm in ("random", "zeros") for seed in range(6)]
+    assert list(comparison.read_states().values()) == ["finished"] * 12
+    # Both took part, and each was told of what the other had done.
+    counts = [out.count("finished, step 20") for out, _ in ended]
+    assert min(counts) > 0 and sum(counts) == 12
+    assert any("12 finished." in out for out, _ in ended) and any(
+        "finished, by another worker" in out for out, _ in ended
+    )
+    assert (comparison.folder / "report.html").read_text() == "reported"
+
+
+def test_a_call_leaves_what_another_is_training(comparison):
+    comparison.write(behave("hang_once", "plain"))
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    code, out, err = run_command(comparison)
+    assert (code, err) == (0, "") and f"At work in {comparison.folder} too: process {first.pid}." in out
+    assert re.search(rf"Under way in other calls: behaviour=hang_once\S+ \(process {first.pid}\)", out)
+    assert comparison.read_states() == {"behaviour=hang_once 42": "running", "behaviour=plain 42": "finished"}
+    # Another plan would rename or drop runs under the first call's feet.
+    comparison.write(behave("hang_once", "plain", "good"))
+    code, _, err = run_command(comparison)
+    assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+
+
+def test_a_call_takes_over_the_run_of_one_that_is_killed_meanwhile(comparison):
+    comparison.write(behave("hang_once", "plain"), {"pause": 0.5})
+    first = start_command(comparison)
+    wait_until(lambda: count_ready(comparison) == 1)
+    second = start_command(comparison)
+    wait_until(lambda: comparison.read_states().get("behaviour=plain 42") == "running")
+    first.kill()
+    first.communicate(timeout=10)
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "ended what a worker that was killed had left running: behaviour=hang_once" in out
+    assert [entry["behaviour"] for entry in comparison.read_journal()] == ["hang_once", "plain", "hang_once"]
+    assert set(comparison.read_states().values()) == {"finished"}
+
+
+def test_a_process_that_has_the_number_of_a_lost_run_is_left_alone(comparison):
+    comparison.write(behave("plain")).run()
+    (record,) = comparison.read_records().values()
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    path = comparison.folder / "runs" / record["name"] / "record.json"
+    path.write_text(json.dumps({**record, "state": "running", "pid": bystander.pid}))
+    code, out, _ = run_command(comparison)
+    assert code == 0 and "left running" not in out and bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_runs_can_be_stopped_though_sigint_is_ignored_around_them(comparison):
+    """A shell script's `compare ... &` ignores SIGINT, and its children would inherit that."""
+    comparison.write(behave("nan"), {"losses": "6,4,wait,3", "pause": 1.5})
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start_command(comparison)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_until(lambda: comparison.read_states() == {"behaviour=nan 42": "running"})
+    process.send_signal(signal.SIGINT)  # still ignored
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and comparison.read_states() == {"behaviour=nan 42": "diverged"}
+    assert comparison.read_records()["behaviour=nan 42"]["exit_status"] == -signal.SIGINT  # not ignored by the run
+
+
+def test_the_command_imports_neither_torch_nor_transformers(comparison):
+    comparison.write(behave("plain"))
+    program = (
+        "import sys; from hf_v0init.cli import compare; from hf_v0init.compare.planning import plan; "
+        "from hf_v0init.compare.running import folder, machine, progress, run_state, runs; "
+        f"plan.read_plan({str(comparison.config)!r}); "
+        "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_live_table_names_runs_steps_and_losses(comparison):
+    assert [format_seconds(s) for s in (0.4, 59, 200, 7500)] == ["0 s", "59 s", "3:20 min", "2:05 h"]
+    plan = read_plan(comparison.write([{"seed": [1, 2]}], {"max_steps": 40, "pause": 0.1}).config)
+    console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
+    with lock_plan(comparison.folder), ProgressDisplay(console, 2, 0, 1) as display:
+        write_plan(plan, comparison.folder)
+        RunQueue(plan, comparison.folder, plan.runs, 1, display).run()
+    shown = console.file.getvalue()
+    for words in (
+        "zeros_lr5e-05_seed1",
+        "10 of 40",
+        "4.000",
+        "0 of 2 runs over, 1 waiting",
+        "[2/2] zeros_lr5e-05_seed2",
+    ):
+        assert words in shown
+    assert re.search(r"1 of 2 runs over \(1 finished\), 0 waiting; \d s, about \d s left", shown)
+
+
+@pytest.mark.slow
+def test_tiny_yaml_end_to_end(tmp_path):
+    """Real training on the embedded corpus: three arms, two seeds, the report; a second call only reports."""
+    words = [
+        sys.executable,
+        *("-m", "hf_v0init.cli.main", "compare"),
+        "configs/compare/tiny.yaml",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+    ]
+    for num_over in (0, 6):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert f"6 runs (3 arms, 2 seeds), of which {num_over} are over" in done.stdout
+        assert "6 finished." in done.stdout and "Warning" not in done.stdout
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/record.json")]
+    assert sorted((r["arm"], r["seed"]) for r in records) == [
+        (arm, seed) for arm in ("data_driven 1", "warmup 10", "zeros") for seed in (1, 2)
+    ]
+    prints, losses = {}, {}
+    for record in records:
+        output = tmp_path / "out" / "runs" / record["name"] / "output"
+        prints.setdefault(record["seed"], set()).add((output / "fingerprint.json").read_text())
+        results = json.loads((output / "all_results.json").read_text())
+        losses[record["arm"], record["seed"]] = results["eval_loss"]
+        assert results["predict_bleu"] >= 0 and (output / "v0_diagnostics.json").is_file()
+        assert (output / "v0_init.json").is_file() is record["arm"].startswith("data_driven")
+    assert [len(found) for found in prints.values()] == [1, 1] and prints[1] != prints[2]
+    assert len(set(losses.values())) == 6
+    for name in ("report.md", "report.html", "results.csv"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
