@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -256,14 +257,12 @@ def _train_one(console: Console, plan: Plan, folder: Path, name: str, retry_fail
     from ..compare.folder import release_failed, write_plan
     from ..compare.stages import lay_out_stages
 
+    plan, _ = lay_out_stages(plan, folder)
+    names = [run.name for run in plan.runs]
+    if name not in names:
+        raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them")
     with _stop_on_signals():
         with lock_plan(folder):
-            plan, _ = lay_out_stages(plan, folder)
-            names = [run.name for run in plan.runs]
-            if name not in names:
-                raise InputError(
-                    f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them"
-                )
             if retry_failed:
                 release_failed(plan, folder)
             write_plan(plan, folder)
@@ -354,7 +353,10 @@ def _check_flags(console: Console, plan: Plan) -> None:
     """Start the script once and let it read the flags of one run of each setting and rate; nothing is trained."""
     from ..compare.launch import SCRIPT_MODULES, STARTER, make_flags
 
-    if plan.script not in SCRIPT_MODULES and "ArgumentParser" not in Path(plan.script).read_text(encoding="utf-8"):
+    parsers = r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b"
+    if plan.script not in SCRIPT_MODULES and not re.search(
+        parsers, Path(plan.script).read_text(encoding="utf-8"), re.MULTILINE
+    ):
         console.print("The script's flags were not checked: it uses neither HfArgumentParser nor argparse.")
         return
     runs = list({(run.setting, run.learning_rate): run for run in plan.runs}.values())

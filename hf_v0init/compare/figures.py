@@ -49,10 +49,12 @@ class Figure:
     caption: str
 
 
-def draw_figures(comparison: Comparison, conditions: Sequence[Condition], folder: Path) -> dict[str, Figure]:
+def draw_figures(
+    comparison: Comparison, conditions: Sequence[Condition], folder: Path, suffixes: Sequence[str] = (".svg",)
+) -> dict[str, Figure]:
     """Draw the figures for which there are numbers, and remove those that a former call has left.
 
-    Returns name -> figure; the files are NAME.svg and NAME.png in `folder`.
+    Returns name -> figure; the files are NAME.svg in `folder`, and such of the other `suffixes`.
     """
     pyplot = import_pyplot()
     drawn = {}
@@ -68,7 +70,7 @@ def draw_figures(comparison: Comparison, conditions: Sequence[Condition], folder
             made = make(pyplot, comparison, conditions)
             if made is not None:
                 figure, drawn[name] = made
-                for suffix in (".svg", ".png"):
+                for suffix in suffixes:
                     metadata = {"Date": None} if suffix == ".svg" else {}
                     figure.savefig(
                         folder / f"{name}{suffix}", dpi=PIXELS_PER_INCH, bbox_inches="tight", metadata=metadata

@@ -379,7 +379,9 @@ def _read_slurm(value: Any, launch: str) -> dict[str, Any]:
     """Read what a run asks of the cluster, in submitit's words."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise InputError(f"slurm: {value!r} must be a mapping, such as {{partition: gpu, time: 4:00:00, gpus_per_node: 1}}")
+        raise InputError(
+            f"slurm: {value!r} must be a mapping, such as {{partition: gpu, time: 4:00:00, gpus_per_node: 1}}"
+        )
     gpus = value.get("gpus_per_node", 1)
     if is_number(gpus) and gpus > 1 and is_one_process(launch):
         raise InputError(

@@ -93,7 +93,7 @@ p:has(> img) + p { color: var(--soft); font-size: .9rem; }
 def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_step: int | None = None) -> Path:
     """Read a comparison, as far as it has come, and write the report into the same folder.
 
-    A folder without runs, such as a copy in a repository, keeps its tables as they are; report, figures and settings.csv are written.
+    A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md, figures and settings.csv are written.
 
     Args:
         folder: of the comparison.
@@ -101,7 +101,7 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
         at_step: an optimizer step; the report is then on every run as it stood at its evaluation after that step, and goes into the
             folder `at_step_N` inside `folder` and `summary_dir`, beside the report on whole runs.
 
-    Returns the path of `report.html`.
+    Returns the path of `report.html`, or of `report.md` for a folder without runs, which has no other.
 
     Raises:
         InputError: there is no comparison; no run was evaluated after `at_step`.
@@ -115,12 +115,14 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
     if has_runs or at_step is not None:
         write_tables(comparison, place)
     conditions = summarize(comparison)
-    figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER)
+    figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
     make_settings(comparison, conditions).to_csv(
         place / SETTINGS_FILE, index=False, lineterminator="\n", float_format="%.10g"
     )
     markdown = load_template().render(**make_context(comparison, conditions), figures=figures)
     (place / MARKDOWN_FILE).write_text(_tidy(markdown), encoding="utf-8")
+    if not has_runs:
+        return place / MARKDOWN_FILE
     (place / HTML_FILE).write_text(render_html(markdown, str(comparison.plan.get("title")), place), encoding="utf-8")
     if summary_dir is not None:
         _copy(place, Path(summary_dir))
@@ -188,6 +190,11 @@ def make_context(comparison: Comparison, conditions: Sequence[Condition]) -> dic
         "runs": make_run_table(comparison),
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
+        "failures": {
+            word: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"])
+            for word, stage in (("first", files.TUNE), ("second", files.CONFIRM))
+            if ((runs["state"] == files.FAILED) & (runs["stage"] == stage)).any()
+        },
         "unknown_costs": find_unknown_costs(comparison),
         "hours": hours,
         "hour_name": "accelerator-hours" if has_gpus else "machine-hours",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until
+from hf_v0init.compare.running.slurm import TrainRun, make_executor, submit_runs
 from test_comparison_runs import write_checkpoint
 
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.folder import write_plan
-from hf_v0init.compare.running.slurm import TrainRun, make_executor, submit_runs
+from hf_v0init.compare.plan import read_plan
 from hf_v0init.errors import InputError
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hf_v0init[cluster]'")

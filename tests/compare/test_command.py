@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import platform
 import re
 import shlex
 import signal
@@ -13,16 +15,17 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 from comparison_fakes import Comparison, behave, is_alive, wait_until
 from rich.console import Console
 
 from hf_v0init.cli import main as cli
-from hf_v0init.compare.plan import read_plan
-from hf_v0init.compare import executor as executor_module
+from hf_v0init.compare import claims as claims_module, executor as executor_module
 from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.executor import LocalExecutor
 from hf_v0init.compare.folder import write_plan
+from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.progress import ProgressDisplay, format_seconds
-from hf_v0init.compare.running.runs import RunQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,13 +40,12 @@ def start_command(comparison, *options) -> subprocess.Popen:
     """Start `hf-v0init compare` as a user does; the report is replaced by a file that says it was written."""
     program = textwrap.dedent("""
         import sys, types
-        from pathlib import Path
-        report = types.ModuleType("hf_v0init.compare.reporting.report")
+        report = types.ModuleType("hf_v0init.compare.report")
         def write_report(folder, summary_dir, at_step):
             (folder / "report.html").write_text("reported" + (f" at step {at_step}" if at_step is not None else ""))
             return folder / "report.html"
-        report.write_report = write_report
-        sys.modules["hf_v0init.compare.reporting.report"] = report
+        report.write_report, report.read_conclusion = write_report, lambda folder: "CONCLUSION"
+        sys.modules["hf_v0init.compare.report"] = report
         from hf_v0init.cli.main import main
         main()
     """)
@@ -74,8 +76,7 @@ def test_the_command_prints_rules_progress_and_report(comparison):
     comparison.write(behave("plain", "fail"), test_metrics=["predict_bleu"], keep_models=False)
     code, out, err = run_command(comparison, "--jobs", "2")
     assert (code, err) == (0, "")
-    for words in ("Fake\n", "2 runs (2 arms, 1 seeds), of which 0 are over; 2 at a time", "Selection by eval_loss",
-        "is charged to it", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
+    for words in ("Fake\n", "2 runs.", "Runs at a time: 2.", "Selection by eval_loss", "CONCLUSION", "are removed (keep_models: false)", "[2/2] ", "failed, step 20, validation loss 3.000",
         "RuntimeError: the data are gone", "1 finished, 1 failed.", f"Report: {comparison.folder}/report.html"):  # fmt: skip
         assert words in out, out
     assert (comparison.folder / "report.html").read_text() == "reported"
@@ -93,7 +94,8 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
     comparison.write([{"v0": ["zeros", "random"], "seed": [1, 2]}])
     assert call_command(comparison, "--dry_run") == 0
     out, err = capfd.readouterr()
-    assert err == "" and "4 runs. The first:" in out and "--v0_init=zeros" in out and "random 100" in out
+    assert err == "" and "4 runs. The first:" in out and "--v0_init=zeros" in out and "random" in out
+    assert "The script's flags were not checked: it uses neither HfArgumentParser nor argparse." in out
     assert not comparison.folder.exists() and comparison.read_journal() == []
 
 
@@ -108,10 +110,9 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--report_only", "--list_commands"), "report_only and list_commands each do something else: give one"),
         (
             ("--launcher", "pbs"),
-            "launcher='pbs': choose local or slurm; for another scheduler there is --list_commands",
+            "launcher='pbs': choose local, submitit, slurm; for another scheduler there is --list_commands",
         ),
-        (("--launcher", "slurm", "--jobs", "2"), "jobs and devices are for runs on this machine"),
-        (("--halving", "--list_commands"), "halving decides seed by seed"),
+        (("--launcher", "slurm", "--jobs", "2"), "jobs and devices are for runs of this call; with launcher=slurm"),
         (("--devices", "0,0"), "give each device once"),
         (("--run", "plain"), "run=plain: the plan has no such run"),
         (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
@@ -125,27 +126,48 @@ def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words
     assert not comparison.folder.exists()
 
 
-def test_the_command_lines_for_another_scheduler_train_the_runs(comparison):
-    comparison.write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
-    code, out, err = run_command(comparison, "--list_commands")
-    lines = [shlex.split(line) for line in out.splitlines()]
-    names = [run.name for run in read_plan(comparison.config).runs]
-    assert (code, err) == (0, "") and [line[line.index("--run") + 1] for line in lines] == names
-    assert (
-        all(line[0] == sys.executable and "--resume_runs" in line for line in lines) and not comparison.folder.exists()
-    )
-    # All at once, as a scheduler would; the first command of a new folder writes the plan.
-    processes = [
-        subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in lines[:3]
+def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tmp_path, monkeypatch):
+    """Their folder has a blank in its name, and the file's own paths begin where the lines were made."""
+    place = tmp_path / "with a blank"
+    place.mkdir()
+    comparison = Comparison(place).write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
+    comparison.config, comparison.folder = Path("grid.yaml"), Path("out")
+    program = [
+        sys.executable,
+        "-m",
+        "hf_v0init.cli.main",
+        "compare",
+        "grid.yaml",
+        "--output_dir",
+        "out",
+        "--list_commands",
     ]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(program, cwd=place, capture_output=True, text=True)
+    monkeypatch.chdir(place)
+    lines = done.stdout.splitlines()
+    words = [shlex.split(line) for line in lines]
+    names = [run.name for run in read_plan(comparison.config).runs]
+    assert (done.returncode, done.stderr) == (0, "") and [line[line.index("--run") + 1] for line in words] == names
+    assert all(line[:3] == ["cd", str(place), "&&"] and "--resume_runs" in line for line in words)
+    assert not comparison.folder.exists()
+    # All at once, as a scheduler would, from another directory; the first command of a new folder writes the plan.
+    options = {"cwd": "/", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(["sh", "-c", line], **options) for line in lines[:3]]
     ended = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
     assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
     assert not (comparison.folder / "report.html").exists()
-    code, out, _ = run_command(comparison, "--list_commands")
-    assert [shlex.split(line) for line in out.splitlines()] == [lines[3]]
+    assert subprocess.run(program, capture_output=True, text=True).stdout.splitlines() == [lines[3]]
     assert len(comparison.read_journal()) == 3
+
+
+def test_the_second_stage_is_listed_when_the_first_is_over(comparison):
+    comparison.write([{"learning_rate": [1e-3, 1e-2]}], confirm_seeds=2).run()
+    for record in comparison.folder.glob("runs/*seed44*/record.json"):
+        record.unlink()
+    code, out, _ = run_command(comparison, "--list_commands")
+    assert code == 0 and "seed44" in out and out.count("\n") == 1
 
 
 def test_report_only_writes_the_report_and_starts_nothing(comparison):
@@ -265,20 +287,49 @@ def test_two_calls_in_one_folder_train_every_run_once(comparison):
     assert (comparison.folder / "report.html").read_text() == "reported"
 
 
-def test_a_call_leaves_what_another_is_training(comparison):
+def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
     comparison.write(behave("hang_once", "plain"))
     first = start_command(comparison)
     wait_until(lambda: count_ready(comparison) == 1)
-    code, out, err = run_command(comparison)
-    assert (code, err) == (0, "") and f"At work in {comparison.folder} too: process {first.pid}." in out
-    assert re.search(rf"Under way in other calls: behaviour=hang_once\S+ \(process {first.pid}\)", out)
-    assert comparison.read_states() == {"behaviour=hang_once 42": "running", "behaviour=plain 42": "finished"}
+    second = start_command(comparison)
+    wait_until(lambda: comparison.read_states().get("behaviour=plain 42") == "finished")
     # Another plan would rename or drop runs under the first call's feet.
     comparison.write(behave("hang_once", "plain", "good"))
     code, _, err = run_command(comparison)
-    assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    assert code == 2 and "is at work there on a plan with other runs" in err and f"process {first.pid}" in err
+    time.sleep(1.0)
+    assert second.poll() is None  # it has nothing left to do, and waits
+    first.kill()
+    first.communicate(timeout=10)
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, err) == (0, "") and f"At work in {comparison.folder} too: process {first.pid}." in out
+    assert re.search(
+        rf"Waiting for other workers: behaviour=hang_once\S+ \(process {first.pid}\)\. The run of one that has died is",
+        out,
+    )
+    assert set(comparison.read_states().values()) == {"finished"}
+
+
+def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(tmp_path, monkeypatch):
+    """Its lease is of another machine, so nobody can see that the process is gone: the call waits until the lease has lapsed."""
+    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(executor_module, "CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 1.5)
+    comparison = Comparison(tmp_path).write(behave("plain", "good"))
+    comparison.run()
+    (run, _) = read_plan(comparison.config).runs
+    record = comparison.folder / "runs" / run.name / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running", "host": "node7", "pid": 1}))
+    claims = claims_module.RunClaims(comparison.folder)
+    assert claims.acquire(run.digest)
+    file = comparison.folder / ".locks" / f"run_{run.digest}.lock"
+    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", "pid=1")
+    file.unlink()
+    file.write_text(text)
+    began = time.monotonic()
+    told = comparison.run()
+    assert time.monotonic() - began > 1.0 and [end[2] for end in told.ends] == ["finished"]
+    assert any(f"{run.name} (process 1 on node7)" in words and "taken over" in words for words in told.told)
 
 
 def test_a_call_takes_over_the_run_of_one_that_is_killed_meanwhile(comparison):
@@ -325,8 +376,8 @@ def test_runs_can_be_stopped_though_sigint_is_ignored_around_them(comparison):
 def test_the_command_imports_neither_torch_nor_transformers(comparison):
     comparison.write(behave("plain"))
     program = (
-        "import sys; from hf_v0init.cli import compare; from hf_v0init.compare.planning import plan; "
-        "from hf_v0init.compare.running import folder, machine, progress, run_state, runs; "
+        "import sys; from hf_v0init.cli import compare; "
+        "from hf_v0init.compare import cluster, executor, folder, plan, process, progress, report, stages; "
         f"plan.read_plan({str(comparison.config)!r}); "
         "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]))"
     )
@@ -334,55 +385,99 @@ def test_the_command_imports_neither_torch_nor_transformers(comparison):
     assert done.stderr.strip() == "[]"
 
 
-def test_the_live_table_names_runs_steps_and_losses(comparison):
+def test_the_live_table_names_runs_steps_and_losses_and_until_when(comparison):
     assert [format_seconds(s) for s in (0.4, 59, 200, 7500)] == ["0 s", "59 s", "3:20 min", "2:05 h"]
-    plan = read_plan(comparison.write([{"seed": [1, 2]}], {"max_steps": 40, "pause": 0.1}).config)
+    arguments = {"max_steps": 40, "pause": 0.3}
+    plan = read_plan(comparison.write([{"learning_rate": [1e-3, 1e-2]}], arguments, confirm_seeds=2).config)
     console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
-    with lock_plan(comparison.folder), ProgressDisplay(console, 2, 0, 1) as display:
+    with lock_plan(comparison.folder), ProgressDisplay(console, 1) as display:
         write_plan(plan, comparison.folder)
-        RunQueue(plan, comparison.folder, plan.runs, 1, display).run()
+        display.begin_stage(plan, plan.runs)
+        LocalExecutor(plan, comparison.folder, 1, display).run(plan, plan.runs)
     shown = console.file.getvalue()
-    for words in (
-        "zeros_lr5e-05_seed1",
-        "10 of 40",
-        "4.000",
-        "0 of 2 runs over, 1 waiting",
-        "[2/2] zeros_lr5e-05_seed2",
-    ):
-        assert words in shown
-    assert re.search(r"1 of 2 runs over \(1 finished\), 0 waiting; \d s, about \d s left", shown)
+    for words in ("Stage 1 of 2, tune: 2 runs; then at most 1 chosen settings on 2 fresh seeds, 2 runs.", "no-warmup_lr0.001_seed42",
+        "10 of 40", "4.000", "0 of 2 runs are over, 1 waiting", "[2/2] no-warmup_lr0.01_seed42"):  # fmt: skip
+        assert words in shown, words
+    assert re.search(
+        r"By the first run's pace a run takes \d s: 2 runs with 1 at a time until \d\d:\d\d, the second stage until \d\d:\d\d\.",
+        shown,
+    )
+    assert re.search(r"1 of 2 runs are over \(1 finished\), 0 waiting; until \d\d:\d\d", shown)
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_base_installation_is_told_what_to_install(comparison, command):
+    """Without scipy there is one line, and no traceback."""
+    comparison.write(behave("plain"))
+    words = (
+        [str(comparison.config), "--output_dir", str(comparison.folder)]
+        if command == "compare"
+        else [str(comparison.root)]
+    )
+    program = f"""
+        import importlib.util, sys
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name in ("scipy", "jinja2") else find(name, *rest)
+        from hf_v0init.cli.main import main
+        sys.argv = ["hf-v0init", {command!r}, *{words!r}]
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: scipy, jinja2 are not installed; type: pip install 'hf_v0init[compare]'\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "The script accepts the flags of all 6 settings."),
+        (
+            {"max_steps": "three"},
+            "the script refuses the flags of 6 of 6 settings; no warmup: --max_steps: invalid int value: 'three'",
+        ),
+        ({"widht": 3}, "--widht"),
+    ],
+)
+def test_a_dry_run_has_the_script_check_its_flags(tmp_path, capfd, arguments, words):
+    config = yaml.safe_load((ROOT / "configs" / "compare" / "my_script.yaml").read_text(encoding="utf-8"))
+    config["script"] = "run_clm" if "max_steps" in arguments else str(ROOT / "configs" / "compare" / "my_script.py")
+    config["arguments"] |= {"do_eval": True, **arguments} if arguments else {}
+    config["grids"] = [
+        {"v0": ["zeros", "random"], "learning_rate": [1e-2, 3e-2]},
+        {"warmup": [0.3], "learning_rate": [1e-2, 3e-2]},
+    ]
+    comparison = Comparison(tmp_path)
+    comparison.config.write_text(yaml.safe_dump(config))
+    code = call_command(comparison, "--dry_run")
+    out, err = capfd.readouterr()
+    assert code == (2 if arguments else 0) and words in (err if arguments else out), (out, err)
+    assert not comparison.folder.exists() and not Path("dry_run").exists()
 
 
 @pytest.mark.slow
 def test_tiny_yaml_end_to_end(tmp_path):
-    """Real training on the embedded corpus: three arms, two seeds, the report; a second call only reports."""
-    words = [
-        sys.executable,
-        *("-m", "hf_v0init.cli.main", "compare"),
-        "configs/compare/tiny.yaml",
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--jobs",
-        "2",
-    ]
-    for num_over in (0, 6):
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    """Real training on the embedded corpus: four settings, the best of three families on fresh seeds, the report; then only the report."""
+    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", "configs/compare/tiny.yaml", "--output_dir"]
+    words += [str(tmp_path / "out"), "--jobs", "2"]
+    for first in (True, False):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1200)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        assert f"6 runs (3 arms, 2 seeds), of which {num_over} are over" in done.stdout
-        assert "6 finished." in done.stdout and "Warning" not in done.stdout
+        assert ("By the first run's pace" in done.stdout) is first
+        assert (
+            "10 finished." in done.stdout and "Warning" not in done.stdout and "can replace the warmup" in done.stdout
+        )
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/record.json")]
-    assert sorted((r["arm"], r["seed"]) for r in records) == [
-        (arm, seed) for arm in ("data_driven 1", "warmup 10", "zeros") for seed in (1, 2)
+    assert sorted((r["family"], r["seed"]) for r in records if r["stage"] == "confirm") == [
+        (family, seed) for family in ("no warmup", "v0", "warmup") for seed in (2, 3)
     ]
     prints, losses = {}, {}
     for record in records:
         output = tmp_path / "out" / "runs" / record["name"] / "output"
         prints.setdefault(record["seed"], set()).add((output / "fingerprint.json").read_text())
         results = json.loads((output / "all_results.json").read_text())
-        losses[record["arm"], record["seed"]] = results["eval_loss"]
-        assert results["predict_bleu"] >= 0 and (output / "v0_diagnostics.json").is_file()
-        assert (output / "v0_init.json").is_file() is record["arm"].startswith("data_driven")
-    assert [len(found) for found in prints.values()] == [1, 1] and prints[1] != prints[2]
-    assert len(set(losses.values())) == 6
-    for name in ("report.md", "report.html", "results.csv"):
+        losses[record["setting"], record["seed"]] = results["eval_loss"]
+        assert results["predict_bleu"] >= 0 and (output / "v0_init.json").is_file() is (record["family"] == "v0")
+    assert [len(found) for found in prints.values()] == [1, 1, 1] and len(set(losses.values())) == 10
+    for name in ("report.md", "report.html", "results.csv", "settings.csv", "figures/confirmed.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 0

@@ -12,7 +12,6 @@ from hf_v0init.compare.folder import release_failed, require_usable_folder, writ
 from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.stages import lay_out_stages
 
-
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
 import json, os, signal, subprocess, sys, time
