@@ -1,5 +1,7 @@
 """Runs on a SLURM cluster through submitit: its local executor, and an `sbatch` of our own that starts the tasks at once."""
 
+import dataclasses
+import io
 import json
 import os
 import re
@@ -11,12 +13,14 @@ from pathlib import Path
 
 import pytest
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until
-from hf_v0init.compare.running.slurm import TrainRun, make_executor, submit_runs
-from test_comparison_runs import write_checkpoint
+from rich.console import Console
+from test_executor import write_checkpoint
 
 from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.cluster import SubmititExecutor, TrainRun
 from hf_v0init.compare.folder import write_plan
 from hf_v0init.compare.plan import read_plan
+from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.errors import InputError
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hf_v0init[cluster]'")
@@ -95,71 +99,79 @@ def read_options(cluster) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- submitit's local executor
 
 
+@pytest.mark.slow
+def test_submitit_s_local_executor_trains_both_stages(comparison):
+    """No secret is in what it pickles: a task reads the comparison's file itself."""
+    comparison.write([{"learning_rate": [1e-3, 1e-2]}], {"hub_token": "hf_s3cret"}, confirm_seeds=2)
+    done = call(comparison, "--launcher", "submitit")
+    assert done.returncode == 0, done.stderr
+    assert "Stage 1 of 2, tune: 2 runs" in done.stdout and "Stage 2 of 2, confirm: 2 runs" in done.stdout
+    assert sorted(comparison.read_states().values()) == ["finished"] * 4 and "4 finished." in done.stdout
+    assert {entry["secret"] for entry in comparison.read_journal()} == {"hf_s3cret"}
+    assert not [path for path in comparison.folder.rglob("*") if path.is_file() and b"hf_s3cret" in path.read_bytes()]
+
+
 def test_what_is_put_back_into_the_queue_is_the_same_run_that_goes_on(comparison):
     plan = read_plan(comparison.write(behave("plain")).config)
-    again = TrainRun(plan, comparison.folder, retry_failed=True).checkpoint(plan.runs[0].name)
-    assert again.function == TrainRun(plan, comparison.folder, retry_failed=False) and again.args == (
-        plan.runs[0].name,
-    )
+    task = TrainRun(comparison.config, comparison.folder)
+    again = task.checkpoint(plan.runs[0].name)
+    assert again.function == task and again.args == (plan.runs[0].name,)
 
 
 # ----------------------------------------------------------------------------------------------------- a fake sbatch
 
 
 @pytest.mark.slow
-def test_an_array_job_over_the_runs_that_are_not_over(comparison, cluster):
-    settings = {"partition": "gpu", "time": "2:30:00", "gpus": 1, "cpus": 4, "memory_gb": 1.5, "account": "me"}
-    settings |= {"max_parallel": 2, "setup": ["module load cuda"], "further": {"nice": 100}}
-    comparison.write(behave("plain", "good"), {"save_strategy": "steps"}, slurm=settings)
+def test_an_array_job_for_each_stage(comparison, cluster):
+    options = {"partition": "gpu", "time": "2:30:00", "cpus_per_task": 4, "mem": "1536M", "account": "me"}
+    options |= {"array_parallelism": 2, "setup": ["module load cuda"], "additional_parameters": {"nice": 100}}
+    comparison.write([{"learning_rate": [1e-3, 1e-2]}], {"save_strategy": "steps"}, slurm=options, confirm_seeds=2)
     done = call(comparison, "--launcher", "slurm")
-    assert (done.returncode, done.stderr) == (0, "") and "Submitted 2 runs as job 77" in done.stdout
-    assert "Note: save_strategy" not in done.stdout
-    wait_for_states(comparison, ["finished", "finished"])
-    options = read_options(cluster)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Submitted 2 runs as job 77") == 2 and "Warning: save_strategy" not in done.stdout
+    assert sorted(comparison.read_states().values()) == ["finished"] * 4
     expected = {
         "partition": "gpu",
-        "time": "150",
+        "time": "2:30:00",
         "gpus-per-node": "1",
         "cpus-per-task": "4",
         "mem": "1536M",
         "account": "me",
     }
     expected |= {"array": "0-1%2", "nice": "100", "job-name": "Fake"}
-    assert expected.items() <= options.items()
+    assert expected.items() <= read_options(cluster).items()
     assert "module load cuda" in (cluster / "submitted.sh").read_text()
-    assert len(comparison.read_journal()) == 2
-    # A plan that has grown submits what is new; a single run is a job of its own.
-    comparison.write(behave("plain", "good", "third"), {"save_strategy": "steps"}, slurm=settings)
-    done = call(comparison, "--launcher", "slurm")
-    assert "Submitted 1 run as job 77" in done.stdout
-    wait_for_states(comparison, ["finished"] * 3)
-    done = call(comparison, "--launcher", "slurm")
-    assert done.returncode == 0 and "Nothing to submit." in done.stdout
-    assert len(comparison.read_journal()) == 3
 
 
 @pytest.mark.slow
 def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     comparison.write(behave("plain", "good"))
     plan = read_plan(comparison.config)
-    call(comparison, "--launcher", "slurm")
-    wait_for_states(comparison, ["finished", "finished"])
+    assert call(comparison, "--launcher", "slurm").returncode == 0
     for path in comparison.folder.glob("runs/*/record.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "state": "interrupted"}))
     (cluster / "queue").write_text("76_0\n77_0\n")
-    jobs = json.loads((comparison.folder / "slurm" / "jobs.json").read_text())
+    jobs = json.loads((comparison.folder / "jobs" / "jobs.json").read_text())
     assert jobs == {run.digest: f"77_{i}" for i, run in enumerate(plan.runs)}
-    done = call(comparison, "--launcher", "slurm")
-    assert "Submitted 1 run as job 77" in done.stdout and "1 run is in the queue already." in done.stdout
-    assert "Note: save_strategy is no, so a run that is preempted" in done.stdout
+    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
+    words += [str(comparison.folder), "--launcher", "slurm"]
+    process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, text=True)
+    wait_for_states(comparison, ["finished", "interrupted"])  # the other one is for the queue to start
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert (
+        process.returncode == 130 and "Submitted 1 runs as job 77" in out and "1 runs are in the queue already." in out
+    )
+    assert "save_strategy is no, so a run that is preempted" in out and "leaves submitted jobs in the queue" in out
 
 
 def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_checkpoint(comparison, cluster):
     comparison.write(behave("hang_once"), {"losses": "6,5,4,3,2"})
     script = FAKE_SCRIPT.replace('os.path.exists(flags["journal"] + ".once")', "resumed_at")
     (comparison.root / "fake.py").write_text(script)
-    done = call(comparison, "--launcher", "slurm")
-    assert done.returncode == 0, done.stderr
+    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
+    words += [str(comparison.folder), "--launcher", "slurm"]
+    waiting = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.DEVNULL)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     (record,) = comparison.read_records().values()
     output = comparison.folder / "runs" / record["name"] / "output"
@@ -167,6 +179,7 @@ def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_che
     (pid,) = find_task(comparison)
     os.kill(pid, signal.SIGUSR2)  # what SLURM sends 90 seconds before the end
     wait_for_states(comparison, ["finished"])
+    assert waiting.wait(60) == 0
     first, second = comparison.read_journal()
     assert (first["checkpoint"], second["checkpoint"]) == (None, str(checkpoint))
     (record,) = comparison.read_records().values()
@@ -202,7 +215,7 @@ def find_task(comparison) -> list[int]:
             continue
         if (
             "submitit.core._submit" in words
-            and str(comparison.folder / "slurm") in words
+            and str(comparison.folder / "jobs") in words
             and words[0].endswith(("python", "python3", "python3.11"))
         ):
             found.append(int(path.parent.name))
@@ -214,13 +227,20 @@ def test_what_slurm_refuses_and_where_there_is_none(comparison, cluster, monkeyp
     plan = read_plan(comparison.config)
     with lock_plan(comparison.folder):
         write_plan(plan, comparison.folder)
+
+    def make(plan=plan):
+        display = ProgressDisplay(Console(file=io.StringIO()), 1)
+        return SubmititExecutor(plan, comparison.folder, comparison.config, display, "slurm")
+
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     with pytest.raises(InputError, match=r"slurm: the job was refused: .*invalid partition specified: gpu"):
-        submit_runs(plan, comparison.folder, plan.runs, make_executor(plan, comparison.folder))
-    assert not (comparison.folder / "slurm" / "jobs.json").exists()
+        make().run(plan, plan.runs)
+    assert not (comparison.folder / "jobs" / "jobs.json").exists()
+    with pytest.raises(InputError, match=r"slurm: .*partitoin"):
+        make(dataclasses.replace(plan, slurm={"partitoin": "gpu"}))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(InputError, match=r"there is no sbatch here; .* or use --list_commands for another scheduler"):
-        make_executor(plan, comparison.folder)
+        make()
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"needs submitit; type: pip install 'hf_v0init\[cluster\]'"):
-        make_executor(plan, comparison.folder)
+        make()

@@ -42,7 +42,7 @@ def test_a_diverged_run_counts_with_the_loss_at_the_start_and_never_with_a_train
     entry = make_entry("zeros", "none", 1e-3, 1)
     assert read_one(tmp_path / "a", entry, "diverged")[1]["scored_loss"] == 9.0
     # Without an evaluation at step 0 nothing is known of the start, however small the first training loss is.
-    comparison, run = read_one(tmp_path / "b", entry, "diverged")
+    read_one(tmp_path / "b", entry, "diverged")
     log = tmp_path / "b" / "runs" / entry["name"] / "output" / "run_log.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if '"step": 0' not in line))
     run = read_comparison(tmp_path / "b").runs.iloc[0]
