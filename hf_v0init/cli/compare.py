@@ -195,7 +195,9 @@ def _train(
     interrupted, tried = False, set()
     with _stop_on_signals():
         _print_rules(console, plan, number, found)
-        with join_folder_when_made(folder, lock_plan, join_folder):
+        with lock_plan(folder):  # makes the folder
+            pass
+        with join_folder(folder):
             others = list_workers(folder)
             if others:
                 console.print(
@@ -237,15 +239,6 @@ def _train(
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     return states
-
-
-@contextlib.contextmanager
-def join_folder_when_made(folder: Path, lock_plan, join_folder) -> Iterator[None]:
-    """Make the folder, then be at work in it."""
-    with lock_plan(folder):
-        pass
-    with join_folder(folder):
-        yield
 
 
 def _train_one(console: Console, plan: Plan, folder: Path, name: str, retry_failed: bool, resume_runs: bool) -> None:
@@ -303,14 +296,8 @@ def _print_rules(console: Console, plan: Plan, jobs: int, devices: tuple[str, ..
     console.print(Text(plan.title, style="bold"))
     lines = [
         f"Runs at a time: {jobs}" + (f", on device {', '.join(devices)}" if devices else "") + ".",
-        "Same seed: same initial weights, data order and dropout in every setting; checked by a fingerprint of each run.",
         f"Selection by {plan.metric}, on validation data; verdicts from fresh seeds; test data are used once, at the end of a run.",
     ]
-    if plan.prune:
-        lines.append(
-            f"Pruned in the first stage: a validation loss above {plan.prune.above:g} x the best at that step, from step "
-            f"{plan.prune.after_step} on."
-        )
     if not plan.keep_models:
         lines.append("Models, tokenizers and checkpoints of runs that are over are removed (keep_models: false).")
     schedules = {str(run.arguments.get("lr_scheduler_type")) for run in plan.runs}

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ..errors import InputError
 from .claims import join_folder
-from .executor import LocalExecutor, Progress, find_waiting, is_over, read_record
+from .executor import LocalExecutor, find_waiting, is_over, read_record
 from .files import INTERRUPTED, RUNNING, read_json, write_json
 from .launch import list_devices
 from .plan import Plan, PlannedRun, read_plan
@@ -112,7 +112,7 @@ class SubmititExecutor:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, config: Path, progress: Progress, cluster: str, small: bool = False
+        self, plan: Plan, folder: Path, config: Path, progress: ProgressDisplay, cluster: str, small: bool = False
     ) -> None:
         try:
             import submitit

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import files
@@ -20,6 +20,9 @@ from .claims import LEASE_SECONDS, RunClaims
 from .launch import compute_script_hash, is_one_process
 from .plan import Plan, PlannedRun
 from .process import LossTrace, RunProcess, end_left_run, find_metric, read_losses, start_process
+
+if TYPE_CHECKING:
+    from .progress import ProgressDisplay
 
 EXIT_BAD_INPUT = 2
 POLL_SECONDS = 0.2
@@ -31,24 +34,6 @@ FINGERPRINT_PARTS = {
     "batches": "other first batches",
     "rng": "another random state before the first step, so other dropout",
 }
-
-
-class Progress(Protocol):
-    """What is told while runs go on."""
-
-    def update(self, active: Sequence[RunProcess], num_waiting: int) -> None:
-        """Show the runs in progress; called several times per second."""
-
-    def report_end(
-        self, run: PlannedRun, state: str, reason: str | None, trace: LossTrace | None, seconds: float
-    ) -> None:
-        """Show that a run is over; `trace` is None where another worker has trained it."""
-
-    def tell(self, message: str) -> None:
-        """Show a message."""
-
-    def warn(self, message: str) -> None:
-        """Show a warning."""
 
 
 def read_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
@@ -69,7 +54,7 @@ def find_waiting(plan: Plan, folder: Path, runs: Iterable[PlannedRun]) -> list[P
 class Checks:
     """What runs say about each other, told once each: other beginnings, a changed script, what they did not leave."""
 
-    def __init__(self, plan: Plan, folder: Path, progress: Progress) -> None:
+    def __init__(self, plan: Plan, folder: Path, progress: ProgressDisplay) -> None:
         self.plan, self.folder, self.progress = plan, folder, progress
         self.told: set[str] = set()
         self.fingerprints: dict[tuple, tuple[str, dict[str, Any]]] = {}  # the first of each seed and condition
@@ -187,7 +172,7 @@ class LocalExecutor:
         plan: Plan,
         folder: Path,
         jobs: int,
-        progress: Progress,
+        progress: ProgressDisplay,
         devices: tuple[str, ...] | None = None,
         resume: bool = False,
     ) -> None:
@@ -332,13 +317,11 @@ class LocalExecutor:
             self.is_on_trial = False
             self.checks.look_at_what_is_missing(active)
         elif state == files.FAILED and self.is_on_trial and self._is_refusal(active, reason, status):
-            files.write_json(
-                active.folder / files.RECORD_FILE, {**active.record, "state": files.INTERRUPTED}
-            )  # tried again by the next call
+            # The next call tries it again.
+            files.write_json(active.folder / files.RECORD_FILE, {**active.record, "state": files.INTERRUPTED})
             words = (reason or "").removeprefix("error: ")
-            what = (
-                "failed before it had logged anything" if not self._has_refused_input(reason, status) else "was refused"
-            )
+            was_refused = self._has_refused_input(reason, status)
+            what = "was refused" if was_refused else "failed before it had logged anything"
             raise InputError(f"the first run {what}: {words} (log: {active.folder / files.SCRIPT_LOG_FILE})")
         elif state == files.INTERRUPTED and self.is_being_stopped:
             raise KeyboardInterrupt

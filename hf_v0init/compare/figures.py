@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from ..plots import PIXELS_PER_INCH, import_pyplot
 from .files import CONFIRM, TUNE
 from .plan import NONE, V0, V0_AND_WARMUP, WARMUP
 from .results import Comparison
-from .statistics import CONFIDENCE, compute_paired_interval
+from .statistics import CONFIDENCE, compute_half_width, compute_paired_interval
 from .summary import Condition
 
 # Told apart by the colour-blind, and in grey by style and marker; in that order for further families.
@@ -122,12 +121,18 @@ def _draw_confirmed(pyplot, comparison: Comparison, conditions: Sequence[Conditi
         if not losses:
             continue
         left.plot(list(losses.values()), [place] * len(losses), marker, color=colour, markersize=4, alpha=0.45)
-        mean, half = _estimate(list(losses.values()))
-        left.errorbar(mean, place, xerr=half, fmt=marker, color=colour, markersize=7, capsize=3)
+        values = list(losses.values())
+        half = compute_half_width(values) if len(values) > 1 else None
+        left.errorbar(statistics.fmean(values), place, xerr=half, fmt=marker, color=colour, markersize=7, capsize=3)
         interval = compute_paired_interval(losses, here.losses.get(WARMUP, {})) if family != WARMUP else None
         if interval is not None and not math.isnan(interval.mean):
             half = None if math.isnan(interval.low) else interval.high - interval.mean
             right.errorbar(interval.mean, place, xerr=half, fmt=marker, color=colour, markersize=7, capsize=3)
+    values = [loss for here, family in rows for loss in here.losses[family].values() if math.isfinite(loss)]
+    if values:
+        pad = 0.3 * (max(values) - min(values)) or 0.1
+        left.set_xlim(min(values) - pad, max(values) + pad)
+        right.set_xlim(*(np.array([-1.3, 1.3]) * (max(values) - min(values) or 0.1)))
     left.set_yticks(range(len(rows)), labels)
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.set_xlabel(f"final {_name_metric(comparison)}")
@@ -138,15 +143,8 @@ def _draw_confirmed(pyplot, comparison: Comparison, conditions: Sequence[Conditi
     return figure, Figure(
         "Confirmed settings",
         f"Left: mean and {CONFIDENCE:.0%} t interval over the fresh seeds, small markers are single runs. Right: the paired difference to "
-        "the warmup with its interval; what holds 0 is not significant by itself.",
+        "the warmup with its interval; what holds 0 is not significant by itself. Intervals may leave the frame, which is that of the runs.",
     )
-
-
-def _estimate(values: Sequence[float]) -> tuple[float, float | None]:
-    if len(values) < 2:
-        return values[0], None
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(half)
 
 
 def _draw_loss_curves(pyplot, comparison: Comparison, conditions: Sequence[Condition]):

@@ -15,17 +15,10 @@ from rich.text import Text
 from . import files
 from .plan import Plan, PlannedRun
 from .process import LossTrace, RunProcess
+from .summary import format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
 STAGES = {True: "stage 2 of 2, confirm", False: "stage 1 of 2, tune"}
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration: 42 s, 3:20 min, 2:05 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 def format_loss(loss: float | None) -> str:
@@ -41,7 +34,7 @@ def format_end(seconds: float) -> str:
 
 
 class ProgressDisplay:
-    """Implements `executor.Progress` on a rich console; a context manager.
+    """Tells on a rich console how runs go on; a context manager.
 
     Args:
         console: where to.

@@ -177,6 +177,7 @@ def make_context(comparison: Comparison, conditions: Sequence[Condition]) -> dic
         "conditions": conditions,
         "stages": STAGES,
         "progress": {stage: count_states(comparison, stage) for stage in STAGES},
+        "num_further": int((~runs["stage"].isin(STAGES)).sum()),
         "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),
         "confirmed": make_confirmed_table(comparison, list(conditions)),

@@ -89,7 +89,7 @@ def _add_verdicts(here: Condition, comparison: Comparison) -> None:
     losses = {}
     for family, group in confirmed.groupby("family", sort=False):
         losses[family] = dict(zip(group["seed"], group["scored_loss"], strict=True))
-        here.settings[family] = (group["setting"].iloc[0], group["learning_rate"].iloc[0])
+        here.settings[family] = (group["setting"].iloc[0], float(group["learning_rate"].iloc[0]))
     sign = -1.0 if comparison.greater_is_better else 1.0
     here.losses = dict(sorted(losses.items(), key=lambda item: _order(sign, item[1].values())))
     here.contrasts = judge_contrasts(here.losses, PLANNED, comparison.greater_is_better)
@@ -112,9 +112,7 @@ def _add_tuning(here: Condition, comparison: Comparison) -> None:
     rates = sorted(set(tuned["learning_rate"]))
     sign = -1.0 if comparison.greater_is_better else 1.0
     for family, group in tuned.groupby("family", sort=False):
-        trials = group.pivot_table(
-            index=["setting", "learning_rate"], columns="seed", values="scored_loss", dropna=False
-        )
+        trials = group.set_index(["setting", "learning_rate", "seed"])["scored_loss"].unstack("seed")
         trials = trials.dropna(axis="columns")  # seeds that all trials have
         if trials.shape[1] and len(trials) > 1:
             curves = [compute_budget(list(trials[seed]), comparison.greater_is_better) for seed in trials]
