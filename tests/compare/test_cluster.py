@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until, write_checkpoint
 from rich.console import Console
-from test_executor import write_checkpoint
 
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor, TrainRun

@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, wait_until
-from safetensors.torch import save_file
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, wait_until, write_checkpoint
 
 from hf_v0init.compare import executor as executor_module, process as process_module
 from hf_v0init.compare.claims import lock_plan
@@ -258,19 +256,6 @@ def test_a_run_that_was_cut_off_starts_anew_in_an_emptied_folder(comparison):
         assert not (folder / "output" / "left.txt").exists() and comparison.read_states() == {
             "behaviour=plain 42": "finished"
         }
-
-
-def write_checkpoint(output: Path, step: int, *left_out: str) -> Path:
-    """A checkpoint as the stock Trainer leaves it, of one weight."""
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir()
-    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({}, folder / name)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    for name in left_out:
-        (folder / name).unlink()
-    return folder
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted"])

@@ -177,3 +177,15 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def write_checkpoint(output: Path, step: int, *left_out: str) -> Path:
+    """The files of a checkpoint as the stock Trainer leaves it."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (folder / name).write_text("x")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in left_out:
+        (folder / name).unlink()
+    return folder
