@@ -185,6 +185,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adopt": _use("pytorch_optimizer:ADOPT", "weight_decouple=true"),
     "yogi": _use("pytorch_optimizer:Yogi"),
 }
+_CLASSES = ("optim", "v0_optimizer")  # flags that say which optimizer it is
 _WITHOUT_SECOND_MOMENT = re.compile(r"(^|[_:.])(sgd|lion)", re.IGNORECASE)
 
 
@@ -225,8 +226,10 @@ def _parse_mapping(axis: str, value: dict, parse_word, make_name) -> AxisValue:
         meant = parse_word(str(name) if axis != "warmup" or not _read_number(str(name)) else _read_number(str(name)))
     except InputError:
         return AxisValue(str(name), flags)
-    if any(flags.get(flag) != of_word for flag, of_word in meant.flags.items()):
-        stands_for = " ".join(f"{flag}={format_value(of_word)}" for flag, of_word in meant.flags.items())
+    # An optimizer's name stands for its class; settings of it may be others.
+    wanted = {flag: of_word for flag, of_word in meant.flags.items() if axis != "optimizer" or flag in _CLASSES}
+    if any(flags.get(flag) != of_word for flag, of_word in wanted.items()):
+        stands_for = " ".join(f"{flag}={format_value(of_word)}" for flag, of_word in wanted.items())
         raise InputError(f"{axis}: {value}: the name {name!r} stands for {stands_for}; give another name")
     return AxisValue(str(name), flags)
 
