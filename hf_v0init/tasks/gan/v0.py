@@ -21,7 +21,7 @@ SETTINGS = (
     "stats_batch_size",
     "seed",
     "include_bias_and_norm",
-    "warmup_steps",
+    "decay_steps",
 )
 
 
