@@ -8,15 +8,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..errors import InputError
-from ..estimation.trust_radius import TrustRadius
+from hf_v0init import InputError, TrustRadius
+
 from ..method.length import (
     NEEDED_FROM,
     STEPS_PER_X,
@@ -28,28 +27,17 @@ from ..method.length import (
 )
 from ..plots import draw_trust_radius, require_figure_path
 from ..trainer.trust_radius import measure_run
-from .script_stages import flag
 
 PROBED_STEPS = 4  # optimizer steps whose batches are looked at
 
 
-@dataclass
-class ProbeArguments:
-    """Measuring how long to hold back, instead of training."""
-
-    probe_only: bool = flag(
-        False,
-        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs. "
-        "`hf-v0init probe FILE` does the same.",
-    )
-    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
-
-    def __post_init__(self) -> None:
-        """Check the plot's path before anything is built."""
-        if self.probe_figure is not None:
-            if not self.probe_only:
-                raise InputError(f"--probe_figure={self.probe_figure}: is for --probe_only; add it or drop this")
-            require_figure_path(self.probe_figure)
+def require_possible_figure(options) -> None:
+    """Refuse a plot without `--probe_only`, or one that cannot be written, before anything is built."""
+    if options.probe_figure is None:
+        return
+    if not options.probe_only:
+        raise InputError(f"--probe_figure={options.probe_figure}: is for --probe_only; add it or drop this")
+    require_figure_path(options.probe_figure)
 
 
 def turn_into_probe(training: TrainingArguments) -> None:
@@ -84,7 +72,7 @@ class _Probe(TrainerCallback):
         raise _Probed(measure_run(self.trainer, train_dataloader, PROBED_STEPS), state.max_steps)
 
 
-def probe_and_print(trainer, probe: ProbeArguments) -> TrustRadius:
+def probe_and_print(trainer, probe) -> TrustRadius:
     """Prepare the run as for training, measure, print, draw; return what was measured."""
     trainer.add_callback(_Probe(trainer))
     try:
