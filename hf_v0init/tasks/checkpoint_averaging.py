@@ -36,7 +36,9 @@ def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, 
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, 0.0) + tensor.double()
-    return {name: (sums[name] / len(folders)).to(last.dtype) if name in sums else last for name, last in weights.items()}
+    return {
+        name: (sums[name] / len(folders)).to(last.dtype) if name in sums else last for name, last in weights.items()
+    }
 
 
 def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:

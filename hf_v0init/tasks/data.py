@@ -28,9 +28,6 @@ class DatasetArguments:
     dataset_name: str | None = flag(None, "Data set by Hub name or folder.")
     dataset_config_name: str | None = flag(None, "Configuration of that data set.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
-    max_train_samples: int | None = flag(None, "Use only so many training samples (or rows).")
-    max_eval_samples: int | None = flag(None, "The same for validation.")
-    max_predict_samples: int | None = flag(None, "The same for test.")
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_file", "validation_file", "test_file")
 
@@ -41,7 +38,9 @@ class DatasetArguments:
         if self.dataset_name and local:
             raise InputError(f"--dataset_name and --{local[0]}: give one source of data, not both")
         if not self.dataset_name and not local:
-            raise InputError(f"no data: give --dataset_name, or --{self.local_flags[0]} and --{self.local_flags[1]}")
+            raise InputError(
+                f"no data: give --dataset_name, or {' and '.join(f'--{name}' for name in self.local_flags[:2])}"
+            )
 
     def load_dataset(self, hub: HubArguments, streaming: bool = False):
         """Load all splits of `dataset_name`, as streams if asked: a mapping of split names to data sets.
@@ -59,12 +58,9 @@ class DatasetArguments:
                 streaming=streaming,
             )
         except Exception as error:  # of many kinds: no network, no such name, no such configuration
-            raise InputError(f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network") from error
-
-    def get_limit(self, role: str) -> int | None:
-        """Return how many samples (or rows) of "train", "validation" or "test" are used at most; None: all."""
-        limits = (self.max_train_samples, self.max_eval_samples, self.max_predict_samples)
-        return dict(zip(ROLES, limits, strict=True))[role]
+            raise InputError(
+                f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
+            ) from error
 
     def list_local(self) -> list[str]:
         """List the local files or folders of the data."""
@@ -72,15 +68,32 @@ class DatasetArguments:
 
 
 @dataclass
-class TextDataArguments(DatasetArguments):
+class SplitDataArguments(DatasetArguments):
+    """data: what it is trained and measured on"""
+
+    max_train_samples: int | None = flag(None, "Use only so many training samples (or rows).")
+    max_eval_samples: int | None = flag(None, "The same for validation.")
+    max_predict_samples: int | None = flag(None, "The same for test.")
+
+    def get_limit(self, role: str) -> int | None:
+        """Return how many samples (or rows) of "train", "validation" or "test" are used at most; None: all."""
+        limits = (self.max_train_samples, self.max_eval_samples, self.max_predict_samples)
+        return dict(zip(ROLES, limits, strict=True))[role]
+
+
+@dataclass
+class TextDataArguments(SplitDataArguments):
     """data: what it is trained and measured on"""
 
     train_file: str | None = flag(
-        None, "Local training data: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet; text and tables also as .gz."
+        None,
+        "Local training data: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet; text and tables also as .gz.",
     )
     validation_file: str | None = flag(None, "The same for validation.")
     test_file: str | None = flag(None, "The same for test.")
-    streaming: bool = flag(False, "Read the data while training instead of before; needs --max_steps. Nothing is cached.")
+    streaming: bool = flag(
+        False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
+    )
     shuffle_buffer_size: int | None = flag(
         None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
     )

@@ -48,7 +48,11 @@ def compose_help(
     lines = [f"usage: {program} [FILE.yaml | FILE.json] --flag value ...", ""]
     lines += ["FILE holds flags as a mapping; flags on the command line override it.", ""]
     if examples:
-        lines += ["examples:", *(f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()), ""]
+        lines += [
+            "examples:",
+            *(f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()),
+            "",
+        ]
     shown, num_left_out = set(), 0
     for kind in dataclass_types:
         of_trainer = issubclass(kind, TrainingArguments)
@@ -72,7 +76,9 @@ def compose_help(
                 lines += _compose_flag(actions[name], is_short=of_trainer and name not in ours and not everything)
             lines.append("")
     if num_left_out:
-        lines.append(f"--help_all lists {num_left_out} more flags of transformers' TrainingArguments, and the texts in full.")
+        lines.append(
+            f"--help_all lists {num_left_out} more flags of transformers' TrainingArguments, and the texts in full."
+        )
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -98,4 +104,3 @@ def _name_value(action: argparse.Action) -> str:
         return ""
     word = {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(action.type, "__name__", ""), "VALUE")
     return f"{word} ..." if action.nargs == "+" else word
-

@@ -80,7 +80,9 @@ class ModelArguments(HubArguments):
         if len(ways) > 1 and not joined:
             raise InputError(f"--{ways[0]} and --{ways[1]}: give one source of the model, not both")
         if not ways and self.needs_source:
-            raise InputError("no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)")
+            raise InputError(
+                "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
+            )
         if self.model_name_or_path and self.config_overrides:
             raise InputError(
                 f"--config_overrides={self.config_overrides}: is for training from scratch; drop it, or "
@@ -93,9 +95,14 @@ class ModelArguments(HubArguments):
 
     def _require_place(self, name: str, value: str | None) -> None:
         """Refuse a path that is not there: transformers would ask the Hub for it."""
-        if value is None or Path(value).exists() and (Path(value).is_dir() or name == "config_name"):
+        if value is None or (Path(value).exists() and (Path(value).is_dir() or name == "config_name")):
             return
-        if Path(value).is_file() or value.startswith((".", "/", "~")) or value.count("/") > 1 or value.endswith(".json"):
+        if (
+            Path(value).is_file()
+            or value.startswith((".", "/", "~"))
+            or value.count("/") > 1
+            or value.endswith(".json")
+        ):
             what = "is a file; give the folder that holds it" if Path(value).is_file() else "no such file or folder"
             raise InputError(f"--{name}={value}: {what} (relative paths start at {Path.cwd()})")
 
@@ -188,7 +195,8 @@ class TextModelArguments(ModelArguments):
 
     tokenizer_name: str | None = flag(None, "Tokenizer, by Hub name or folder. Default: the model's.")
     vocab_size: int = flag(
-        10000, "From scratch without a tokenizer: entries at most of the one that is trained on the training text and saved."
+        10000,
+        "From scratch without a tokenizer: entries at most of the one that is trained on the training text and saved.",
     )
     dtype: str | None = flag(
         None,
@@ -293,7 +301,13 @@ def _find_allowed(key: str, value, present) -> str | None:
         return "a finite number"
     if isinstance(value, float) and "drop" in key:
         return None if 0 <= value < 1 else "at least 0 and less than 1"
-    if value < 1 and isinstance(value, int) and isinstance(present, int) and present >= 1 and not key.endswith("_token_id"):
+    if (
+        value < 1
+        and isinstance(value, int)
+        and isinstance(present, int)
+        and present >= 1
+        and not key.endswith("_token_id")
+    ):
         return "1 or more"
     return "0 or more" if value < 0 else None
 

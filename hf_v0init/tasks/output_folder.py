@@ -52,7 +52,9 @@ def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise InputError(f"the output folder {path} cannot be written ({error.strerror}); give another --output_dir") from error
+        raise InputError(
+            f"the output folder {path} cannot be written ({error.strerror}); give another --output_dir"
+        ) from error
 
 
 def find_place_to_start(
@@ -101,7 +103,9 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict, train
     changed = list_changed_settings(folder, run)
     anew = "to train anew give --overwrite_output_dir or another --output_dir"
     if changed:
-        raise InputError(f"{folder} holds a finished run (step {step}) with other settings: {'; '.join(changed)}; {anew}")
+        raise InputError(
+            f"{folder} holds a finished run (step {step}) with other settings: {'; '.join(changed)}; {anew}"
+        )
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
     if not left or trains_only:

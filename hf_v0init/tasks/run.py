@@ -1,7 +1,7 @@
 """One run of a training script, from the flags to the model card. `run` is the whole course; a `Task` says what is trained.
 
-    flags -> refusals -> where to start -> configuration -> data, tokenizer, model, samples -> Trainer
-          -> training -> evaluation -> prediction -> card, summary
+flags -> refusals -> where to start -> configuration -> data, tokenizer, model, samples -> Trainer
+      -> training -> evaluation -> prediction -> card, summary
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,8 @@ class RunArguments:
     """
 
     overwrite_output_dir: bool = flag(
-        False, "Start afresh in an output folder that has files; checkpoints and results of the earlier run are deleted."
+        False,
+        "Start afresh in an output folder that has files; checkpoints and results of the earlier run are deleted.",
     )
     max_tokens_per_batch: int | None = flag(
         None,
@@ -56,11 +57,15 @@ class RunArguments:
         "End when --metric_for_best_model (default: loss) has not become better in so many evaluations one after the other, and "
         "keep the best model. Needs --eval_strategy and --load_best_model_at_end.",
     )
-    early_stopping_threshold: float | None = flag(None, "By how much a metric must be better to count as better. Default: 0.")
-    lr_decay_epochs: list[int] | None = flag(
-        None,
-        "Multiply the learning rate by --lr_decay_factor after each of these epochs, counted from 1, for example 100 145; "
-        "on top of --lr_scheduler_type, so give 'constant' or 'constant_with_warmup' for steps alone. Default: none.",
+    early_stopping_threshold: float | None = flag(
+        None, "By how much a metric must be better to count as better. Default: 0."
+    )
+    lr_decay_epochs: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by --lr_decay_factor after each of these epochs, counted from 1, for example 100 145; "
+            "on top of --lr_scheduler_type, so give 'constant' or 'constant_with_warmup' for steps alone. Default: none."
+        },
     )
     lr_decay_factor: float | None = flag(None, "Factor of --lr_decay_epochs, between 0 and 1. Default: 0.1.")
     warmup_init_lr: float | None = flag(
@@ -82,7 +87,9 @@ class RunArguments:
         require_in_range(self)
         require_possible_figure(self)
         if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise InputError(f"--early_stopping_threshold={self.early_stopping_threshold}: needs --early_stopping_patience")
+            raise InputError(
+                f"--early_stopping_threshold={self.early_stopping_threshold}: needs --early_stopping_patience"
+            )
 
 
 class Task:
@@ -208,7 +215,9 @@ def require_possible_run(task: Task) -> None:
     if streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
     if streaming and options.max_tokens_per_batch:
-        raise InputError(f"--max_tokens_per_batch={options.max_tokens_per_batch}: not with --streaming; drop one of the two")
+        raise InputError(
+            f"--max_tokens_per_batch={options.max_tokens_per_batch}: not with --streaming; drop one of the two"
+        )
     if training.do_train:
         require_possible_schedule(options, training, streaming)
         if options.average_checkpoints is not None:

@@ -95,7 +95,9 @@ def require_possible_schedule(wanted, training, is_stream: bool) -> None:
     if epochs and is_stream:
         raise InputError("--lr_decay_epochs: the length of an epoch of streamed data is unknown; leave it out")
     if wanted.lr_decay_factor is not None and not epochs:
-        raise InputError(f"--lr_decay_factor={wanted.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it")
+        raise InputError(
+            f"--lr_decay_factor={wanted.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
+        )
     if wanted.lr_decay_factor is not None and not 0.0 < wanted.lr_decay_factor < 1.0:
         raise InputError(f"--lr_decay_factor={wanted.lr_decay_factor}: must lie between 0 and 1, such as 0.1")
     for name in ("warmup_init_lr", "min_lr"):
@@ -107,4 +109,6 @@ def require_possible_schedule(wanted, training, is_stream: bool) -> None:
     if getattr(training, "untuned_warmup", None):
         raise InputError(f"--warmup_init_lr={wanted.warmup_init_lr} and --untuned_warmup: give one of them")
     if not training.warmup_steps:
-        raise InputError(f"--warmup_init_lr={wanted.warmup_init_lr}: has no effect without --warmup_steps; add it, or drop this")
+        raise InputError(
+            f"--warmup_init_lr={wanted.warmup_init_lr}: has no effect without --warmup_steps; add it, or drop this"
+        )

@@ -135,7 +135,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     if unknown:
         wrong = next((token for token in unknown if token.startswith("-")), unknown[0])
         if not wrong.startswith("-"):
-            raise InputError(f"{wrong!r} belongs to no flag: every value follows its --flag (only a file may come first)")
+            raise InputError(
+                f"{wrong!r} belongs to no flag: every value follows its --flag (only a file may come first)"
+            )
         raise InputError(f"unknown flag {wrong.split('=')[0]}{_suggest_flag(parser, wrong)}")
     for arguments in parsed:
         if isinstance(arguments, TrainingArguments):
@@ -156,7 +158,9 @@ def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> 
     require_possible_training(training)
     choose_better_direction(training, was_given="greater_is_better" in given)
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_launched > 1 and training.world_size == 1:  # each would do the whole training and write over the others' files
+    if (
+        num_launched > 1 and training.world_size == 1
+    ):  # each would do the whole training and write over the others' files
         raise InputError(
             f"the launcher started {num_launched} processes, but each of them would train alone; add --use_cpu to "
             "the script's flags (no GPU was found), or start one process"
@@ -186,7 +190,9 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix.lower() not in CONFIG_FILE_SUFFIXES:
-        raise InputError(f"the first argument, {str(path)!r}, is neither a --flag nor a file of flags (.yaml, .yml, .json)")
+        raise InputError(
+            f"the first argument, {str(path)!r}, is neither a --flag nor a file of flags (.yaml, .yml, .json)"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.load(text.replace("\t", " ") if path.suffix.lower() == ".json" else text, Loader=_StrictLoader)
@@ -200,7 +206,9 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"the file of flags {path} must be a mapping of flag names to values")
     named = {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
     if len(named) < len(values):
-        raise InputError(f"the file of flags {path}: a flag is given twice, once with - and once with _; remove one of the two")
+        raise InputError(
+            f"the file of flags {path}: a flag is given twice, once with - and once with _; remove one of the two"
+        )
     return named
 
 
@@ -315,7 +323,9 @@ def _find_storage_reason(error: BaseException) -> str | None:
     for number in STORAGE_ERRNOS:  # the Rust of safetensors, and Arrow, put the error of the system into words
         if os.strerror(number) in text or f"os error {number})" in text or f"code: {number}," in text:
             return os.strerror(number).lower()
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|inline_container|unexpected pos", text):
+    if isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter failed|inline_container|unexpected pos", text
+    ):
         return "a file could not be written to its end, so there is no space left on the disk, or a quota is used up"
     return None
 

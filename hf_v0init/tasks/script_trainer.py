@@ -171,7 +171,9 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
             card = RepoCard(text)
             listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
             if listed:
-                card.data["model-index"] = eval_results_to_model_index(Path(self.args.output_dir).absolute().name, listed)
+                card.data["model-index"] = eval_results_to_model_index(
+                    Path(self.args.output_dir).absolute().name, listed
+                )
             path.write_text(str(card), encoding="utf-8")
 
     def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:

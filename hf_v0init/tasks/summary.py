@@ -84,7 +84,9 @@ def _describe_training(trainer, results: Mapping[str, Any]) -> str:
         of_data = f" (the data has {results['train_samples']:,})" if results.get("train_samples") else ""
         words.append(f"{results['train_samples_seen']:,} samples{of_data}")
     if results.get("train_runtime"):
-        words.append(f"{results['train_runtime']:.0f} s, {results.get('train_samples_per_second', 0):.1f} samples per second")
+        words.append(
+            f"{results['train_runtime']:.0f} s, {results.get('train_samples_per_second', 0):.1f} samples per second"
+        )
     return ", ".join(words)
 
 

@@ -187,9 +187,13 @@ def iterate_lines(path) -> Iterator[str]:
                 _require_text(path, number, line)
                 yield line
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: line {number} is not UTF-8; convert the file, for example with iconv -t UTF-8") from error
+            raise InputError(
+                f"{path}: line {number} is not UTF-8; convert the file, for example with iconv -t UTF-8"
+            ) from error
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read after line {number} ({error}); fetch or compress it again") from error
+            raise InputError(
+                f"{path}: cannot be read after line {number} ({error}); fetch or compress it again"
+            ) from error
     if number == 0:
         raise InputError(f"{path}: is empty; give a file with at least one line of text")
 
@@ -237,7 +241,9 @@ def read_table(path: Path, lines: list[str], role: str) -> datasets.Dataset:
     if num_empty:
         logger.info(f"{path}: {num_empty} empty lines are left out")
     if not columns or not next(iter(columns.values())):
-        raise InputError(f"{path}: the {role} file has no rows; give a header with the columns' names and at least one row")
+        raise InputError(
+            f"{path}: the {role} file has no rows; give a header with the columns' names and at least one row"
+        )
     return datasets.Dataset.from_dict(columns)
 
 
@@ -252,7 +258,9 @@ def _read_header(path: Path, row: list[str], role: str) -> list[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or "" in names:
         called = "a column without a name" if twice in (None, "") else f"two columns {twice!r}"
-        raise InputError(f"{path}: the header of the {role} file has {called}; its first line must name each column once")
+        raise InputError(
+            f"{path}: the header of the {role} file has {called}; its first line must name each column once"
+        )
     logger.info(f"{path}: its first line names the columns: {', '.join(names)}")
     return names
 

@@ -99,7 +99,9 @@ def require_deepspeed_mapping(path: Any) -> None:
     except ValueError as error:
         raise InputError(f"--deepspeed={path}: is not valid JSON ({error}); repair it") from error
     if not isinstance(content, dict):
-        raise InputError(f"--deepspeed={path}: must hold one JSON object of settings, and holds a {type(content).__name__}")
+        raise InputError(
+            f"--deepspeed={path}: must hold one JSON object of settings, and holds a {type(content).__name__}"
+        )
 
 
 def _require_usable_optimizer(training: TrainingArguments) -> None:
@@ -134,13 +136,19 @@ def _require_usable_schedule(training: TrainingArguments) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate or 1e-3)
     num_steps = training.max_steps if training.max_steps > 0 else 1000
     try:
-        get_scheduler(name, optimizer, training.get_warmup_steps(num_steps), num_steps, scheduler_specific_kwargs=options)
+        get_scheduler(
+            name, optimizer, training.get_warmup_steps(num_steps), num_steps, scheduler_specific_kwargs=options
+        )
     except (TypeError, ValueError, AssertionError) as error:
         given = f" with --lr_scheduler_kwargs={options}" if options else ""
-        raise InputError(f"--lr_scheduler_type={name}{given}: {join_lines(str(error))}; see --lr_scheduler_kwargs") from error
+        raise InputError(
+            f"--lr_scheduler_type={name}{given}: {join_lines(str(error))}; see --lr_scheduler_kwargs"
+        ) from error
 
 
-def require_available_metric(training: TrainingArguments, names: Iterable[str], missing: dict[str, str] | None = None) -> None:
+def require_available_metric(
+    training: TrainingArguments, names: Iterable[str], missing: dict[str, str] | None = None
+) -> None:
     """Refuse a `metric_for_best_model` that the script's evaluation will not produce.
 
     Args:

@@ -16,7 +16,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def read_whole_weights(model: PreTrainedModel, folder: str | Path) -> dict[str, torch.Tensor]:
@@ -46,7 +51,11 @@ def read_whole_weights(model: PreTrainedModel, folder: str | Path) -> dict[str, 
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
-    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has"), ("mismatched_keys", "has in another shape")):
+    for kind, what in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has"),
+        ("mismatched_keys", "has in another shape"),
+    ):
         names = sorted(str(name) for name in info[kind])
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

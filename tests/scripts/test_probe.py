@@ -121,4 +121,4 @@ def test_bad_words_are_refused_before_anything_is_built(tmp_path, capsys):
 
 def test_a_figure_without_a_probe_is_refused():
     with pytest.raises(InputError, match="--probe_only; add it"):
-        probing.ProbeArguments(probe_figure="curve.png")
+        RunArguments(probe_figure="curve.png")

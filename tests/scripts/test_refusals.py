@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_v0init.tasks.language_modeling import shared_script
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.script_support import run_script
 
 GERMAN, ENGLISH = "ein haus\nzwei katzen\ndrei hunde\n", "a house\ntwo cats\nthree dogs\n"
@@ -266,7 +266,7 @@ def refuse(script: str, given: str, words: list[str], inputs: Path, capsys, monk
     for name in ("tokenize_pairs", "tokenize_texts", "tokenize_completions"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, must_not_be_called)
-    for one in (module, shared_script):  # it would outlive this test's captured streams
+    for one in (module, run_of_tasks):  # it would outlive this test's captured streams
         monkeypatch.setattr(one, "start_logging", lambda *_: None, raising=False)
     argv = compose_argv(script, given, inputs)
     monkeypatch.setattr(sys, "argv", [f"run_{script}.py", *argv])

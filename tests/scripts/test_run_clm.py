@@ -25,16 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_v0init import V0InitTrainingArguments
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.shared_script import require_possible
 from hf_v0init.tasks.script_support import parse_arguments, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-CONFIGS = [
-    p
-    for p in sorted((ROOT / "configs" / "language_modeling").glob("*.yaml"))
-    if "awd_lstm" not in p.stem and "mlm" not in p.stem
-]
 
 
 def load_script():
@@ -498,27 +492,6 @@ def test_help_lists_the_v0_flags(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ configs
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_differ_only_in_what_they_compare(path):
-    kinds = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
-    *parsed, training = parse_arguments(kinds, [str(path), "--use_cpu"])
-    *others, zeros = parse_arguments(kinds, [str(path.with_name("ptb_zeros.yaml")), "--use_cpu"])
-    require_possible(parsed[1], parsed[2], training)
-    assert parsed == others
-    arm = path.stem.removeprefix("ptb_")
-    assert training.output_dir == f"runs/ptb_{arm}"
-    assert training.v0_init == ("zeros" if arm == "warmup" else arm)
-    assert training.warmup_steps == (200 if arm == "warmup" else 0)
-    assert training.learning_rate == 0.002 and training.adam_epsilon == 1e-8 and training.save_strategy == "no"
-    different = {"v0_init", "v0_num_samples", "warmup_steps", "output_dir", "accelerator_config", "distributed_state"}
-    shared = {name for name in asdict(zeros) if name not in different}
-    assert {name: getattr(training, name) for name in shared} == {name: getattr(zeros, name) for name in shared}
-
-
-def test_there_is_a_configuration_for_each_arm():
-    assert [path.stem for path in CONFIGS] == ["ptb_data_driven", "ptb_random", "ptb_warmup", "ptb_zeros"]
 
 
 # ------------------------------------------------------------------------------------------------ own processes

@@ -28,7 +28,6 @@ pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_dcgan.py"
-CONFIGS = sorted((ROOT / "configs" / "image_generation").glob("*.yaml"))
 
 
 def load_script():
@@ -457,14 +456,3 @@ def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: image_size=30")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_read(path):
-    if "script" not in yaml.safe_load(path.read_text()):
-        *_, training = parse_arguments(
-            (run_dcgan.ModelArguments, run_dcgan.DataArguments, run_dcgan.QualityArguments, run_dcgan.GanTrainingArguments),
-            [str(path), "--use_cpu"],
-        )  # fmt: skip
-        run_dcgan.require_taken(training)
-        assert training.do_train

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.learning_rate_bounds import LearningRateBoundsArguments, bound_schedule
+from hf_v0init.tasks.run import RunArguments
+from hf_v0init.tasks.schedules import shape_schedule
 from hf_v0init.tasks.translation import script as run_translation
 from hf_v0init.tasks.translation.generation import EndAtLimit, GenerationArguments
 from hf_v0init.tasks.translation.metrics import SacreBleu, make_bleu
@@ -243,7 +244,7 @@ def test_the_papers_schedule_from_its_start_to_its_floor():
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
     scheduler = get_scheduler("inverse_sqrt", optimizer, num_warmup_steps=4)
-    bound_schedule(scheduler, LearningRateBoundsArguments(warmup_init_lr=1e-7, min_lr=2e-4), 4)
+    shape_schedule(scheduler, RunArguments(warmup_init_lr=1e-7, min_lr=2e-4), 4, None)
     rates = []
     for _ in range(30):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ...state_guard import preserve_model, preserve_rng
-from ..data import DatasetArguments, find_needed_roles
+from ..data import SplitDataArguments, find_needed_roles
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
@@ -80,7 +80,7 @@ class ModelArguments(AnyModelArguments):
 
 
 @dataclass
-class DataArguments(DatasetArguments):
+class DataArguments(SplitDataArguments):
     """data: what it is trained and measured on"""
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_dir", "validation_dir", "test_dir")
@@ -116,7 +116,9 @@ class DataArguments(DatasetArguments):
         "for CIFAR), 'resize' (8 to 100 percent of the area at an aspect ratio of 3/4 to 4/3; usual for ImageNet), 'none'.",
         choices=list(RANDOM_CROPS),
     )
-    crop_padding: int | None = flag(None, f"With --random_crop pad: black pixels on each side. Default: {CROP_PADDING}.")
+    crop_padding: int | None = flag(
+        None, f"With --random_crop pad: black pixels on each side. Default: {CROP_PADDING}."
+    )
     random_flip: bool = flag(False, "Mirror half of the training images left to right. Default: False.")
 
     def __post_init__(self) -> None:
@@ -150,7 +152,9 @@ class ImageTask(Task):
     def refuse(self) -> None:
         """Refuse what is for text."""
         if self.options.max_tokens_per_batch:
-            raise InputError(f"--max_tokens_per_batch={self.options.max_tokens_per_batch}: images have no tokens; drop it")
+            raise InputError(
+                f"--max_tokens_per_batch={self.options.max_tokens_per_batch}: images have no tokens; drop it"
+            )
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load the images and the model, and refuse what they do not take."""
@@ -223,7 +227,9 @@ class ImageTask(Task):
         if f"{stage}_accuracy" not in metrics:
             return []
         top5 = f", top-5 {metrics[f'{stage}_top5_accuracy']:.2%}" if f"{stage}_top5_accuracy" in metrics else ""
-        return [f"{stage}: accuracy {metrics[f'{stage}_accuracy']:.2%}{top5} over {metrics[f'{stage}_num_images']:,} images"]
+        return [
+            f"{stage}: accuracy {metrics[f'{stage}_accuracy']:.2%}{top5} over {metrics[f'{stage}_num_images']:,} images"
+        ]
 
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run; a folder that is called by its role says nothing."""

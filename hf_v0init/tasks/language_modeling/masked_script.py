@@ -138,7 +138,9 @@ class MaskedTask(LanguageTask):
             whole_words=data.whole_word_mask,
         )
         if text is not None and tokenizer.mask_token_id not in tokenizer(text)["input_ids"]:
-            raise InputError(f"--sample_text={text!r}: has no mask token; write {tokenizer.mask_token} where one is wanted")
+            raise InputError(
+                f"--sample_text={text!r}: has no mask token; write {tokenizer.mask_token} where one is wanted"
+            )
         self.frame = Frame.of_tokenizer(tokenizer)
         if self.block_size <= len(self.frame):
             raise InputError(
@@ -201,7 +203,9 @@ class MaskedTask(LanguageTask):
         for number, probabilities in enumerate(logits.softmax(dim=-1), start=1):
             best = probabilities.topk(min(NUM_GUESSES, len(probabilities)))
             guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            words = ", ".join(f"{tokenizer.decode([token]).strip()} {probability:.3f}" for token, probability in guesses)
+            words = ", ".join(
+                f"{tokenizer.decode([token]).strip()} {probability:.3f}" for token, probability in guesses
+            )
             lines.append(f"mask {number} of {text!r}: {words}")
         if trainer.is_world_process_zero():
             say("\n".join(lines))

@@ -142,9 +142,7 @@ class SamplingArguments:
             raise InputError(f"--max_new_tokens={self.max_new_tokens}: must be 1 or more")
 
 
-class CausalTrainer(
-    ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer
-):
+class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
     """With exact evaluation and, where asked, contiguous streams and token-budget batches."""
 
 
@@ -198,7 +196,9 @@ class CausalTask(LanguageTask):
         batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
         varies = data.vary_block_size and role == "train"
         num_streams = batch_size * training.world_size
-        return TokenStreams(tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed)
+        return TokenStreams(
+            tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
+        )
 
     def make_trainer(self, samples: dict[str, Any], **common) -> CausalTrainer:
         """Make the Trainer."""

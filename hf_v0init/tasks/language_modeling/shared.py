@@ -65,7 +65,9 @@ class LanguageDataArguments(TextDataArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         if not 0 < self.validation_split_percentage < 100:
-            raise InputError(f"--validation_split_percentage={self.validation_split_percentage}: must lie between 0 and 100")
+            raise InputError(
+                f"--validation_split_percentage={self.validation_split_percentage}: must lie between 0 and 100"
+            )
 
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: the one named, else 'text', else the first."""
@@ -139,7 +141,9 @@ class LanguageTask(Task):
         name = self.perplexity_name
         if f"{stage}_{name}" not in metrics:
             return []
-        words = f"{name.replace('_', '-')} {metrics[f'{stage}_{name}']:.3f}, accuracy {metrics[f'{stage}_accuracy']:.4f}"
+        words = (
+            f"{name.replace('_', '-')} {metrics[f'{stage}_{name}']:.3f}, accuracy {metrics[f'{stage}_accuracy']:.4f}"
+        )
         return [f"{stage}: {words} over {metrics[f'{stage}_num_tokens']:,} tokens"]
 
 

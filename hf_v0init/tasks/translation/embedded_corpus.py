@@ -39,7 +39,10 @@ def load_embedded_corpus(num_pairs: int = NUM_SMALL, large: bool = False) -> Dat
     held_out = max(1, int(num_pairs * HELD_OUT_SHARE))
     parts = {"train": pairs[2 * held_out :], "validation": pairs[:held_out], "test": pairs[held_out : 2 * held_out]}
     return DatasetDict(
-        {name: Dataset.from_dict(dict(zip(("source", "target"), zip(*part, strict=True), strict=True))) for name, part in parts.items()}
+        {
+            name: Dataset.from_dict(dict(zip(("source", "target"), zip(*part, strict=True), strict=True)))
+            for name, part in parts.items()
+        }
     )
 
 

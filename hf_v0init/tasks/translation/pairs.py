@@ -38,7 +38,11 @@ def load_pair_files(
     if source_file is not None and file is not None:
         raise InputError(f"--{role}_file and --{role}_source_file: give one way of reading, not both")
     if source_file is not None:
-        return _stream(_iterate_parallel, source_file, target_file) if streaming else load_parallel_files(source_file, target_file)
+        return (
+            _stream(_iterate_parallel, source_file, target_file)
+            if streaming
+            else load_parallel_files(source_file, target_file)
+        )
     if file is None:
         return None
     is_tabs = find_kind(file) is None or str(file).lower().removesuffix(".gz").endswith(".tsv")
@@ -79,7 +83,9 @@ def _iterate_parallel(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
             return
         if source is None or target is None:
             shorter = paths[0] if source is None else paths[1]
-            raise InputError(f"{shorter}: ends after line {number}, before the file beside it; both need the same number of lines")
+            raise InputError(
+                f"{shorter}: ends after line {number}, before the file beside it; both need the same number of lines"
+            )
         number += 1
         yield {"source": source, "target": target}
 
@@ -161,7 +167,9 @@ def _select_from_translation_column(dataset, role, source_lang, target_lang) -> 
         # multilingual tokenizers say de_DE or deu_Latn where data sets say de
         code = next((c for c in (lang, (lang or "").split("_")[0]) if c in first), None)
         if code is None:
-            raise InputError(f"{name}={lang}: the {role} set's translations are {', '.join(sorted(first))}; name one of these")
+            raise InputError(
+                f"{name}={lang}: the {role} set's translations are {', '.join(sorted(first))}; name one of these"
+            )
         codes.append(code)
 
     def take(rows) -> dict[str, list]:
@@ -223,7 +231,9 @@ def leave_out(dataset, is_kept, what: str, remedy: str):
         return dataset
     if not kept:
         raise InputError(f"the train set: all pairs {what}; {remedy}")
-    logger.info(f"train: {len(dataset) - len(kept)} of {len(dataset)} pairs {what} (the first: {first}) and are left out")
+    logger.info(
+        f"train: {len(dataset) - len(kept)} of {len(dataset)} pairs {what} (the first: {first}) and are left out"
+    )
     return dataset.select(kept)
 
 
@@ -246,7 +256,9 @@ def leave_out_unlike_lengths(tokenized: datasets.Dataset, max_ratio: float | Non
         lengths = [(len(s), len(t)) for s, t in zip(rows["input_ids"], rows["labels"], strict=True)]
         return [max(pair) <= max_ratio * min(pair) for pair in lengths]
 
-    return leave_out(tokenized, is_alike, f"differ by more than {max_ratio} times in tokens", "raise --max_length_ratio")
+    return leave_out(
+        tokenized, is_alike, f"differ by more than {max_ratio} times in tokens", "raise --max_length_ratio"
+    )
 
 
 def tokenize_pairs(

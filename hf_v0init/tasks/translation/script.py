@@ -86,7 +86,9 @@ class ModelArguments(TextModelArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         if self.model_name_or_path and self.weight_initialization:
-            raise InputError(f"--weight_initialization={self.weight_initialization}: is for training from scratch; drop it")
+            raise InputError(
+                f"--weight_initialization={self.weight_initialization}: is for training from scratch; drop it"
+            )
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration; from scratch and without a name, the paper's."""
@@ -122,7 +124,9 @@ class DataArguments(TextDataArguments):
     validation_target_file: str | None = flag(None, "The same for validation.")
     test_source_file: str | None = flag(None, "The same for test.")
     test_target_file: str | None = flag(None, "The same for test.")
-    source_lang: str | None = flag(None, "Source language code: key of a 'translation' column; multilingual tokenizers.")
+    source_lang: str | None = flag(
+        None, "Source language code: key of a 'translation' column; multilingual tokenizers."
+    )
     target_lang: str | None = flag(None, "Target language code, likewise.")
     source_column: str | None = flag(None, "Column with source sentences. Default: found by itself.")
     target_column: str | None = flag(None, "Column with target sentences. Default: found by itself.")
@@ -196,7 +200,9 @@ class TranslationTask(Task):
         if self.model.model_name_or_path is None:  # or the model has generation settings of its own
             beams = self.generation.num_beams or training.generation_num_beams or 1
             require_effect(self.generation, beams, data.val_max_target_length)
-        make_bleu(self.generation.sacrebleu_tokenize, self.generation.sacrebleu_lowercase, get_language(data.target_lang))
+        make_bleu(
+            self.generation.sacrebleu_tokenize, self.generation.sacrebleu_lowercase, get_language(data.target_lang)
+        )
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration, and refuse lengths beyond its positions."""
@@ -205,7 +211,9 @@ class TranslationTask(Task):
         for name in ("max_source_length", "max_target_length", "val_max_target_length"):
             value = getattr(self.data, name)
             if limit is not None and value > limit:
-                raise InputError(f"--{name}={value}: the model has {limit} positions; lower it, or max_position_embeddings=...")
+                raise InputError(
+                    f"--{name}={value}: the model has {limit} positions; lower it, or max_position_embeddings=..."
+                )
         return config
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict:
@@ -297,9 +305,13 @@ class TranslationTask(Task):
         for column, (name, limit) in limits.items():
             if is_stream(tokenized) or data.pad_to_max_length or column not in tokenized.column_names:
                 continue
-            full = sum(len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column])
+            full = sum(
+                len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column]
+            )
             if full:
-                logger.info(f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off")
+                logger.info(
+                    f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off"
+                )
         return leave_out_unlike_lengths(tokenized, data.max_length_ratio) if role == "train" else tokenized
 
     @property
@@ -310,7 +322,9 @@ class TranslationTask(Task):
     def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
         """Make the Trainer."""
         data, training = self.data, self.training
-        joins_batches = data.streaming and training.world_size > 1  # across processes, so they must all be of one length
+        joins_batches = (
+            data.streaming and training.world_size > 1
+        )  # across processes, so they must all be of one length
         collator = PairCollator(
             self.tokenizer,
             model=self.network,
