@@ -157,14 +157,7 @@ def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> 
     """Check the Trainer's flags, and choose what the user left open."""
     require_possible_training(training)
     choose_better_direction(training, was_given="greater_is_better" in given)
-    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if (
-        num_launched > 1 and training.world_size == 1
-    ):  # each would do the whole training and write over the others' files
-        raise InputError(
-            f"the launcher started {num_launched} processes, but each of them would train alone; add --use_cpu to "
-            "the script's flags (no GPU was found), or start one process"
-        )
+    _require_joined_processes(training)
     available = get_available_reporting_integrations()
     for name in training.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -176,6 +169,16 @@ def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> 
         training.dataloader_pin_memory = False  # without effect there, but torch would warn of it
     if "disable_tqdm" not in given and not sys.stderr.isatty():
         training.disable_tqdm = True  # a bar in a log file is a line for every few batches
+
+
+def _require_joined_processes(training: TrainingArguments) -> None:
+    """Refuse processes started together that know nothing of each other: each would write over the others' files."""
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_launched > 1 and training.world_size == 1:
+        raise InputError(
+            f"the launcher started {num_launched} processes, but each of them would train alone; add --use_cpu to "
+            "the script's flags (no GPU was found), or start one process"
+        )
 
 
 def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -249,7 +252,8 @@ def _turn_values_into_flags(
             kind = "list" if isinstance(value, list) else "mapping"
             raise InputError(f"{path}: --{key}: expects a single value, got a {kind}")
         elif isinstance(value, dict | list):
-            tokens.append(f"--{key}={json.dumps(value)}")
+            parser.set_defaults(**{key: value})
+            actions[key].required = False
         else:
             choices = [str(getattr(choice, "value", choice)) for choice in actions[key].choices or ()]
             tokens.append(f"--{key}={'no' if value is False and 'no' in choices else value}")
