@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from ..extras import MissingExtraError
+from ..extras import EXTRAS, MissingExtraError, require_extra
 
 EXIT_BAD_INPUT = 2
 HELP_FOLDER = Path(__file__).parents[1] / "tasks" / "help"
@@ -26,6 +26,7 @@ class Script:
 
     module: str
     summary: str
+    extra: str = "scripts"
 
 
 SCRIPTS = {
@@ -34,8 +35,8 @@ SCRIPTS = {
         "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
     ),
     "mlm": Script("language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
-    "images": Script("images.script", "Train and evaluate an image classifier."),
-    "dcgan": Script("gan.script", "Train a DCGAN on images."),
+    "images": Script("images.script", "Train and evaluate an image classifier.", "images"),
+    "dcgan": Script("gan.script", "Train a DCGAN on images.", "images"),
 }
 
 
@@ -57,6 +58,8 @@ def run_named(name: str) -> None:
         print((HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8"), end="")
         return
     try:
+        if SCRIPTS[name].extra != "scripts":  # all of it at once, not one extra and then another
+            require_extra(SCRIPTS[name].extra, *EXTRAS["scripts"], *EXTRAS[SCRIPTS[name].extra])
         module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
         run_script = importlib.import_module("hf_v0init.tasks.script_support").run_script
     except MissingExtraError as error:

@@ -21,7 +21,12 @@ MODULES = {
     "image_classification": "images.script",
     "image_generation": "gan.script",
 }
-TASKS = {"translation": "TranslationTask", "language_modeling": "CausalTask", "mlm": "MaskedTask", "image_classification": "ImageTask"}
+TASKS = {
+    "translation": "TranslationTask",
+    "language_modeling": "CausalTask",
+    "mlm": "MaskedTask",
+    "image_classification": "ImageTask",
+}
 FILES = [path for folder in MODULES if folder != "mlm" for path in sorted((CONFIGS / folder).glob("*.yaml"))]
 ARMS = {"multi30k": ("translation", 5), "ptb": ("language_modeling", 4), "ptb_mlm": ("mlm", 4)}  # beside _zeros
 COMPARED = {
@@ -64,7 +69,11 @@ def test_every_configuration_is_taken_by_its_script(path, monkeypatch):
 @pytest.mark.parametrize("family", ARMS)
 def test_configurations_of_a_comparison_differ_only_in_what_they_compare(family):
     folder, number = ARMS[family]
-    paths = [path for path in FILES if path.stem.startswith(f"{family}_") and find_kind(path) == folder and "awd" not in path.stem]
+    paths = [
+        path
+        for path in FILES
+        if path.stem.startswith(f"{family}_") and find_kind(path) == folder and "awd" not in path.stem
+    ]
     assert len(paths) == number
     reference = parse(next(path for path in paths if path.stem == f"{family}_zeros"))
     for path in paths:

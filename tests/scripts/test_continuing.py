@@ -81,7 +81,9 @@ def test_what_may_change_on_the_way_does(run_translation, begun, monkeypatch, ca
     moved = tmp_path / "elsewhere.de"
     moved.write_bytes(Path(begun["train_source_file"]).read_bytes())
     monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
-    monkeypatch.setattr(run_translation.TranslationTask, "load_pairs", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(
+        run_translation.TranslationTask, "load_pairs", lambda *_: (_ for _ in ()).throw(InterruptedError)
+    )
     changes = {"train_source_file": moved, "learning_rate": 1e-4, "per_device_train_batch_size": 4}
     with caplog.at_level(logging.WARNING, logger="hf_v0init"), pytest.raises(InterruptedError):
         run_translation.main(to_argv(begun | changes))

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -23,9 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init import V0InitTrainingArguments
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"

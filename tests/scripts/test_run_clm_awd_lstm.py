@@ -18,10 +18,9 @@ from test_awd_lstm import compute_loss_slowly, run_slowly
 from test_run_clm import cache, data, flags, quiet_logging, read_results, run_clm, start  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_v0init import V0InitTrainingArguments
 from hf_v0init.analysis.checkpoint_data import load_model
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
-from hf_v0init.tasks.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
@@ -22,7 +21,6 @@ from hf_v0init.compare.running.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
-from hf_v0init.tasks.script_support import parse_arguments
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -16,9 +15,8 @@ from safetensors.torch import load_file
 from test_run_clm import cache, data, quiet_logging, read_results, start  # noqa: F401 (fixtures)
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from hf_v0init import V0InitTrainingArguments
 from hf_v0init.tasks.language_modeling.masking import Masking, compose_seed
-from hf_v0init.tasks.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_mlm.py"

@@ -304,7 +304,14 @@ def test_what_a_new_training_makes_untrue_is_removed_and_nothing_else(tmp_path, 
     for name in ("checkpoint-5", "checkpoint-10", "checkpoint-best", "runs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    stale = ["all_results.json", "eval_results.json", "generated_predictions.txt", "v0_init.json", "README.md", "trainer_state.json"]
+    stale = [
+        "all_results.json",
+        "eval_results.json",
+        "generated_predictions.txt",
+        "v0_init.json",
+        "README.md",
+        "trainer_state.json",
+    ]
     kept = ["checkpoint-7", "notes.txt", "model.safetensors", "run_log.jsonl"]
     for name in [*stale, *kept]:
         (tmp_path / name).write_text("")

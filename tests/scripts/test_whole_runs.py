@@ -20,7 +20,15 @@ IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16}
 EXPERTS = {**TEXT, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
 DINO = {name: value for name, value in SIZES.items() if name != "intermediate_size"} | IMAGES
-SWIN = {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+SWIN = {
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 2,
+}
 # families that transformers saves under other names than their modules have
 FAMILIES = {
     "vit": (AutoModelForImageClassification, {**SIZES, **IMAGES}),
@@ -52,7 +60,9 @@ def test_families_that_are_saved_under_other_names_are_loaded_whole(family, tmp_
         assert torch.equal(other.state_dict()[name], tensor), name
 
     first = sorted(tensors)[0]
-    save_file({k: v for k, v in tensors.items() if k != first}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if k != first}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(InputError, match=f"{tmp_path}: (lacks|its weights cannot be loaded)"):
         read_whole_weights(other, tmp_path)
 
@@ -97,7 +107,9 @@ def test_a_resumed_run_is_the_straight_one(run, tmp_path):
     run(max_steps=3, output_dir=tmp_path / "halves", do_eval=None)
     resumed, weights_of_halves = run(output_dir=tmp_path / "halves")
     assert_same(weights, weights_of_halves)
-    assert resumed["eval_loss"] == straight["eval_loss"] and resumed["train_loss"] == pytest.approx(straight["train_loss"])
+    assert resumed["eval_loss"] == straight["eval_loss"] and resumed["train_loss"] == pytest.approx(
+        straight["train_loss"]
+    )
     assert resumed["train_samples_seen"] == straight["train_samples_seen"] == 44
 
 
@@ -109,7 +121,12 @@ def test_the_evaluation_that_is_left_is_of_the_trained_model(run, tmp_path):
 
 
 def test_the_best_model_is_loaded_whole(run, tmp_path):
-    best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }
     results, weights = run(**best, learning_rate=0.3)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert results["eval_accuracy"] == pytest.approx(state["best_metric"])
