@@ -26,6 +26,7 @@ from hf_v0init import InputError
 
 from .script_support import flag
 from .tokenizer_training import train_on_main_process
+from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
@@ -38,6 +39,10 @@ class HubArguments:
     model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
     token: str | None = flag(None, "Access token for the Hub. Default: that of `hf auth login`.")
     trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        require_makeable_folder("cache_dir", self.cache_dir)
 
     def get_hub_options(self) -> dict:
         """Return the arguments that every `from_pretrained` takes."""
@@ -75,6 +80,7 @@ class ModelArguments(HubArguments):
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
+        super().__post_init__()
         ways = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
         joined = self.config_may_join and ways == ["model_name_or_path", "config_name"]
         if len(ways) > 1 and not joined:

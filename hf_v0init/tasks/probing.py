@@ -119,10 +119,10 @@ def print_probe(
         soft_wrap=True,
     )
     if radius.d50 is None:
-        console.print(f"d50 could not be measured: {radius.reason}.", soft_wrap=True)
+        console.print(f"the trust radius could not be measured: {radius.reason}.", soft_wrap=True)
         return
     alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.batch_d50)
-    console.print(f"d50, where rho is 0.5: {radius.d50:.3g} (batches alone: {alone})", style="bold")
+    console.print(f"trust radius (d50, where rho is 0.5): {radius.d50:.3g} (batches alone: {alone})", style="bold")
     for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
         console.print(line, soft_wrap=True)
 
@@ -130,25 +130,27 @@ def print_probe(
 def describe_length(
     radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
 ) -> list[str]:
-    """Say in sentences what a measured d50 means for a run of `num_steps` at this learning rate."""
+    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
     x = compute_relative_rate(learning_rate, radius.d50)
     options = {"has_batch_norm": radius.has_batch_norm}
     length = compute_warmup_length(x, num_steps, **options)
-    lines = [f"x = learning rate / d50 = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
+    lines = [f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
     if length == 0:
         why = (
-            "the network has BatchNorm, and none needed one at any x"
+            "the network has BatchNorm, and none needed one at any learning rate"
             if radius.has_batch_norm
-            else f"x is below {NEEDED_FROM:g}"
+            else f"the relative learning rate is below {NEEDED_FROM:g}"
         )
-        lines.append(f"Nothing needed: {why}.")
+        lines.append(f"No warmup needed: {why}.")
     elif is_cut_short(x, num_steps, **options):
         lines.append(
-            f"Hold back for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} x would be "
+            f"Warm up for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} times it would be "
             f"{STEPS_PER_X * x:,.0f}, more than this run has room for: lower the learning rate or train longer."
         )
     else:
-        lines.append(f"Hold back for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} x): --warmup_steps {length}")
+        lines.append(
+            f"Warm up for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} times it): --warmup_steps {length}"
+        )
     if warmup_steps is not None:
         lines.append(f"This run as configured: a warmup of {warmup_steps:,} steps.")
     if not radius.has_batch_norm:

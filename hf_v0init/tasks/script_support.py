@@ -203,15 +203,20 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"cannot read the file of flags {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the file of flags {path} is not UTF-8 (byte {error.start})") from error
+    except InputError as error:
+        raise InputError(f"the file of flags {path}: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"the file of flags {path} cannot be parsed: {join_lines(str(error))}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"the file of flags {path} must be a mapping of flag names to values")
-    named = {key.lstrip("-").replace("-", "_"): value for key, value in values.items()}
-    if len(named) < len(values):
-        raise InputError(
-            f"the file of flags {path}: a flag is given twice, once with - and once with _; remove one of the two"
-        )
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.lstrip("-").replace("-", "_")
+        if name in named:
+            raise InputError(
+                f"the file of flags {path}: {name!r} is given twice, with - and with _; remove one of the two"
+            )
+        named[name] = value
     return named
 
 
@@ -224,8 +229,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if isinstance(key, str) and key in lines:
-                where = f"{key!r} is given twice, in lines {lines[key]} and {line}; remove one of the two"
-                raise InputError(f"the file of flags: {where}")
+                raise InputError(f"{key!r} is given twice, in lines {lines[key]} and {line}; remove one of the two")
             if isinstance(key, str):
                 lines[key] = line
         return super().construct_mapping(node, deep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,26 @@ def require_in_range(arguments: Any) -> None:
                 raise InputError(f"--{name}={value}: must be {allowed}, such as {example}")
 
 
+def require_makeable_folder(name: str, folder: str | None) -> None:
+    """Refuse a folder that is none, or that cannot be made or written. Makes nothing that stays.
+
+    Raises:
+        InputError: naming flag and folder.
+    """
+    if folder is None:
+        return
+    existing = Path(folder).expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"--{name}={folder}: {existing} is a file; give another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--{name}={folder}: cannot be written ({error.strerror}); give another folder") from error
+
+
 def require_positive_counts(arguments: Any, *skipped: str) -> None:
     """Refuse whole numbers below 1 among the fields of a dataclass, but for those named."""
     for name, value in vars(arguments).items():
@@ -116,10 +137,15 @@ def _require_usable_optimizer(training: TrainingArguments) -> None:
     given = f"--optim={name}" + (f" with --optim_args={training.optim_args}" if training.optim_args else "")
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if "model" in str(error).lower():
+            return  # an optimizer that wants to see the model first
+        raise InputError(f"{given}: {join_lines(str(error))}; or use --optim adamw_torch") from error
+    try:
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)
-    except (ImportError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        if "model" in str(error).lower() or not (training.optim_args or isinstance(error, (ImportError, RuntimeError))):
-            return  # an optimizer that wants to see the model, or a device, first
+    except (TypeError, ValueError, AssertionError) as error:
+        if not training.optim_args:
+            return
         raise InputError(f"{given}: {join_lines(str(error))}; or use --optim adamw_torch") from error
     except Exception:  # of an optimizer that needs a device or a whole model: the Trainer will know
         return
