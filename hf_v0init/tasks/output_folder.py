@@ -22,7 +22,7 @@ logger = logging.getLogger("hf_v0init")
 RESULT_NAMES = {"eval": ("eval",), "predict": ("predict", "test")}  # of the files in which scripts keep them
 # What a run writes at its end, and a new training makes untrue.
 OF_THE_LAST_MODEL = (
-    "*_results.json", "generated_*", "filled_sample.txt", "v0_init.json", "README.md", "trainer_state.json", "samples",
+    "*_results.json", "generated_*", "filled_sample.txt", "v0_init.json", "README.md", "trainer_state.json",
 )  # fmt: skip
 IS_TRUE = ("true", "True", True)
 
@@ -159,15 +159,15 @@ def remove_what_is_stale(output_dir: str | os.PathLike, with_checkpoints: bool) 
     """Delete what an earlier training left in a folder and a new one makes untrue; call it on the main process only.
 
     Args:
-        with_checkpoints: `checkpoint-*` folders too, so that neither resume nor averaging meets them.
+        with_checkpoints: `checkpoint-*` folders and sample images too, so that neither resume nor averaging meets them.
     """
     output_dir = Path(output_dir)
     for pattern in OF_THE_LAST_MODEL:
         for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.unlink()
     if with_checkpoints:
-        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if folder.is_dir() and folder.name.split("-")[-1].isdigit():
+        for folder in [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), output_dir / "samples"]:
+            if folder.is_dir() and (folder.name == "samples" or folder.name.split("-")[-1].isdigit()):
                 shutil.rmtree(folder)
 
 

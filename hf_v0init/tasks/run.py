@@ -130,6 +130,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def make_collator(self) -> Any:
+        """Make what joins samples to a batch."""
+        raise NotImplementedError
+
     def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
         """Make the Trainer of these samples; `common` are further arguments of it."""
         raise NotImplementedError
@@ -187,13 +191,12 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     require_same_model(place, config)
     set_seed(training.seed)
 
-    samples = task.prepare(config, place)
-    with explain_hub_errors(training):
-        trainer = task.make_trainer(
-            samples, args=training, run_identity=identity, schedule_arguments=options, callbacks=callbacks
-        )
+    samples, collator = task.prepare(config, place), task.make_collator()
     if training.do_train:
-        require_trainable(trainer, options)
+        require_trainable(samples["train"], collator, options, training)
+    common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
+    with explain_hub_errors(training):
+        trainer = task.make_trainer(samples, args=training, data_collator=collator, **common)
     if options.probe_only:
         probe_and_print(trainer, options)
         return
@@ -245,14 +248,13 @@ def make_early_stopping(options: RunArguments, training: TrainingArguments) -> l
     return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold or 0.0)]
 
 
-def require_trainable(trainer: Trainer, options: RunArguments) -> None:
+def require_trainable(samples, collator, options: RunArguments, training: TrainingArguments) -> None:
     """Refuse what would only show during or after training."""
-    training, samples = trainer.args, trainer.train_dataset
     if is_stream(samples) or not hasattr(samples, "__len__"):
         return
     budget = options.max_tokens_per_batch
     if budget is not None:
-        build_token_budget_sampler(samples, training, trainer.data_collator, budget)
+        build_token_budget_sampler(samples, training, collator, budget)
     batch_size = training.train_batch_size * training.world_size
     if budget is None and training.dataloader_drop_last and len(samples) < batch_size:
         raise InputError(

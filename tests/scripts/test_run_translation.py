@@ -294,7 +294,7 @@ BAD_INPUT = {
     "nothing to average": ({"average_checkpoints": 3, "save_total_limit": 2}, ["save_total_limit=2"]),
     "too few saves": ({"average_checkpoints": 3, "save_steps": 1}, ["save only 2", "save_steps"]),
     "two models": ({"model_type": "bart", "config_name": "post_norm"}, ["--config_name", "--model_type"]),
-    "not an encoder-decoder": ({"model_type": "gpt2", "-config_overrides": 0}, ["gpt2", "marian"]),
+    "not an encoder-decoder": ({"model_type": "gpt2", "-config_overrides": 0}, ["gpt2", "encoder-decoder"]),
     "unknown model type": ({"model_type": "nonsense", "-config_overrides": 0}, ["nonsense"]),
     "unknown configuration key": ({"config_overrides": "d_modell=3"}, ["d_modell"]),
     "malformed overrides": ({"config_overrides": "d_model"}, ["config_overrides", "d_model"]),

@@ -209,6 +209,10 @@ class ImageTask(Task):
         logger.info(f"images: {width}x{height}, {image_format.mode}, mean {image_format.mean}, std {image_format.std}")
         return image_format
 
+    def make_collator(self):
+        """Return what joins samples to a batch."""
+        return stack_samples
+
     def make_trainer(self, samples: dict[str, Any], **common) -> ImageTrainer:
         """Make the Trainer."""
         return ImageTrainer(
@@ -216,7 +220,6 @@ class ImageTask(Task):
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
             processing_class=build_processor(self.image_format),
-            data_collator=stack_samples,
             # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
             compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
             **common,

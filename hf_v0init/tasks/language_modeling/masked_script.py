@@ -171,6 +171,11 @@ class MaskedTask(LanguageTask):
         cut = FramedTexts.take_lines if data.line_by_line else FramedTexts.cut_blocks
         return MaskedSamples(cut(tokenized, self.block_size, self.frame, limit), self.masking, seed)
 
+    def make_collator(self) -> PaddingCollator:
+        """Make what joins samples to a batch."""
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
+
     def make_trainer(self, samples: dict[str, Any], **common) -> MaskedTrainer:
         """Make the Trainer."""
         trainer = MaskedTrainer(
@@ -178,10 +183,6 @@ class MaskedTask(LanguageTask):
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
             processing_class=self.tokenizer,
-            # A stream's batches are cut and joined across processes, so they must all be of one length.
-            data_collator=PaddingCollator(
-                self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None
-            ),
             compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
             max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
             **common,

@@ -200,20 +200,20 @@ class CausalTask(LanguageTask):
             tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
         )
 
+    def make_collator(self) -> PaddingCollator | SegmentCollator:
+        """Make what joins samples to a batch."""
+        if self.reads_streams:
+            return SegmentCollator(self.tokenizer.pad_token_id)
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
+
     def make_trainer(self, samples: dict[str, Any], **common) -> CausalTrainer:
         """Make the Trainer."""
-        padding = self.tokenizer.pad_token_id
-        if self.reads_streams:
-            collator = SegmentCollator(padding)
-        else:
-            # A stream's batches are cut and joined across processes, so they must all be of one length.
-            collator = PaddingCollator(padding, length=self.block_size if self.data.streaming else None)
         return CausalTrainer(
             model=self.network,
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
             processing_class=self.tokenizer,
-            data_collator=collator,
             max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
             **common,
         )

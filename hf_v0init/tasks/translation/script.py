@@ -319,13 +319,13 @@ class TranslationTask(Task):
         """What fills up the labels of a batch."""
         return -100 if self.data.ignore_pad_token_for_loss else self.tokenizer.pad_token_id
 
-    def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
-        """Make the Trainer."""
+    def make_collator(self) -> PairCollator:
+        """Make what pads pairs to a batch."""
         data, training = self.data, self.training
         joins_batches = (
             data.streaming and training.world_size > 1
         )  # across processes, so they must all be of one length
-        collator = PairCollator(
+        return PairCollator(
             self.tokenizer,
             model=self.network,
             label_pad_token_id=self.label_padding,
@@ -333,6 +333,10 @@ class TranslationTask(Task):
             max_length=max(data.max_source_length, data.max_target_length) if joins_batches else None,
             pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
         )
+
+    def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
+        """Make the Trainer."""
+        training = self.training
         measures = "validation" in samples and training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
         return TranslationTrainer(
@@ -340,7 +344,6 @@ class TranslationTask(Task):
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
             processing_class=self.tokenizer,
-            data_collator=collator,
             compute_metrics=self.validation_metrics,
             compute_loss_func=TokenCrossEntropy(training.label_smoothing_factor),
             max_tokens_per_batch=self.options.max_tokens_per_batch if training.do_train else None,
