@@ -418,7 +418,7 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"feature_extractor": "inception", "inception_weights": "nowhere.pth"}, ["nowhere.pth: no such file"]),
         ({"do_train": False, "do_eval": False}, ["nothing to do"]),
         ({"do_train": False}, ["has none"]),
-        ({"dataset_name": "cifar10"}, ["one of them"]),
+        ({"dataset_name": "cifar10"}, ["--dataset_name and --train_dir", "not both"]),
         ({"base_chanels": 8}, ["did you mean --base_channels?"]),
         ({"v0_scale": -1.0}, ["v0_scale=-1.0"]),
     ],
@@ -434,7 +434,7 @@ def test_flags_that_cannot_be_used_are_refused(images, tmp_path, options, words)
 
 def test_several_gpus_of_one_process_are_refused(images, tmp_path, monkeypatch):
     monkeypatch.setattr(run_dcgan.GanTrainingArguments, "n_gpu", property(lambda self: 4))
-    with pytest.raises(InputError, match=r"one process sees 4 GPUs, .* --nproc_per_node 4"):
+    with pytest.raises(InputError, match="in several with one GPU each"):
         run(images, tmp_path / "out")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.script_support import run_script
 
@@ -278,7 +279,7 @@ def refuse(script, flags: dict) -> str:
     lines = []
     with capture.context() as patch:
         patch.setattr(sys, "argv", ["run_image_classification", *to_argv(flags)])
-        patch.setattr(script, "start_logging", lambda *_: None)
+        patch.setattr(run_of_tasks, "start_logging", lambda *_: None)
         patch.setattr("builtins.print", lambda *line, **_: lines.append(" ".join(map(str, line))))
         with pytest.raises(SystemExit) as caught:
             run_script(script.main)

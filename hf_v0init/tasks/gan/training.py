@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -436,6 +437,7 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
     """
     options = copy.copy(training)
     options.v0_init, options.v0_record_run, options.report_to = "zeros", False, []
+    options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
