@@ -155,6 +155,7 @@ def _require_readable_settings(tokens: list[str]) -> None:
 
 def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> None:
     """Check the Trainer's flags, and choose what the user left open."""
+    training._v0_is_taken = True  # the Trainers of the scripts heed the flags of v0
     require_possible_training(training)
     choose_better_direction(training, was_given="greater_is_better" in given)
     _require_joined_processes(training)

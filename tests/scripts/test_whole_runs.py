@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 
 import pytest
 import torch
@@ -154,11 +153,11 @@ def test_a_finished_folder_says_so_and_names_other_settings(run):
         run(v0_init="random")
 
 
-def test_a_v0_is_not_forgotten_when_its_run_goes_on_without_the_flag(run, tmp_path, caplog):
+def test_a_v0_is_not_forgotten_when_its_run_goes_on_without_the_flag(run, tmp_path, capsys):
     run(v0_init="random", max_steps=3, do_eval=None)
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        run()
-    assert "began with --v0_init random, and --v0_init zeros was given" in caplog.text
+    capsys.readouterr()
+    run()
+    assert "began with --v0_init random, and --v0_init zeros was given" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "v0_init.json").read_text())["strategy"] == "random"
     assert "started at zero" not in (tmp_path / "out" / "README.md").read_text()
 

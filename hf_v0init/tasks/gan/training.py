@@ -38,6 +38,7 @@ logger = logging.getLogger("hf_v0init")
 
 SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
 GENERATION_BATCH = 256
+SCHEDULE_FILE = "scheduler.pt"  # as the Trainer names it
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
 V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
 SUMMED = (
@@ -296,7 +297,6 @@ class GanRun:
         return {
             "num_processes": self.accelerator.num_processes,
             "optimizers": {name: type(each).__name__ for name, each in self.optimizers.items()},
-            "schedules": {name: each.state_dict() for name, each in self.schedules.items()},
             "sums": self._sums.cpu(),
             "num_summed": self._num_summed,
             "v0_init": self.training.v0_init,
@@ -321,7 +321,6 @@ class GanRun:
                     f"the checkpoint's {name} optimizer is {kind} and this run's {type(self.optimizers[name]).__name__}; use the "
                     "same, or start anew"
                 )
-            self.schedules[name].load_state_dict(saved["schedules"][name])
         self._sums, self._num_summed = saved["sums"].to(self.accelerator.device), saved["num_summed"]
         self.reports = saved["reports"]
         if saved["v0_init"] != self.training.v0_init and self.accelerator.is_main_process:
@@ -345,6 +344,7 @@ class GanRun:
         if self.accelerator.is_main_process:
             if self.v0_record is not None:
                 write_report(self.v0_record, aside)
+            torch.save({name: each.state_dict() for name, each in self.schedules.items()}, aside / SCHEDULE_FILE)
             self.state.save_to_json(str(aside / "trainer_state.json"))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
@@ -366,6 +366,8 @@ class GanRun:
             raise InputError(
                 f"{checkpoint}: is of other networks than this run's ({reason}); give their sizes"
             ) from error
+        for name, state in torch.load(Path(checkpoint, SCHEDULE_FILE), weights_only=True).items():
+            self.schedules[name].load_state_dict(state)
         record = self.state.stateful_callbacks
         self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         self.state.stateful_callbacks = record
@@ -382,6 +384,7 @@ class GanRun:
         if not self.accelerator.is_main_process:
             return
         if self.v0_record is not None:
+            Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
             write_report(self.v0_record, self.training.output_dir)
         for name, network in self.networks.items():
             folder = Path(self.training.output_dir, name)
