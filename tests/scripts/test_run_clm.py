@@ -362,9 +362,9 @@ BAD_INPUT = {
     "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
     "missing model": (
         {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
-        ["no such folder ./nowhere"],
+        ["no such file or folder"],
     ),
-    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such folder ./nowhere"]),
+    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such file or folder"]),
     "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
     "vocabulary override": (
         {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},
