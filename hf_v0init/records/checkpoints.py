@@ -195,5 +195,3 @@ def _sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-# the names that tasks/ and compare/ still import
-find_newest_whole, require_whole, describe_passed_over = find_newest_valid, require_valid, describe_skipped
