@@ -200,9 +200,7 @@ def _require_mean_over_samples(trainer, others: list[nn.Parameter]) -> None:
     if len(features) < 2:
         return
     rows = [collate([feature]) for feature in features]
-    with preserve_rng(), preserve_model(trainer.model, others), torch.no_grad():
-        batches = [collate(list(features)), *rows]
-        of_batch, *alone = [float(_compute_loss(trainer, batch, in_training=False)) for batch in batches]
+    of_batch, *alone = [_evaluate_loss(trainer, batch, others) for batch in (collate(list(features)), *rows)]
     means = []
     for num_skipped in (None, 0, 1):  # a causal loss is a mean over all labels but the first of a row
         weights = [1 if num_skipped is None else _count_labels(row, num_skipped) for row in rows]
@@ -216,6 +214,12 @@ def _require_mean_over_samples(trainer, others: list[nn.Parameter]) -> None:
             f"v0_estimator=per_sample with a loss that is no mean over its samples: {of_batch:.6g} for {len(features)} samples "
             f"together, {means[0]:.6g} on average one by one (in-batch negatives?); {USE_MINIBATCH}"
         )
+
+
+def _evaluate_loss(trainer, batch, others: list[nn.Parameter]) -> float:
+    """The loss of a batch in evaluation mode, after which all is as before, also what the model's forward moves."""
+    with preserve_rng(), preserve_model(trainer.model, others), torch.no_grad():
+        return float(_compute_loss(trainer, batch, in_training=False))
 
 
 def _count_labels(row, num_skipped: int) -> int:
