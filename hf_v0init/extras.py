@@ -10,7 +10,7 @@ from .errors import InputError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "scripts": ("datasets", "evaluate", "sacrebleu", "tokenizers"),
     "compare": ("scipy", "matplotlib", "markdown_it", "filelock", "psutil"),
-    "demo": ("num2words", "babel"),
+    "demo": ("matplotlib",),
     "images": ("PIL", "sklearn", "torchmetrics"),
     "fid": ("torch_fidelity",),
     "iwslt": ("sacremoses",),

@@ -46,7 +46,6 @@ MEASURES: dict[str, Callable[[Conditions], Row | list[Row]]] = {
     "length": rows_first_step.measure_length,
     "later": rows_first_step.measure_later_steps,
     "pass": rows_pass.measure_pass_time,
-    "memory": rows_pass.measure_pass_memory,
     "shards": rows_draw.measure_shards,
     "reduction": rows_draw.measure_reduction,
     "trainer": rows_training.measure_trainer_steps,

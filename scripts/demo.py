@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a small post-norm Transformer from one seed: without a warmup, with several, with a measured one, and with v0 instead.
 
-It learns German to English on a corpus that the package generates, so it needs no network. The runs go side by
+It learns German to English on a corpus that comes with the package, so it needs no network. The runs go side by
 side, one thread each. At the end: a table, a picture of loss and first updates, and what the numbers say.
 
     python scripts/demo.py [--output_dir outputs/demo] [--steps 500] [--seed 1]
@@ -13,6 +13,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -26,7 +28,6 @@ from rich.table import Table
 from hf_v0init.errors import InputError
 from hf_v0init.method.multiplier import compute_similar_linear_warmup, describe_multiplier
 from hf_v0init.plots import TrainingCurve, draw_training_curves
-from hf_v0init.tasks.script_support import require_writable_output, run_script
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
 NO_WARMUP, CUSTOMARY, BEST = "no warmup", "warmup, 10% of the run", "warmup, the best tried"
@@ -87,7 +88,7 @@ def read_settings(argv: list[str]) -> DemoSettings:
         "--steps", type=int, default=defaults.steps, help="optimizer steps per run; default: %(default)s"
     )
     parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="of weights, data order and corpus; default: %(default)s"
+        "--seed", type=int, default=defaults.seed, help="of weights and data order; default: %(default)s"
     )
     parser.error = _raise_input_error
     flags = parser.parse_args(argv)
@@ -95,6 +96,8 @@ def read_settings(argv: list[str]) -> DemoSettings:
         raise InputError(f"--steps {flags.steps}: must be a whole number >= 1")
     if not 0 <= flags.seed < 2**32:
         raise InputError(f"--seed {flags.seed}: must be from 0 to 2^32 - 1")
+    from hf_v0init.tasks.output_folder import require_writable_output
+
     require_writable_output(flags.output_dir, overwrite=True)
     return DemoSettings(output_dir=flags.output_dir, steps=flags.steps, seed=flags.seed)
 
@@ -117,7 +120,7 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
 
     from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
     from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
-    from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
+    from hf_v0init.tasks.translation.embedded_corpus import load_embedded_corpus
     from hf_v0init.tasks.translation.metrics import SacreBleu
     from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
 
@@ -156,7 +159,7 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     started = time.perf_counter()
     output_dir = Path(settings.output_dir)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output_dir / TOKENIZER_FOLDER)
-    corpus = generate_embedded_corpus(settings.num_pairs, settings.seed)
+    corpus = load_embedded_corpus(settings.num_pairs, large=True)
     corpus["test"] = corpus["test"].select(range(min(settings.num_test, len(corpus["test"]))))
 
     def tokenize(batch: dict) -> dict:
@@ -278,6 +281,8 @@ def train_arms(settings: DemoSettings, console: Console) -> list[ArmResult]:
     with Progress(*columns, console=console) as progress:
         try:
             tasks, connections = {}, {}
+            # Ctrl-C is for this process, which ends the others; one that is still importing would answer with a traceback.
+            on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
             for name in FOLDERS:
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=run_arm_process, args=(name, settings, sender), daemon=True)
@@ -286,6 +291,7 @@ def train_arms(settings: DemoSettings, console: Console) -> list[ArmResult]:
                 processes.append(process)
                 connections[receiver] = name
                 tasks[name] = progress.add_task(name, total=settings.steps, state="loading")
+            signal.signal(signal.SIGINT, on_interrupt)
             while connections:
                 for receiver in wait(list(connections)):
                     name = connections[receiver]
@@ -350,13 +356,15 @@ def write_results(results: list[ArmResult], settings: DemoSettings) -> tuple[Pat
 
 
 def run_demo(settings: DemoSettings) -> list[ArmResult]:
-    """Make the corpus, train the arms, print the table and write picture and numbers."""
+    """Load the corpus, train the arms, print the table and write picture and numbers."""
     from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer
-    from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
+    from hf_v0init.tasks.translation.embedded_corpus import load_embedded_corpus
 
     console = Console(highlight=False)
     started = time.perf_counter()
-    corpus = generate_embedded_corpus(settings.num_pairs, settings.seed)
+    for name in (FIGURE_FILE, RESULTS_FILE):  # of an earlier call
+        Path(settings.output_dir, name).unlink(missing_ok=True)
+    corpus = load_embedded_corpus(settings.num_pairs, large=True)
     train = corpus["train"]
     texts = [text for pair in zip(train["source"], train["target"], strict=True) for text in pair]
     tokenizer = train_bpe_tokenizer(texts, settings.vocab_size, for_translation=True)
@@ -406,4 +414,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        from hf_v0init.tasks.script_support import run_script
+    except KeyboardInterrupt:
+        sys.exit(130)
     run_script(main)

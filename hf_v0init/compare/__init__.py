@@ -1,5 +1,6 @@
-"""Does a v0 beat the warmup on a task: a grid of training runs from one YAML file, and the report on them.
+"""Does a v0 do what the warmup does on a task: a grid of training runs from one YAML file, tuned, confirmed and reported.
 
-`plan` reads the file (`axes` knows its words), `runs` trains what is missing, `run_state` tells how a run ended, `results` reads
-the folders, `summary` computes, `report` writes. Nothing here imports torch or transformers: runs are processes of their own.
+`plan` reads the file (`axes` knows its words) and lays out both stages, `executor` trains what is missing (`process` is one run,
+`claims` shares a folder, `cluster` uses submitit), `results` reads the runs into tables, `statistics` and `summary` compute,
+`report` and `figures` write. Nothing here imports torch or transformers: runs are processes of their own.
 """

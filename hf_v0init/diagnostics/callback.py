@@ -9,23 +9,22 @@ It writes `v0_diagnostics.json` into the output folder (main process), which `re
 | entry | what |
 | --- | --- |
 | `updates` | by step, the first 200: learning rate, norm of the update, its root mean square over all elements, and that in units of the learning rate |
-| `histograms` | at steps 1, 2, 10 and 100: shares of all elements by size of their update, on a logarithmic scale |
 | `second_moment` | by step, ten to a decade: mean of v_hat, mean of abs(v_hat - v_hat_late) and the median over elements of its ratio to v_hat_late; late is the last step looked at |
-| `multiplier` | by step: quantiles over elements of the measured factor that v0 puts on the step, beside the closed form m(t) |
+| `multiplier` | by step: the factor that v0 puts on the step in closed form, under `v0_decay=beta2` beside quantiles over elements of the measured one |
 | `cost` | seconds spent here, and their share of the time between the first and the last step that was watched |
 
 An update is the change of the weights by the optimizer's step, so weight decay is part of it. Everything is measured on
 evenly spaced elements (`element_samples`), up to 4,096 a tensor for updates and 65,536 in all for second moments, and nothing
-is waited for on a GPU but at histograms, second moments and when the file is written. The run itself is not touched: its
+is waited for on a GPU but at second moments and when the file is written. The run itself is not touched: its
 weights, random states and logs are bit for bit those of a run without the callback (`attach` adds figures to what trackers
 get, not to `log_history`).
 
-The measured multiplier of an element with v0 > 0 is sqrt((v_t - beta2^t v0) / v_t): what is left of v_t without v0's share is
-what the same gradients would have made from 0. Elements in which that remainder is within rounding of nothing are left out and
-counted as `unresolved`: their multiplier is below what the state's precision can tell.
+The closed form is min(1, t / L) under `v0_decay=linear` (L is `v0_decay_steps`) and m(t) under `beta2`. There the measured
+multiplier of an element with v0 > 0 is sqrt((v_t - beta2^t v0) / v_t): what is left of v_t without v0's share is what the same
+gradients would have made from 0. Elements in which that remainder is within rounding of nothing are left out and counted as
+`unresolved`: their multiplier is below what the state's precision can tell.
 
-After a resume the start of the run is not repeated: updates are recorded if the step is among the first 200, second moments
-without a bias correction, the multiplier not. That goes into `v0_diagnostics_from_<step>.json` and leaves the first file alone.
+A resumed run is not watched: the file has the run's start, and stays as it was when the checkpoint was saved or later.
 """
 
 import json
@@ -41,6 +40,7 @@ from transformers.utils import logging
 
 from ..errors import InputError
 from ..hook import find_hook
+from ..method.decay import compute_linear_factor
 from ..method.defaults import SCALED_BY_GRADIENTS
 from ..method.multiplier import compute_multiplier
 from ..second_moment.state import SecondMoments
@@ -51,8 +51,6 @@ logger = logging.get_logger(__name__)
 
 DIAGNOSTICS_FILE = "v0_diagnostics.json"
 NUM_UPDATE_STEPS = 200
-HISTOGRAM_STEPS = (1, 2, 10, 100)
-HISTOGRAM_EDGES = np.arange(-14.0, 1.01, 0.2)  # log10 of the size of an update
 MOMENT_STEPS_PER_DECADE = 10
 MAX_MOMENTS = 65536
 MULTIPLIER_QUANTILES = (0.1, 0.5, 0.9)
@@ -64,7 +62,6 @@ class V0DiagnosticsCallback(TrainerCallback):
 
     Args:
         num_update_steps: optimizer steps whose update is measured.
-        histogram_steps: optimizer steps whose update gets a histogram.
         max_per_tensor: elements looked at of each tensor for the updates.
         file_name: of the file written into `output_dir`.
     """
@@ -72,15 +69,13 @@ class V0DiagnosticsCallback(TrainerCallback):
     def __init__(
         self,
         num_update_steps: int = NUM_UPDATE_STEPS,
-        histogram_steps: tuple[int, ...] = HISTOGRAM_STEPS,
         max_per_tensor: int = MAX_PER_TENSOR,
         file_name: str = DIAGNOSTICS_FILE,
     ) -> None:
         for name, value, least in (("num_update_steps", num_update_steps, 0), ("max_per_tensor", max_per_tensor, 1)):
             if value < least:
                 raise InputError(f"{name}={value}: must be a whole number >= {least}")
-        self.num_update_steps, self.histogram_steps = num_update_steps, tuple(histogram_steps)
-        self.max_per_tensor, self.file_name = max_per_tensor, file_name
+        self.num_update_steps, self.max_per_tensor, self.file_name = num_update_steps, max_per_tensor, file_name
         self._trainer = None
         self._clear()
 
@@ -98,7 +93,6 @@ class V0DiagnosticsCallback(TrainerCallback):
         return {
             "settings": self._settings,
             "updates": self._compose_updates(),
-            "histograms": {"log10_edges": np.round(HISTOGRAM_EDGES, 6).tolist(), "steps": self._histograms},
             "second_moment": self._compose_drift(),
             "multiplier": self._multiplier,
             "cost": self._compose_cost(),
@@ -109,16 +103,19 @@ class V0DiagnosticsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin a new record."""
         self._clear()
-        self._watches = args.process_index == 0
-        if self._watches and getattr(args, "deepspeed_plugin", None) is not None:
+        if args.process_index != 0:
+            return
+        if state.global_step > 0:
+            logger.info(f"{self.file_name} stays as it was: a resumed run is not watched")
+            return
+        if getattr(args, "deepspeed_plugin", None) is not None:
             logger.warning(
                 f"{self.file_name} is not written: DeepSpeed's optimizers keep no per-parameter tensors to look at"
             )
-            self._watches = False
-        self._resumed_at = state.global_step
-        self._arguments = getattr(self._trainer, "v0_arguments", None) or read_v0_arguments(args).resolve(
-            state.max_steps
-        )
+            return
+        self._watches = True
+        settings = getattr(self._trainer, "v0_arguments", None) or read_v0_arguments(args)
+        self._v0_init = settings.resolve(state.max_steps).init
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Read weights, and the first time v0, before the optimizer's step."""
@@ -130,10 +127,9 @@ class V0DiagnosticsCallback(TrainerCallback):
         step = state.global_step + 1
         if self._moment_samples is None:
             self._choose_elements(optimizer)
-            self._first_steps = find_hook(optimizer)
-            decays_by_beta2 = self._first_steps is not None and self._first_steps.plan.decay == "beta2"
-            if decays_by_beta2 and self._first_steps.is_waiting:
-                self._first_steps.observers.append(self._read_v0)
+            self._hook = find_hook(optimizer)
+            if self._hook is not None and self._hook.is_waiting and self._hook.plan.decay == "beta2":
+                self._hook.observers.append(self._read_v0)
             else:
                 self._read_v0()
         if step <= self.num_update_steps:
@@ -148,7 +144,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         step = state.global_step + 1
         # fp16: the gradients had overflowed; or they were measured, for a v0
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        skipped = skipped or (self._first_steps is not None and self._first_steps.is_waiting)
+        skipped = skipped or (self._hook is not None and self._hook.is_waiting)
         self._num_steps_taken += not skipped
         if self._before is not None:
             self._record_update(step)
@@ -188,15 +184,14 @@ class V0DiagnosticsCallback(TrainerCallback):
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     def _clear(self) -> None:
-        self._watches, self._resumed_at, self._arguments = False, 0, None
+        self._watches, self._v0_init = False, "zeros"
         self._settings: dict = {}
         self._update_samples = self._moment_samples = self._before = None
         self._rows: list[tuple[int, list[float], list[torch.Tensor]]] = []
-        self._histograms: dict[str, dict] = {}
         self._moments: list[tuple[int, int, np.ndarray]] = []  # (global step, steps since v0, v)
         self._multiplier: dict[str, list] = {}
         self._v0: np.ndarray | None = None
-        self._first_steps = None
+        self._hook = None
         self._num_steps_taken, self._num_logged = 0, (0, 0)
         self._seconds, self._first_began, self._last_ended, self._written_at = 0.0, None, None, -math.inf
 
@@ -207,8 +202,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._weights = self._moment_samples.weights
         self._settings = {
             "optimizer": type(self._moment_samples.optimizer).__name__,
-            "v0_init": self._arguments.v0_init,
-            "resumed_at_step": self._resumed_at,
+            "v0_init": self._v0_init,
             "num_elements": self._update_samples.num_elements,
             "num_elements_for_updates": self._update_samples.num_looked_at,
             "num_elements_for_second_moments": self._moment_samples.num_looked_at,
@@ -231,28 +225,22 @@ class V0DiagnosticsCallback(TrainerCallback):
         # NaN where the closed form, and so the bias correction, does not hold
         by_group = np.array([math.nan if beta is None else beta for beta in betas])
         self._beta2 = by_group[self._moment_samples.groups]
-        if self._resumed_at == 0 and bool((v0 > 0).any()) and betas[0] is not None:
+        if bool((v0 > 0).any()) and betas[0] is not None:
             self._v0 = v0
-            self._epsilon = max(torch.finfo(dtype).eps for dtype in self._find_state_dtypes())
+            self._epsilon = max(
+                torch.finfo(p.dtype).eps for group in groups for p in group["params"] if p.is_floating_point()
+            )
             self._settings |= self._find_scales()
-
-    def _find_state_dtypes(self) -> set[torch.dtype]:
-        return {
-            p.dtype
-            for group in self._moment_samples.optimizer.param_groups
-            for p in group["params"]
-            if p.is_floating_point()
-        }
 
     def _find_scales(self) -> dict:
         """Find v0 / g^2 as it was asked for, and as it was measured."""
-        report = self._first_steps.report if self._first_steps is not None else None
+        report = self._hook.report if self._hook is not None else None
         if report is not None:
             found = {"scale": report.scale, "measured_ratio": report.measured_ratio}
         else:
             stored = getattr(self._trainer, "get_v0_report", lambda: None)() or {}
             found = {"scale": stored.get("scale"), "measured_ratio": stored.get("measured_ratio")}
-        if self._arguments.v0_init not in SCALED_BY_GRADIENTS:
+        if self._v0_init not in SCALED_BY_GRADIENTS:
             found["scale"] = None
         return found
 
@@ -260,8 +248,6 @@ class V0DiagnosticsCallback(TrainerCallback):
         after = self._update_samples.read_parameters()
         rates = [float(group["lr"]) for group in self._update_samples.optimizer.param_groups]
         self._rows.append((step, rates, self._update_samples.sum_squares(self._before, after)))
-        if step in self.histogram_steps:
-            self._histograms[str(step)] = _make_histogram(*self._update_samples.find_sizes(self._before, after))
         self._before = None
 
     def _record_moments(self, step: int) -> None:
@@ -271,6 +257,9 @@ class V0DiagnosticsCallback(TrainerCallback):
         self._moments.append((step, self._num_steps_taken, moments.astype(np.float32)))
         if self._v0 is not None:
             self._record_multiplier(step, moments)
+        elif self._hook is not None and self._hook.plan.decay == "linear":
+            length = self._settings["decay_steps"] = self._hook.plan.decay_steps
+            self._add_multiplier({"step": step, "closed_form": compute_linear_factor(self._num_steps_taken, length)})
 
     def _record_multiplier(self, step: int, moments: np.ndarray) -> None:
         taken = self._num_steps_taken
@@ -288,6 +277,9 @@ class V0DiagnosticsCallback(TrainerCallback):
         for name, key in (("closed_form", "scale"), ("closed_form_of_measured_ratio", "measured_ratio")):
             scale = self._settings[key]
             row[name] = None if scale is None or taken < 1 else compute_multiplier(taken, scale, beta2)
+        self._add_multiplier(row)
+
+    def _add_multiplier(self, row: dict) -> None:
         for name, value in row.items():
             self._multiplier.setdefault(name, []).append(value)
 
@@ -324,8 +316,8 @@ class V0DiagnosticsCallback(TrainerCallback):
         return columns
 
     def _correct_bias(self, taken: int, moments: np.ndarray) -> np.ndarray:
-        """v_hat; v itself where the optimizer has no bias correction that is known, or the count of its steps is not."""
-        if self._resumed_at or taken < 1:
+        """v_hat; v itself where the optimizer has no bias correction that is known."""
+        if taken < 1:
             return moments.astype(np.float64)
         return moments / np.where(np.isnan(self._beta2), 1.0, 1.0 - self._beta2**taken)
 
@@ -337,7 +329,7 @@ class V0DiagnosticsCallback(TrainerCallback):
             last, self._rows = self._compose_updates(), every
             logs |= {f"v0/update_{name}": last[name][0] for name in ("norm", "rms", "rms_over_lr")}
         if now[1] > self._num_logged[1]:
-            logs["v0/multiplier"] = self._multiplier["quantile_0.5"][-1]
+            logs["v0/multiplier"] = self._multiplier.get("quantile_0.5", [None])[-1]
             logs["v0/multiplier_closed_form"] = self._multiplier["closed_form"][-1]
         self._num_logged = now
         return {name: value for name, value in logs.items() if value is not None}
@@ -355,8 +347,6 @@ class V0DiagnosticsCallback(TrainerCallback):
         if self._moment_samples is None:
             return
         path = Path(folder) / self.file_name
-        if self._resumed_at:
-            path = path.with_name(f"{path.stem}_from_{self._resumed_at}{path.suffix}")
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,19 +376,6 @@ def _is_moment_step(step: int) -> bool:
     """Whether `step` is one of 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, ..., evenly spaced on a logarithmic scale."""
     power = MOMENT_STEPS_PER_DECADE * math.log10(step)
     return any(round(10 ** (p / MOMENT_STEPS_PER_DECADE)) == step for p in (math.floor(power), math.ceil(power)))
-
-
-def _make_histogram(sizes: np.ndarray, weights: np.ndarray) -> dict:
-    """Shares of all elements by log10 of the size; what is 0, below the first or above the last edge apart."""
-    total = weights.sum()
-    is_zero = sizes == 0.0
-    logarithms = np.log10(np.where(is_zero, 1.0, sizes))
-    counts = np.histogram(logarithms[~is_zero], HISTOGRAM_EDGES, weights=weights[~is_zero])[0]
-    below = weights[~is_zero & (logarithms < HISTOGRAM_EDGES[0])].sum()
-    zero = weights[is_zero].sum()
-    above = total - counts.sum() - below - zero
-    shares = {"zero": float(zero / total), "below": float(below / total), "above": float(max(0.0, above / total))}
-    return {"shares": (counts / total).tolist()} | shares
 
 
 def _null_if_not_finite(value):

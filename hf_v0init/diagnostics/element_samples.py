@@ -104,11 +104,6 @@ class ElementSamples:
             sums.append(total)
         return sums
 
-    def find_sizes(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Find |after - before| of the elements looked at, and how many elements each stands for; on the CPU, shape (n,)."""
-        sizes = [(new - old).abs_().cpu().double().numpy() for old, new in zip(before, after, strict=True)]
-        return np.concatenate(sizes), self.weights
-
     @property
     def weights(self) -> np.ndarray:
         """How many elements each element looked at stands for, shape (n,)."""

@@ -1,22 +1,46 @@
-"""Which training samples the statistics pass sees, and in which batches: the same whatever the number of processes.
+"""Which training samples the per-sample estimation sees, and in which batches: the same whatever the number of processes.
 
-The samples are drawn without replacement from the training data by the v0 seed and cut into batches once for all
-processes; process r of W runs batches r, r + W, r + 2W, ... The training order is not touched, since neither the
+The samples are drawn without replacement from the training data by the v0 seed (of a stream, the first ones) and cut into batches
+once for all processes; process r of W runs batches r, r + W, r + 2W, ... The training order is not touched, since neither the
 run's data loader nor its sampler is used. A random collator (masking, augmentation) is seeded by batch.
 """
 
 import itertools
-import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils.data
 
 from ..errors import InputError
 from ..state_guard import seed_everything
-from .statistics import StatisticsBatch, compute_batch_seed
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class SampleBatch:
+    """One batch of the pass.
+
+    Attributes:
+        inputs: as the loss takes them.
+        num_samples: how many samples they are.
+        index: the batch's number in the whole pass (over all processes), which seeds its dropout.
+        counts: False for a repetition, by which a process has as many batches as the others, whose losses may be collective.
+        has_loss: whether any target is left to compute a loss of. A batch without is run and skipped.
+    """
+
+    inputs: Any
+    num_samples: int
+    index: int
+    counts: bool = True
+    has_loss: bool = True
+
+
+def compute_batch_seed(seed: int, index: int) -> int:
+    """Compute the random seed of batch `index` of the pass, the same on whichever process runs it."""
+    return (seed * 1_000_003 + index * 7_919 + 1) % (1 << 63)
 
 
 def choose_samples(num_available: int, num_samples: int, seed: int) -> list[int]:
@@ -26,40 +50,34 @@ def choose_samples(num_available: int, num_samples: int, seed: int) -> list[int]
         InputError: there is nothing to choose from.
     """
     if num_available == 0:
-        raise InputError(
-            "the training data set is empty, so v0 has no gradients to be taken from: check the data files"
-        )
+        raise InputError("the training data are empty, so v0 has no gradients to be taken from: check the data files")
     return random.Random(seed).sample(range(num_available), min(num_samples, num_available))
 
 
-def choose_batch_size(requested: int | None, at_once: int) -> int:
-    """Choose the samples per batch: as requested, else `at_once`: 1, which is exact, or as many as a batch norm or a sharded model
-    needs.
-    """
-    return at_once if requested is None else requested
+def cut_into_batches(samples: Iterable, batch_size: int) -> Iterator[list]:
+    """Cut samples into batches; a single one that is left joins the batch before it, since not every loss takes one."""
+    samples = iter(samples)
+    batch = list(itertools.islice(samples, batch_size))
+    while batch:
+        following = list(itertools.islice(samples, batch_size))
+        if batch_size > 1 and len(following) == 1:
+            batch, following = batch + following, []
+        yield batch
+        batch = following
 
 
-def cut_into_batches(samples: list[int], batch_size: int) -> list[list[int]]:
-    """Cut sample numbers into batches; a single sample that is left joins the batch before it, since not every loss takes one."""
-    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [batches[-2] + batches[-1]]
-    return batches
-
-
-def deal_out(numbers: list[int], rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """Deal batch numbers out to process `rank` in turn, as many to each: (number, whether it counts).
+def deal_out(batches: Iterable, rank: int, world_size: int) -> Iterator[tuple[int, Any, bool]]:
+    """Deal batches out to process `rank` in turn, as many to each: (number, batch, whether it counts).
 
     A process that would have one fewer gets the last once more, which does not count: a loss that communicates must be computed as
     often on every process.
     """
-    dealt = [(number, True) for number in numbers[rank::world_size]]
-    if numbers and len(dealt) < -(-len(numbers) // world_size):
-        dealt.append((numbers[-1], False))
-    return dealt
-
-
-IGNORED_LABEL = -100
+    number, batch = -1, None
+    for number, batch in enumerate(batches):
+        if number % world_size == rank:
+            yield number, batch, True
+    if number >= 0 and number % world_size < rank:
+        yield number, batch, False
 
 
 def has_targets(inputs: Any) -> bool:
@@ -67,115 +85,40 @@ def has_targets(inputs: Any) -> bool:
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dim() == 0 or labels.numel() == 0:
         return True
-    valid = labels != IGNORED_LABEL
-    return bool((valid[:, 1:] if labels.dim() > 1 and labels.shape[1] > 1 else valid).any())
+    return bool((labels[:, 1:] if labels.dim() > 1 and labels.shape[1] > 1 else labels).ne(IGNORED_LABEL).any())
 
 
-class SampledBatches(torch.utils.data.Dataset):
-    """The batches of one process, over a data set with a length. Item i is a `StatisticsBatch`.
+def iterate_batches(
+    samples: Iterable,
+    read: Callable[[list], list],
+    collate: Callable[[list], Any],
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[SampleBatch]:
+    """Yield one process's batches of the pass.
 
     Args:
-        dataset: indexable, with a length.
-        collate: makes a list of samples into the loss's inputs.
-        samples: the chosen sample numbers of all processes, see `choose_samples`.
-        batch_size: samples per batch; the last batch may be smaller.
-        seed, rank, world_size: the v0 seed, this process, the number of processes.
-        batch_range: only the batches of these numbers, the second not included; by default all.
+        samples: of all processes: their numbers, or the items of a stream.
+        read: maps a list of `samples` to what `collate` takes. Only this process's are read.
+        collate: makes the loss's inputs of them.
+        batch_size: samples per batch.
+        seed: what reads and collates batch k is seeded from (seed, k).
+        rank, world_size: this process, and the number of processes.
     """
-
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Callable[[list], Any],
-        samples: list[int],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        batch_range: tuple[int, int] | None = None,
-    ) -> None:
-        self.dataset, self.collate, self.seed = dataset, collate, seed
-        batches = cut_into_batches(samples, batch_size)
-        first, end = batch_range or (0, len(batches))
-        numbers = list(range(first, min(end, len(batches))))
-        self.batches = [(k, batches[k], counts) for k, counts in deal_out(numbers, rank, world_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, item: int) -> StatisticsBatch:
-        index, samples, counts = self.batches[item]
-        seed_everything(compute_batch_seed(self.seed, index))
-        if hasattr(self.dataset, "__getitems__"):
-            features = self.dataset.__getitems__(samples)
-        else:
-            features = [self.dataset[sample] for sample in samples]
-        inputs = self.collate(features)
-        return StatisticsBatch(inputs, len(samples), index, counts, has_targets(inputs))
+    for index, own, counts in deal_out(cut_into_batches(samples, batch_size), rank, world_size):
+        seed_everything(compute_batch_seed(seed, index))
+        inputs = collate(read(own))
+        yield SampleBatch(inputs, len(own), index, counts, has_targets(inputs))
 
 
 def require_reiterable(dataset: Any) -> None:
     """Raise `InputError` for a one-shot iterable: samples read for v0 would be missing in training."""
-    kept = (
-        [name for name, value in vars(dataset).items() if isinstance(value, Iterator)]
-        if hasattr(dataset, "__dict__")
-        else []
-    )
+    kept = [name for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, Iterator)]
     if isinstance(dataset, Iterator) or kept:
         what = f"holds the iterator {kept[0]!r}" if kept else "is an iterator"
         raise InputError(
             f"train_dataset of type {type(dataset).__name__} {what}, so it can be read only once and the samples read for v0 would "
             "be lost to training; use a data set that can be iterated again, v0_init=random, or v0_init=zeros"
         )
-
-
-def iterate_streamed_batches(
-    dataset: Any,
-    collate: Callable[[list], Any],
-    num_samples: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_range: tuple[int, int] | None = None,
-) -> Iterator[StatisticsBatch]:
-    """Yield this process's batches of the first `num_samples` samples of an iterable data set, read from its start.
-
-    With `batch_range` only the batches of these numbers, the second not included.
-
-    Raises:
-        InputError: the data set can be read only once, or is empty.
-    """
-    require_reiterable(dataset)
-    first, end = batch_range or (0, math.ceil(num_samples / batch_size))
-    stream = itertools.islice(iter(dataset), first * batch_size, min(end * batch_size, num_samples))
-    features: list = []
-    num_batches = num_mine = 0
-    for features in _cut_stream(stream, batch_size):
-        if num_batches % world_size == rank:
-            num_mine += 1
-            yield _collate_seeded(collate, features, seed, first + num_batches, True)
-        num_batches += 1
-    if num_batches == 0 and first == 0:
-        raise InputError("the training data stream is empty, so v0 has no gradients to be taken from")
-    if num_mine < math.ceil(num_batches / world_size):
-        yield _collate_seeded(collate, features, seed, first + num_batches - 1, False)
-
-
-def _cut_stream(stream: Iterator, batch_size: int) -> Iterator[list]:
-    """Cut a stream into batches as `cut_into_batches` does."""
-    batch = list(itertools.islice(stream, batch_size))
-    while batch:
-        following = list(itertools.islice(stream, batch_size))
-        if batch_size > 1 and len(following) == 1:
-            batch, following = batch + following, []
-        yield batch
-        batch = following
-
-
-def _collate_seeded(
-    collate: Callable[[list], Any], features: list, seed: int, index: int, counts: bool
-) -> StatisticsBatch:
-    seed_everything(compute_batch_seed(seed, index))
-    inputs = collate(features)
-    return StatisticsBatch(inputs, len(features), index, counts, has_targets(inputs))

@@ -1,4 +1,4 @@
-"""Which parameters get a v0, under which names."""
+"""Which parameters get a v0 from the per-sample estimation, under which names."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import InputError
-from ..second_moment.state import SecondMoments
-from ..sharding.parts import clean_parameter_name, get_full_shape, is_sharded
+from ..second_moment.state import SecondMoments, StoredTensor
+from ..sharding.parts import clean_parameter_name, is_sharded
 from .strategies import is_eligible
+
+USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
+NOTHING_TO_WRITE = (
+    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
+    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
+)
 
 
 def name_parameters(model: nn.Module | None) -> dict[int, str]:
@@ -22,66 +28,66 @@ class V0Plan:
 
     Attributes:
         moments: of the optimizer.
-        named_parameters: those that get a v0, as (clean name, parameter).
+        chosen: what gets a v0: parameters of the model, each whole on this process.
         skipped: the names of those that do not, and how many elements they have.
-        is_sharded: this process holds only parts of the parameters.
-        beta2: of the first group that gets a v0; None where the closed form does not hold.
     """
 
     moments: SecondMoments
-    named_parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    chosen: list[StoredTensor] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     skipped_elements: int = 0
-    is_sharded: bool = False
-    beta2: float | None = None
+
+    @property
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What gets a v0, as (clean name, parameter)."""
+        return [(stored.parts[0].name, stored.tensor) for stored in self.chosen]
+
+    @property
+    def beta2(self) -> float | None:
+        """Of the first group that gets a v0; None where the closed form does not hold."""
+        return self.moments.read_beta2(self.chosen[0].group)
 
 
 def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) -> V0Plan:
     """Decide which of a model's parameters, held by an optimizer, get a v0.
 
     Raises:
-        InputError: the optimizer has no second moment that is known here, a parameter is on the meta device, or no parameter
-            is left to initialise.
+        InputError: the optimizer has no second moment that is known here, or has state already; the model is sharded; a parameter is on
+            the meta device; no parameter is left to initialise.
     """
     moments = optimizer if isinstance(optimizer, SecondMoments) else SecondMoments(optimizer)
-    groups = {id(p): group for group in moments.list_groups() for p in group["params"]}
+    if moments.zero is not None or is_sharded(model):
+        kind = "FSDP2 or tensor parallelism" if moments.zero is None else "DeepSpeed ZeRO"
+        raise InputError(
+            f"v0_estimator=per_sample under {kind} is not supported, since no process has whole gradients there: {USE_MINIBATCH}"
+        )
+    if not moments.is_untouched():
+        raise InputError(
+            "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
+            "stands; build a new optimizer to start again"
+        )
+    require_materialised(model)
+    names = name_parameters(model)
     plan = V0Plan(moments)
-    for name, parameter in model.named_parameters():
-        name = clean_parameter_name(name)
-        group = groups.get(id(parameter))
-        if group is None or not parameter.requires_grad:
+    for stored in moments.list_tensors(names):
+        (part,) = stored.parts
+        if id(stored.tensor) not in names or not stored.tensor.requires_grad:
             continue
-        _require_memory(name, parameter)
-        shape = get_full_shape(parameter)
-        if is_eligible(shape, include_bias_and_norm) and parameter.is_floating_point():
-            if not plan.named_parameters:
-                plan.beta2 = moments.read_beta2(group)
-            plan.named_parameters.append((name, parameter))
+        if is_eligible(part.full_shape, include_bias_and_norm) and stored.tensor.is_floating_point():
+            plan.chosen.append(stored)
         else:
-            plan.skipped.append(name)
-            plan.skipped_elements += math.prod(shape)
-    if not plan.named_parameters:
+            plan.skipped.append(part.name)
+            plan.skipped_elements += math.prod(part.full_shape)
+    if not plan.chosen:
         raise InputError(NOTHING_TO_WRITE)
-    plan.is_sharded = is_sharded(model) or moments.zero is not None
     return plan
 
 
 def require_materialised(model: nn.Module) -> None:
     """Raise `InputError` if any trained parameter is on the meta device, where nothing can be written."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            _require_memory(clean_parameter_name(name), parameter)
-
-
-def _require_memory(name: str, parameter: nn.Parameter) -> None:
-    if parameter.is_meta:
-        raise InputError(
-            f"parameter {name!r} is on the meta device, where a v0 would be lost; load or materialise the weights before building "
-            "the Trainer"
-        )
-
-
-NOTHING_TO_WRITE = (
-    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
-    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
-)
+        if parameter.requires_grad and parameter.is_meta:
+            raise InputError(
+                f"parameter {clean_parameter_name(name)!r} is on the meta device, where a v0 would be lost; load or materialise the weights "
+                "before building the Trainer"
+            )

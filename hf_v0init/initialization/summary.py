@@ -41,21 +41,22 @@ def add_parameters(
     report: V0Report,
     named: list[tuple[str, tuple[int, ...], torch.Tensor | Fragment]],
     over_processes: bool,
-    scale: float = 1.0,
+    scales: list[float] | None = None,
 ) -> None:
     """Add the statistics of written second moments to the report.
 
     Args:
         named: name, shape of the whole parameter, its second moment (whole, DTensor or fragment).
         over_processes: whether any is sharded; then all processes must call this.
-        scale: from what is stored to v0.
+        scales: from what is stored to v0, one for each of `named`. Default: 1.
 
     Raises:
         InputError: a v0 that is not finite.
     """
     total = (report.v0_mean or 0.0) * report.num_elements_with_v0
     figures = compute_figures([moment for _, _, moment in named], over_processes)
-    for (name, shape, _), (mean, low, high, zeros) in zip(named, figures, strict=True):
+    scales = [1.0] * len(named) if scales is None else scales
+    for (name, shape, _), (mean, low, high, zeros), scale in zip(named, figures, scales, strict=True):
         if not all(math.isfinite(value) for value in (mean, low, high)):
             raise InputError(describe_not_finite(name))
         mean, low, high = mean * scale, low * scale, high * scale

@@ -1,18 +1,17 @@
-"""How long a run must hold its learning rate back, from the trust radius at its initial weights.
+"""How long a run must warm up, from the trust radius at its initial weights.
 
 Adam's first update moves every weight by about the learning rate. d50 is the displacement of every weight, along the sign of
-the gradient, at which the decrease of the loss is half of what the gradient promises (`gradients.trust_radius`). So
+the gradient, at which the decrease of the loss is half of what the gradient promises (`estimation.trust_radius`). So
 
     x = learning rate / d50
 
 says how far beyond the first-order model a first step at the full rate would go. The rule that acts on it; its constants are from
-runs of 500 to 680 steps on two tasks, judged on seven others, and `configs/compare/results/measured_length/README.md` says what they show
-and what not:
+runs of 500 to 680 steps on two tasks, judged on seven others, and `configs/compare/v0_decay/README.md` says what they show and what not:
 
 | x, network | linear warmup |
 | --- | --- |
 | x < `NEEDED_FROM`, or a network with BatchNorm | none needed |
-| else | `STEPS_PER_X` * x steps, at most `LONGEST_SHARE` of the run |
+| else | `STEPS_PER_X` * x steps, at most `LONGEST_FRACTION` of the run |
 
 Plain Python, so that the command line can use it without importing torch.
 """
@@ -26,7 +25,7 @@ from ..errors import InputError
 logger = logging.getLogger("hf_v0init")
 
 STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
-LONGEST_SHARE = 2 / 3  # of the run; beyond it nothing is left to train with
+LONGEST_FRACTION = 2 / 3  # of the run; beyond it nothing is left to train with
 NEEDED_FROM = (
     0.3  # x from which on a warmup is worth its steps; fine-tuning needed none at .20, and gained from one at 1.0
 )
@@ -64,7 +63,7 @@ def compute_warmup_length(x: float, num_steps: int, *, has_batch_norm: bool = Fa
     _require_num_steps(num_steps)
     if has_batch_norm or x < NEEDED_FROM:
         return 0
-    return max(1, min(round(STEPS_PER_X * x), math.floor(LONGEST_SHARE * num_steps)))
+    return max(1, min(round(STEPS_PER_X * x), math.floor(LONGEST_FRACTION * num_steps)))
 
 
 def is_cut_short(x: float, num_steps: int, *, has_batch_norm: bool = False) -> bool:
@@ -83,14 +82,14 @@ def compute_largest_rate_without_warmup(d50: float) -> float:
 
 
 def compute_largest_rate_with_room(d50: float, num_steps: int) -> float:
-    """Compute the largest learning rate whose whole warmup fits into `LONGEST_SHARE` of a run of `num_steps`.
+    """Compute the largest learning rate whose whole warmup fits into `LONGEST_FRACTION` of a run of `num_steps`.
 
     A run so short that it is less than the rate which needs no warmup at all bears that one, which is then returned.
 
     Raises:
         InputError: d50 <= 0 or `num_steps` < 1.
     """
-    with_warmup = LONGEST_SHARE * _require_num_steps(num_steps) / STEPS_PER_X * _require_d50(d50)
+    with_warmup = LONGEST_FRACTION * _require_num_steps(num_steps) / STEPS_PER_X * _require_d50(d50)
     return max(with_warmup, compute_largest_rate_without_warmup(d50))
 
 
@@ -103,7 +102,7 @@ class WarmupLength:
         d50: the trust radius, in the weights' own unit; None where it could not be measured, `reason` says why.
         learning_rate: the largest of the optimizer's groups.
         x: learning_rate / d50; None without d50.
-        is_capped: whether `LONGEST_SHARE` of the run stands in for a longer warmup that x asks for.
+        is_capped: whether `LONGEST_FRACTION` of the run stands in for a longer warmup that x asks for.
         num_forwards, seconds: what the measurement took.
     """
 
@@ -151,7 +150,7 @@ def choose_length(
         found: further fields of `WarmupLength`.
     """
     if d50 is None:
-        longest = max(1, math.floor(LONGEST_SHARE * _require_num_steps(num_steps)))
+        longest = max(1, math.floor(LONGEST_FRACTION * _require_num_steps(num_steps)))
         steps = min(math.ceil(2 / (1 - beta2) - 1e-6), longest)
         return WarmupLength(steps, None, learning_rate, has_batch_norm=has_batch_norm, **found)
     x = compute_relative_rate(learning_rate, d50)

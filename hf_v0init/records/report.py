@@ -1,9 +1,12 @@
 """What a run did about v0: the report kept in memory, in `v0_init.json` beside every checkpoint, and in words."""
 
+import contextlib
+import functools
 import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import InputError
@@ -230,12 +233,13 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
 
 def collect_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the numbers."""
-    from importlib.metadata import PackageNotFoundError, version
+    return dict(_read_versions())
 
+
+@functools.cache  # reading the packages' metadata takes milliseconds
+def _read_versions() -> dict[str, str]:
     versions = {}
     for package in ("hf_v0init", "torch", "transformers", "accelerate", "datasets"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -10,14 +10,9 @@ ZeRO steps an inner optimizer over flat fp32 tensors, one or more a parameter gr
 Contract. `ZeroPartitions` says which flat tensors there are, and which part of which parameter lies where in them. The state
 that is written is the one that the inner optimizer would create for its flat tensors at its first step.
 
-Gradients. At the inner optimizer's step the flat tensors' own gradients are those that its Adam sees. For a pass before training
-ZeRO's gradient hooks are taken off the parameters (`take_off_gradient_hooks`), so that the engine sees no backward: no
-bucket, averaged gradient, norm or micro-step of it changes. Each gradient is then averaged over the processes in fp32 and cut to
-the fragment (`place_gradient`).
+At the inner optimizer's step the flat tensors' own gradients are those that its Adam sees.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.fsdp import DataShare
-from ..sharding.parts import CAST_BLOCK_NUMEL, Fragment, get_full_shape
+from ..sharding.parts import Fragment, get_full_shape
 from .layouts import PlainLayout, State
 
 STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -92,7 +86,6 @@ class ZeroPartitions:
         inner: that optimizer.
         layout: how it keeps the state of a flat tensor.
         param_groups: its groups with the model's own parameters in them.
-        share: this process's part of each batch.
     """
 
     def __init__(self, zero) -> None:
@@ -115,9 +108,7 @@ class ZeroPartitions:
             {key: value for key, value in group.items() if key != "params"} | {"params": parameters}
             for group, parameters in zip(self.inner.param_groups, self._list_parameters(), strict=True)
         ]
-        group = zero.dp_process_group
-        self.share = DataShare(dist.get_rank(group), dist.get_world_size(group))
-        if self.share.num_parts != dist.get_world_size():
+        if dist.get_world_size(zero.dp_process_group) != dist.get_world_size():
             raise InputError("v0_init under DeepSpeed with model, sequence or expert parallelism is not supported")
 
     def list_flat(self) -> list[tuple[torch.Tensor, dict, list[nn.Parameter]]]:
@@ -141,46 +132,6 @@ class ZeroPartitions:
             return None
         state = self.inner.state.get(self._slots[parameter].flat)
         return None if not state else self.cut(state[self.layout.second_moment], parameter)
-
-    def place_gradient(self, gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """Return this process's part of the gradient's mean over the processes: 1-D, fp32, where the state lies.
-
-        The whole is reduced block by block, so that no second whole gradient is made.
-        """
-        flat, slot = gradient.detach().reshape(-1), self._slots[parameter]
-        part = torch.empty(slot.numel, dtype=torch.float32, device=slot.flat.device)
-        for first in range(0, flat.numel(), CAST_BLOCK_NUMEL):
-            block = flat[first : first + CAST_BLOCK_NUMEL].to(torch.float32, copy=True)
-            if self.share.num_parts > 1:
-                dist.all_reduce(block, group=self.zero.dp_process_group)
-                block /= self.share.num_parts
-            low, high = max(first, slot.start), min(first + block.numel(), slot.start + slot.numel)
-            if low < high:
-                part[low - slot.start : high - slot.start] = block[low - first : high - first]
-        return part
-
-    @contextlib.contextmanager
-    def take_off_gradient_hooks(self) -> Iterator[None]:
-        """Take all hooks off the parameters' gradients and put them back as they were."""
-        saved = []
-        counters = [
-            (module, module.__dict__["applied_pre_backward_ref_cnt"])
-            for module in getattr(self.zero, "module", nn.Module()).modules()
-            if "applied_pre_backward_ref_cnt" in module.__dict__
-        ]
-        try:
-            for parameter in self._slots:
-                hooks = parameter._post_accumulate_grad_hooks
-                if hooks:
-                    saved.append((hooks, list(hooks.items())))
-                    hooks.clear()
-            yield
-        finally:
-            for hooks, items in saved:
-                hooks.clear()
-                hooks.update(items)
-            for module, count in counters:  # a forward without a backward counts up
-                module.applied_pre_backward_ref_cnt = count
 
     def _list_parameters(self) -> list[list[nn.Parameter]]:
         """List the model's parameters of each group."""

@@ -1,4 +1,4 @@
-"""How each family of optimizers stores its state: creates it, lends it to the gradient sums, writes v0 into it, reads it.
+"""How each family of optimizers stores its state: creates it, writes v0 into it, reads it.
 
 A layout knows the state of one parameter at a time. The state it creates is the one that the optimizer itself would create
 before its first step: a missing `exp_avg` is a KeyError in that step, an integer `step` a RuntimeError in torch, and a state
@@ -41,7 +41,7 @@ class PlainLayout:
 
     Attributes:
         second_moment: key of the tensor that v0 starts.
-        scratch: key of a tensor that starts at zero and so can hold the sum of the gradients during the pass.
+        scratch: key of a tensor that starts at zero, such as the first moment.
         scalars: keys of the scalar tensors and their start values. They lie where torch puts them.
         others: keys of further tensors of zeros.
         conditional: (group option, key): a further tensor of zeros where the option is on.
@@ -50,7 +50,7 @@ class PlainLayout:
         square_root: whether the tensor holds the root of the second moment (Adamax).
         unknown_options: group options that add state which is not known here, and so must be off.
         find_decay: the decay of the second moment from a parameter group; None where it is no decaying mean of g^2.
-        no_linear_decay: why v0 cannot decay linearly, which takes a beta2 that may change from step to step; "" if it can.
+        no_linear_decay: why v0 cannot decay linearly; "" if it can.
     """
 
     second_moment: str = "exp_avg_sq"
@@ -91,13 +91,6 @@ class PlainLayout:
         """Read beta2 of the closed form m(t); None where m(t) does not hold, also where the largest v is what counts."""
         return None if group.get("amsgrad") or group.get("ams_bound") else self.find_decay(group)
 
-    def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
-        """Find tensors of a fresh state that may hold `num` sums, the last where v0 will stand; None: take another."""
-        if self.fill is not None:
-            return [None] * num
-        scratch = None if self.scratch is None else state[self.scratch]
-        return [scratch, state[self.second_moment]][-num:]
-
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0 (in units of gradient squared), which may be the state's own tensor."""
         own = state[self.second_moment]
@@ -110,10 +103,6 @@ class PlainLayout:
         """Return the second moment: the live tensor, or its square where the root is what is stored."""
         own = state[self.second_moment]
         return own.square() if self.square_root else own
-
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place."""
-        state[self.second_moment].mul_(factor)
 
     def explain_no_linear_decay(self, group: dict) -> str:
         """Say why v0 cannot decay linearly in this group; "" if it can."""
@@ -144,10 +133,6 @@ class AdagradLayout(PlainLayout):
         own = torch.full_like(parameter, start, memory_format=torch.preserve_format, requires_grad=False)
         return {"step": _make_scalar(0.0, parameter, group), self.second_moment: own}
 
-    def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
-        """None: the sum need not start at zero."""
-        return [None] * num
-
     def find_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State | None:
         """Return the state if a step was made or the sum is not what it started with."""
         state = super().find_state(optimizer, parameter, group)
@@ -165,10 +150,6 @@ class GrokAdamWLayout(PlainLayout):
         """Create the state as GrokAdamW does at its first step."""
         keys = ("exp_avg", "exp_avg_sq", "grok_ema")
         return {"step": 0} | {key: torch.zeros_like(parameter, device="cpu", requires_grad=False) for key in keys}
-
-    def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
-        """None: the state may lie on another device than the gradients."""
-        return [None] * num
 
     def find_state(self, optimizer, parameter: nn.Parameter, group: dict) -> State | None:
         """Return the state that the group holds for this very parameter."""
@@ -211,10 +192,6 @@ class BitsAndBytesLayout(PlainLayout):
             if present is not None:
                 optimizer.state[parameter] = present
 
-    def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
-        """None: codes hold no sums, and paged memory is slow."""
-        return [None] * num
-
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""
         own = state[self.second_moment]
@@ -236,11 +213,6 @@ class BitsAndBytesLayout(PlainLayout):
         code, absmax = self._find_code(state)
         return dequantize_blockwise(own, absmax=absmax, code=code, blocksize=BNB_BLOCK_SIZE)
 
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place: of 8-bit codes their scales, so that nothing is rounded anew."""
-        own = state[self.second_moment]
-        (self._find_code(state)[1] if own.dtype == torch.uint8 else own).mul_(factor)
-
     def _find_code(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
         number = self.second_moment.removeprefix("state")
         return state[f"qmap{number}"], state[f"absmax{number}"]
@@ -259,18 +231,9 @@ class TorchAOLayout(PlainLayout):
             state["max_exp_avg_sq"] = optimizer._new_buffer(parameter, False)
         return state
 
-    def find_sum_tensors(self, state: State, num: int) -> list[torch.Tensor | None]:
-        """None: codes hold no sums."""
-        return [None] * num
-
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""
         get_local_part(state[self.second_moment]).copy_(get_local_part(v0).float())
-
-    def multiply_(self, state: State, factor: float) -> None:
-        """Multiply the second moment by a number, in place: of codes their scales, so that nothing is rounded anew."""
-        local = get_local_part(state[self.second_moment])
-        (local if type(local) is torch.Tensor else local.scale).mul_(factor)
 
     def read(self, state: State) -> torch.Tensor:
         """Return the second moment in fp32 (a DTensor where the state is one); the live tensor where it is plain."""
@@ -325,5 +288,5 @@ LAYOUTS: dict[str, PlainLayout] = {
     "bitsandbytes": BitsAndBytesLayout("state2"),
     "bitsandbytes_rmsprop": BitsAndBytesLayout("state1", find_decay=_first_beta),
     "bitsandbytes_adagrad": BitsAndBytesLayout("state1", find_decay=_no_beta),
-    "torchao": TorchAOLayout(no_linear_decay="its step is compiled anew for every beta2"),
+    "torchao": TorchAOLayout(no_linear_decay="its second moment is kept in few bits, in which g^2 is lost beside v0"),
 }

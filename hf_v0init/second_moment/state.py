@@ -21,8 +21,6 @@ from .layouts import LAYOUTS, PlainLayout, State
 from .probe import probe_layout
 from .table import find_row
 
-WIDE_DTYPES = (torch.float32, torch.float64)  # wide enough to add up a thousand gradients
-
 _REMEDY = "use an optimizer that `hf-v0init optimizers` lists as supported, such as optim=adamw_torch, or v0_init=zeros"
 
 
@@ -216,6 +214,11 @@ class SecondMoments:
 
     def require_linear_decay(self) -> None:
         """Raise `InputError` if a v0 cannot decay linearly in every group, naming what to use."""
+        if getattr(getattr(self.inner, "args", None), "optim_bits", 32) == 8:  # bitsandbytes
+            raise InputError(
+                f"v0_decay=linear with {self.name}: its second moment is kept in 8 bits, in which g^2 is lost beside v0; use "
+                "v0_decay=beta2, or optim=adamw_torch"
+            )
         for group in self.inner.param_groups:
             reason = self.layout.explain_no_linear_decay(group)
             if reason:
@@ -257,68 +260,3 @@ def is_untouched(optimizer) -> bool:
         return SecondMoments(optimizer).is_untouched()
     except InputError:  # refused for a v0: what lies in `optimizer.state` is its state all the same
         return not any(unwrap_optimizer(optimizer).state.values())
-
-
-# ---- a state that is being computed ----------------------------------------------------------------------------------
-
-
-@dataclass
-class StateDraft:
-    """The state of one stored tensor while its v0 is being computed.
-
-    Attributes:
-        tensors: zero-filled tensors of the stored tensor's shape to compute in, the last for v0. Where they can, they are the
-            future state's own tensors, so that the gradient sums of a pass need no memory beyond it.
-        lent: those of the state's own that v0 will not stand in; cleared at the end.
-    """
-
-    moments: SecondMoments
-    stored: StoredTensor
-    state: State | None
-    tensors: tuple[torch.Tensor, ...]
-    lent: tuple[torch.Tensor, ...] = ()
-
-    def finish(self) -> State:
-        """Take the last of `tensors` as v0 (in units of gradient squared) and put the finished state into the optimizer."""
-        v0 = self.tensors[-1]
-        if self.state is None:
-            self.state = self.moments.create_state(self.stored.tensor, self.stored.group)
-        with torch.no_grad():
-            for tensor in self.lent:
-                tensor.zero_()
-            self.moments.layout.write_(self.state, v0)
-        self.tensors = self.lent = ()
-        self.moments.put_state(self.stored.tensor, self.stored.group, self.state)
-        return self.state
-
-
-def draft_state(
-    moments: SecondMoments, stored: StoredTensor, *, num_tensors: int = 1, for_sums: bool = False
-) -> StateDraft:
-    """Begin the state of a stored tensor, which `StateDraft.finish` completes. The optimizer is not touched.
-
-    Args:
-        num_tensors: 1 (v0 alone) or 2 (the sums of g and of g^2).
-        for_sums: many values will be added up, so the tensors must be fp32 or wider: running sums in bf16 lose a fifth
-            over a thousand batches.
-    """
-    tensor = stored.tensor
-    state: State | None = None
-    found: list[torch.Tensor | None] = [None] * num_tensors
-    if not for_sums or tensor.dtype in WIDE_DTYPES:
-        state = moments.create_state(tensor, stored.group)
-        found = moments.layout.find_sum_tensors(state, num_tensors)
-    if all(own is None for own in found):
-        state = None  # made when v0 is known, so that sums and state do not lie in memory at once
-    dtype = tensor.dtype if tensor.dtype in WIDE_DTYPES else torch.float32
-    with torch.no_grad():
-        tensors = tuple(
-            torch.zeros_like(tensor, dtype=dtype, requires_grad=False) if own is None else own for own in found
-        )
-    lent = tuple(own for own in found[:-1] if own is not None)
-    return StateDraft(moments, stored, state, tensors, lent)
-
-
-def count_touched(moments: SecondMoments, stored: Iterable[StoredTensor]) -> int:
-    """Count the stored tensors that have state."""
-    return sum(moments.find_state(one.tensor, one.group) is not None for one in stored)

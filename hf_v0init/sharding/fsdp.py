@@ -1,44 +1,8 @@
-"""How processes share a model that FSDP2 or tensor parallelism shards: whose part of a batch is whose, and gradients in place."""
-
-from dataclasses import dataclass
+"""Gradients and weights of a model that FSDP2 or tensor parallelism shards."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-
-@dataclass(frozen=True)
-class DataShare:
-    """Which part of each batch this process computes, where all processes run every batch together.
-
-    Attributes:
-        part, num_parts: this process has part `part` of `num_parts`; processes of one tensor-parallel group have the same.
-    """
-
-    part: int
-    num_parts: int
-
-
-def find_data_share(model: nn.Module) -> DataShare:
-    """Find this process's place among those over which `fully_shard` averages the gradients of `model`.
-
-    Without FSDP2 (tensor parallelism alone) all processes compute the whole batch: part 0 of 1.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for mesh_info in (group.mesh_info for group in groups if group is not None):
-            part, num_parts = 0, 1
-            for kind in ("replicate", "shard"):  # hybrid sharding: replicas outside, shards inside
-                if hasattr(mesh_info, f"{kind}_mesh_size"):
-                    part = part * getattr(mesh_info, f"{kind}_mesh_size") + getattr(mesh_info, f"{kind}_mesh_rank")
-                    num_parts *= getattr(mesh_info, f"{kind}_mesh_size")
-            return DataShare(part, num_parts)
-    return DataShare(0, 1)
 
 
 def match_placements(gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:

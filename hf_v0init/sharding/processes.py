@@ -1,7 +1,10 @@
 """How the processes of a run agree: how many there are, what each of them has, and that all fail if one does."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..errors import InputError
@@ -29,7 +32,7 @@ def raise_together(error: BaseException | None) -> None:
     The failing process raises its own exception, the others the same message as `InputError` (or a `RuntimeError` where
     it was no input error).
     """
-    if getattr(error, "raised_alone", False):  # the others wait elsewhere, see `gradients.together`
+    if getattr(error, "raised_alone", False):  # the others wait elsewhere, see `estimation.trust_radius`
         raise error
     mine = None if error is None else (isinstance(error, InputError), f"{error}" or type(error).__name__)
     everyone = gather_objects(mine)
@@ -39,3 +42,21 @@ def raise_together(error: BaseException | None) -> None:
         if theirs is not None:
             is_input_error, message = theirs
             raise (InputError if is_input_error else RuntimeError)(f"process {rank}: {message}")
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """Raise an exception that leaves this context on any process on every process; see `raise_together`. All must enter it."""
+    error = None
+    try:
+        yield
+    except Exception as exception:
+        error = exception
+    raise_together(error)
+
+
+def add_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place; all processes must call this with tensors of the same shapes."""
+    if get_rank_and_world_size()[1] > 1:
+        for reduction in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            reduction.wait()

@@ -1,39 +1,22 @@
-"""`--help` and `--help_all`: the flags in groups, each once, with examples on top."""
+"""`--help` and `--help_all`: the flags in groups, each once, with examples on top.
+
+The commands print `--help` from a file of `help/`, so that it needs neither torch nor an extra; `python -m hf_v0init.cli.scripts`
+writes these files anew, and a test compares them with the flags.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import textwrap
-import typing
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
-from ..settings import V0InitArguments
+from hf_v0init import V0InitArguments
 
-HELP_FLAGS = ("-h", "--help")
-HELP_ALL_FLAGS = ("--help_all", "--help-all")
-
-WIDTH = 120
-FLAG_WIDTH = 34
-LONGEST_TRAINING_HELP = 160  # characters; transformers' own texts run to paragraphs
-
-GROUPS = {
-    "model": "which model, which tokenizer",
-    "data": "what it is trained and measured on",
-    "training": "how long, how fast, what is kept",
-    "v0": "how Adam's second moment starts",
-    "generation": "how text is generated",
-}
-GENERATION_FLAGS = {
-    "num_beams", "length_penalty", "no_repeat_ngram_size", "min_length", "num_return_sequences", "max_length_a", "max_length_b",
-    "forced_bos_token", "predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
-    "sample_prompt", "max_new_tokens", "num_sample_translations", "val_max_target_length", "sacrebleu_tokenize",
-    "sacrebleu_lowercase",
-}  # fmt: skip
-MODEL_FLAGS = {"cache_dir", "model_revision", "token", "trust_remote_code"}
+HELP_FLAGS, HELP_ALL_FLAGS = ("-h", "--help"), ("--help_all", "--help-all")
+WIDTH, FLAG_WIDTH = 120, 34
 COMMON_TRAINING_FLAGS = {
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -41,7 +24,7 @@ COMMON_TRAINING_FLAGS = {
     "max_grad_norm", "label_smoothing_factor", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
     "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_steps", "seed",
     "data_seed", "use_cpu", "bf16", "fp16", "tf32", "torch_compile", "gradient_checkpointing", "dataloader_num_workers",
-    "report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token",
+    "report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token", "predict_with_generate",
 }  # fmt: skip
 
 
@@ -52,35 +35,45 @@ def compose_help(
 
     Args:
         parser: with all flags, for their defaults and texts.
-        dataclass_types: whose fields they are.
-        program: name of the script, for the first line.
-        examples: commands to show on top, one a line.
-        everything: all of the Trainer's flags, with the whole of their texts, not the common ones alone.
+        dataclass_types: whose fields they are; each makes a group named by its docstring's first line.
+        program: what is typed, such as "hf-v0init clm".
+        examples: commands to show on top, one a line; `{}` stands for the program.
+        everything: all of the Trainer's flags with the whole of their texts, not the common ones with their first sentence.
 
     Returns:
         The text, lines of at most 120 characters.
     """
-    groups: dict[str, list[argparse.Action]] = {name: [] for name in GROUPS}
-    places = {f.name: choose_group(f.name, t) for t in dataclass_types for f in dataclasses.fields(t)}
-    shown = set()
-    num_left_out = 0
-    for action in parser._actions:
-        if action.dest in shown or action.dest not in places:
-            continue
-        shown.add(action.dest)
-        if not everything and is_seldom_used(action.dest, dataclass_types):
-            num_left_out += 1
-            continue
-        groups[places[action.dest]].append(action)
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    ours = set(V0InitArguments.__dataclass_fields__)
     lines = [f"usage: {program} [FILE.yaml | FILE.json] --flag value ...", ""]
     lines += ["FILE holds flags as a mapping; flags on the command line override it.", ""]
     if examples:
-        lines += ["examples:", *(f"  {line.rstrip()}" for line in examples.strip().splitlines()), ""]
-    for name, actions in groups.items():
-        if actions:
-            lines.append(f"{name}: {GROUPS[name]}")
-            for action in actions:
-                lines += _compose_flag(action, is_short=not everything and name == "training")
+        lines += [
+            "examples:",
+            *(f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()),
+            "",
+        ]
+    shown, num_left_out = set(), 0
+    for kind in dataclass_types:
+        of_trainer = issubclass(kind, TrainingArguments)
+        names = [name for name in kind.__dataclass_fields__ if name in actions and name not in shown]
+        shown.update(names)
+        taken = getattr(kind, "taken_flags", None)
+        kept = [name for name in names if taken is None or name in taken]
+        if of_trainer:
+            common = [name for name in kept if name in COMMON_TRAINING_FLAGS or name in ours]
+            num_left_out += 0 if everything else len(kept) - len(common)
+            kept = kept if everything else common
+            groups = {
+                "v0: how Adam's second moment starts": [name for name in kept if name in ours],
+                "training: transformers' own flags": [name for name in kept if name not in ours],
+            }
+        else:
+            groups = {(kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."): kept}
+        for title, members in groups.items():
+            lines.append(title)
+            for name in members:
+                lines += _compose_flag(actions[name], is_short=of_trainer and name not in ours and not everything)
             lines.append("")
     if num_left_out:
         lines.append(
@@ -89,33 +82,10 @@ def compose_help(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def choose_group(name: str, dataclass_type: type) -> str:
-    """Return the group of a flag: by its name where that tells, else by the dataclass it belongs to."""
-    if name in GENERATION_FLAGS:
-        return "generation"
-    if name in V0InitArguments.__dataclass_fields__:
-        return "v0"
-    if name in MODEL_FLAGS or "Model" in dataclass_type.__name__:
-        return "model"
-    is_data = any(word in dataclass_type.__name__ for word in ("Data", "Quality")) and name != "overwrite_output_dir"
-    return "data" if is_data else "training"
-
-
-def is_seldom_used(name: str, dataclass_types: Sequence[type]) -> bool:
-    """Whether a flag is one of transformers' own that `--help` leaves to `--help_all`."""
-    owners = [t for t in dataclass_types if name in t.__dataclass_fields__]
-    of_trainer = all(issubclass(t, TrainingArguments) for t in owners)
-    return of_trainer and name not in V0InitArguments.__dataclass_fields__ and name not in (
-        COMMON_TRAINING_FLAGS | GENERATION_FLAGS
-    )  # fmt: skip
-
-
 def _compose_flag(action: argparse.Action, is_short: bool) -> list[str]:
     text = " ".join((action.help or "").replace("%%", "%").split())
     if is_short:
         text = re.split(r"(?<=[.:;])\s", text.replace("`", ""), maxsplit=1)[0].rstrip(":;")
-        if len(text) > LONGEST_TRAINING_HELP:
-            text = text[: LONGEST_TRAINING_HELP - 4].rsplit(" ", 1)[0] + " ..."
     default = getattr(action.default, "value", action.default)
     if "efault" not in text and default not in (None, "", [], {}) and default is not argparse.SUPPRESS:
         text = f"{text.rstrip('.')}. Default: {default}." if text else f"Default: {default}."
@@ -132,6 +102,5 @@ def _name_value(action: argparse.Action) -> str:
         return "{" + ",".join(names) + "}" if len(names) <= 4 and sum(map(len, names)) < 40 else "NAME"
     if action.nargs == "?":
         return ""
-    kind = getattr(action.type, "__name__", "") if not typing.get_args(action.type) else ""
-    word = {"int": "N", "float": "X", "str": "TEXT"}.get(kind, "VALUE")
+    word = {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(action.type, "__name__", ""), "VALUE")
     return f"{word} ..." if action.nargs == "+" else word

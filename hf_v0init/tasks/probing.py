@@ -8,15 +8,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..errors import InputError
-from ..estimation.trust_radius import TrustRadius
+from hf_v0init import InputError, TrustRadius
+
 from ..method.length import (
     NEEDED_FROM,
     STEPS_PER_X,
@@ -28,26 +27,15 @@ from ..method.length import (
 )
 from ..plots import draw_trust_radius, require_figure_path
 from ..trainer.probe import measure_run
-from .script_stages import flag
 
 
-@dataclass
-class ProbeArguments:
-    """Measuring how long to hold back, instead of training."""
-
-    probe_only: bool = flag(
-        False,
-        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs. "
-        "`hf-v0init probe FILE` does the same.",
-    )
-    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
-
-    def __post_init__(self) -> None:
-        """Check the plot's path before anything is built."""
-        if self.probe_figure is not None:
-            if not self.probe_only:
-                raise InputError(f"--probe_figure={self.probe_figure}: is for --probe_only; add it or drop this")
-            require_figure_path(self.probe_figure)
+def require_possible_figure(options) -> None:
+    """Refuse a plot without `--probe_only`, or one that cannot be written, before anything is built."""
+    if options.probe_figure is None:
+        return
+    if not options.probe_only:
+        raise InputError(f"--probe_figure={options.probe_figure}: is for --probe_only; add it or drop this")
+    require_figure_path(options.probe_figure)
 
 
 def turn_into_probe(training: TrainingArguments) -> None:
@@ -65,7 +53,7 @@ def turn_into_probe(training: TrainingArguments) -> None:
         training.log_level = "warning"
 
 
-def probe_and_print(trainer, probe: ProbeArguments) -> TrustRadius:
+def probe_and_print(trainer, probe) -> TrustRadius:
     """Prepare the run as for training, measure, print, draw; return what was measured."""
     try:
         radius, learning_rate = measure_run(trainer)
@@ -110,10 +98,10 @@ def print_probe(
         soft_wrap=True,
     )
     if radius.d50 is None:
-        console.print(f"d50 could not be measured: {radius.reason}.", soft_wrap=True)
+        console.print(f"the trust radius could not be measured: {radius.reason}.", soft_wrap=True)
         return
     alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.batch_d50)
-    console.print(f"d50, where rho is 0.5: {radius.d50:.3g} (batches alone: {alone})", style="bold")
+    console.print(f"trust radius (d50, where rho is 0.5): {radius.d50:.3g} (batches alone: {alone})", style="bold")
     for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
         console.print(line, soft_wrap=True)
 
@@ -121,25 +109,27 @@ def print_probe(
 def describe_length(
     radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
 ) -> list[str]:
-    """Say in sentences what a measured d50 means for a run of `num_steps` at this learning rate."""
+    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
     x = compute_relative_rate(learning_rate, radius.d50)
     options = {"has_batch_norm": radius.has_batch_norm}
     length = compute_warmup_length(x, num_steps, **options)
-    lines = [f"x = learning rate / d50 = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
+    lines = [f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
     if length == 0:
         why = (
-            "the network has BatchNorm, and none needed one at any x"
+            "the network has BatchNorm, and none needed one at any learning rate"
             if radius.has_batch_norm
-            else f"x is below {NEEDED_FROM:g}"
+            else f"the relative learning rate is below {NEEDED_FROM:g}"
         )
-        lines.append(f"Nothing needed: {why}.")
+        lines.append(f"No warmup needed: {why}.")
     elif is_cut_short(x, num_steps, **options):
         lines.append(
-            f"Hold back for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} x would be "
+            f"Warm up for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} times it would be "
             f"{STEPS_PER_X * x:,.0f}, more than this run has room for: lower the learning rate or train longer."
         )
     else:
-        lines.append(f"Hold back for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} x): --warmup_steps {length}")
+        lines.append(
+            f"Warm up for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} times it): --warmup_steps {length}"
+        )
     if warmup_steps is not None:
         lines.append(f"This run as configured: a warmup of {warmup_steps:,} steps.")
     if not radius.has_batch_norm:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, TrainingArguments
 
-from ..errors import InputError
+from hf_v0init import InputError, V0InitArguments
 
 logger = logging.getLogger("hf_v0init")
 
@@ -24,23 +24,28 @@ REMEDY = (
     "To continue it, give what it was started with; to start anew, give --overwrite_output_dir or another --output_dir (and no "
     "--resume_from_checkpoint)"
 )
-
-RECORD_KEY = "HfV0InitRun"
-STATE_FILE = "trainer_state.json"
-TRAIN_RESULTS_FILE = "train_results.json"
+RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE = "HfV0InitRun", "trainer_state.json", "train_results.json"
 
 # With another value it is another run. What may be changed on the way (learning rate, length, how often to log) is not here.
 IDENTITY_FLAGS = (
     "dataset_name", "dataset_config_name", "dataset_revision", "source_lang", "target_lang", "source_column", "target_column",
     "text_column", "prompt_column", "completion_column", "image_column", "label_column", "source_prefix", "prompt_prefix",
-    "model_name_or_path", "model_type", "tokenizer_name", "tokenizer_kind", "vocab_size", "max_source_length", "max_target_length",
-    "block_size", "max_train_samples", "max_length_ratio", "streaming", "whole_word_mask", "line_by_line", "mlm_probability", "optim", "optim_args", "v0_optimizer",
+    "model_name_or_path", "model_type", "tokenizer_name", "tokenizer_kind", "vocab_size", "max_source_length",
+    "max_target_length", "block_size", "max_train_samples", "max_length_ratio", "streaming", "whole_word_mask", "line_by_line",
+    "mlm_probability", "optim", "optim_args", "v0_optimizer",
 )  # fmt: skip
 # With another value the run goes on, but not as it would have: the order of the samples is another.
 ORDER_FLAGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "world_size",
 )  # fmt: skip
 LENGTH_FLAGS = ("max_steps", "num_train_epochs")
+# With another value a finished run would have come to another model.
+SETTING_FLAGS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "weight_decay", "max_grad_norm", "label_smoothing_factor", "lr_decay_epochs", "lr_decay_factor", "warmup_init_lr", "min_lr",
+    "average_checkpoints", "config_overrides", "random_crop", "random_flip",
+    *(name for name in V0InitArguments.__dataclass_fields__ if name not in ("v0_optimizer", "v0_record_run")),
+)  # fmt: skip
 TRAIN_PATHS = ("train_file", "train_source_file", "train_target_file", "train_dir")
 NAME_FLAGS = ("model_name_or_path", "tokenizer_name", "dataset_name")  # whose folder may have been moved
 HASHED_BYTES = 1 << 20  # at either end of a file: whoever edits or replaces it changes its size or these
@@ -60,14 +65,15 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
         others: the script's other dataclasses of flags.
 
     Returns:
-        "identity", "order" and "length", each a mapping of flags (and files) to plain values.
+        "identity", "order", "length" and "settings", each a mapping of flags (and files) to plain values.
     """
     flags: dict[str, Any] = {"world_size": training.world_size}
     for arguments in (*others, training):
         flags |= vars(arguments)
+    kinds = {"identity": IDENTITY_FLAGS, "order": ORDER_FLAGS, "length": LENGTH_FLAGS, "settings": SETTING_FLAGS}
     record = {
-        name: {flag: _shorten(flag, _make_plain(flags[flag])) for flag in names if flag in flags}
-        for name, names in (("identity", IDENTITY_FLAGS), ("order", ORDER_FLAGS), ("length", LENGTH_FLAGS))
+        kind: {name: _shorten(name, _make_plain(flags[name])) for name in names if name in flags}
+        for kind, names in kinds.items()
     }
     for name in TRAIN_PATHS:
         if training.do_train and flags.get(name):
@@ -109,9 +115,17 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     changed = _list_differences(then.get("order", {}), now.get("order", {}))
     if changed:
         logger.warning(
-            f"{folder} was saved with other settings ({'; '.join(changed)}): the run goes on, but with the samples in another order "
-            "than a run in one piece"
+            f"{folder} was saved with other settings ({'; '.join(changed)}): the run goes on, but with the samples in another "
+            "order than a run in one piece"
         )
+
+
+def list_changed_settings(folder: str | os.PathLike, now: Mapping[str, Any]) -> list[str]:
+    """List in which settings a finished run differs from the one asked for, in words."""
+    then = get_record((read_state(folder) or {}).get("stateful_callbacks", {})) or {}
+    return _list_differences(
+        then.get("settings", {}) | then.get("order", {}), now.get("settings", {}) | now.get("order", {})
+    )
 
 
 def require_same_model(folder: str | os.PathLike | None, config: PreTrainedConfig) -> None:
@@ -136,13 +150,12 @@ def require_same_model(folder: str | os.PathLike | None, config: PreTrainedConfi
 
 def find_finished_step(training: TrainingArguments) -> int | None:
     """Return the step at which the run of the output folder ended, if it is as long as `training` asks for; else None."""
-    folder = Path(training.output_dir)
-    state = read_state(folder)
-    if state is None or not (folder / TRAIN_RESULTS_FILE).is_file():
+    state = read_state(training.output_dir)
+    if state is None or not Path(training.output_dir, TRAIN_RESULTS_FILE).is_file():
         return None
     step = state.get("global_step")
     length = (get_record(state.get("stateful_callbacks", {})) or {}).get("length")
-    wanted = {flag: _make_plain(getattr(training, flag)) for flag in LENGTH_FLAGS}
+    wanted = {name: _make_plain(getattr(training, name)) for name in LENGTH_FLAGS}
     if training.max_steps > 0 and isinstance(step, int) and step >= training.max_steps:
         return step
     same = length == wanted or (length and training.max_steps > 0 and length["max_steps"] == training.max_steps)
@@ -163,8 +176,8 @@ def _show(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
-def _shorten(flag: str, value: Any) -> Any:
-    return Path(value).name if flag in NAME_FLAGS and isinstance(value, str) else value
+def _shorten(name: str, value: Any) -> Any:
+    return Path(value).name if name in NAME_FLAGS and isinstance(value, str) else value
 
 
 def _make_plain(value: Any) -> Any:

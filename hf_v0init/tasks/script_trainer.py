@@ -1,4 +1,4 @@
-"""What the scripts' Trainers share: true counts and losses of a run that was resumed, and a model card that evaluation adds to.
+"""What the scripts' Trainers share: whole weights, true counts and losses of a resumed run, a card that evaluation adds to.
 
 The stock Trainer forgets at a resume what it had summed up: `train_loss` is then a mean over the steps since. Here the sums
 travel in `trainer_state.json`, together with what tells one run from another (`run_identity`).
@@ -7,22 +7,31 @@ travel in `trainer_state.json`, together with what tells one run from another (`
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, RepoCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import find_batch_size
 
+from hf_v0init import SafeCheckpointsMixin
+
 from ..records.model_card import add_results_section
 from ..records.report import read_report
-from ..trainer.safe_checkpoints import SafeCheckpointsMixin
 from .run_identity import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, get_record
+from .schedules import ScheduleMixin
+from .whole_weights import WholeWeightsMixin
 
-CARD_FILE = "README.md"
-RESULTS_FILE = "all_results.json"
+logger = logging.getLogger("hf_v0init")
+
+CARD_FILE, RESULTS_FILE = "README.md", "all_results.json"
+CARD_METRICS = ("accuracy", "bleu", "chrf", "perplexity", "loss")
+STAGES = {"eval": "validation", "predict": "test", "test": "test"}
 
 
-class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
+class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin, Trainer):
     """Put before a Trainer.
 
     Args:
@@ -34,9 +43,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
         self.card_samples: list[dict[str, str]] = []
         self._has_trained = False
         self._num_samples_seen = 0
-        self._summed_before: dict | None = (
-            None  # what a checkpoint had summed up, until it is added to this call's sums
-        )
+        self._summed_before: dict | None = None  # what a checkpoint had summed up, until it joins this call's sums
         self._pending_loss: torch.Tensor | None = None  # of the steps since the last log line
         self._knows_all_steps = True
         super().__init__(*args, **kwargs)
@@ -44,10 +51,11 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
     # ---- losses and counts -------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """Train as the Trainer does. `train_loss` is the mean over all steps of the run, those before a resume included;
-        the speeds count the samples and steps of this call.
+        """Train as the Trainer does. `train_loss` and `train_samples_seen` are of all steps of the run, those before a resume
+        included; the speeds count the samples and steps of this call.
         """
         self._num_samples_seen, self._summed_before, self._pending_loss, self._knows_all_steps = 0, None, None, True
+        self._num_samples_before = 0
         output = super().train(*args, **kwargs)
         self._has_trained = True
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
@@ -73,6 +81,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
                 "pending_loss": self.accelerator.gather(self._pending_loss.detach().reshape(1)).mean().item(),
                 "total_loss": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
+                "num_samples": self._count_samples() + self._num_samples_before,
             }
         self._record_run(sums)
         super()._save_checkpoint(model, trial)
@@ -92,6 +101,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
         super()._load_callback_state()
         self._summed_before = record.get("sums")
         self._knows_all_steps = self._summed_before is not None
+        self._num_samples_before = (self._summed_before or {}).get("num_samples", 0)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as the Trainer does, with true sums at the end of training."""
@@ -99,15 +109,32 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
             self._correct_totals(logs)
         super().log(logs, *args, **kwargs)
 
+    def _count_samples(self) -> int:
+        counted = torch.tensor([self._num_samples_seen], device=self.args.device)
+        return int(self.accelerator.gather(counted).sum())
+
     def _correct_totals(self, metrics: dict[str, float]) -> None:
         before = self._summed_before
         if self._knows_all_steps and self.state.global_step:
             total = self._total_loss_scalar if before is None else before["total_loss"] + before["pending_loss"]
             metrics["train_loss"] = total / self.state.global_step
-        num_samples = torch.tensor([self._num_samples_seen], device=self.args.device)
-        num_samples = int(self.accelerator.gather(num_samples).sum())
-        seconds = max(metrics["train_runtime"], 1e-9)
-        metrics["train_samples_per_second"] = round(num_samples / seconds, 3)
+        num_samples = self._count_samples()
+        metrics["train_samples_per_second"] = round(num_samples / max(metrics["train_runtime"], 1e-9), 3)
+        if self._knows_all_steps:
+            metrics["train_samples_seen"] = num_samples + self._num_samples_before
+
+    # ---- what is loaded ----------------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        report = None if checkpoint is None else read_report(checkpoint)
+        if report is not None and report.get("strategy") != "zeros" and self.v0_arguments.v0_init == "zeros":
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"{checkpoint} is of a run that began with --v0_init {report['strategy']}, and --v0_init zeros was given: the "
+                    "optimizer's state stands, and the record of its v0 goes along"
+                )
+            self._v0_callback.report = report
 
     def load_trained(self) -> dict[str, float]:
         """Load model, state and v0 record of the output folder's run, which has been trained to its end.
@@ -123,17 +150,6 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
         self._has_trained = True
         return json.loads((folder / TRAIN_RESULTS_FILE).read_text(encoding="utf-8"))
 
-    # ---- resuming ----------------------------------------------------------------------------------------------------
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Warn as the Trainer does, but not of weights that are tied to others: they are saved once."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        tied = {*tied, *(getattr(self.model, "_tied_weights_keys", None) or ())}
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if len(missing) < len(load_result.missing_keys):
-            self.model.tie_weights()
-        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
-
     # ---- results and card --------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -142,10 +158,38 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, Trainer):
             return
         path = Path(self.args.output_dir, CARD_FILE)
         if self._has_trained or not path.is_file():
-            super().create_model_card(*args, **kwargs)
+            of_results = logging.getLogger("transformers.modelcard")  # what it drops of the results is put in below
+            level = of_results.level
+            of_results.setLevel(logging.ERROR)
+            try:
+                super().create_model_card(*args, **kwargs)
+            finally:
+                of_results.setLevel(level)
         if path.is_file():
-            text = add_results_section(path.read_text(encoding="utf-8"), self._read_results(), self.card_samples)
-            path.write_text(text, encoding="utf-8")
+            results = self._read_results()
+            text = add_results_section(path.read_text(encoding="utf-8"), results, self.card_samples)
+            card = RepoCard(text)
+            listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
+            if listed:
+                card.data["model-index"] = eval_results_to_model_index(
+                    Path(self.args.output_dir).absolute().name, listed
+                )
+            path.write_text(str(card), encoding="utf-8")
+
+    def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type="".join(c if c.isalnum() or c in "-_./" else "-" for c in dataset),
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=name,
+                metric_value=round(results[f"{stage}_{name}"], 4),
+            )
+            for stage, split in STAGES.items()
+            for name in CARD_METRICS
+            if isinstance(results.get(f"{stage}_{name}"), (int, float))
+        ]
 
     def _read_results(self) -> dict:
         path = Path(self.args.output_dir, RESULTS_FILE)

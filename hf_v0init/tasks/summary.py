@@ -1,4 +1,4 @@
-"""What a run has been, in one table at its end: what was trained, how well, and where things are."""
+"""What a script says on the terminal at its end: one line per stage, and a table of what the run has been."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from rich.table import Table
 
 # Of all the numbers of `all_results.json` those that people look for; the file has the rest.
 SCORES = {
-    "loss": "{:.4f}",
-    "perplexity": "{:.3f}",
-    "pseudo_perplexity": "{:.3f}",
-    "accuracy": "{:.4f}",
-    "top5_accuracy": "{:.4f}",
-    "bleu": "{:.2f}",
-    "chrf": "{:.2f}",
-}
+    "loss": "{:.4f}", "perplexity": "{:.3f}", "pseudo_perplexity": "{:.3f}", "accuracy": "{:.4f}", "top5_accuracy": "{:.4f}",
+    "bleu": "{:.2f}", "chrf": "{:.2f}",
+}  # fmt: skip
 STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": "test"}
 FILES = {
     "model.safetensors": "model", "README.md": "card", "all_results.json": "results", "v0_init.json": "v0",
@@ -27,6 +22,11 @@ FILES = {
     "generated_completions.jsonl": "completions", "generated_sample.txt": "sample",
 }  # fmt: skip
 LOG_WIDTH = 120
+
+
+def say(line: str) -> None:
+    """Write a line to the terminal as it is."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(line)
 
 
 def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -80,8 +80,9 @@ def _describe_training(trainer, results: Mapping[str, Any]) -> str:
     words = [f"{trainer.state.global_step:,} steps"]
     if trainer.state.epoch:
         words.append(f"{trainer.state.epoch:.2f} epochs")
-    if results.get("train_samples"):
-        words.append(f"{results['train_samples']:,} samples")
+    if results.get("train_samples_seen"):
+        of_data = f" (the data has {results['train_samples']:,})" if results.get("train_samples") else ""
+        words.append(f"{results['train_samples_seen']:,} samples{of_data}")
     if results.get("train_runtime"):
         words.append(
             f"{results['train_runtime']:.0f} s, {results.get('train_samples_per_second', 0):.1f} samples per second"

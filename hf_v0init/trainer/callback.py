@@ -14,7 +14,6 @@
 `v0_init.json` beside every checkpoint says what was done.
 """
 
-import functools
 import logging
 import os
 
@@ -23,8 +22,6 @@ from transformers import TrainerCallback
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import LengthHook, V0Hook
-from ..initialization.plan import plan_v0
-from ..initialization.writing import estimate_grad_sq_mean, write_v0
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import (
@@ -39,9 +36,9 @@ from ..second_moment.state import SecondMoments
 from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
-from .gradients import TrainerGradients
+from .per_sample import write_per_sample_v0
 from .schedule import keep_plateau, require_no_warmup, warm_up
-from .supported_runs import require_measurable, require_supported_pass, require_supported_run
+from .supported_runs import require_measurable, require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -159,6 +156,8 @@ class V0InitCallback(TrainerCallback):
                 require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
             self._let_go()
+            if state.global_step > 0:
+                self._keep_record_of_another_start(args, state)
             return
         if plan.init != "zeros":
             require_supported_run(trainer)
@@ -248,7 +247,7 @@ class V0InitCallback(TrainerCallback):
 
     def _go_on(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
         """Keep the loaded state and its record; name the settings that differ."""
-        folder = self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        folder = self._find_checkpoint(args, state)
         stored = read_report(folder)
         if plan.init == "zeros":
             self._warm_up_as_before(stored, state)
@@ -256,6 +255,8 @@ class V0InitCallback(TrainerCallback):
         if stored is None or stored["strategy"] == "zeros":
             self._let_go()
             self.length = (stored or {}).get("length")
+            if self.length is not None and plan.decay_steps == AUTO:
+                return  # no warmup was needed when the run began
             logger.warning(
                 f"the checkpoint {folder} was trained without a v0 (v0_init.json): its optimizer state stands as it is, "
                 f"and v0_init={settings.v0_init} has no effect on this resumed run"
@@ -293,6 +294,19 @@ class V0InitCallback(TrainerCallback):
         numbers = {"decay_steps": stored.get("decay_steps"), "estimation_steps": first, "held": {}}
         self.hook.load_state_dict((held or numbers) | {"num_steps": state.global_step})
 
+    def _find_checkpoint(self, args, state) -> str:
+        return self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+
+    def _keep_record_of_another_start(self, args, state) -> None:
+        """Resumed with `v0_init=zeros` a run that was begun with a v0: say so, and let the record go along."""
+        stored = read_report(self._find_checkpoint(args, state))
+        if stored is not None and stored["strategy"] != "zeros":
+            self.length, self.report = stored.get("length"), {k: v for k, v in stored.items() if k != "length"}
+            logger.warning(
+                f"this run was begun with v0_init={stored['strategy']} and goes on with v0_init=zeros: what its second moment holds of v0 is "
+                "forgotten by beta2; give the same v0 flags to go on as it was begun"
+            )
+
     def _warm_up_as_before(self, stored: dict | None, state) -> None:
         """Give the schedule of a resumed run the warmup that was measured when it began."""
         self.length = (stored or {}).get("length")
@@ -325,6 +339,7 @@ class V0InitCallback(TrainerCallback):
             max_steps=max_steps,
             loss_fn=self._compute_first_loss,
             on_length=self._take_length,
+            on_failed=self._remove_recorder,
             on_written=self._finish,
         )
 
@@ -332,17 +347,18 @@ class V0InitCallback(TrainerCallback):
         """Measure the length of a warmup in the first step, without a v0."""
         self._let_go()
         self._length_hook = LengthHook(
-            optimizer, model, max_steps=max_steps, loss_fn=self._compute_first_loss, on_length=self._take_length
+            optimizer,
+            model,
+            max_steps=max_steps,
+            loss_fn=self._compute_first_loss,
+            on_length=self._take_length,
+            on_failed=self._remove_recorder,
         )
 
     def _compute_first_loss(self) -> float:
         if self._recorder is None or not self._recorder.has_calls:
             raise LossNotComputed("compute_loss was not called in the first step")
-        try:
-            return self._recorder.compute_again()
-        except BaseException:  # no event follows that would take the recorder off
-            self._remove_recorder()
-            raise
+        return self._recorder.compute_again()
 
     def _take_length(self, length: WarmupLength) -> None:
         """Let the schedule follow what was measured, before the first update."""
@@ -381,34 +397,9 @@ class V0InitCallback(TrainerCallback):
 
     def _run_pass(self, args, state, settings: V0InitArguments, plan: V0Plan, moments, model) -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        require_supported_pass(self._trainer)
-        seed = args.seed if plan.seed is None else plan.seed
-        parameters = plan_v0(moments, model, plan.include_bias_and_norm)
-        gradients = TrainerGradients(self._trainer, plan, moments, seed)
-        gradients.require_readable_data()
-        plan.get_scale(parameters.beta2 or 0.0)  # one that is too large is refused before the pass
-        gradients.require_independent_samples()
-        step_size = float(self._trainer.get_total_train_batch_size(args))
-        estimate = estimate_grad_sq_mean(parameters, gradients.run, step_size)
-        report = write_v0(
-            parameters,
-            estimate,
-            functools.partial(_get_scale, plan),
-            seed=seed,
-            decay=plan.decay,
-            decay_steps=plan.decay_steps,
-            include_bias_and_norm=plan.include_bias_and_norm,
-            num_samples_requested=plan.num_samples,
-            stats_batch_size=gradients.choose_batch_size(),
-            effective_batch_size=step_size,
-            global_step=state.global_step,
-        )
+        report = write_per_sample_v0(self._trainer, plan, moments)
         report.add_expectation(state.max_steps)
         return report
-
-
-def _get_scale(plan: V0Plan, beta2: float | None) -> float:
-    return plan.get_scale(beta2 or 0.0)
 
 
 def _find_what_warms_up(settings: V0InitArguments, plan: V0Plan) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from ..state_guard import read_rng_states, write_rng_states
-from .gradients import preserve_trainer
+from .state import preserve_trainer
 
 
 class LossRecorder:

@@ -67,6 +67,10 @@ class V0InitMixin:
         """Return what was done about v0 or the warmup, as in `v0_init.json`; None before the first step, and where nothing was."""
         return copy.deepcopy(self._v0_callback.get_record())
 
+    def get_v0_effective_batch_size(self) -> float:
+        """Return the samples of one optimizer step, over accumulation and processes; for Trainers with batches of their own to override."""
+        return float(self.get_total_train_batch_size(self.args))
+
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args, **kwargs):

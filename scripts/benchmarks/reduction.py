@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.measuring import measure_pairs, use_one_thread
 from benchmarks.tasks import make_gpt2
-from hf_v0init.estimation.statistics import PassCounts, reduce_sums
+from hf_v0init.sharding.processes import add_over_processes
 
 
 def main(path: str, num_pairs: str) -> None:
@@ -34,7 +34,7 @@ def _measure(model: nn.Module, num_pairs: int) -> tuple[list[float], int]:
     flat = torch.zeros(sum(tensor.numel() for tensor in sums))
 
     def reduce() -> float:
-        return _time_together(lambda: reduce_sums(sums, PassCounts(1, 1)))
+        return _time_together(lambda: add_over_processes(sums))
 
     def reduce_flat() -> float:
         return _time_together(lambda: dist.all_reduce(flat))

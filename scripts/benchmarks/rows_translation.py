@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 from benchmarks.measuring import Conditions, Row, measure_pairs, measure_times
 from benchmarks.rows_training import FIRST_STEPS, StepClock
 from benchmarks.tasks import TranslationTask, load_translation_task, make_arguments, tokenize
-from hf_v0init.initialization.plan import plan_v0
+from hf_v0init.second_moment.state import SecondMoments
 from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
-from hf_v0init.trainer.gradients import TrainerGradients
+from hf_v0init.trainer.per_sample import write_per_sample_v0
 
 MAX_TOKENS = 512
 NUM_PAIRS = 29_000
@@ -82,7 +82,7 @@ def _make_trainer(conditions: Conditions, task: TranslationTask, num_steps: int,
         adam_beta2=BETAS[1],
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=0.0,
-        **{"v0_init": "data_driven", "v0_num_samples": 16} | settings,
+        **{"v0_init": "data_driven"} | settings,
     )
     trainer = conditions.translation_trainer(
         model=model,
@@ -135,11 +135,13 @@ def _count_padded(sampler: TokenBudgetBatchSampler) -> int:
 def _time_pass_sample(conditions: Conditions, task: TranslationTask) -> float:
     """Seconds of processor time a sample of the Trainer's pass."""
     num_samples = conditions.choose(256, 1024)
-    trainer = _make_trainer(conditions, task, 1, v0_num_samples=num_samples, v0_stats_batch_size=8)
-    plan = plan_v0(trainer.create_optimizer(), trainer.model)
-    gradients = TrainerGradients(trainer, trainer.v0_arguments, plan.moments, seed=0)
+    trainer = _make_trainer(
+        conditions, task, 1, v0_estimator="per_sample", v0_num_samples=num_samples, v0_stats_batch_size=8
+    )
+    moments = SecondMoments(trainer.create_optimizer())
+    plan = trainer.v0_arguments.resolve()
     begin = time.process_time()
-    gradients.run(plan.named_parameters, lambda *_: None)
+    write_per_sample_v0(trainer, plan, moments)
     return (time.process_time() - begin) / num_samples
 
 

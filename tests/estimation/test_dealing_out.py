@@ -4,15 +4,21 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
-from hf_v0init.estimation.batches import SampledBatches, cut_into_batches, deal_out, has_targets
-from hf_v0init.estimation.statistics import StatisticsBatch, make_sum_visitor, visit_gradients
+from hf_v0init import InputError
+from hf_v0init.estimation.batches import (
+    choose_samples,
+    cut_into_batches,
+    deal_out,
+    has_targets,
+    iterate_batches,
+    require_reiterable,
+)
 
 
-@pytest.mark.parametrize(("num", "size"), itertools.product(range(1, 12), range(1, 6)))
+@pytest.mark.parametrize(("num", "size"), list(itertools.product(range(1, 12), range(1, 6))))
 def test_batches_hold_every_sample_once_and_none_is_a_single_one_unless_all_are(num, size):
-    batches = cut_into_batches(list(range(num)), size)
+    batches = list(cut_into_batches(iter(range(num)), size))
     assert list(itertools.chain(*batches)) == list(range(num))
     if size == 1 or num == 1:
         assert [len(b) for b in batches] == [1] * num
@@ -21,14 +27,14 @@ def test_batches_hold_every_sample_once_and_none_is_a_single_one_unless_all_are(
         assert all(len(b) == size for b in batches[:-1])
 
 
-@pytest.mark.parametrize(("num", "world_size"), itertools.product(range(10), range(1, 5)))
+@pytest.mark.parametrize(("num", "world_size"), list(itertools.product(range(10), range(1, 5))))
 def test_every_batch_counts_once_and_every_process_has_as_many(num, world_size):
-    numbers = list(range(3, 3 + num))
-    dealt = [deal_out(numbers, rank, world_size) for rank in range(world_size)]
+    batches = [f"batch {number}" for number in range(num)]
+    dealt = [list(deal_out(iter(batches), rank, world_size)) for rank in range(world_size)]
     assert len({len(mine) for mine in dealt}) == 1
-    assert sorted(number for mine in dealt for number, counts in mine if counts) == numbers
-    assert all(number in numbers for mine in dealt for number, _ in mine)
-    assert sum(not counts for mine in dealt for _, counts in mine) == -num % world_size
+    assert sorted(number for mine in dealt for number, _, counts in mine if counts) == list(range(num))
+    assert all(batch == batches[number] for mine in dealt for number, batch, _ in mine)
+    assert sum(not counts for mine in dealt for *_, counts in mine) == -num % world_size
 
 
 @pytest.mark.parametrize(
@@ -48,36 +54,39 @@ def test_a_batch_without_any_target_is_told(inputs, expected):
     assert has_targets(inputs) is expected
 
 
-def test_repetitions_and_batches_without_a_loss_are_run_but_neither_counted_nor_summed():
-    torch.manual_seed(0)
-    model, x = nn.Linear(3, 2), torch.randn(5, 4, 3)
-    flags = [(True, True), (False, True), (True, False), (True, True), (False, False)]
-    batches = [StatisticsBatch(x[k], 4, k, *both) for k, both in enumerate(flags)]
-    sums, run = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}, []
-
-    def loss(model, inputs):
-        run.append(1)
-        value = model(inputs).square().mean()
-        return value * float("nan") if torch.equal(inputs, x[2]) else value  # as a mean over no label is
-
-    counts = visit_gradients(model, list(model.named_parameters()), batches, loss, make_sum_visitor(sums))
-    assert (len(run), counts.num_samples, counts.num_batches, counts.num_skipped) == (5, 8, 2, 4)
-    expected, losses = torch.zeros(2, 3), []
-    for k in (0, 3):
-        value = model(x[k]).square().mean()
-        expected += 4 * torch.autograd.grad(value, model.weight)[0].square()
-        losses.append(value.item())
-    torch.testing.assert_close(sums[model.weight][1], expected, rtol=1e-6, atol=0)
-    assert counts.mean_loss == pytest.approx(sum(losses) / 2)
-    later = counts + counts
-    assert (later.num_samples, later.num_skipped, later.loss_sum) == (16, 8, 2 * counts.loss_sum)
-
-
-def test_items_of_sampled_batches_say_whether_they_count():
+def test_a_process_reads_its_own_samples_and_says_what_counts():
     rows = [{"labels": torch.tensor([1, -100 if k == 2 else k])} for k in range(3)]
+    read = []
+
+    def read_rows(numbers):
+        read.extend(numbers)
+        return [rows[number] for number in numbers]
 
     def stack(features):
-        return {"labels": torch.stack([f["labels"] for f in features])}
+        return {"labels": torch.stack([f["labels"] for f in features]), "noise": torch.rand(1)}
 
-    last = [SampledBatches(rows, stack, [0, 1, 2], 1, seed=0, rank=rank, world_size=2)[1] for rank in (0, 1)]
-    assert [(b.index, b.counts, b.has_loss) for b in last] == [(2, True, False), (2, False, False)]
+    batches = [list(iterate_batches([0, 1, 2], read_rows, stack, 1, 0, rank, 2)) for rank in (0, 1)]
+    assert read == [0, 2, 1, 2]
+    last = [mine[1] for mine in batches]
+    assert [(b.index, b.num_samples, b.counts, b.has_loss) for b in last] == [(2, 1, True, False), (2, 1, False, False)]
+    assert last[0].inputs["noise"] == last[1].inputs["noise"]  # a random collator is seeded by batch
+
+
+def test_samples_are_chosen_once_each_by_the_seed():
+    chosen = choose_samples(50, 20, 3)
+    assert len(set(chosen)) == 20 and set(chosen) <= set(range(50))
+    assert chosen == choose_samples(50, 20, 3) != choose_samples(50, 20, 4)
+    assert sorted(choose_samples(5, 20, 3)) == list(range(5))
+    with pytest.raises(InputError, match="empty"):
+        choose_samples(0, 20, 3)
+
+
+def test_what_can_be_read_once_is_refused():
+    class Holds:
+        def __init__(self):
+            self.rows = iter([1, 2])
+
+    for dataset, words in ((iter([1, 2]), "is an iterator"), (Holds(), "holds the iterator 'rows'")):
+        with pytest.raises(InputError, match=f"{words}, so it can be read only once"):
+            require_reiterable(dataset)
+    require_reiterable([1, 2])

@@ -48,14 +48,16 @@ def test_twice_the_scale_is_the_squared_xavier_normal_of_the_authors_code():
     torch.testing.assert_close(ours, xavier.square())
     assert compute_random_v0_mean(shape, 2.0) == 2 / 800
     authors, paper = (V0InitArguments(v0_init="random", v0_preset=name) for name in ("authors_code", "paper"))
-    assert authors.get_v0_scale(0.999) == 2 * paper.get_v0_scale(0.999) == 200.0
+    assert authors.resolve().scale == 2 * paper.resolve().scale == 200.0
 
 
 @pytest.mark.parametrize(("preset", "include_bias_and_norm"), [("paper", False), ("authors_code", True)])
 def test_presets_are_the_pass_over_5000_samples(preset, include_bias_and_norm):
     settings = V0InitArguments(v0_init="data_driven", v0_preset=preset)
-    assert (settings.v0_estimator, settings.v0_num_samples, settings.v0_scale) == ("per_sample", 5000, 1.0)
-    assert settings.v0_include_bias_and_norm == include_bias_and_norm
+    plan = settings.resolve(100)
+    assert (plan.decay, plan.estimator, plan.num_samples, plan.scale) == ("beta2", "per_sample", 5000, 1.0)
+    assert plan.include_bias_and_norm == include_bias_and_norm and plan.decay_steps is None
+    assert settings.v0_scale is settings.v0_num_samples is None  # what the user wrote stays as written
     with pytest.raises(
         InputError, match=f"v0_preset={preset} has v0_scale=1.0, and 3.0 was given: drop one of the two"
     ):

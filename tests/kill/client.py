@@ -57,7 +57,7 @@ class KillServer:
 
 
 def read_lives(folder: Path, name: str = "lives.jsonl") -> list[dict]:
-    """What every process of a run did: {"whole": checkpoints when it began, "resumed_from", "passes"}, in order."""
+    """What every process of a run did: {"valid": checkpoints when it began, "resumed_from", "passes"}, in order."""
     lives = {}
     for line in (folder / name).read_text().splitlines():
         life = json.loads(line)

@@ -133,9 +133,9 @@ def train(request: dict, report) -> None:
     folder = Path(request["folder"])
     trainer = build(request, report)
     out = trainer.args.output_dir
-    whole = [os.path.basename(path) for path in list_checkpoints(out) if find_defect(path) is None]
+    valid = [os.path.basename(path) for path in list_checkpoints(out) if find_defect(path) is None]
 
-    life = {"process": os.getpid(), "passes": 0, "whole": whole, "resumed_from": "not yet known"}
+    life = {"process": os.getpid(), "passes": 0, "valid": valid, "resumed_from": "not yet known"}
 
     def note(**news) -> None:
         life.update(news)
@@ -193,15 +193,15 @@ def kill_at_file_operation(trainer, report, save: int, operation: int) -> None:
     transformers.modeling_utils.safe_save_file = halfway(transformers.modeling_utils.safe_save_file)
     builtins.open = before(builtins.open, writes)
     os.replace = before(os.replace, lambda *args, **kwargs: True)
-    save_checkpoint = trainer._save_checkpoint
+    log_save_evaluate = trainer._maybe_log_save_evaluate  # from the first write of a save to the mark, once per step
 
     def counted(*args, **kwargs):
         count["saves"] += 1
         count["inside"] = True
-        save_checkpoint(*args, **kwargs)
+        log_save_evaluate(*args, **kwargs)
         count["inside"] = False
 
-    trainer._save_checkpoint = counted
+    trainer._maybe_log_save_evaluate = counted
 
 
 def interrupt(request: dict, report) -> None:

@@ -1,4 +1,4 @@
-"""Started by torchrun: gives v0 in loops without a Trainer, under DDP by accelerate and under FSDP2, and saves it.
+"""Started by torchrun: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
 
 torchrun --nproc_per_node 2 tests/launched/initialize_plainly.py OUTPUT_DIR
 """
@@ -12,16 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_v0init import attach_v0, initialize_v0, read_second_moment
 
+LEARNING_RATE = 1e-2
 CASES = {"data_driven": {}, "uneven": {"v0_num_samples": 12}}
 ATTACHED = {
-    "data_driven": {"v0_estimation_steps": 2},
-    "first_gradient": {"v0_init": "first_gradient"},
-    "random": {"v0_init": "random", "v0_seed": 3},
+    "data_driven": {"v0_decay": "beta2", "v0_estimation_steps": 2},
+    "first_gradient": {"v0_init": "first_gradient", "v0_decay": "beta2"},
+    "random": {"v0_init": "random", "v0_decay": "beta2", "v0_seed": 3},
+    "linear": {"v0_decay_steps": 6, "v0_estimation_steps": 2},
+    "linear random": {"v0_init": "random", "v0_decay_steps": 6, "v0_seed": 3},
+    "linear measured": {"max_steps": 12, "measures": True},
 }
 
 
@@ -50,31 +56,47 @@ def prepare(accelerator: Accelerator, kind: str) -> tuple:
     model = make_network()
     if kind == "fully_shard":
         fully_shard(model)
-        return model, torch.optim.AdamW(model.parameters(), foreach=False)
-    return accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    if kind == "tensor_parallel":
+        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
 
 
 def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
-    """The loop as it is, of four steps of two batches over all processes; v0 as the first real step finds it."""
+    """The loop as it is, of twelve steps of two batches over all processes; the second moments when v0 stands."""
     model, optimizer = prepare(accelerator, kind)
-    steps, found = attach_v0(optimizer, model, **options), {}
+    options, found, current = dict(options), {}, []
+    if options.pop("measures", False):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3  # large enough beside the trust radius for a warmup to be needed
+        options["loss_fn"] = lambda: sum(loss_fn(model, batch) for batch in current) / len(current)
+    steps = attach_v0(optimizer, model, **options)
 
     def look() -> None:
         for name, p in model.named_parameters():
             moment = read_second_moment(optimizer, p)
-            if moment is not None:
+            if moment is not None and p.dim() >= 2:
                 found[name.removeprefix("module.")] = moment.clone()
 
     steps.observers.append(look)
-    batches = make_batches(accelerator.process_index, accelerator.num_processes)
+    batches = make_batches(accelerator.process_index, accelerator.num_processes) * 3
     at_once = 2 // accelerator.num_processes
     for start in range(0, len(batches), at_once):
         optimizer.zero_grad()
-        for batch in batches[start : start + at_once]:
+        current[:] = batches[start : start + at_once]
+        for batch in current:
             (loss_fn(model, batch) / at_once).backward()
         optimizer.step()
     weights = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
-    return {"v0": {name: whole(v) for name, v in found.items()}, "weights": weights, "report": steps.report.to_dict()}
+    length = None if steps.length is None else steps.length.to_dict()
+    return {
+        "v0": {name: whole(v) for name, v in found.items()},
+        "weights": weights,
+        "report": steps.report.to_dict(),
+        "length": length,
+    }
 
 
 def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
@@ -106,19 +128,56 @@ def collect_errors(accelerator: Accelerator) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     errors = {}
+
+    def fail_to_read(batches):
+        yield from batches[:2]
+        if accelerator.process_index == 1:
+            raise OSError("cannot read batch 2")
+        yield from batches[2:]
+
     for name, function in (("fails", failing), ("wrapped", lambda _, batch: loss_fn(model, batch))):
         try:
             batches = make_batches(accelerator.process_index, accelerator.num_processes)
             initialize_v0(optimizer, model=model, batches=batches, loss_fn=function, accelerator=accelerator)
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
-    return errors | {"num_states": len(optimizer.optimizer.state)}
+    errors["num_states"] = len(optimizer.optimizer.state)
+    try:
+        batches = fail_to_read(make_batches(accelerator.process_index, accelerator.num_processes))
+        initialize_v0(optimizer, model=model, batches=batches, loss_fn=loss_fn, accelerator=accelerator)
+    except Exception as error:
+        errors["data"] = f"{type(error).__name__}: {error}"
+    for kind in ("fully_shard", "tensor_parallel"):
+        sharded, its_optimizer = prepare(accelerator, kind)
+        try:
+            initialize_v0(its_optimizer, model=sharded, batches=make_batches(0, 1), loss_fn=loss_fn)
+        except Exception as error:
+            errors[kind] = f"{type(error).__name__}: {error}"
+        assert len(its_optimizer.state) == 0
+    batch, before = make_batches(accelerator.process_index, accelerator.num_processes)[0], failing.calls
+
+    def compute() -> torch.Tensor:
+        failing.calls += 1
+        if failing.calls == before + 3 and accelerator.process_index == 1:
+            raise RuntimeError("bad batch on this one")
+        return loss_fn(model, batch)
+
+    weights = [p.detach().clone() for p in model.parameters()]
+    attach_v0(optimizer, model, loss_fn=compute, max_steps=10)
+    loss_fn(model, batch).backward()
+    try:
+        optimizer.step()
+    except Exception as error:
+        errors["measures"] = f"{type(error).__name__}: {error}"
+    errors["unchanged"] = all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    return errors
 
 
 def main(output_dir: str) -> None:
     accelerator = Accelerator(cpu=True)
     kinds = ["ddp"] + (["fully_shard"] if accelerator.num_processes > 1 else [])
-    saved = {kind: {name: run(accelerator, kind, options) for name, options in CASES.items()} for kind in kinds}
+    saved = {kind: {} for kind in kinds}
+    saved["ddp"] = {name: run(accelerator, "ddp", options) for name, options in CASES.items()}
     for kind in kinds:
         saved[kind]["attached"] = {name: run_attached(accelerator, kind, options) for name, options in ATTACHED.items()}
     if accelerator.num_processes > 1:

@@ -19,7 +19,9 @@ NUM_ROWS = 64  # of a batch, over all processes
 
 def make_network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Dropout(0.5).eval(), nn.Linear(16, 7), nn.Tanh(), nn.Linear(7, 3))
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.Tanh(), nn.Dropout(0.5).eval(), nn.Linear(16, 7), nn.Tanh(), nn.Linear(7, 3)
+    )
 
 
 def make_batches(rank: int, num_processes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

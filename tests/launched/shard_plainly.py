@@ -23,14 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trainers import call_before_update
 from transformers import LlamaForCausalLM
 
 from hf_v0init import attach_v0, read_second_moment
-from hf_v0init.estimation.statistics import StatisticsBatch
-from hf_v0init.estimation.together import visit_gradients_together
-from hf_v0init.initialization.plan import plan_v0
-from hf_v0init.initialization.writing import estimate_grad_sq_mean, write_v0
-from hf_v0init.sharding.fsdp import find_data_share
 
 BATCH_SIZE = 4
 
@@ -52,34 +48,19 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def compute_token_loss(model, inputs, num_items=None) -> torch.Tensor:
-    """The sum of the next-token losses divided by `num_items`, or their mean."""
+def compute_token_loss(model, inputs) -> torch.Tensor:
+    """The mean of the next-token losses."""
     logits = model(input_ids=inputs["input_ids"]).logits
     labels = inputs["labels"][:, 1:].flatten()
-    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
-    return total / (labels.ne(-100).sum() if num_items is None else num_items)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels)
 
 
-def make_batches() -> list[StatisticsBatch]:
+def make_batches() -> list[dict]:
     rows = make_sequences(22)
     for index, row in enumerate(rows):
         row["labels"][10 - index % 6 :] = -100
     cut = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-    stacked = [{key: torch.stack([row[key] for row in batch]) for key in batch[0]} for batch in cut]
-    return [StatisticsBatch(inputs, len(inputs["labels"]), index) for index, inputs in enumerate(stacked)]
-
-
-def run_pass(model, named_parameters, visit):
-    return visit_gradients_together(
-        model,
-        named_parameters,
-        make_batches(),
-        compute_token_loss,
-        visit,
-        share=find_data_share(model),
-        count_items=lambda inputs: int(inputs["labels"][:, 1:].ne(-100).sum()),
-        seed=5,
-    )
+    return [{key: torch.stack([row[key] for row in batch]) for key in batch[0]} for batch in cut]
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,47 +80,34 @@ def step_once(model, optimizer, **settings) -> dict:
     """One step with a v0 of `attach_v0`: v0 as the step sees it, the gradients, and the second moments after it, all whole."""
     seen: dict = {}
     attach_v0(optimizer, model, **settings)
-    optimizer.register_step_pre_hook(lambda *_: seen.update(v0=gather_second_moments(model, optimizer)))
+    optimizer.register_step_pre_hook(
+        call_before_update(lambda _: seen.update(v0=gather_second_moments(model, optimizer)))
+    )
     model.train()
-    compute_token_loss(model, make_batches()[0].inputs).backward()
+    compute_token_loss(model, make_batches()[0]).backward()
     seen["gradients"] = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return seen | {"after": gather_second_moments(model, optimizer)}
 
 
 def write_both(model) -> dict:
-    """The random, the first gradient's and the paper's v0 of a model, whole, and a step from each."""
+    """The random and the data-driven v0 of a model, whole, and a step from each."""
     before = [p.detach().clone() for p in model.parameters()]
     steps = {}
     for v0_init in ("random", "data_driven"):
-        steps[v0_init] = step_once(model, make_optimizer(model), v0_init=v0_init, v0_seed=5)
+        optimizer = make_optimizer(model)
+        steps[v0_init] = step_once(model, optimizer, v0_init=v0_init, v0_decay="beta2", v0_seed=5)
         model.zero_grad()
         with torch.no_grad():
             for parameter, saved in zip(model.parameters(), before, strict=True):
                 parameter.copy_(saved)
-    optimizer = make_optimizer(model)
-    plan = plan_v0(optimizer, model)
-    estimate = estimate_grad_sq_mean(plan, lambda named, visit: run_pass(model, named, visit), 4.0)
-    report = write_v0(plan, estimate, 1.0, seed=5)
-    data_driven = gather_second_moments(model, optimizer)
-    kept = all(
-        isinstance(v, DTensor) == isinstance(p, DTensor)
-        and getattr(v, "placements", None) == getattr(p, "placements", None)
-        for p in model.parameters()
-        if (v := read_second_moment(optimizer, p)) is not None
-    )
-    model.train()
-    compute_token_loss(model, make_batches()[0].inputs).backward()
-    gradients = {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    optimizer.step()
+    moments = [(p, read_second_moment(optimizer, p)) for p in model.parameters()]
     return {
         "random": steps["random"]["v0"],
         "steps": steps,
-        "data_driven": data_driven,
-        "report": report.to_dict(),
-        "placed_as_parameters": kept,
-        "gradients": gradients,
-        "after": gather_second_moments(model, optimizer),
+        "placed_as_parameters": all(
+            getattr(v, "placements", None) == getattr(p, "placements", None) for p, v in moments if v is not None
+        ),
         "placements": {name: str(getattr(p, "placements", "")) for name, p in model.named_parameters()},
     }
 
@@ -158,12 +126,14 @@ def load_sharded(kind: str, model_dir: str) -> LlamaForCausalLM:
 
 
 def save_and_load(model_dir: str, folder: Path) -> dict:
-    """Save with torch.distributed.checkpoint after, and in the middle of, the measuring steps; load; go on with both."""
+    """Save with torch.distributed.checkpoint after, and in the middle of, the first steps; load; go on with both."""
     results = {}
-    for num_before, name in ((3, "written"), (1, "measuring")):
+    beta2 = {"v0_decay": "beta2", "v0_estimation_steps": 3}
+    linear = {"v0_decay_steps": 5, "v0_estimation_steps": 2}
+    for num_before, name, options in ((4, "written", beta2), (1, "estimating", beta2), (3, "decaying", linear)):
         model = load_sharded("fully_shard", model_dir)
         optimizer = make_optimizer(model)
-        handle = attach_v0(optimizer, model, v0_init="data_driven", v0_estimation_steps=3)
+        handle = attach_v0(optimizer, model, v0_init="data_driven", **options)
         run_steps(model, optimizer, range(num_before))
         place = folder / name
         weights = {key: gather(p) for key, p in model.named_parameters()}
@@ -174,17 +144,17 @@ def save_and_load(model_dir: str, folder: Path) -> dict:
                 mine.copy_(theirs)
         other_optimizer = make_optimizer(other)
         # Loading makes zero states by a step of its own, which is how torch's distributed checkpoints work.
-        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", v0_estimation_steps=3)
+        other_handle = attach_v0(other_optimizer, other, v0_init="data_driven", **options)
         state = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
         dcp.load(state, checkpoint_id=place)
         set_optimizer_state_dict(other, other_optimizer, state["optimizer"])
-        if num_before < 3:
+        if name != "written":
             other_handle.load_state_dict(handle.state_dict())
         loaded = gather_second_moments(other, other_optimizer)
         saved = gather_second_moments(model, optimizer)
         steps = []
         for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
-            run_steps(each, its_optimizer, range(num_before, 5))
+            run_steps(each, its_optimizer, range(num_before, 6))
             steps.append({key: gather(p) for key, p in each.named_parameters()})
         moved = any(not torch.equal(w, weights[key]) for key, w in steps[0].items())
         results[name] = {
@@ -202,7 +172,7 @@ def run_steps(model, optimizer, numbers) -> None:
     batches = make_batches()
     model.train()
     for number in numbers:
-        compute_token_loss(model, batches[number].inputs).backward()
+        compute_token_loss(model, batches[number]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -212,9 +182,11 @@ def draw_large(model: nn.Module) -> dict:
     largest = LargestTensor()
     optimizer = make_optimizer(model)
     seen = {}
-    attach_v0(optimizer, model, v0_init="random", v0_seed=5)
-    optimizer.register_step_pre_hook(lambda *_: seen.update(largest=largest.num_bytes))
-    optimizer.register_step_pre_hook(lambda *_: seen.update(drawn=gather_second_moments(model, optimizer)))
+    attach_v0(optimizer, model, v0_init="random", v0_decay="beta2", v0_seed=5)
+    optimizer.register_step_pre_hook(call_before_update(lambda _: seen.update(largest=largest.num_bytes)))
+    optimizer.register_step_pre_hook(
+        call_before_update(lambda _: seen.update(drawn=gather_second_moments(model, optimizer)))
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with largest:

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from conftest import make_sequences
 from torch.distributed.tensor import DTensor
-from trainers import make_arguments, make_trainer
+from trainers import call_before_update, make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 from hf_v0init.sharding.parts import Fragment
 
@@ -56,17 +56,15 @@ class GatheringRecorder(TrainerCallback):
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
-            inner.register_step_pre_hook(self.look)
+            inner.register_step_pre_hook(call_before_update(self.look))
             if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
                 zero = self.trainer.optimizer.optimizer
                 zero.step = self.watch_step(zero.step)
 
-    def look(self, inner, args, kwargs):
+    def look(self, inner):
         """Before a step of the innermost optimizer, after ours: ZeRO makes one for each of its flat tensors."""
-        steps = find_first_steps(inner)
-        if self.v0 is not None or (
-            steps is not None and steps.is_waiting and steps.num_measured < steps.num_measure_steps
-        ):
+        steps = find_hook(inner)
+        if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
         # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
         reader = SecondMoments(self.trainer.optimizer) if steps is None else steps.moments
@@ -107,27 +105,6 @@ def make_labelled_sequences(num: int) -> list[dict]:
     return rows
 
 
-def _raise_in_forward(*_):
-    raise RuntimeError("out of memory on this one")
-
-
-class FailsOnOneRank(V0InitTrainer):
-    """Fails in the statistics pass on the last process only; `run_name` says where."""
-
-    calls = 0
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        mine = self.args.process_index == self.args.world_size - 1
-        self.calls += mine and model.training
-        failing = mine and self.calls == 3
-        if failing and self.args.run_name == "in_forward":
-            self.model.model.layers[1].register_forward_pre_hook(_raise_in_forward)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if failing and self.args.run_name == "after_forward":
-            raise RuntimeError("disk full on this one")
-        return loss * float("nan") if failing and self.args.run_name == "nan" else loss
-
-
 class ShardedByAccelerateTrainer(V0InitTrainer):
     """Takes accelerate's FSDP2 way on CPU processes, which accelerate itself takes on accelerators only."""
 
@@ -145,34 +122,7 @@ class ShardedByAccelerateTrainer(V0InitTrainer):
         self.is_fsdp_enabled = True
 
 
-class RowsMeanTrainer(V0InitTrainer):
-    """Its loss ignores the number of items: a mean over each batch as it is given, whatever the processes."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return super().compute_loss(model, inputs, return_outputs)
-
-
-class SampleMeanTrainer(RowsMeanTrainer):
-    """As the Trainer where the model takes no `num_items_in_batch`."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
-
-
-TRAINERS = {
-    "fails": FailsOnOneRank, "rows_mean": RowsMeanTrainer, "sample_mean": SampleMeanTrainer,
-    "accelerate": ShardedByAccelerateTrainer, None: V0InitTrainer,
-}  # fmt: skip
-
-
-class FailingData(list):
-    """A data set that cannot be read on the last process."""
-
-    def __getitem__(self, item):
-        if dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
-            raise OSError("cannot read sample on this one")
-        return super().__getitem__(item)
+TRAINERS = {"accelerate": ShardedByAccelerateTrainer, None: V0InitTrainer}
 
 
 def load_model(mode: str, model_dir: str, **options):
@@ -235,7 +185,7 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     trainer = make_trainer(
         folder / "out",
         model=model,
-        data=FailingData(data) if run.pop("failing_data", False) else data,
+        data=data,
         trainer_class=TRAINERS[run.pop("trainer", None)],
         callbacks=[recorder],
         **run,
@@ -245,8 +195,6 @@ def train(run: dict, folder: Path, model_dir: str) -> dict:
     try:
         trainer.train(resume_from_checkpoint=run_before)
     except Exception as exception:
-        if getattr(exception, "raised_alone", False):
-            raise  # as a script does that catches nothing
         error = f"{type(exception).__name__}: {exception}"
     return {
         "v0": recorder.v0, "gradients": recorder.gradients, "moments": recorder.moments, "report": trainer.get_v0_report(),

@@ -1,4 +1,4 @@
-"""`attach_v0` in loops of every kind: v0 is made of the gradients that the optimizer sees, at its own first step."""
+"""`attach_v0` in loops of every kind, with a v0 that decays by beta2: it is made of the gradients that the optimizer sees."""
 
 import copy
 import io
@@ -64,7 +64,7 @@ def catch_v0(steps, optimizer, model) -> dict[str, torch.Tensor]:
     def look():
         for name, p in model.named_parameters():
             moment = read_second_moment(optimizer, p)
-            if moment is not None:
+            if moment is not None and moment.any():  # a fused step that overflowed has made the others' states
                 caught[name] = moment.clone()
 
     steps.observers.append(look)
@@ -81,39 +81,45 @@ def assert_v0_is_mean_square(caught, gradients, scale: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("num", [1, 3])
-def test_in_a_plain_loop_v0_is_the_mean_square_of_the_first_gradients(num):
-    model, batches = make_network(), make_batches(5)
-    optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, v0_estimation_steps=num, v0_scale=2.0)
-    caught, start = catch_v0(steps, optimizer, model), copy.deepcopy(model.state_dict())
-    train(model, optimizer, batches[: num - 1])
-    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
-    assert steps.report is None and steps.is_waiting
-    train(model, optimizer, batches[num - 1 :])
-    assert_v0_is_mean_square(caught, compute_gradients(batches[:num]), 2.0)
+def test_the_first_steps_are_adam_from_the_mean_square_so_far(num):
+    """At step t <= K as from a start at scale * v_hat_t, no step lost; then Adam's own. Vectors start at zero."""
+    start, batches, scale, history = make_network(), make_batches(7), 2.0, []
+    model = copy.deepcopy(start)
+    optimizer = make_adam(model, weight_decay=0.0)
+    steps = attach_v0(optimizer, model, v0_estimation_steps=num, v0_scale=scale)
+    caught = catch_v0(steps, optimizer, model)
+    for number, batch in enumerate(batches, 1):
+        history.append({name: g[0].double() for name, g in compute_gradients([batch], model).items()})
+        train(model, optimizer, [batch])
+        assert (steps.report is None) == (number < num + (num > 1))
+    for name, p in start.named_parameters():
+        w, m, u, v0 = p.detach().double(), 0.0, 0.0, 0.0
+        for t, gradients in enumerate(history, 1):
+            g = gradients[name]
+            m, u = 0.9 * m + 0.1 * g, 0.98 * u + 0.02 * g.square()
+            if t <= num and p.dim() >= 2:
+                v0 = scale * u / (1 - 0.98**t)
+            w = w - 1e-2 * m / (1 - 0.9**t) / (((u + 0.98**t * v0) / (1 - 0.98**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(model.get_parameter(name).double(), w, rtol=0.0, atol=2e-6)
+    assert sorted(caught) == ["0.bias", "0.weight", "2.bias", "2.weight"] if num > 1 else ["0.weight", "2.weight"]
     report = steps.report
-    assert (report.strategy, report.scale, report.estimation_steps) == ("data_driven", 2.0, num)
+    assert (report.strategy, report.decay, report.scale, report.estimation_steps) == ("data_driven", "beta2", 2.0, num)
     assert (report.num_parameters_with_v0, report.num_parameters_without_v0) == (2, 2)
-    assert report.v0_mean == pytest.approx(float(torch.cat([v.flatten() for v in caught.values()]).mean()), rel=1e-6)
-    assert not steps.is_attached and optimizer.state[model[0].weight]["step"] == 5 - num + 1
-    # 1-D parameters start at zero, from the same step on
-    g = compute_gradients(batches[num - 1 : num])["0.bias"][0]
-    stock = make_network()
-    fresh = make_adam(stock)
-    stock[0].bias.grad = g
-    fresh.step()
-    assert not caught.keys() & {"0.bias", "2.bias"}
-    one_step = make_network()
-    again = make_adam(one_step)
-    attach_v0(again, one_step, v0_estimation_steps=num)
-    train(one_step, again, batches[:num])
-    assert torch.equal(one_step[0].bias, stock[0].bias)
+    of_all = torch.cat([scale * mean_of(history[:num], name).flatten() for name in ("0.weight", "2.weight")])
+    assert report.v0_mean == pytest.approx(float(of_all.mean()), rel=1e-5)
+    assert not steps.is_attached and optimizer.state[model[0].weight]["step"] == 7
+
+
+def mean_of(history, name) -> torch.Tensor:
+    """v_hat: the mean of g^2, weighted as Adam weights it."""
+    weights = [0.98 ** (len(history) - 1 - i) for i in range(len(history))]
+    return sum(w * g[name].square() for w, g in zip(weights, history, strict=True)) / sum(weights)
 
 
 def test_first_gradient_is_gi_adam():
     model, (batch,) = make_network(), make_batches(1)
     optimizer = make_adam(model, weight_decay=0.0)
-    caught = catch_v0(attach_v0(optimizer, model, "first_gradient"), optimizer, model)
+    caught = catch_v0(attach_v0(optimizer, model, "first_gradient", v0_decay="beta2"), optimizer, model)
     start = model[2].weight.detach().clone()
     train(model, optimizer, [batch])
     g = compute_gradients([batch])["2.weight"][0]
@@ -147,7 +153,7 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
     model, batches = make_network(), make_batches(4)
     optimizer = make_adam(model)
     model, prepared = accelerator.prepare(model, optimizer)
-    steps = attach_v0(prepared, model, v0_estimation_steps=2)
+    steps = attach_v0(prepared, model, v0_decay="beta2")
     caught = catch_v0(steps, optimizer, model)
     for batch in batches:
         with accelerator.accumulate(model):
@@ -157,13 +163,10 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
             prepared.step()
             prepared.zero_grad()
     gradients = compute_gradients(batches)
-    seen = {name: [] for name in gradients}
-    for first in (0, 2):
-        pair = {name: (g[first] + g[first + 1]) / 2 for name, g in gradients.items()}
-        norm = torch.stack([g.norm() for g in pair.values()]).norm()
-        assert norm > 0.1
-        for name, g in pair.items():
-            seen[name].append(g * (0.05 / norm))
+    pair = {name: (g[0] + g[1]) / 2 for name, g in gradients.items()}
+    norm = torch.stack([g.norm() for g in pair.values()]).norm()
+    assert norm > 0.1
+    seen = {name: [g * (0.05 / norm)] for name, g in pair.items()}
     assert_v0_is_mean_square(caught, seen)
     assert steps.report is not None and not steps.is_attached
 
@@ -172,7 +175,8 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
 def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keyword):
     model, batches = make_network(), make_batches(4)
     optimizer = make_adam(model)
-    caught, calls = catch_v0(attach_v0(optimizer, model, v0_estimation_steps=2), optimizer, model), []
+    attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=2)
+    calls = []
 
     def closure():
         calls.append(1)
@@ -184,10 +188,9 @@ def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keywor
     losses = [optimizer.step(closure=closure) if as_keyword else optimizer.step(closure) for _ in range(4)]
     plain = make_network()
     other = make_adam(plain)
-    attach_v0(other, plain, v0_estimation_steps=2)
+    attach_v0(other, plain, v0_decay="beta2", v0_estimation_steps=2)
     train(plain, other, batches)
     assert len(calls) == 4 and losses[0].item() == compute_loss(make_network(), batches[0]).item()
-    assert_v0_is_mean_square(caught, compute_gradients(batches[:2]))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
@@ -196,13 +199,13 @@ def test_a_compiled_step_is_the_plain_one():
     for compiled in (False, True):
         model, batches = make_network(), make_batches(5)
         optimizer = make_adam(model)
-        steps = attach_v0(optimizer, model, v0_estimation_steps=2)
+        steps = attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=2)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for batch in batches:
             optimizer.zero_grad()
             compute_loss(model, batch).backward()
             step()
-        assert steps.report.num_parameters_with_v0 == 2 and optimizer.state[model[0].weight]["step"] == 4
+        assert steps.report.num_parameters_with_v0 == 2 and optimizer.state[model[0].weight]["step"] == 5
         weights.append([p.detach().clone() for p in model.parameters()])
     for plain, of_compiled in zip(*weights, strict=True):
         torch.testing.assert_close(of_compiled, plain, rtol=1e-5, atol=1e-7)
@@ -225,7 +228,7 @@ def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
         scaler.update()
         assert steps.is_waiting == (number == 0)
         if number == 0:
-            assert scaler.get_scale() == 512.0 and is_untouched(optimizer)
+            assert scaler.get_scale() == 512.0 and not read_second_moment(optimizer, model[0].weight).any()
             assert torch.equal(model[0].weight, make_network()[0].weight)
     assert optimizer.state[model[0].weight]["step"] == 2
     gradients = compute_gradients(batches[1:2])
@@ -239,26 +242,27 @@ def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
 # ---- what is waited for, and refused ---------------------------------------------------------------------------------
 
 
-def test_steps_without_a_gradient_are_not_measured():
+def test_steps_without_a_gradient_are_not_counted():
     """Loading a distributed checkpoint makes a step with zero gradients, so that there is state to load into."""
     model, batches = make_network(), make_batches(2)
     optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, "first_gradient")
+    steps = attach_v0(optimizer, model, "first_gradient", v0_decay="beta2")
     caught = catch_v0(steps, optimizer, model)
     optimizer.step()
-    assert steps.is_waiting and steps.num_measured == 0
+    assert steps.is_waiting and steps.num_steps is None
     get_optimizer_state_dict(model, optimizer)
-    assert steps.is_waiting and steps.num_measured == 0 and steps.report is None
+    assert steps.is_waiting and steps.num_steps is None and steps.report is None
     optimizer.state.clear()
     train(model, optimizer, batches)
     assert_v0_is_mean_square(caught, compute_gradients(batches[:1]))
 
 
+@pytest.mark.parametrize("options", [{"v0_decay": "beta2"}, {"v0_decay_steps": 5}], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_refused_by_name(bad):
+def test_a_gradient_that_is_not_finite_is_refused_by_name(bad, options):
     model, (batch,) = make_network(), make_batches(1)
     optimizer = make_adam(model)
-    attach_v0(optimizer, model)
+    attach_v0(optimizer, model, **options)
     compute_loss(model, batch).backward()
     model[2].weight.grad[1, 1] = bad
     start = copy.deepcopy(model.state_dict())
@@ -277,7 +281,7 @@ def test_parameters_outside_of_the_model_get_a_v0_too():
     ):
         groups = [{"params": list(model.parameters())}, {"params": list(head.parameters()), "lr": 1e-3}]
         optimizer = torch.optim.AdamW(groups)
-        steps = attach_v0(optimizer, given)
+        steps = attach_v0(optimizer, given, v0_decay="beta2")
         head.zero_grad(), model.zero_grad()
         head(model(batch)).square().mean().backward()
         squares = head.weight.grad.square()
@@ -294,7 +298,7 @@ def test_a_random_v0_is_drawn_by_name_and_so_is_the_same_whatever_else_there_is(
     for options in ({}, {"foreach": False}):
         model = make_network()
         optimizer = make_adam(model, **options)
-        caught = catch_v0(attach_v0(optimizer, model, "random", v0_seed=5), optimizer, model)
+        caught = catch_v0(attach_v0(optimizer, model, "random", v0_decay="beta2", v0_seed=5), optimizer, model)
         torch.manual_seed(len(drawn))
         state = torch.get_rng_state()
         train(model, optimizer, [batch])
@@ -308,9 +312,9 @@ def test_a_random_v0_is_drawn_by_name_and_so_is_the_same_whatever_else_there_is(
 def test_attaching_twice_is_refused_and_after_remove_it_is_not():
     model, batches = make_network(), make_batches(2)
     optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model)
+    steps = attach_v0(optimizer, model, v0_decay_steps=5)
     with pytest.raises(InputError, match="attach_v0 was called twice"):
-        attach_v0(optimizer, model, "random")
+        attach_v0(optimizer, model, "random", v0_decay="beta2")
     steps.remove()
     assert not steps.is_attached and not optimizer._optimizer_step_pre_hooks
     stock = make_network()
@@ -319,8 +323,8 @@ def test_attaching_twice_is_refused_and_after_remove_it_is_not():
     train(model, optimizer, batches[:1])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), stock.parameters(), strict=True))
     fresh = make_adam(model)
-    attach_v0(fresh, model, "random").remove()
-    attach_v0(fresh, model)
+    attach_v0(fresh, model, "random", v0_decay_steps=5).remove()
+    attach_v0(fresh, model, v0_decay="beta2")
     train(model, fresh, batches[1:])
     assert not is_untouched(fresh) and steps.report is None
 
@@ -329,12 +333,29 @@ def test_hooks_of_others_are_called_and_ours_goes():
     model, batches = make_network(), make_batches(4)
     optimizer, calls = make_adam(model), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    steps = attach_v0(optimizer, model, v0_estimation_steps=2)
+    steps = attach_v0(optimizer, model, v0_decay_steps=3)
     optimizer.register_step_pre_hook(lambda *_: calls.append("after"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     train(model, optimizer, batches)
     assert calls == ["before", "after", "post"] * 4
     assert not steps.is_attached and len(optimizer._optimizer_step_pre_hooks) == 2
+
+
+@pytest.mark.parametrize("options", [{"v0_decay": "beta2"}, {"v0_decay_steps": 4}], ids=str)
+def test_gradients_that_a_later_hook_changes_are_those_that_v0_is_of(options):
+    """A hook that scales gradients may be registered before attach_v0 or after it."""
+    weights = []
+    for is_first in (True, False):
+        model = make_network()
+        optimizer = make_adam(model)
+        if not is_first:
+            attach_v0(optimizer, model, **options)
+        optimizer.register_step_pre_hook(lambda *_, m=model: [p.grad.mul_(100.0) for p in m.parameters()] and None)
+        if is_first:
+            attach_v0(optimizer, model, **options)
+        train(model, optimizer, make_batches(8))
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
 
 
 def test_an_optimizer_that_has_made_steps_keeps_its_state():
@@ -343,7 +364,7 @@ def test_an_optimizer_that_has_made_steps_keeps_its_state():
     optimizer, stock_optimizer = make_adam(model), make_adam(stock)
     train(model, optimizer, batches[:2])
     train(stock, stock_optimizer, batches[:2])
-    steps = attach_v0(optimizer, model)
+    steps = attach_v0(optimizer, model, v0_decay_steps=5)
     train(model, optimizer, batches[2:])
     train(stock, stock_optimizer, batches[2:])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), stock.parameters(), strict=True))
@@ -356,8 +377,11 @@ def test_an_optimizer_that_has_made_steps_keeps_its_state():
         ({"v0_init": "xavier"}, "v0_init='xavier': choose one of"),
         ({"v0_scale": -1.0}, "scale=-1"),
         ({"v0_estimation_steps": 0}, "v0_estimation_steps=0: must be a whole number >= 1"),
-        ({"v0_estimation_steps": 5, "v0_init": "random"}, "only data_driven minibatch takes the mean over steps"),
-        ({"v0_estimation_steps": 5, "max_steps": 5}, "v0_estimation_steps=5: the run has 5 steps"),
+        ({"v0_estimation_steps": 5, "v0_init": "random"}, "only data_driven with v0_estimator=minibatch takes"),
+        (
+            {"v0_estimation_steps": 5, "max_steps": 5, "v0_scale": 1.0},
+            "v0_estimation_steps=5 with max_steps=5: give fewer",
+        ),
         ({"v0_scale": 1.0, "v0_decay_steps": 3}, "both set the size of v0"),
     ],
 )
@@ -373,18 +397,18 @@ def test_a_model_without_matrices_is_refused_and_nothing_stays_attached():
     model = nn.BatchNorm1d(4)
     optimizer = make_adam(model)
     with pytest.raises(InputError, match="no trainable parameter of two or more dimensions"):
-        attach_v0(optimizer, model)
+        attach_v0(optimizer, model, v0_decay="beta2")
     assert not optimizer._optimizer_step_pre_hooks
-    assert attach_v0(optimizer, model, v0_include_bias_and_norm=True).is_waiting
+    assert attach_v0(optimizer, model, v0_decay="beta2", v0_include_bias_and_norm=True).is_waiting
 
 
-def test_warmup_steps_need_a_decaying_second_moment():
+def test_decay_steps_need_a_decaying_second_moment():
     model = make_network()
     with pytest.raises(InputError, match="no decaying mean of g\\^2"):
-        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_decay_steps=5)
+        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_decay="beta2", v0_decay_steps=5)
 
 
-# ---- stopping while v0 is measured -----------------------------------------------------------------------------------
+# ---- stopping while v0 is estimated -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -393,21 +417,21 @@ def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
     batches = make_batches(7, dtype)
     straight = make_network(dtype)
     straight_optimizer = make_adam(straight)
-    attach_v0(straight_optimizer, straight, v0_estimation_steps=4)
+    attach_v0(straight_optimizer, straight, v0_decay="beta2", v0_estimation_steps=4)
     train(straight, straight_optimizer, batches)
 
     model = make_network(dtype)
     optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, v0_estimation_steps=4)
+    steps = attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=4)
     train(model, optimizer, batches[:stop])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "v0": steps.state_dict()}, file)
     saved = torch.load(io.BytesIO(file.getvalue()))
-    assert saved["v0"] == {"num_measured": min(stop, 4), "num_measure_steps": 4}
+    assert (saved["v0"]["num_steps"], saved["v0"]["estimation_steps"]) == (stop, 4) and saved["v0"]["held"] == {}
 
     resumed = make_network(dtype)
     resumed_optimizer = make_adam(resumed)
-    handle = attach_v0(resumed_optimizer, resumed, v0_estimation_steps=4)
+    handle = attach_v0(resumed_optimizer, resumed, v0_decay="beta2", v0_estimation_steps=4)
     resumed.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
     handle.load_state_dict(saved["v0"])
@@ -417,20 +441,7 @@ def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
     for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
         a, b = straight_optimizer.state[p], resumed_optimizer.state[q]
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        assert a["step"] == 4
-
-
-def test_bf16_sums_are_right_to_the_precision_of_the_state():
-    """32 steps: a bf16 running sum would lose several per cent."""
-    batches = make_batches(32, torch.bfloat16)
-    model = make_network(torch.bfloat16)
-    optimizer = make_adam(model)
-    caught = catch_v0(attach_v0(optimizer, model, v0_estimation_steps=32), optimizer, model)
-    train(model, optimizer, batches)
-    for name, gradients in compute_gradients(batches, make_network(torch.bfloat16)).items():
-        if name in caught:
-            assert caught[name].dtype == torch.bfloat16
-            torch.testing.assert_close(caught[name].double(), mean_square(gradients), rtol=2**-7, atol=1e-30)
+        assert a["step"] == 7
 
 
 # ---- parameters whose first gradient comes later ---------------------------------------------------------------------
@@ -456,6 +467,33 @@ def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num
     torch.testing.assert_close(read_second_moment(optimizer, model[0].weight), v1, rtol=1e-5, atol=1e-20)
     expected = -1e-2 * g / ((v1 / 0.02).sqrt() + 1e-8)
     torch.testing.assert_close(model[0].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_late_one_is_not_estimated_anew_after_a_resume():
+    """Its v0 is of its first gradient, in the straight run and in one that was stopped within the K steps."""
+    batches = make_batches(9)
+
+    def make():
+        model = make_network()
+        model[0].weight.requires_grad_(False)
+        optimizer = make_adam(model)
+        return model, optimizer, attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=5)
+
+    straight, straight_optimizer, _ = make()
+    train(straight, straight_optimizer, batches[:2])
+    straight[0].weight.requires_grad_(True)
+    train(straight, straight_optimizer, batches[2:])
+    model, optimizer, hook = make()
+    train(model, optimizer, batches[:2])
+    model[0].weight.requires_grad_(True)
+    train(model, optimizer, batches[2:4])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), hook.state_dict()))
+    resumed, resumed_optimizer, handle = make()
+    resumed[0].weight.requires_grad_(True)
+    for one, state in zip((resumed, resumed_optimizer, handle), saved, strict=True):
+        one.load_state_dict(state)
+    train(resumed, resumed_optimizer, batches[4:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
 class LowRank(nn.Module):
@@ -497,11 +535,10 @@ def make_two_groups(model):
     return torch.optim.AdamW(groups, lr=1e-2)
 
 
-@pytest.mark.parametrize("num", [1, 3])
-def test_each_group_gets_the_scale_of_its_own_beta2(num):
-    model, batches = make_network(), make_batches(num)
+def test_each_group_gets_the_scale_of_its_own_beta2():
+    model, batches = make_network(), make_batches(1)
     optimizer = make_two_groups(model)
-    caught = catch_v0(attach_v0(optimizer, model, v0_decay_steps=4, v0_estimation_steps=num), optimizer, model)
+    caught = catch_v0(attach_v0(optimizer, model, v0_decay="beta2", v0_decay_steps=4), optimizer, model)
     train(model, optimizer, batches)
     gradients = compute_gradients(batches)
     for name, beta2 in (("0.weight", 0.9), ("2.weight", 0.99)):
@@ -511,10 +548,10 @@ def test_each_group_gets_the_scale_of_its_own_beta2(num):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_random_with_warmup_steps_is_as_large_beside_g2_as_its_length_asks_for(groups):
+def test_random_with_decay_steps_is_as_large_beside_g2_as_its_length_asks_for(groups):
     model, batches = make_network(), make_batches(1)
     optimizer = make_adam(model) if groups == 1 else make_two_groups(model)
-    steps = attach_v0(optimizer, model, "random", v0_decay_steps=6)
+    steps = attach_v0(optimizer, model, "random", v0_decay="beta2", v0_decay_steps=6)
     caught = catch_v0(steps, optimizer, model)
     train(model, optimizer, batches)
     gradients = compute_gradients(batches)
@@ -530,6 +567,6 @@ def test_random_with_warmup_steps_is_as_large_beside_g2_as_its_length_asks_for(g
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(None, 1), (50, 1), (100, 1), (250, 2), (3200, 32), (10**6, 32)])
-def test_by_default_one_per_cent_of_the_run_is_measured(max_steps, expected):
+def test_by_default_one_per_cent_of_the_run_is_estimated_over(max_steps, expected):
     model = make_network()
-    assert attach_v0(make_adam(model), model, max_steps=max_steps).num_measure_steps == expected
+    assert attach_v0(make_adam(model), model, v0_decay="beta2", max_steps=max_steps).estimation_steps == expected

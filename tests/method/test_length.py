@@ -6,7 +6,7 @@ import pytest
 
 from hf_v0init import InputError
 from hf_v0init.method.length import (
-    LONGEST_SHARE,
+    LONGEST_FRACTION,
     NEEDED_FROM,
     STEPS_PER_X,
     compute_largest_rate_with_room,
@@ -31,7 +31,7 @@ def test_the_length_grows_with_the_rate_up_to_a_share_of_the_run():
 def test_the_length_leaves_a_rest_of_the_run(num_steps):
     lengths = [compute_warmup_length(x, num_steps) for x in (0.0, NEEDED_FROM, 1.0, 10.0, 1e9)]
     assert lengths == sorted(lengths) and lengths[0] == 0
-    assert all(1 <= length <= max(1, LONGEST_SHARE * num_steps) for length in lengths[1:])
+    assert all(1 <= length <= max(1, LONGEST_FRACTION * num_steps) for length in lengths[1:])
 
 
 def test_nothing_is_needed_below_the_threshold_or_with_batch_norm():

@@ -9,7 +9,7 @@ from trainers import make_trainer, train
 from hf_v0init import InputError, V0InitArguments
 from hf_v0init.method.multiplier import compute_multiplier
 from hf_v0init.method.untuned_warmup import compute_untuned_factor
-from hf_v0init.second_moment.schedules import add_untuned_warmup
+from hf_v0init.trainer.schedule import add_untuned_warmup
 
 REFERENCES = {
     "linear": lambda optimizer, beta2: pytorch_warmup.LinearWarmup(optimizer, round(2 / (1 - beta2))),

@@ -81,7 +81,7 @@ def test_warning_only_when_not_washed_out_and_its_remedies_hold():
     assert compute_washout_warning(scale, 0.98, 82) is None
     asked = compute_washout_warning(5.0, 0.98, 82, asked_for=200)
     assert "Remedy: --v0_decay_steps 27: the 200 given are more than the run has" in asked
-    assert asked.endswith("; or --v0_init auto, a warmup of measured length")
+    assert asked.endswith("; or --v0_decay linear")
     assert "--v0_decay_steps 1 " in compute_washout_warning(1e6, 0.98, 2)
 
 

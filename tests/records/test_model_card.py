@@ -4,20 +4,22 @@ import pytest
 import yaml
 
 from hf_v0init.errors import InputError
-from hf_v0init.records import model_card
 from hf_v0init.records.model_card import (
+    PAPER_TAG,
     SECTION_BEGIN,
     SECTION_TITLE,
-    V0_TAGS,
+    TAG,
     add_task_and_metrics,
     add_v0_section,
     compose_flags,
     compose_v0_section,
     infer_metrics,
     infer_task,
+    list_tags,
 )
 from hf_v0init.settings import V0InitArguments
 
+V0_TAGS = [TAG, PAPER_TAG]
 REPORT = {
     "strategy": "data_driven",
     "scale": 1.0,
@@ -28,7 +30,8 @@ REPORT = {
     "seed": 42,
     "include_bias_and_norm": False,
     "measured_ratio": 49.0,
-    "warmup_steps": None,
+    "decay": "beta2",
+    "decay_steps": None,
     "optimizer": "AdamW",
     "beta2": 0.98,
     "seconds": 12.345,
@@ -84,14 +87,14 @@ def test_section_states_settings_and_what_the_run_did():
         "| samples | 4,800 |",
         "| samples per batch of the pass before training | 8 |",
         "| seed | 42 |",
-        "| one-dimensional tensors | start at zero |",
+        "| biases and norms | start at zero |",
         "| optimizer | `AdamW` |",
         "| its beta2 | 0.98 |",
         "- Parameter tensors with v0: 50; without: 98",
         "- Elements with v0: 1,234,567; without: 8,910",
         "- v0 over the elements that have one: mean 1.23e-07, min 0, max 0.003",
         "- Time that measuring and writing took: 12.3 s, 600 batches",
-        "| t | m(t) |",
+        "| t | factor |",
         "| 1 | 0.141 |",
         "| 10 | 0.428 |",
         "| 100 | 0.931 |",
@@ -108,16 +111,16 @@ def test_section_of_random_has_its_own_settings_only():
     assert not any(word in section for word in ("estimator", "measured", "samples", "m(t)"))
 
 
-def test_section_of_steps_names_how_many_were_measured():
+def test_section_of_steps_names_how_many_there_were():
     section = compose_v0_section(REPORT | {"estimator": "minibatch", "estimation_steps": 32})
-    assert "| optimizer steps measured | 32 |" in section and "--v0_estimation_steps 32 " in section
+    assert "| estimation steps | 32 |" in section and "--v0_estimation_steps 32 " in section
     assert "| samples" not in section and "v0_num_samples" not in section
 
 
 def test_multipliers_come_with_the_size_that_they_follow_from():
-    assert "v0 was 49 times the squared gradients of a step.\n\n| t | m(t) |" in compose_v0_section(REPORT)
+    assert "v0 was 49 times the squared gradients of a step.\n\n| t | factor |" in compose_v0_section(REPORT)
     unknown = compose_v0_section(REPORT | {"measured_ratio": None})
-    assert "gradients that stay as they were.\n\n| t | m(t) |\n| --- | --- |\n| 1 | 0.141 |" in unknown
+    assert "gradients that keep their size.\n\n| t | factor |\n| --- | --- |\n| 1 | 0.141 |" in unknown
 
 
 @pytest.mark.parametrize("report", [None, {}, {"strategy": "zeros"}, REPORT | {"strategy": "zeros"}])
@@ -150,7 +153,8 @@ def test_section_of_a_bare_report():
             "v0_estimator": "per_sample",
             "v0_seed": 11,
         },
-        {"v0_init": "data_driven", "v0_decay_steps": 400, "v0_estimation_steps": 4, "v0_seed": 0},
+        {"v0_init": "data_driven", "v0_decay": "beta2", "v0_decay_steps": 400, "v0_estimation_steps": 4, "v0_seed": 0},
+        {"v0_init": "random", "v0_decay_steps": 400, "v0_seed": 0},
         {
             "v0_init": "random",
             "v0_scale": 1e-12,
@@ -163,21 +167,22 @@ def test_section_of_a_bare_report():
 def test_flags_parse_back_to_the_arguments(arguments):
     from transformers import HfArgumentParser
 
-    wanted = V0InitArguments(**arguments)
+    wanted = V0InitArguments(**arguments).resolve(1000)
     report = {
-        "strategy": wanted.v0_init,
-        "scale": wanted.get_v0_scale(0.98),
-        "estimator": wanted.v0_estimator,
-        "num_samples_requested": wanted.v0_num_samples,
+        "strategy": wanted.init,
+        "decay": wanted.decay,
+        "decay_steps": wanted.decay_steps,
+        "scale": wanted.scale,
+        "estimator": wanted.estimator,
+        "num_samples_requested": wanted.num_samples,
         "num_samples": 5,
-        "stats_batch_size": wanted.v0_stats_batch_size,
-        "seed": wanted.v0_seed,
-        "include_bias_and_norm": wanted.v0_include_bias_and_norm,
-        "estimation_steps": wanted.v0_estimation_steps,
-        "warmup_steps": wanted.v0_decay_steps,
+        "stats_batch_size": wanted.stats_batch_size,
+        "seed": wanted.seed,
+        "include_bias_and_norm": wanted.include_bias_and_norm,
+        "estimation_steps": wanted.estimation_steps,
     }
     (parsed,) = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(compose_flags(report).split())
-    assert parsed == wanted
+    assert parsed.resolve(1000) == wanted
 
 
 def test_flags_without_v0():
@@ -193,7 +198,7 @@ def test_tags_are_added_once_and_other_metadata_stays():
 
 @pytest.mark.parametrize("tags", ["tags: hf_v0init", "tags: [hf_v0init, a, a]", "license: mit", ""])
 def test_tags_of_any_form_become_one_list_without_duplicates(tags):
-    after = read_metadata(add_v0_section(f"---\n{tags}\n---\n# x\n", None))["tags"]
+    after = read_metadata(add_v0_section(f"---\n{tags}\n---\n# x\n", REPORT))["tags"]
     assert set(after) >= set(V0_TAGS)
     assert len(after) == len(set(after))
 
@@ -243,13 +248,47 @@ def test_metadata_that_is_no_mapping_is_an_input_error(metadata):
     assert "\n" not in str(raised.value)
 
 
-def test_task_and_metrics_are_added_once():
-    once = add_task_and_metrics(CARD, "text-generation", ["perplexity", "accuracy"])
+def read_results(card_text: str) -> list[dict]:
+    (entry,) = read_metadata(card_text)["model-index"]
+    return [
+        {"task": r["task"]["type"], "dataset": r["dataset"]["name"]} | {m["type"]: m["value"] for m in r["metrics"]}
+        for r in entry["results"]
+    ]
+
+
+def test_task_metrics_and_their_values_are_added_once():
+    once = add_task_and_metrics(CARD, "text-generation", {"perplexity": 30.0, "accuracy": 0.5})
     metadata = read_metadata(once)
     assert metadata["pipeline_tag"] == "text-generation"
     assert metadata["metrics"] == ["accuracy", "perplexity"]
-    assert add_task_and_metrics(once, "translation", ["perplexity"]) == once
-    assert add_task_and_metrics(CARD, ["text-generation", "translation"], ["perplexity"]) == once
+    assert read_results(once) == [
+        {"task": "text-generation", "dataset": "unknown", "perplexity": 30.0, "accuracy": 0.5}
+    ]
+    assert add_task_and_metrics(once, "translation", {"perplexity": 30.0}) == once
+    assert add_task_and_metrics(CARD, ["text-generation", "translation"], {"perplexity": 30.0, "accuracy": 0.5}) == once
+
+
+def test_values_join_the_results_that_the_trainer_wrote():
+    results = """  results:
+  - task:
+      name: Translation
+      type: translation
+    dataset:
+      name: wmt
+      type: wmt
+      config: de-en
+    metrics:
+    - name: Bleu
+      type: bleu
+      value: 20.5
+"""
+    card = add_task_and_metrics(CARD.replace("  results: []\n", results), "translation", {"bleu": 20.5, "chrf": 40.0})
+    assert read_results(card) == [{"task": "translation", "dataset": "wmt", "bleu": 20.5, "chrf": 40.0}]
+    datasets = add_task_and_metrics(
+        CARD.replace("model-index:", "datasets:\n- ptb\nmodel-index:"), "fill-mask", {"accuracy": 0.5}
+    )
+    assert read_results(datasets) == [{"task": "fill-mask", "dataset": "ptb", "accuracy": 0.5}]
+    assert read_results(add_task_and_metrics(CARD, None, {"accuracy": 0.5})) == []  # a result needs a task
 
 
 def test_no_task_and_no_metrics_change_nothing():
@@ -284,11 +323,12 @@ def test_infer_metrics_takes_the_known_names_of_evaluations():
         {"eval_bleu": 21.0, "eval_perplexity": 30.0, "eval_bleu_signature": "x"},
         {"train_runtime": 3.0},
     ]
-    assert infer_metrics(history) == ["chrf", "bleu", "perplexity"]
+    assert infer_metrics(history) == {"chrf": 40.0, "bleu": 21.0, "perplexity": 30.0}
 
 
 def test_tags_are_those_the_hub_is_searched_by():
-    assert model_card.V0_TAGS == ["hf_v0init", "arxiv:2412.02153"]
+    assert list_tags(REPORT) == ["hf_v0init", "arxiv:2412.02153"]
+    assert list_tags(None) == list_tags({"strategy": "zeros"}) == ["hf_v0init"]
 
 
 def train_tiny_model(folder, **arguments):
@@ -321,7 +361,9 @@ def train_tiny_model(folder, **arguments):
 
 
 def test_card_written_without_pushing(tmp_path):
-    trainer = train_tiny_model(tmp_path, v0_init="data_driven", v0_num_samples=8, v0_stats_batch_size=2)
+    trainer = train_tiny_model(
+        tmp_path, v0_init="data_driven", v0_estimator="per_sample", v0_num_samples=8, v0_stats_batch_size=2
+    )
     trainer.create_model_card(model_name="tiny", tags="mine")
     trainer.create_model_card(model_name="tiny", tags="mine")
     text = (tmp_path / "README.md").read_text()
@@ -330,6 +372,7 @@ def test_card_written_without_pushing(tmp_path):
     assert metadata["metrics"] == ["bleu", "chrf"]
     assert set(metadata["tags"]) == {"mine", "generated_from_trainer", *V0_TAGS}
     assert len(metadata["tags"]) == 4
+    assert read_results(text) == [{"task": "text-generation", "dataset": "unknown", "bleu": 12.5, "chrf": 34.5}]
     assert "- Bleu: 12.5\n- Chrf: 34.5" in text
     assert "This model was trained from scratch on" in text
     assert text.count(compose_v0_section(trainer.get_v0_report())) == 1
@@ -343,4 +386,5 @@ def test_card_of_a_named_task_without_v0(tmp_path):
     assert trainer.get_v0_report() is None
     assert read_metadata(text)["pipeline_tag"] == "translation"
     assert text.count(compose_v0_section(None)) == 1
-    assert set(V0_TAGS) <= set(read_metadata(text)["tags"])
+    assert TAG in read_metadata(text)["tags"] and PAPER_TAG not in read_metadata(text)["tags"]
+    assert read_results(text)[0] == {"task": "translation", "dataset": "unknown", "bleu": 12.5, "chrf": 34.5}

@@ -48,7 +48,7 @@ def test_log_has_every_figure_and_two_clocks(tmp_path):
 def test_fingerprints_are_equal_for_arms_of_one_seed_and_for_these_only(tmp_path):
     arms = {
         "zeros": {},
-        "data_driven": {"v0_init": "data_driven", "v0_num_samples": 8},
+        "data_driven": {"v0_init": "data_driven"},
         "first_gradient": {"v0_init": "first_gradient"},
         "warmup": {"warmup_steps": 3, "learning_rate": 5e-3},
     }

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from hf_v0init.compare.planning.plan import read_plan
-from hf_v0init.compare.running.claims import join_folder, lock_plan
-from hf_v0init.compare.running.folder import find_waiting_runs, require_usable_folder, write_plan
-from hf_v0init.compare.running.runs import RunQueue
+from hf_v0init.compare.claims import join_folder, lock_plan
+from hf_v0init.compare.executor import LocalExecutor
+from hf_v0init.compare.folder import release_failed, require_usable_folder, write_plan
+from hf_v0init.compare.plan import read_plan
+from hf_v0init.compare.stages import lay_out_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
@@ -22,7 +23,8 @@ if "stubborn" in flags:
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     open(flags["journal"] + ".worker", "w").write(str(worker.pid))
 with open(flags["journal"], "a") as journal:
-    journal.write(json.dumps({"arm": flags["v0_init"], "warmup": flags["warmup_steps"], "seed": flags["seed"],
+    journal.write(json.dumps({"v0": flags["v0_init"], "warmup": flags["warmup_steps"], "rate": float(flags["learning_rate"]),
+        "secret": flags.get("hub_token"), "seed": flags["seed"],
         "behaviour": behaviour, "time": time.time(), "pid": os.getpid(), "folder": os.path.exists(output),
         "checkpoint": flags.get("resume_from_checkpoint"),
         "env": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")}}) + "\\n")
@@ -86,16 +88,19 @@ class Recorder:
     """A `Progress` that keeps what it was told."""
 
     def __init__(self):
-        self.ends, self.elsewhere, self.warnings, self.most_active = [], [], [], 0
+        self.ends, self.elsewhere, self.warnings, self.told, self.most_active = [], [], [], [], 0
 
     def update(self, active, num_waiting):
         self.most_active = max(self.most_active, len(active))
 
     def report_end(self, run, state, reason, trace, seconds):
-        self.ends.append((run.arm, run.seed, state, reason))
+        if trace is None:
+            self.elsewhere.append((run.setting, run.seed, state))
+        else:
+            self.ends.append((run.setting, run.seed, state, reason))
 
-    def report_elsewhere(self, run, state):
-        self.elsewhere.append((run.arm, run.seed, state))
+    def tell(self, message):
+        self.told.append(message)
 
     def warn(self, message):
         self.warnings.append(message)
@@ -110,31 +115,45 @@ class Comparison:
 
     def write(self, grids, arguments=None, **further):
         arguments = {"journal": str(self.root / "journal"), **(arguments or {})}
-        content = {"title": "Fake", "script": "fake.py", "arguments": arguments, "grids": grids, **further}
+        content = {
+            "title": "Fake",
+            "script": "fake.py",
+            "arguments": arguments,
+            "grids": grids,
+            "confirm_seeds": 0,
+            **further,
+        }
         self.config.write_text(yaml.safe_dump(content))
         return self
 
-    def run(self, jobs=1, retry_failed=False, resume=False, **options) -> Recorder:
+    def run(self, jobs=1, retry_failed=False, resume=False, devices=None) -> Recorder:
+        """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
         with lock_plan(self.folder):
-            write_plan(plan, self.folder)
+            if retry_failed:
+                release_failed(lay_out_stages(plan, self.folder)[0], self.folder)
         with join_folder(self.folder):
-            waiting = find_waiting_runs(plan, self.folder, retry_failed)
-            try:
-                RunQueue(plan, self.folder, waiting, jobs, recorder, resume, **options).run()
-            finally:
-                self.last = recorder
-        return recorder
+            executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
+            self.last, tried = recorder, set()
+            while True:
+                with lock_plan(self.folder):
+                    known, runs = lay_out_stages(plan, self.folder)
+                    write_plan(known, self.folder)
+                runs = [run for run in runs if run.name not in tried]
+                if not runs:
+                    return recorder
+                tried |= {run.name for run in runs}
+                executor.run(known, runs)
 
     def read_journal(self) -> list[dict]:
         path = self.root / "journal"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def read_records(self) -> dict[str, dict]:
-        """The records by arm and seed."""
+        """The records by setting and seed."""
         records = [json.loads(path.read_text()) for path in sorted(self.folder.glob("runs/*/record.json"))]
-        return {f"{record['arm']} {record['seed']}": record for record in records}
+        return {f"{record['setting']} {record['seed']}": record for record in records}
 
     def read_states(self) -> dict[str, str]:
         return {name: record["state"] for name, record in self.read_records().items()}
@@ -158,3 +177,15 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def write_checkpoint(output: Path, step: int, *left_out: str) -> Path:
+    """The files of a checkpoint as the stock Trainer leaves it."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (folder / name).write_text("x")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in left_out:
+        (folder / name).unlink()
+    return folder

@@ -7,31 +7,52 @@ from pathlib import Path
 
 START = 9.0
 EVAL_STEPS = (0, 100, 200, 300, 400)
-Outcome = (
-    float | str | None
-)  # a final loss; or 'diverged', 'failed', 'running', 'interrupted', 'stopped_early'; None: not started
+# A final loss; or 'diverged', 'failed', 'running', 'interrupted', 'pruned'; None: not started
+Outcome = float | str | None
+FAMILIES = {(False, False): "no warmup", (False, True): "warmup", (True, False): "v0", (True, True): "v0 + warmup"}
 
 
 def make_entry(
-    v0: str, warmup: str, rate: float, seed: int, optimizer: str = "adamw", other: dict | None = None
+    v0: str,
+    warmup: str,
+    rate: float,
+    seed: int,
+    stage: str = "confirm",
+    optimizer: str = "adamw",
+    other: dict | None = None,
 ) -> dict:
     parts = [v0] if v0 != "zeros" else []
     parts += [f"warmup {warmup}"] if warmup != "none" else []
     parts += [optimizer] if optimizer != "adamw" else []
     parts += [f"{name}={value}" for name, value in (other or {}).items()]
-    arm = " + ".join(parts) or "zeros"
-    name = f"{arm.replace(' + ', '+').replace(' ', '-')}_lr{rate:g}_seed{seed}"
-    arguments = {"learning_rate": rate, "seed": seed, "v0_init": v0.split()[0], "per_device_train_batch_size": 64} | (
-        other or {}
-    )
-    return {"name": name, "arm": arm, "v0": v0, "warmup": warmup, "optimizer": optimizer, "other": other or {}} | {
-        "learning_rate": rate, "seed": seed, "arguments": arguments,
+    setting = " + ".join(parts) or "no warmup"
+    family = FAMILIES[v0 != "zeros", warmup != "none"] if optimizer == "adamw" else optimizer
+    condition = ", ".join(f"{name}={value}" for name, value in (other or {}).items())
+    name = f"{setting.replace(' + ', '+').replace(' ', '-')}_lr{rate:g}_seed{seed}_0"
+    arguments = {
+        "learning_rate": rate,
+        "seed": seed,
+        "v0_init": v0.split()[0],
+        "per_device_train_batch_size": 64,
+        **(other or {}),
+    }
+    if warmup.isdigit():
+        arguments["warmup_steps"] = int(warmup)
+    return {"name": name, "stage": stage, "condition": condition, "family": family, "setting": setting, "v0": v0, "warmup": warmup} | {
+        "optimizer": optimizer, "other": other or {}, "learning_rate": rate, "seed": seed, "arguments": arguments,
     }  # fmt: skip
 
 
 def write_plan(folder: Path, entries: Sequence[dict], **changes) -> Path:
-    plan = {"title": "A test", "pocket": False, "script": "run_translation", "launch": "python", "metric": "eval_loss"}
-    plan |= {"test_metrics": ["predict_bleu"], "published": [], "arguments": {"max_steps": 400}, "runs": list(entries)}
+    plan = {"title": "A test", "small": False, "script": "run_translation", "launch": "python", "metric": "eval_loss"}
+    plan |= {
+        "greater_is_better": False,
+        "confirm_seeds": [],
+        "test_metrics": ["predict_bleu"],
+        "published": [],
+        "prune": None,
+    }
+    plan |= {"margin": 0.01, "margin_is_relative": True, "arguments": {"max_steps": 400}, "runs": list(entries)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(plan | changes))
     return folder
@@ -52,8 +73,6 @@ def write_run(
     losses: Sequence[float] | None = None,
     fingerprint: dict | None = None,
     bleu: float | None = None,
-    step_seconds: float = 0.1,
-    with_diagnostics: bool = False,
 ) -> None:
     """Write one run's folder. A data-driven v0 has a pass over 1,280 samples, which is 20 steps of 64, in 3 seconds."""
     if outcome is None:
@@ -78,20 +97,16 @@ def write_run(
     seed = entry["seed"]
     usual = {"initial_weights": f"w{seed}", "batches": [f"b{seed}{i}" for i in range(4)], "rng": f"r{seed}"}
     (output / "fingerprint.json").write_text(json.dumps(fingerprint or usual))
-    if with_diagnostics:
-        (output / "v0_diagnostics.json").write_text(json.dumps(make_diagnostics(entry)))
     if state == "failed":
         return
     if losses is None:
-        final = {"diverged": math.nan, "running": 5.0, "interrupted": 5.0, "stopped_early": 8.0}.get(outcome, outcome)
+        final = {"diverged": math.nan, "running": 5.0, "interrupted": 5.0, "pruned": 8.0}.get(outcome, outcome)
         losses = make_losses(5.0 if math.isnan(final) else final)
         if math.isnan(final):
             losses[-1] = math.nan
-    steps = EVAL_STEPS[: len(losses)]
-    extra = 3.0 if data_driven else 0.0
-    lines, clock = [], 0.0
-    for step, loss in zip(steps, losses, strict=True):
-        seconds = step * step_seconds + (extra if step else 0.0)
+    extra, lines, clock = 3.0 if data_driven else 0.0, [], 0.0
+    for step, loss in zip(EVAL_STEPS, losses, strict=False):
+        seconds = step * 0.1 + (extra if step else 0.0)
         if step:
             lines.append({"loss": loss + 0.1, "step": step, "seconds": seconds + clock, "train_seconds": seconds})
         clock += 2.0
@@ -100,61 +115,28 @@ def write_run(
     if state == "finished":
         results = {"eval_loss": losses[-1], "predict_bleu": 40.0 - 5.0 * losses[-1] if bleu is None else bleu}
         (output / "all_results.json").write_text(json.dumps(results))
-        (output / "trainer_state.json").write_text(json.dumps({"global_step": steps[-1], "log_history": []}))
+        (output / "trainer_state.json").write_text(
+            json.dumps({"global_step": EVAL_STEPS[len(losses) - 1], "log_history": []})
+        )
+
+
+ARMS = (("zeros", "none"), ("zeros", "200"), ("data_driven 10", "none"))
 
 
 def write_grid(
     folder: Path,
     outcome: Callable[[str, str, float, int], Outcome],
     *,
-    arms: Sequence[tuple[str, str]] = (("zeros", "none"), ("zeros", "200"), ("data_driven 10", "none")),
+    settings: Sequence[tuple[str, str]] = ARMS,
     rates: Sequence[float] = (1e-3,),
-    seeds: Sequence[int] = (1, 2, 3),
-    with_diagnostics: bool = False,
+    tune: Sequence[int] = (1,),
+    confirm: Sequence[int] = (2, 3, 4),
     **plan,
 ) -> Path:
-    """Write a plan of arms x rates x seeds, and the runs with `outcome(v0, warmup, rate, seed)`."""
-    entries = [make_entry(v0, warmup, rate, seed) for seed in seeds for v0, warmup in arms for rate in rates]
+    """Write a plan of settings x rates on the `tune` seeds, and at the first rate on the `confirm` seeds, with `outcome(v0, warmup, rate, seed)`."""
+    entries = [make_entry(v0, warmup, rate, seed, "tune") for seed in tune for v0, warmup in settings for rate in rates]
+    entries += [make_entry(v0, warmup, rates[0], seed) for seed in confirm for v0, warmup in settings]
     write_plan(folder, entries, **plan)
     for entry in entries:
-        result = outcome(entry["v0"], entry["warmup"], entry["learning_rate"], entry["seed"])
-        write_run(folder, entry, result, with_diagnostics=with_diagnostics)
+        write_run(folder, entry, outcome(entry["v0"], entry["warmup"], entry["learning_rate"], entry["seed"]))
     return folder
-
-
-def make_diagnostics(entry: dict) -> dict:
-    """What the callback would have written: updates that grow to lr under v0 and warmup, and m(t) of scale 1 at beta2 .98."""
-    steps = list(range(1, 201))
-    rate, has_v0 = entry["learning_rate"], entry["v0"] != "zeros"
-    warmup = float(entry["warmup"]) if entry["warmup"].isdigit() else 0.0
-    factor = [math.sqrt(1 - 0.98**t) if has_v0 else 1.0 for t in steps]
-    rates = [rate * min(1.0, t / warmup) if warmup else rate for t in steps]
-    relative = [0.5 * f + 0.5 / math.sqrt(t) * f for t, f in zip(steps, factor, strict=True)]
-    norms = [1000.0 * r * lr for r, lr in zip(relative, rates, strict=True)]
-    edges = [round(-14.0 + 0.2 * i, 6) for i in range(76)]
-    histograms = {}
-    for step in (1, 2, 10, 100):
-        center = math.log10(relative[step - 1] * rates[step - 1])
-        width = 0.1 if not has_v0 and step == 1 else 0.8
-        weights = [math.exp(-(((edge + 0.1 - center) / width) ** 2)) for edge in edges[:-1]]
-        shares = [0.98 * w / sum(weights) for w in weights]
-        histograms[str(step)] = {"shares": shares, "zero": 0.02, "below": 0.0, "above": 0.0}
-    looked = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50, 63, 79, 100, 126, 158, 200, 251, 316, 398, 400]
-    start = 10.0 if has_v0 else 1.0
-    drift = [1e-6 * start * 0.98**t * (t != 400) for t in looked]
-    moment = {
-        "step": looked,
-        "mean": [1e-6 + d for d in drift],
-        "drift": drift,
-        "relative_drift": [d * 1e6 for d in drift],
-    }
-    multiplier = {}
-    if has_v0:
-        form = [math.sqrt(1 - 0.98**t) for t in looked]
-        multiplier = {"step": looked, "unresolved": [0.0] * len(looked), "closed_form": form}
-        multiplier |= {f"quantile_{q}": [f * k for f in form] for q, k in (("0.1", 0.6), ("0.5", 0.9), ("0.9", 1.0))}
-        multiplier["closed_form_of_measured_ratio"] = [1 / math.sqrt(1 + 36 * 0.98**t / (1 - 0.98**t)) for t in looked]
-    updates = {"step": steps, "learning_rate": rates, "norm": norms, "rms": norms, "rms_over_lr": relative}
-    return {"settings": {}, "updates": updates, "histograms": {"log10_edges": edges, "steps": histograms}} | {
-        "second_moment": moment, "multiplier": multiplier, "cost": {"seconds": 1.0, "share_of_time": 0.01},
-    }  # fmt: skip

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.second_moment.state import SecondMoments, StoredTensor, draft_state, read_second_moment
+from hf_v0init.second_moment.state import SecondMoments, StoredTensor, read_second_moment
 from hf_v0init.second_moment.table import SUPPORTED_ROWS
+from hf_v0init.sharding.parts import get_local_part
 
 LR = 1e-2
 SHAPE = (64, 128)  # 8,192 elements: 8-bit optimizers quantise from 4,096 on
@@ -225,9 +226,9 @@ def has_state(optimizer, parameter) -> bool:
 
 
 def write(optimizer, parameter, v0) -> None:
-    draft = draft_state(*find_stored(optimizer, parameter))
-    draft.tensors[-1].copy_(v0)
-    draft.finish()
+    moments, stored = find_stored(optimizer, parameter)
+    with torch.no_grad():
+        moments.change(stored, stored.parts, lambda _, moment: get_local_part(moment).copy_(get_local_part(v0)))
 
 
 def step(optimizer, parameter, gradient) -> None:

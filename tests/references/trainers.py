@@ -5,7 +5,7 @@ from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
-from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 
 
@@ -76,6 +76,22 @@ def assert_equal_weights(a, b) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def call_before_update(look):
+    """Make a step pre-hook that calls look(optimizer) when all others have acted, also those that act in the step's closure."""
+
+    def hook(optimizer, args, kwargs):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+        def close_and_look():
+            loss = None if closure is None else closure()
+            look(optimizer)
+            return loss
+
+        return args[:1], kwargs | {"closure": close_and_look}
+
+    return hook
+
+
 class Recorder(TrainerCallback):
     """Records what the run is made of: v0 as the first step sees it, gradients and random states at each step.
 
@@ -97,10 +113,10 @@ class Recorder(TrainerCallback):
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
-            inner.register_step_pre_hook(self.look)  # after ours, which was there first
+            inner.register_step_pre_hook(call_before_update(self.look))
 
-    def look(self, optimizer, args, kwargs):
-        steps = find_first_steps(optimizer)
+    def look(self, optimizer):
+        steps = find_hook(optimizer)
         if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
         self.v0, self.step_gradients = second_moments_of(self.trainer), self.read_gradients()

@@ -10,7 +10,6 @@ import pytest
 
 from hf_v0init.errors import InputError
 from hf_v0init.extras import EXTRAS, MissingExtraError, require_extra
-from hf_v0init.trainer.tested_versions import warn_of_untested_transformers
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -128,17 +127,3 @@ assert not {set(HIDDEN)!r} & {{name for name, module in sys.modules.items() if m
 """
     trained = run_hidden(HIDDEN, ["x"], train)
     assert trained.returncode == 0, trained.stderr
-
-
-@pytest.mark.parametrize("installed", ["4.57.1", "6.0.0", "6.0.0.dev0"])
-def test_another_major_version_of_transformers_is_warned_of(caplog, installed):
-    with caplog.at_level("WARNING", logger="hf_v0init"):  # other tests set the level of a process that speaks less
-        warn_of_untested_transformers(installed)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"transformers {installed}" in caplog.text and "pip install 'transformers>=5,<6'" in caplog.text
-
-
-def test_a_tested_version_is_not(caplog):
-    warn_of_untested_transformers("5.0.0")
-    warn_of_untested_transformers()
-    assert not caplog.records

@@ -15,6 +15,7 @@ LAYERS = [
     ["tasks"],
     ["trainer", "loop"],
     ["diagnostics"],
+    ["hook"],
     ["initialization"],
     ["records"],
     ["estimation", "second_moment"],

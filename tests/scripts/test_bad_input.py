@@ -14,7 +14,7 @@ from trainers import make_trainer
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
 from hf_v0init.second_moment.state import is_untouched
-from hf_v0init.tasks.language_modeling import shared_script
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +222,7 @@ def test_scripts(files, capsys, monkeypatch, script, flags, words):
         argv += ["--output_dir", str(files / "out")]
     monkeypatch.setattr(sys, "argv", [script, *argv, "--do_train", "--use_cpu", "--report_to", "none"])
     module = load_script(script)
-    for one in (module, shared_script):  # it would outlive this test's captured streams
+    for one in (module, run_of_tasks):  # it would outlive this test's captured streams
         monkeypatch.setattr(one, "start_logging", lambda *_: None, raising=False)
     with pytest.raises(SystemExit) as caught:
         run_script(module.main)

@@ -16,6 +16,7 @@ from test_run_translation import SCRIPT, TINY, to_argv
 
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.script_support import describe_full_disk
 
 
@@ -63,8 +64,8 @@ def test_another_run_does_not_continue_this_one(run_translation, begun, monkeypa
     flags = begun | changes
     if "train_source_file" in changes:
         flags["train_source_file"] = begun["train_source_file"].parent / changes["train_source_file"]
-    monkeypatch.setattr(run_translation, "load_pairs", lambda *_: pytest.fail("data is read"))
-    monkeypatch.setattr(run_translation, "start_logging", lambda *_: None)
+    monkeypatch.setattr(run_translation.TranslationTask, "load_pairs", lambda *_: pytest.fail("data is read"))
+    monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
     before = {path: path.stat().st_mtime_ns for path in Path(begun["output_dir"]).rglob("*")}
     with pytest.raises(InputError) as caught:
         run_translation.main(to_argv(flags))
@@ -79,8 +80,10 @@ def test_what_may_change_on_the_way_does(run_translation, begun, monkeypatch, ca
     """The learning rate and the folder of the data; another batch size is taken, and named."""
     moved = tmp_path / "elsewhere.de"
     moved.write_bytes(Path(begun["train_source_file"]).read_bytes())
-    monkeypatch.setattr(run_translation, "start_logging", lambda *_: None)
-    monkeypatch.setattr(run_translation, "load_pairs", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
+    monkeypatch.setattr(
+        run_translation.TranslationTask, "load_pairs", lambda *_: (_ for _ in ()).throw(InterruptedError)
+    )
     changes = {"train_source_file": moved, "learning_rate": 1e-4, "per_device_train_batch_size": 4}
     with caplog.at_level(logging.WARNING, logger="hf_v0init"), pytest.raises(InterruptedError):
         run_translation.main(to_argv(begun | changes))

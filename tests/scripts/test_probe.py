@@ -16,6 +16,7 @@ from hf_v0init import InputError, compute_warmup_length
 from hf_v0init.cli import main as cli
 from hf_v0init.cli.probe import find_script
 from hf_v0init.tasks import probing
+from hf_v0init.tasks.run import RunArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"use_cpu": True, "seed": 1, "learning_rate": 0.004, "max_steps": 300, "v0_init": "data_driven"}
@@ -81,11 +82,13 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
         float(f"{d:.3g}"): float(f"{rho:.3f}") for d, rho in zip(radius.displacements, radius.rho, strict=True)
     }
     if radius.has_batch_norm:
-        assert "Nothing needed: the network has BatchNorm" in output
+        assert "No warmup needed: the network has BatchNorm" in output
     else:
         assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
         length = compute_warmup_length(0.002 / radius.d50, 300)
-        assert (f"--warmup_steps {length}" if length else "Nothing needed: x is below") in output
+        assert (
+            f"--warmup_steps {length}" if length else "No warmup needed: the relative learning rate is below"
+        ) in output
         assert f"a warmup of {7 if task == 'run_translation' else 0} steps" in output
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "curve.svg"])
     assert "rho" in (tmp_path / "curve.svg").read_text()
@@ -121,4 +124,4 @@ def test_bad_words_are_refused_before_anything_is_built(tmp_path, capsys):
 
 def test_a_figure_without_a_probe_is_refused():
     with pytest.raises(InputError, match="--probe_only; add it"):
-        probing.ProbeArguments(probe_figure="curve.png")
+        RunArguments(probe_figure="curve.png")

@@ -16,6 +16,7 @@ from test_run_translation import TINY, to_argv
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.trainer_utils import EvalPrediction
 
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.script_support import NothingToDoError, run_script
 from hf_v0init.tasks.translation.metrics import TranslationMetrics
 
@@ -154,7 +155,8 @@ def test_evaluation_in_the_models_own_folder_keeps_its_card(run_translation, dat
     assert f"| validation | loss | {results['eval_loss']:.4f} |" in again
 
     def without_results(text: str) -> str:
-        return re.sub(r"<!-- hf_v0init results: begin -->.*?<!-- hf_v0init results: end -->", "", text, flags=re.DOTALL)
+        text = re.sub(r"<!-- hf_v0init results: begin -->.*?<!-- hf_v0init results: end -->", "", text, flags=re.DOTALL)
+        return re.sub(r"\nmodel-index:.*?(?=\n[\w-]+:|\n---)", "", text, flags=re.DOTALL)
 
     assert without_results(again) == without_results(card)
     assert LONG[-1] in again  # the samples that training wrote
@@ -259,7 +261,7 @@ def test_speeds_count_the_samples_there_were(run_translation, data, tmp_path, mo
     monkeypatch.setattr(module, "find_batch_size", lambda inputs: seen.append(count(inputs)) or seen[-1])
     flags = {**TINY, **data, "do_train": True, "max_steps": 3, "save_strategy": "no", "max_tokens_per_batch": 300}
     flags |= {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "log_level": "info"}
-    monkeypatch.setattr(run_translation, "start_logging", lambda *_: None)
+    monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
     with caplog.at_level(logging.INFO):
         run_translation.main(to_argv(flags))
     results = read(tmp_path / "out" / "train_results.json")
@@ -273,7 +275,7 @@ def test_speeds_count_the_samples_there_were(run_translation, data, tmp_path, mo
 
 
 def test_a_resume_does_not_speak_of_weights_that_are_tied(run_translation, data, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run_translation, "start_logging", lambda *_: None)
+    monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
     flags = {**TINY, **data, "do_train": True, "max_steps": 2, "save_steps": 1, "output_dir": tmp_path / "out"}
     flags |= {"cache_dir": tmp_path / "cache", "log_level": "warning"}
     run_translation.main(to_argv({**flags, "max_steps": 1}))

@@ -18,16 +18,14 @@ from test_awd_lstm import compute_loss_slowly, run_slowly
 from test_run_clm import cache, data, flags, quiet_logging, read_results, run_clm, start  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_v0init import V0InitTrainingArguments
 from hf_v0init.analysis.checkpoint_data import load_model
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
-from hf_v0init.tasks.language_modeling.shared_script import require_possible
-from hf_v0init.tasks.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-CONFIGS = ROOT / "configs" / "language_modeling"
-KINDS = (run_clm.ModelArguments, run_clm.DataArguments, run_clm.RunArguments, V0InitTrainingArguments)
+
+
 gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
 
 
@@ -169,33 +167,6 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(name, awd
     for part in expected:
         assert part in error
     assert list(tmp_path.iterdir()) == []
-
-
-def parse_config(name: str) -> tuple:
-    return parse_arguments(KINDS, [str(CONFIGS / f"{name}.yaml"), "--use_cpu"])
-
-
-def test_the_paper_configuration_has_the_papers_settings():
-    model, data_args, run, training = parse_config("ptb_awd_lstm_paper")
-    require_possible(data_args, run, training)
-    config = model.load_config()
-    assert (config.num_layers, config.hidden_size, config.embedding_size) == (2, 1150, 400)
-    assert (config.weight_drop, config.ar_alpha, config.tar_beta, config.tie_word_embeddings) == (0.5, 2.0, 1.0, True)
-    assert (training.per_device_train_batch_size, data_args.block_size, training.num_train_epochs) == (20, 70, 200)
-    assert (training.learning_rate, run.lr_decay_epochs, run.lr_decay_factor) == (0.01, [100, 145], 0.1)
-    assert (training.adam_beta1, training.adam_beta2, training.max_grad_norm) == (0.9, 0.999, 0.25)
-    assert (training.v0_init, training.v0_num_samples, training.v0_scale) == ("data_driven", 5000, None)
-
-
-@pytest.mark.parametrize("name", ["ptb_awd_lstm_paper", "ptb_awd_lstm_small"])
-def test_configurations_select_the_model_on_validation(name):
-    model, data_args, run, training = parse_config(name)
-    run_clm.require_possible_for_model(model.load_config(), data_args, training)
-    assert training.output_dir == f"runs/{name}" and training.load_best_model_at_end
-    assert (training.metric_for_best_model, training.greater_is_better) == ("loss", False)
-    assert training.eval_strategy == training.save_strategy == "epoch" and training.eval_steps is None
-    assert "valid" in data_args.validation_file and "test" in data_args.test_file
-    assert max(run.lr_decay_epochs) < training.num_train_epochs and training.lr_scheduler_type == "constant"
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
@@ -22,13 +21,11 @@ from hf_v0init.compare.running.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
-from hf_v0init.tasks.script_support import parse_arguments
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_dcgan.py"
-CONFIGS = sorted((ROOT / "configs" / "image_generation").glob("*.yaml"))
 
 
 def load_script():
@@ -421,7 +418,7 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"feature_extractor": "inception", "inception_weights": "nowhere.pth"}, ["nowhere.pth: no such file"]),
         ({"do_train": False, "do_eval": False}, ["nothing to do"]),
         ({"do_train": False}, ["has none"]),
-        ({"dataset_name": "cifar10"}, ["one of them"]),
+        ({"dataset_name": "cifar10"}, ["--dataset_name and --train_dir", "not both"]),
         ({"base_chanels": 8}, ["did you mean --base_channels?"]),
         ({"v0_scale": -1.0}, ["v0_scale=-1.0"]),
     ],
@@ -437,7 +434,7 @@ def test_flags_that_cannot_be_used_are_refused(images, tmp_path, options, words)
 
 def test_several_gpus_of_one_process_are_refused(images, tmp_path, monkeypatch):
     monkeypatch.setattr(run_dcgan.GanTrainingArguments, "n_gpu", property(lambda self: 4))
-    with pytest.raises(InputError, match=r"one process sees 4 GPUs, .* --nproc_per_node 4"):
+    with pytest.raises(InputError, match="in several with one GPU each"):
         run(images, tmp_path / "out")
 
 
@@ -457,14 +454,3 @@ def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: image_size=30")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_read(path):
-    if "script" not in yaml.safe_load(path.read_text()):
-        *_, training = parse_arguments(
-            (run_dcgan.ModelArguments, run_dcgan.DataArguments, run_dcgan.QualityArguments, run_dcgan.GanTrainingArguments),
-            [str(path), "--use_cpu"],
-        )  # fmt: skip
-        run_dcgan.require_taken(training)
-        assert training.do_train

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.script_support import run_script
 
@@ -269,27 +270,6 @@ def test_two_processes_count_each_image_once(script, tiny, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-6), name
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_configs_are_read_whole(script, config, monkeypatch, tmp_path):
-    """Every flag is known and every model can be made; nothing is trained."""
-    monkeypatch.chdir(ROOT)
-    model, data, decay, training = script.parse_arguments(
-        (script.ModelArguments, script.DataArguments, script.StepDecayArguments, script.V0InitTrainingArguments),
-        [str(config), "--output_dir", str(tmp_path), "--use_cpu"],
-    )
-    network_config = script.load_config(model.model_type, model.config_name, model.config_overrides, model)
-    assert network_config.model_type in script.MODEL_TYPES
-    assert training.v0_init == "data_driven" and training.do_train
-    if "paper" in config.name:
-        assert training.learning_rate == 1e-3 and training.adam_epsilon == 1e-8
-    if config.name == "cifar10_resnet34_paper.yaml":
-        assert (decay.lr_decay_epochs, decay.lr_decay_factor) == ([60, 120, 160], 0.2)
-        assert (training.num_train_epochs, training.per_device_train_batch_size) == (200, 128)
-        assert training.label_smoothing_factor == 0.1 and data.random_crop == "pad" and data.random_flip
-    if config.name == "imagenet_resnet18_paper.yaml":
-        assert training.num_train_epochs == 100 and training.lr_scheduler_type == "cosine"
-
-
 # ---- bad input
 
 
@@ -299,7 +279,7 @@ def refuse(script, flags: dict) -> str:
     lines = []
     with capture.context() as patch:
         patch.setattr(sys, "argv", ["run_image_classification", *to_argv(flags)])
-        patch.setattr(script, "start_logging", lambda *_: None)
+        patch.setattr(run_of_tasks, "start_logging", lambda *_: None)
         patch.setattr("builtins.print", lambda *line, **_: lines.append(" ".join(map(str, line))))
         with pytest.raises(SystemExit) as caught:
             run_script(script.main)

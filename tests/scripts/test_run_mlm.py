@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -16,14 +15,12 @@ from safetensors.torch import load_file
 from test_run_clm import cache, data, quiet_logging, read_results, start  # noqa: F401 (fixtures)
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from hf_v0init import V0InitTrainingArguments
 from hf_v0init.tasks.language_modeling.masking import Masking, compose_seed
-from hf_v0init.tasks.language_modeling.shared_script import require_possible
-from hf_v0init.tasks.script_support import parse_arguments, run_script
+from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_mlm.py"
-CONFIGS = sorted((ROOT / "configs" / "language_modeling").glob("ptb_mlm_*.yaml"))
+
 
 run_mlm = importlib.import_module("hf_v0init.tasks.language_modeling.masked_script")
 
@@ -298,43 +295,6 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
 
 
 # ------------------------------------------------------------------------------------------------------ configs
-
-KINDS = (
-    run_mlm.MaskedModelArguments,
-    run_mlm.MaskedDataArguments,
-    run_mlm.MaskedRunArguments,
-    V0InitTrainingArguments,
-)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_differ_only_in_what_they_compare(path):
-    *parsed, training = parse_arguments(KINDS, [str(path), "--use_cpu"])
-    *others, zeros = parse_arguments(KINDS, [str(path.with_name("ptb_mlm_zeros.yaml")), "--use_cpu"])
-    require_possible(parsed[1], parsed[2], training)
-    assert parsed == others
-    assert all(getattr(parsed[1], f"{role}_file").startswith("data/ptb/") for role in ("train", "validation", "test"))
-    arm = path.stem.removeprefix("ptb_mlm_")
-    assert training.output_dir == f"runs/{path.stem}"
-    assert training.v0_init == ("zeros" if arm == "warmup" else arm)
-    assert (training.warmup_steps > 0) == (arm == "warmup")
-    different = {
-        "v0_init",
-        "v0_num_samples",
-        "v0_decay_steps",
-        "warmup_steps",
-        "output_dir",
-        "accelerator_config",
-        "distributed_state",
-    }
-    shared = {name for name in asdict(zeros) if name not in different}
-    assert {name: getattr(training, name) for name in shared} == {name: getattr(zeros, name) for name in shared}
-
-
-def test_there_is_a_configuration_for_each_arm():
-    arms = [path.stem.removeprefix("ptb_mlm_") for path in CONFIGS]
-    assert arms == ["data_driven", "random", "warmup", "zeros"]
-
 
 # ------------------------------------------------------------------------------------------------ own processes
 

@@ -100,8 +100,9 @@ def test_trains_translates_averages_and_saves(run_translation, data, tmp_path, c
 
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     assert [folder.name for folder in checkpoints] == ["checkpoint-160", "checkpoint-200", "checkpoint-240"]
-    saved, average = load_file(out / "model.safetensors"), average_checkpoints(checkpoints)
-    assert saved.keys() == average.keys()
+    saved = load_file(out / "model.safetensors")
+    average = average_checkpoints(AutoModelForSeq2SeqLM.from_pretrained(out), checkpoints)
+    assert saved.keys() <= average.keys()
     assert all(torch.equal(saved[name], average[name]) for name in saved)
 
     # what was saved translates as the script did
@@ -123,7 +124,7 @@ def test_trains_translates_averages_and_saves(run_translation, data, tmp_path, c
 
 def test_the_second_start_reads_the_tokenized_data_from_the_cache(run_translation, data, tmp_path):
     flags = {**TINY, **data, "do_train": True, "max_steps": 1, "save_strategy": "no", "cache_dir": tmp_path / "cache"}
-    folder = tmp_path / "cache" / "hf_v0init_tokenized"
+    folder = tmp_path / "cache" / "hf_v0init"
 
     def run(name, **changes) -> dict:
         run_translation.main(to_argv({**flags, "output_dir": tmp_path / name, **changes}))
@@ -224,7 +225,7 @@ def test_a_multilingual_tokenizer_is_told_its_languages(run_translation, data, t
     run_translation.main(to_argv({**flags, "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}))
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["forced_bos_token_id"] == tokenizer.convert_tokens_to_ids("eng_Latn")
-    (train_file, *_) = sorted((tmp_path / "cache" / "hf_v0init_tokenized").iterdir(), key=lambda p: -p.stat().st_size)
+    (train_file, *_) = sorted((tmp_path / "cache" / "hf_v0init").iterdir(), key=lambda p: -p.stat().st_size)
     row = datasets.Dataset.from_file(str(train_file))[0]
     assert row["input_ids"][0] == tokenizer.convert_tokens_to_ids("deu_Latn")
     assert row["labels"][0] == tokenizer.convert_tokens_to_ids("eng_Latn")
@@ -294,7 +295,7 @@ BAD_INPUT = {
     "nothing to average": ({"average_checkpoints": 3, "save_total_limit": 2}, ["save_total_limit=2"]),
     "too few saves": ({"average_checkpoints": 3, "save_steps": 1}, ["save only 2", "save_steps"]),
     "two models": ({"model_type": "bart", "config_name": "post_norm"}, ["--config_name", "--model_type"]),
-    "not an encoder-decoder": ({"model_type": "gpt2", "-config_overrides": 0}, ["gpt2", "marian"]),
+    "not an encoder-decoder": ({"model_type": "gpt2", "-config_overrides": 0}, ["gpt2", "encoder-decoder"]),
     "unknown model type": ({"model_type": "nonsense", "-config_overrides": 0}, ["nonsense"]),
     "unknown configuration key": ({"config_overrides": "d_modell=3"}, ["d_modell"]),
     "malformed overrides": ({"config_overrides": "d_model"}, ["config_overrides", "d_model"]),

@@ -13,14 +13,8 @@ from transformers import TrainingArguments
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks import script_support
-from hf_v0init.tasks.script_support import (
-    find_checkpoint_to_resume,
-    parse_arguments,
-    remove_old_checkpoints,
-    require_writable_output,
-    run_script,
-    start_logging,
-)
+from hf_v0init.tasks.output_folder import find_checkpoint_to_resume, remove_what_is_stale, require_writable_output
+from hf_v0init.tasks.script_support import parse_arguments, run_script, start_logging
 
 
 @dataclass
@@ -86,6 +80,14 @@ def test_transformers_flags_in_yaml_keep_their_meaning(config):
     assert training.eval_strategy == "no" and training.save_strategy == "no"
     assert training.learning_rate == 0.002 and training.adam_epsilon == 1e-8 and training.warmup_steps == 200
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.label_names == ["labels"]
+
+
+def test_a_value_of_a_file_is_taken_back_on_the_command_line(config):
+    path = config("name: y\nwords: [a]\nsteps: 5\n")
+    parsed = parse_toy(path, "--name=null", "--words=None")
+    assert (parsed.name, parsed.words, parsed.steps) == (None, None, 5)
+    with pytest.raises(InputError, match="--steps"):
+        parse_toy(path, "--steps=null")
 
 
 def test_a_required_flag_may_come_from_the_file(config):
@@ -297,14 +299,26 @@ def test_files_without_a_checkpoint_are_not_overwritten(tmp_path):
         find_checkpoint_to_resume(make_arguments(tmp_path), overwrite=False)
 
 
-def test_only_checkpoints_are_removed(tmp_path):
+@pytest.mark.parametrize("with_checkpoints", [False, True])
+def test_what_a_new_training_makes_untrue_is_removed_and_nothing_else(tmp_path, with_checkpoints):
     for name in ("checkpoint-5", "checkpoint-10", "checkpoint-best", "runs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    (tmp_path / "checkpoint-7").write_text("a file, not a folder")
-    assert remove_old_checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-5"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7", "checkpoint-best", "runs"]
-    assert remove_old_checkpoints(tmp_path / "missing") == []
+    stale = [
+        "all_results.json",
+        "eval_results.json",
+        "generated_predictions.txt",
+        "v0_init.json",
+        "README.md",
+        "trainer_state.json",
+    ]
+    kept = ["checkpoint-7", "notes.txt", "model.safetensors", "run_log.jsonl"]
+    for name in [*stale, *kept]:
+        (tmp_path / name).write_text("")
+    remove_what_is_stale(tmp_path, with_checkpoints)
+    checkpoints = [] if with_checkpoints else ["checkpoint-10", "checkpoint-5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, *checkpoints, "checkpoint-best", "runs"])
+    remove_what_is_stale(tmp_path / "missing", with_checkpoints)
 
 
 def test_logging_goes_to_stdout_at_the_level_asked_for(capsys, tmp_path):
@@ -313,16 +327,21 @@ def test_logging_goes_to_stdout_at_the_level_asked_for(capsys, tmp_path):
     try:
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
         start_logging(arguments)
-        logging.getLogger("toy_script").info("seen")
-        logging.getLogger("transformers.toy").info("seen too")
+        logging.getLogger("hf_v0init").info("seen")
+        logging.getLogger("transformers.toy").warning("seen too")
+        logging.getLogger("transformers.toy").info("hidden")
         arguments.log_level = "error"
         start_logging(arguments)
-        logging.getLogger("toy_script").warning("hidden")
+        logging.getLogger("hf_v0init").warning("hidden")
+        arguments.log_level = "info"
+        start_logging(arguments)
+        logging.getLogger("transformers.toy").info("asked for")
         out, err = capsys.readouterr()
-        assert "seen" in out and "seen too" in out and "hidden" not in out
+        assert "seen" in out and "seen too" in out and "asked for" in out and "hidden" not in out
         assert err == ""
     finally:
         from transformers.utils import logging as transformers_logging
 
         root.handlers[:], root.level = before
+        logging.getLogger("hf_v0init").setLevel(logging.NOTSET)
         transformers_logging.set_verbosity_warning()

@@ -1,18 +1,18 @@
-"""Measuring over K steps with every supported optimizer: three steps that change nothing, then the first step from v0."""
+"""The first steps with every supported optimizer: v0 at step 1, over K steps, and decaying linearly."""
 
 import copy
 
 import pytest
 import torch
+from linear_decay import factor
 from optimizer_cases import CASES, make_gradients, make_parameter, name_of, quiet_and_eager, write
 
-from hf_v0init import attach_v0
+from hf_v0init import InputError, attach_v0
 from hf_v0init.initialization.strategies import compute_random_v0_
-from hf_v0init.second_moment.state import read_second_moment
+from hf_v0init.second_moment.state import SecondMoments, read_second_moment
 from hf_v0init.sharding.draws import draw_standard_normal_
 
 K = 4
-RATES = (1e-3, 4e-3, 2e-2, 5e-3, 1e-3)  # as a scheduler would set them
 
 
 def read_counters(optimizer) -> list[dict]:
@@ -33,43 +33,71 @@ def set_training(optimizer) -> None:
         optimizer.train()
 
 
-def sum_squares(gradients) -> torch.Tensor:
-    total = torch.zeros_like(gradients[0])
-    for g in gradients:
-        total.addcmul_(g, g)
-    return total
+def takes_linear_decay(optimizer) -> bool:
+    moments = SecondMoments(optimizer)
+    return all(not moments.layout.explain_no_linear_decay(group) for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_the_first_real_step_is_that_of_a_fresh_optimizer_from_this_v0(case):
-    parameter, other = make_parameter(), make_parameter()
-    gradients = make_gradients(K + 1)
+def test_linear_decay_holds_or_is_refused(case):
+    """Beside the same optimizer on the same gradients the second moment holds (1 - beta2^t) ((L / t)^2 - 1) s more; after L nothing."""
+    parameter, other, length = make_parameter(), make_parameter(), 9
+    gradients = make_gradients(length + 3)
     with quiet_and_eager():
-        optimizer, fresh = case.make([parameter]), case.make([other])
-        steps = attach_v0(optimizer, None, "data_driven", v0_estimation_steps=K, v0_scale=0.5)
+        optimizer, plain = case.make([parameter]), case.make([other])
+        if not takes_linear_decay(optimizer):
+            with pytest.raises(InputError, match=r"v0_decay=linear with .*use v0_decay=beta2"):
+                attach_v0(optimizer, None, v0_decay_steps=length)
+            assert not optimizer._optimizer_step_pre_hooks
+            return
+        hook = attach_v0(optimizer, None, v0_decay_steps=length, v0_estimation_steps=K)
         set_training(optimizer)
-        set_training(fresh)
-        start, counters = parameter.detach().clone(), read_counters(optimizer)
-        for number in range(K - 1):
-            step_at(optimizer, parameter, gradients[number], RATES[number])
-            assert torch.equal(parameter, start) and parameter.grad is None
-            assert read_counters(optimizer) == counters
-            assert optimizer.param_groups[0]["lr"] == RATES[number]
-            assert steps.is_waiting and steps.num_measured == number + 1
-        write(fresh, other, 0.5 / K * sum_squares(gradients[:K]))
-        v0, seen = read_second_moment(fresh, other).clone(), []
-        steps.observers.append(lambda: seen.append(read_second_moment(optimizer, parameter).clone()))
-        for number in (K - 1, K):
-            step_at(optimizer, parameter, gradients[number], RATES[number])
-            step_at(fresh, other, gradients[number], RATES[number])
-            assert torch.equal(parameter, other)
-        assert not steps.is_attached
-        assert torch.equal(seen[0], v0)  # quantised ones too: the same codes
-        assert torch.equal(read_second_moment(optimizer, parameter), read_second_moment(fresh, other))
-        assert read_counters(optimizer) == read_counters(fresh)
+        set_training(plain)
+        beta2, spread = SecondMoments(optimizer).read_beta2(), 0.0
+        for t, gradient in enumerate(gradients, 1):
+            rate = 1e-3 * t
+            step_at(optimizer, parameter, gradient, rate)
+            step_at(plain, other, gradient, rate)
+            assert float(optimizer.param_groups[0]["lr"]) == rate
+            u = read_second_moment(plain, other).double()
+            if t == K:
+                spread = factor(u / (1 - beta2**t))
+            extra = (1 - beta2**t) * ((length / t) ** 2 - 1) * spread if K < t < length else 0.0
+            expected = u + extra
+            difference = (read_second_moment(optimizer, parameter).double() - expected).abs().max()
+            assert difference <= 1e-5 * float(expected.max()) + 1e-4 * (t >= length) * float(u.max()), t
+        assert not hook.is_attached and hook.report.decay_steps == length
 
 
-@pytest.mark.parametrize("strategy", ["random", "first_gradient"])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_several_first_steps_by_beta2_hold_or_are_refused(case):
+    """After K steps the second moment is that of the same optimizer without a v0, times 1 + scale * beta2^K / (1 - beta2^K)."""
+    parameter, other = make_parameter(), make_parameter()
+    gradients = make_gradients(K + 2)
+    with quiet_and_eager():
+        optimizer, plain = case.make([parameter]), case.make([other])
+        beta2 = SecondMoments(optimizer).read_beta2()
+        if beta2 is None:
+            with pytest.raises(InputError, match="no decaying mean of g\\^2"):
+                attach_v0(optimizer, None, v0_estimation_steps=K, v0_scale=0.5)
+            return
+        hook = attach_v0(optimizer, None, v0_estimation_steps=K, v0_scale=0.5)
+        set_training(optimizer)
+        set_training(plain)
+        counters = []
+        for t, gradient in enumerate(gradients, 1):
+            before = parameter.detach().clone()
+            step_at(optimizer, parameter, gradient, 1e-3)
+            step_at(plain, other, gradient, 1e-3)
+            assert t < 3 or not torch.equal(parameter, before)  # no step is lost
+            counters.append(read_counters(optimizer) == read_counters(plain))
+            if t == K and takes_linear_decay(optimizer):
+                expected = read_second_moment(plain, other) * (1 + 0.5 * beta2**K / (1 - beta2**K))
+                torch.testing.assert_close(read_second_moment(optimizer, parameter), expected, rtol=1e-4, atol=1e-20)
+        assert all(counters) and not hook.is_attached and hook.report.estimation_steps == K
+
+
+@pytest.mark.parametrize("strategy", ["random", "first_gradient", "data_driven"])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_one_step_strategies_lose_no_step(case, strategy):
     parameter, other = make_parameter(), make_parameter()

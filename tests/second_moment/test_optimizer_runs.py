@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_gpt2, make_sequences
+from conftest import make_gpt2
 from optimizer_cases import quiet_and_eager
 from test_optimizer_probe import Mine
 from trainers import Recorder, assert_equal_weights, make_trainer, record, second_moments_of
@@ -75,7 +75,8 @@ def slow_unless(strategy, quick):
 def expected(tmp_path_factory):
     """The v0 of each strategy as the default optimizer gets it."""
     return {
-        s: record(tmp_path_factory.mktemp(s), v0_init=s, max_steps=1, optim="adamw_torch")[1].v0 for s in STRATEGIES
+        s: record(tmp_path_factory.mktemp(s), v0_init=s, v0_decay="beta2", max_steps=1, optim="adamw_torch")[1].v0
+        for s in STRATEGIES
     }
 
 
@@ -84,7 +85,7 @@ def expected(tmp_path_factory):
 def test_v0_before_the_first_step_is_the_strategys(tmp_path, expected, strategy, options):
     require(options)
     with quiet_and_eager():
-        trainer, recorder = record(tmp_path, v0_init=strategy, max_steps=2, **options)
+        trainer, recorder = record(tmp_path, v0_init=strategy, v0_decay="beta2", max_steps=2, **options)
     assert sorted(recorder.v0) == sorted(expected[strategy])
     rtol = 2e-7 if "Adamax" in name_of(options) else 0.0  # the root and its square
     for name, v0 in recorder.v0.items():
@@ -99,8 +100,12 @@ def test_v0_before_the_first_step_is_the_strategys(tmp_path, expected, strategy,
 def test_quantised_state_holds_the_strategys_v0(tmp_path, strategy, optim):
     require({"optim": optim})
     with quiet_and_eager():
-        _, exact = record(tmp_path / "a", model=make_wide_gpt2(), v0_init=strategy, max_steps=1, optim="adamw_torch")
-        trainer, recorder = record(tmp_path / "b", model=make_wide_gpt2(), v0_init=strategy, max_steps=2, optim=optim)
+        _, exact = record(
+            tmp_path / "a", model=make_wide_gpt2(), v0_init=strategy, v0_decay="beta2", max_steps=1, optim="adamw_torch"
+        )
+        trainer, recorder = record(
+            tmp_path / "b", model=make_wide_gpt2(), v0_init=strategy, v0_decay="beta2", max_steps=2, optim=optim
+        )
     assert sorted(recorder.v0) == sorted(exact.v0)
     row, quantised = find_row_of_optim(optim), 0
     for name, v0 in exact.v0.items():
@@ -131,7 +136,13 @@ def test_quantised_state_holds_the_strategys_v0(tmp_path, strategy, optim):
 )
 def test_stop_and_resume_is_the_straight_run(tmp_path, options):
     require(options)
-    common = {"v0_init": "data_driven", "max_steps": 4, "save_strategy": "steps", "save_steps": 2} | options
+    common = {
+        "v0_init": "data_driven",
+        "v0_decay": "beta2",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    } | options
     with quiet_and_eager():
         straight = make_trainer(tmp_path, model=make_wide_gpt2(), **common)
         straight.train()
@@ -142,7 +153,7 @@ def test_stop_and_resume_is_the_straight_run(tmp_path, options):
 
 
 def test_an_unlisted_optimizer_passed_to_the_trainer_gets_v0_and_resumes(tmp_path, expected):
-    common = {"v0_init": "data_driven", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    common = {"v0_init": "data_driven", "v0_decay": "beta2", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
     def make(**kwargs):
         model = make_gpt2()
@@ -169,7 +180,7 @@ def test_an_optimizer_that_has_made_steps_is_not_given_a_v0(tmp_path):
     optimizer.step()
     optimizer.zero_grad()
     trainer = make_trainer(
-        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", max_steps=1
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", v0_decay="beta2", max_steps=1
     )
     trainer.train()
     assert trainer.get_v0_report() is None
@@ -181,7 +192,7 @@ def test_refused_values_raise_before_any_training(tmp_path, value):
     assert row in REFUSED_ROWS
     module = row.classes[0].split(".")[0]
     pytest.importorskip(module, exc_type=ImportError)
-    trainer = make_trainer(tmp_path, v0_init="random", optim=value)
+    trainer = make_trainer(tmp_path, v0_init="random", v0_decay="beta2", optim=value)
     with pytest.raises(InputError) as caught:
         trainer.train()
     assert row.refusal in str(caught.value) and trainer.state.global_step == 0
@@ -207,7 +218,7 @@ def test_projecting_optimizers_are_refused(tmp_path, value):
 
     data = [{"x": torch.ones(8), "labels": torch.tensor(0.0)} for _ in range(8)]
     trainer = make_trainer(
-        tmp_path, model=WithLinear(), data=data, v0_init="random", optim=value, optim_target_modules="all-linear", remove_unused_columns=False
+        tmp_path, model=WithLinear(), data=data, v0_init="random", v0_decay="beta2", optim=value, optim_target_modules="all-linear", remove_unused_columns=False
     )  # fmt: skip
     with quiet_and_eager(), pytest.raises(InputError, match="projected into a space"):
         trainer.train()
@@ -222,37 +233,16 @@ def test_warmup_steps_need_a_decaying_second_moment(tmp_path, options):
 
 
 def test_closed_form_takes_rmsprops_alpha(tmp_path):
-    trainer, _ = record(tmp_path, v0_init="data_driven", optim="rmsprop", optim_args="alpha=0.75", max_steps=1)
+    trainer, _ = record(
+        tmp_path, v0_init="data_driven", v0_decay="beta2", optim="rmsprop", optim_args="alpha=0.75", max_steps=1
+    )
     assert trainer.get_v0_report()["beta2"] == 0.75
     assert trainer.get_v0_report()["multiplier"]["1"] == pytest.approx(0.5)
 
 
-def test_sums_live_in_the_state_itself_where_they_can(tmp_path, monkeypatch):
-    """No tensor of the parameter's size is made for the pass beyond the state of torch's Adam."""
-    import hf_v0init.second_moment.state as module
-
-    drafts = []
-    original = module.draft_state
-    monkeypatch.setattr(
-        "hf_v0init.initialization.writing.draft_state", lambda *a, **k: drafts.append(original(*a, **k)) or drafts[-1]
-    )
-    shared = []
-    finish = module.StateDraft.finish
-
-    def spy(self):
-        tensors = self.tensors
-        state = finish(self)
-        shared.append((tensors[0] is state.get("exp_avg"), tensors[-1] is state["exp_avg_sq"]))
-        return state
-
-    monkeypatch.setattr(module.StateDraft, "finish", spy)
-    record(tmp_path, v0_init="data_driven", v0_estimator="per_sample", max_steps=1, data=make_sequences(16))
-    assert len(shared) == 10 and set(shared) == {(True, True)}
-
-
 def test_a_large_v0_that_does_not_decay_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        make_trainer(tmp_path / "a", v0_init="data_driven", optim="adagrad", max_steps=1).train()
+        make_trainer(tmp_path / "a", v0_init="data_driven", v0_decay="beta2", optim="adagrad", max_steps=1).train()
         assert "does not decay" not in caplog.text
-        make_trainer(tmp_path / "b", v0_init="random", optim="adagrad", max_steps=1).train()
+        make_trainer(tmp_path / "b", v0_init="random", v0_decay="beta2", optim="adagrad", max_steps=1).train()
     assert "does not decay as Adam's does: v0 may hold the steps back" in caplog.text

@@ -4,7 +4,6 @@ import itertools
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from torch import nn
 
 from hf_v0init import read_second_moment
 from hf_v0init.errors import InputError
-from hf_v0init.estimation.batches import choose_samples
-from hf_v0init.estimation.statistics import compute_batch_seed
+from hf_v0init.estimation.batches import choose_samples, compute_batch_seed
 from hf_v0init.tasks.gan.dcgan import (
     IMAGE_SIZES,
     Discriminator,
@@ -23,8 +21,7 @@ from hf_v0init.tasks.gan.dcgan import (
     compute_generator_loss,
     draw_noise,
 )
-from hf_v0init.tasks.gan.training import GanTrainer, ImageOrder
-from hf_v0init.tasks.gan.v0 import find_setting_differences, join_reports
+from hf_v0init.tasks.gan.training import GanRun, ImageOrder, join_reports
 from hf_v0init.tasks.images.tensors import round_to_pixels, scale_pixels
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
@@ -140,11 +137,11 @@ def make_training(output_dir, **options):
     return V0InitTrainingArguments(output_dir=str(output_dir), **(defaults | options))
 
 
-def make_trainer(output_dir, **options) -> GanTrainer:
+def make_trainer(output_dir, **options) -> GanRun:
     torch.manual_seed(0)
     networks = Generator(16, 1, latent_size=6, base_channels=4), Discriminator(16, 1, base_channels=4)
     pixels = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8)
-    return GanTrainer(*networks, pixels, make_training(output_dir, **options))
+    return GanRun(*networks, pixels, make_training(output_dir, **options))
 
 
 class StopHere(Exception):
@@ -217,7 +214,7 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
             expected = 2.0 * (g.mean(0).square() + spread * (1 - 1 / 30))
             v0 = read_second_moment(trainer.optimizers[name], parameter).double()
             torch.testing.assert_close(v0, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
-    report = trainer.v0_report
+    report = trainer.v0_record
     assert report["num_samples"] == 60 and report["networks"]["generator"]["num_samples"] == 30
     assert report["effective_batch_size"] == 8.0
 
@@ -255,7 +252,7 @@ def test_v0_of_both_networks_is_the_mean_square_of_their_first_gradients(tmp_pat
             assert (v0 is None) == (first[0].dim() < 2)
             if v0 is not None:
                 torch.testing.assert_close(v0, torch.stack(first).square().mean(0), rtol=1e-5, atol=1e-20)
-    assert trainer.v0_report["networks"]["generator"]["num_parameters_with_v0"] > 0
+    assert trainer.v0_record["networks"]["generator"]["num_parameters_with_v0"] > 0
 
 
 def test_v0_apart_the_run_is_the_same_run(tmp_path):
@@ -311,14 +308,3 @@ def test_records_are_joined_by_sums_and_means():
     assert (joined["num_samples"], joined["seconds"], joined["num_elements_with_v0"]) == (10, 4.0, 30)
     assert joined["num_skipped"] == 6
     assert joined["strategy"] == "data_driven" and set(joined["networks"]) == {"generator", "discriminator"}
-
-
-def test_settings_that_differ_on_resume_are_named():
-    names = ("init", "scale", "num_samples", "estimator", "estimation_steps", "stats_batch_size", "seed", "include_bias_and_norm",
-             "warmup_steps")  # fmt: skip
-    training = types.SimpleNamespace(**{f"v0_{name}": 1 for name in names})
-    stored = {"settings": {f"v0_{name}": 1 for name in names} | {"v0_scale": 2}}
-    assert find_setting_differences(training, stored) == ["v0_scale: 2 -> 1"]
-    training.v0_init = "zeros"
-    assert "v0_init: 1 -> zeros" in find_setting_differences(training, stored)
-    assert find_setting_differences(training, None) == []

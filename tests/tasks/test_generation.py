@@ -11,6 +11,7 @@ import torch
 from test_right_results import LONG
 from test_run_translation import TINY, to_argv
 from transformers import (
+    AutoTokenizer,
     M2M100Config,
     M2M100ForConditionalGeneration,
     MBart50Tokenizer,
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.learning_rate_bounds import LearningRateBoundsArguments, bound_schedule
+from hf_v0init.tasks.run import RunArguments
+from hf_v0init.tasks.schedules import shape_schedule
 from hf_v0init.tasks.translation import script as run_translation
 from hf_v0init.tasks.translation.generation import EndAtLimit, GenerationArguments
 from hf_v0init.tasks.translation.metrics import SacreBleu, make_bleu
@@ -93,7 +95,7 @@ def test_limits_are_a_times_length_plus_b(a, b, tokens, expected):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_limits_hold_for_each_sentence_whatever_its_batch_is(model, tmp_path, beams):
     """An untrained model generates to the limit: as many tokens as the source has, and 1."""
-    tokenizer = run_translation.AutoTokenizer.from_pretrained(model[0] / "out")
+    tokenizer = AutoTokenizer.from_pretrained(model[0] / "out")
     limits = [len(tokenizer(line)["input_ids"]) + 1 for line in (model[0] / "source").read_text().splitlines()]
     made = {}
     for batch in (1, 16):
@@ -243,7 +245,7 @@ def test_the_papers_schedule_from_its_start_to_its_floor():
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
     scheduler = get_scheduler("inverse_sqrt", optimizer, num_warmup_steps=4)
-    bound_schedule(scheduler, LearningRateBoundsArguments(warmup_init_lr=1e-7, min_lr=2e-4), 4)
+    shape_schedule(scheduler, RunArguments(warmup_init_lr=1e-7, min_lr=2e-4), 4, None)
     rates = []
     for _ in range(30):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -351,5 +353,5 @@ def test_multilingual_models_are_fine_tuned_by_the_script(tmp_path, make, model_
     assert said == ["twocats", "housetwocats"] * 8
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["predict_loss"] < 0.5
-    saved = run_translation.AutoTokenizer.from_pretrained(tmp_path / "out")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert type(saved) is type(tokenizer)

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import logging
+import os
 
 import datasets
 import pytest
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.text_files import load_local_files, load_parallel_files, read_lines
-from hf_v0init.tasks.translation.pairs import load_pair_files, select_pairs
+from hf_v0init.tasks.text_files import LONGEST_WORD, load_local_files, open_stream, read_lines
+from hf_v0init.tasks.translation.pairs import load_pair_files, load_parallel_files, select_pairs
 
 LINES = ["Ein Hund läuft.", "", "zwei\u2028Zeilen, doch eine", "drei"]
 
@@ -20,7 +22,7 @@ def write(path, text: str, newline: str = "\n"):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.gz", "a.de"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_lines_are_the_same_however_they_are_stored(tmp_path, name, newline, end):
     path = write(tmp_path / name, "\n".join(LINES) + end, newline)
@@ -43,9 +45,13 @@ def write_bad_files(folder) -> dict:
         "flipped.gz": good[:15] + bytes([good[15] ^ 0xFF]) + good[16:],
         "text.gz": b"not compressed\n",
         "nul": b"eins\nzw\0ei\n",
+        "long": b"x\n" + b"a" * (LONGEST_WORD + 1),
+        "a.xlsx": b"PK",
+        "a.txt.zst": b"(\xb5/\xfd",
     }
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
+    os.mkfifo(folder / "pipe")
     return files
 
 
@@ -61,6 +67,10 @@ def write_bad_files(folder) -> dict:
         ("flipped.gz", ["gzip", "again"]),
         ("text.gz", ["gzip"]),
         ("nul", ["line 2", "NUL", "iconv"]),
+        ("long", ["line 2", "100,000 characters", "split it"]),
+        ("a.xlsx", [".xlsx cannot be read", ".parquet"]),
+        ("a.txt.zst", [".zst cannot be read", ".gz"]),
+        ("pipe", ["pipe", ".jsonl"]),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, words):
@@ -91,6 +101,31 @@ def test_tables_come_with_all_their_columns(tmp_path):
     for path in files[4:]:  # a CSV holds texts
         assert load_local_files(path, role="train").to_list() == [{**row, "id": str(row["id"])} for row in rows], path
     assert load_local_files(write(tmp_path / "g.txt", "x\ny\n"), role="train").to_dict() == {"text": ["x", "y"]}
+
+
+def test_parquet_and_tsv_are_read_and_the_log_says_what_the_header_is(tmp_path, caplog):
+    rows = [{"text": "a\tb", "n": 1}, {"text": "null", "n": 2}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert load_local_files(tmp_path / "a.parquet", role="train").to_list() == rows
+    assert list(open_stream(tmp_path / "a.parquet")) == rows
+    with caplog.at_level(logging.INFO, logger="hf_v0init"):
+        table = load_local_files(write(tmp_path / "a.tsv", 'text\tn\n"a\t1\n'), role="train")
+        load_local_files(write(tmp_path / "b.csv", "the cat,sat\nthe dog,ran\n"), role="train")
+    assert table.to_dict() == {"text": ['"a'], "n": ["1"]}
+    assert "a.tsv: its first line names the columns: text, n" in caplog.text
+    assert "b.csv: its first line names the columns: the cat, sat" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.txt"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_header_of_tab_separated_pairs_is_no_pair(tmp_path, caplog, name, streaming):
+    expected = [{"source": "eins", "target": "one"}, {"source": "zwei", "target": "two"}]
+    path = write(tmp_path / name, "Source\tTarget\neins\tone\nzwei\ttwo\n")
+    with caplog.at_level(logging.INFO, logger="hf_v0init"):
+        assert list(load_pair_files("train", path, streaming=streaming)) == expected
+    assert "its first line, 'Source' and 'Target', names the columns and is no pair" in caplog.text
+    plain = write(tmp_path / f"b_{name}", "eins\tone\nzwei\ttwo\n")
+    assert list(load_pair_files("train", plain, streaming=streaming)) == expected
 
 
 @pytest.mark.parametrize(

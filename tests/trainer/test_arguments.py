@@ -2,7 +2,7 @@ import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_v0init import InputError, V0InitArguments, V0InitSeq2SeqTrainingArguments, V0InitTrainingArguments
-from hf_v0init.settings import read_v0_arguments
+from hf_v0init.settings import V0Plan, read_v0_arguments
 
 FLAGS = list(V0InitArguments.__dataclass_fields__)
 
@@ -22,37 +22,72 @@ def test_ours_are_theirs_and_the_v0_flags(tmp_path, theirs, ours):
     assert set(mine) - set(stock) == set(FLAGS)
 
 
-def test_the_defaults_leave_adam_alone_and_measure_the_runs_own_steps():
-    arguments = V0InitArguments()
-    assert (arguments.v0_init, arguments.v0_num_samples, arguments.v0_estimator) == ("zeros", 5000, "minibatch")
-    assert [V0InitArguments(v0_init=s).get_v0_scale(0.999) for s in ("random", "data_driven", "first_gradient")] == [
-        100,
-        1,
-        1,
-    ]
+def test_the_defaults_leave_adam_alone():
+    assert V0InitArguments() == V0InitArguments(v0_init="zeros") and V0InitArguments().resolve(100) == V0Plan()
 
 
-def test_the_papers_preset_is_its_settings():
-    scales = {s: V0InitArguments(v0_init=s, v0_preset="paper").get_v0_scale(0.999) for s in ("random", "data_driven")}
-    assert scales == {"random": 100.0, "data_driven": 1.0}
-    paper = V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_scale=1)  # says the same twice
-    assert (paper.v0_estimator, paper.v0_num_samples, paper.v0_include_bias_and_norm) == ("per_sample", 5000, False)
-    code = {s: V0InitArguments(v0_init=s, v0_preset="authors_code") for s in ("random", "data_driven")}
-    assert code["random"].get_v0_scale(0.999) == 200.0 and code["data_driven"].v0_include_bias_and_norm
-    with pytest.raises(InputError, match="v0_preset=paper has v0_estimator=per_sample, and minibatch was given"):
-        V0InitArguments(v0_init="data_driven", v0_preset="paper", v0_estimator="minibatch")
-    given = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(["--v0_preset", "paper"])[0]
-    assert given == V0InitArguments(v0_preset="paper")
+@pytest.mark.parametrize("strategy", ["random", "data_driven", "first_gradient"])
+def test_a_strategy_alone_is_a_linear_decay_of_measured_length(strategy):
+    plan = V0InitArguments(v0_init=strategy).resolve(100)
+    assert (plan.init, plan.decay, plan.decay_steps, plan.scale) == (strategy, "linear", "auto", None)
+    assert plan.include_bias_and_norm and plan.keeps_plateau
+    assert plan.estimator == ("minibatch" if strategy == "data_driven" else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "include"),
+    [
+        ({"v0_init": "random", "v0_decay": "beta2"}, 100.0, False),
+        ({"v0_init": "data_driven", "v0_decay": "beta2"}, 1.0, False),
+        ({"v0_init": "first_gradient", "v0_scale": 3}, 3.0, False),
+        ({"v0_init": "data_driven", "v0_estimator": "per_sample"}, 1.0, False),
+        ({"v0_init": "data_driven", "v0_preset": "paper", "v0_scale": 1}, 1.0, False),  # says the same twice
+        ({"v0_init": "random", "v0_preset": "paper"}, 100.0, False),
+        ({"v0_init": "random", "v0_preset": "authors_code"}, 200.0, False),
+        ({"v0_init": "data_driven", "v0_preset": "authors_code"}, 1.0, True),
+    ],
+)
+def test_a_size_or_the_paper_means_decay_by_beta2(given, scale, include):
+    plan = V0InitArguments(**given).resolve(100)
+    assert (plan.decay, plan.decay_steps, plan.scale, plan.include_bias_and_norm) == ("beta2", None, scale, include)
+    by_sample = plan.init == "data_driven" and ("v0_preset" in given or "v0_estimator" in given)
+    assert plan.num_samples == (5000 if by_sample else None) and not plan.keeps_plateau
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"v0_preset": "paper", "v0_estimator": "minibatch"},
+            "v0_preset=paper has v0_estimator=per_sample, and minibatch",
+        ),
+        ({"v0_preset": "paper", "v0_decay": "linear"}, "v0_preset=paper has v0_decay=beta2, and linear was given"),
+        ({"v0_preset": "paper", "v0_decay_steps": 9}, "v0_preset=paper has v0_decay_steps=None, and 9 was given"),
+        ({"v0_decay": "linear", "v0_estimator": "per_sample"}, "v0_estimator=per_sample with v0_decay=linear"),
+        ({"v0_decay": "linear", "v0_scale": 2.0}, "v0_scale=2.0 with v0_decay=linear"),
+        ({"v0_scale": 2.0, "v0_decay_steps": 9}, "both set the size of v0: give one"),
+        ({"v0_num_samples": 9}, "v0_num_samples=9 is of v0_init=data_driven with v0_estimator=per_sample"),
+        ({"v0_num_samples": "auto"}, "v0_num_samples=auto: must be a whole number"),
+        ({"v0_init": "zeros", "v0_decay_steps": 9}, "v0_decay_steps=9 with v0_init=zeros: there is no v0"),
+        ({"v0_init": "random", "v0_estimation_steps": 2}, "v0_estimation_steps=2 with v0_init=random"),
+        ({"v0_decay_steps": 0}, "v0_decay_steps=0"),
+        ({"v0_decay_steps": 2.5}, "v0_decay_steps=2.5"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(given, words):
+    with pytest.raises(InputError, match=words) as caught:
+        V0InitArguments(**{"v0_init": "data_driven"} | given)
+    assert "\n" not in str(caught.value)
 
 
 def test_command_line_gives_every_flag_its_type():
     parsed = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
-        "--v0_init data_driven --v0_scale 2.5 --v0_num_samples 100 --v0_estimator minibatch --v0_stats_batch_size 8 "
-        "--v0_seed 3 --v0_include_bias_and_norm --v0_estimation_steps 4".split()
+        "--v0_init data_driven --v0_scale 2.5 --v0_num_samples 100 --v0_estimator per_sample --v0_stats_batch_size 8 "
+        "--v0_seed 3 --v0_include_bias_and_norm --v0_decay beta2".split()
     )[0]
     assert parsed == V0InitArguments(
-        v0_init="data_driven", v0_scale=2.5, v0_num_samples=100, v0_estimator="minibatch", v0_stats_batch_size=8, v0_seed=3,
-        v0_include_bias_and_norm=True, v0_estimation_steps=4,
+        v0_init="data_driven", v0_scale=2.5, v0_num_samples=100, v0_estimator="per_sample", v0_stats_batch_size=8, v0_seed=3,
+        v0_include_bias_and_norm=True, v0_decay="beta2",
     )  # fmt: skip
 
 
@@ -66,39 +101,38 @@ def test_help_names_the_equations_and_units():
     texts = {flag: V0InitArguments.__dataclass_fields__[flag].metadata["help"] for flag in FLAGS}
     assert "eq. 10" in texts["v0_init"] and "eq. 11" in texts["v0_init"]
     assert "dimensionless" in texts["v0_scale"] and "samples" in texts["v0_num_samples"]
-    assert "m(t) = 1 / sqrt(1 + r * beta2^t / (1 - beta2^t))" in texts["v0_decay_steps"]
 
 
-def test_warmup_steps_give_the_scale_of_the_closed_form():
-    arguments = V0InitArguments(v0_init="data_driven", v0_decay_steps=100)
-    assert arguments.get_v0_scale(0.98) == pytest.approx((1 / 0.81 - 1) * (0.98**-100 - 1), rel=1e-12)
+def test_decay_steps_give_the_scale_of_the_closed_form():
+    plan = V0InitArguments(v0_init="data_driven", v0_decay="beta2", v0_decay_steps=100).resolve()
+    assert plan.scale is None and plan.keeps_plateau
+    assert plan.get_scale(0.98) == pytest.approx((1 / 0.81 - 1) * (0.98**-100 - 1), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "steps"), [("200", 200, 200), ("0.25", 0.25, 150), ("0.001", 0.001, 1), ("1", 1, 1)]
+    ("text", "value", "steps"),
+    [("200", 200, 200), ("0.25", 0.25, 150), ("0.001", 0.001, 1), ("1", 1, 1), ("auto", "auto", "auto")],
 )
-def test_warmup_steps_below_one_are_a_share_of_the_run(text, value, steps):
-    """As transformers' own warmup_steps: rounded up to whole steps."""
+def test_decay_steps_below_one_are_a_share_of_the_run(text, value, steps):
+    """As transformers' own warmup_steps: rounded up to whole steps. What the user wrote stays as written."""
     (arguments,) = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
         ["--v0_init", "data_driven", "--v0_decay_steps", text, "--v0_seed", "3"]
     )
-    assert arguments.v0_decay_steps == value and type(arguments.v0_decay_steps) is type(value)
-    resolved = arguments.resolve(600)
-    assert resolved == V0InitArguments(v0_init="data_driven", v0_decay_steps=steps, v0_seed=3)
-    assert type(resolved.v0_decay_steps) is int and arguments.v0_decay_steps == value
-    assert (
-        resolved.resolve(100) is resolved
-        and arguments.resolve(None) is arguments
-        and arguments.resolve(-1) is arguments
-    )
-    stock = TrainingArguments("out", max_steps=600, warmup_steps=value, use_cpu=True)
-    assert stock.get_warmup_steps(600) == steps
+    assert arguments.v0_decay_steps == value
+    for max_steps, expected in ((600, steps), (None, value), (-1, value)):
+        resolved = arguments.resolve(max_steps).decay_steps
+        assert resolved == expected and isinstance(resolved, type(expected))
+    assert arguments.v0_decay_steps == value
+    if text != "auto":
+        stock = TrainingArguments("out", max_steps=600, warmup_steps=value, use_cpu=True)
+        assert stock.get_warmup_steps(600) == steps
 
 
-def test_a_share_of_a_run_of_unknown_length_gives_no_scale():
-    arguments = V0InitArguments(v0_init="data_driven", v0_decay_steps=0.25)
-    with pytest.raises(InputError, match=r"v0_decay_steps=0\.25 is a share of the run, whose length is not known here"):
-        arguments.get_v0_scale(0.98)
+@pytest.mark.parametrize("steps", [0.25, "auto"])
+def test_a_length_that_is_not_known_yet_gives_no_scale(steps):
+    plan = V0InitArguments(v0_init="data_driven", v0_decay="beta2", v0_decay_steps=steps).resolve()
+    with pytest.raises(InputError, match=f"v0_decay_steps={steps} is not a number of optimizer steps yet"):
+        plan.get_scale(0.98)
 
 
 def test_settings_are_read_from_any_object_that_has_them():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kill.client import KillServer, choose_kill, read_lives
 
-from hf_v0init.records.checkpoints import find_defect, find_newest_whole, list_checkpoints
+from hf_v0init.records.checkpoints import find_defect, find_newest_valid, list_checkpoints
 
 PHASES = ["pass", "train", "save", "evaluate", "end"]  # the end: after the last save
 TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
@@ -51,14 +51,14 @@ def find_differences(a: dict, b: dict) -> list[str]:
 
 
 def count_passes_that_lasted(folder: Path) -> int:
-    """The v0 passes whose process left a whole checkpoint; every process that found one must have done none."""
+    """The v0 passes whose process left a valid checkpoint; every process that found one must have done none."""
     lives = read_lives(folder)
     for life in lives:
-        assert not (life["whole"] and life["passes"]), lives
+        assert not (life["valid"] and life["passes"]), lives
         if life["resumed_from"] != "not yet known":  # killed before that
-            assert life["resumed_from"] == (life["whole"] or [None])[0], lives
-    later = [life["whole"] for life in lives[1:]] + [["the end"]]
-    return sum(life["passes"] for life, whole in zip(lives, later, strict=True) if whole)
+            assert life["resumed_from"] == (life["valid"] or [None])[0], lives
+    later = [life["valid"] for life in lives[1:]] + [["the end"]]
+    return sum(life["passes"] for life, valid in zip(lives, later, strict=True) if valid)
 
 
 def kill_and_resume(
@@ -91,11 +91,11 @@ def test_a_run_killed_while_it_draws_a_bar_does_not_stop_the_next(server, tmp_pa
 
 
 @pytest.mark.slow
-def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
-    """Four first kills in every phase, some runs killed again and again; with and without rotation."""
+def test_ten_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
+    """Two first kills in every phase, some runs killed again and again; with and without rotation."""
     generator = random.Random(20)
     record, died = [], Counter()
-    for number in range(20):
+    for number in range(10):
         kills = [choose_kill(straight["events"], PHASES[number % 5], generator)]
         while generator.random() < 0.4:
             kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:4]), generator) | {"occurrence": 2})
@@ -110,33 +110,9 @@ def test_twenty_runs_killed_at_random_moments_end_the_same(server, straight, tmp
         assert limit is None or len(list_checkpoints(folder / "out")) <= limit
         assert os.path.basename(kept[0]) == "checkpoint-6"
     survived = sum(not different and passes == 1 for *_, different, passes in record)
-    print(f"\nours: {survived} of 20 the same in the end; {died.total()} kills: {dict(died)}")
-    assert survived == 20, record
+    print(f"\nours: {survived} of 10 the same in the end; {died.total()} kills: {dict(died)}")
+    assert survived == 10, record
     assert all(died[phase] for phase in PHASES[:4]), died
-
-
-@pytest.mark.slow
-def test_record_of_the_stock_trainer(server, tmp_path):
-    """What it is compared with. Nothing is asserted of others' code but that the record was taken."""
-    straight = server.run(tmp_path / "straight", stock=True)
-    generator = random.Random(20)
-    survived, failed = 0, []
-    for number in range(20):
-        kills = [choose_kill(straight["events"], ["train", *PHASES[1:]][number % 5], generator)]
-        answer, died_in = kill_and_resume(server, tmp_path / str(number), kills, may_fail=True, stock=True)
-        different = find_differences(straight["result"], answer["result"]) if answer["status"] == 0 else []
-        survived += answer["status"] == 0 and not different
-        if answer["status"] != 0 or different:
-            failed.append(
-                (
-                    died_in[0],
-                    answer["log"].strip().splitlines()[-1]
-                    if answer["status"]
-                    else f"{len(different)} tensors and figures differ",
-                )
-            )
-    print(f"\nstock: {survived} of 20 the same in the end; the others: {failed}")
-    assert 0 <= survived <= 20
 
 
 # ---- every write of a save -------------------------------------------------------------------------------------------
@@ -155,15 +131,15 @@ def check_kill_at(server, folder: Path, operation: int, straight: dict) -> str:
     answer = server.run(folder, kill_at={"save": 2, "operation": operation}, options=SHORT)
     assert answer["status"] == -signal.SIGKILL
     out = folder / "out"
-    newest, passed_over = find_newest_whole(list_checkpoints(out))
-    state = "whole" if os.path.basename(newest) == "checkpoint-2" else "broken"
+    newest, skipped = find_newest_valid(list_checkpoints(out))
+    state = "valid" if os.path.basename(newest) == "checkpoint-2" else "broken"
     if state == "broken":
         assert os.path.basename(newest) == "checkpoint-1"
-        assert set(passed_over.values()) <= {"its save was cut off"} | (
-            {"trainer_state.json, which is written last, is missing"} if operation <= 2 else set()
+        assert set(skipped.values()) <= {"its save was cut off"} | (
+            {"trainer_state.json, which is written last, is missing"} if operation == 1 else set()
         )
     answer = server.run(folder, options=SHORT)
-    assert ("passed over" in answer["log"]) == bool(passed_over)
+    assert ("skipped checkpoints" in answer["log"]) == bool(skipped)
     assert find_differences(straight["result"], answer["result"]) == []
     return state
 
@@ -176,7 +152,7 @@ def test_a_save_cut_off_at_some_of_its_writes(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_save_cut_off_at_every_one_of_its_writes(server, tmp_path):
-    """Files are cut in half, opens and renames do not happen: whole only when the last rename, of the mark, has."""
+    """Files are cut in half, opens and renames do not happen: valid only when the last rename, of the mark, has."""
     straight = server.run(tmp_path / "straight", options=SHORT)
     last = count_writes(server, tmp_path / "count", options=SHORT)
     states = [check_kill_at(server, tmp_path / str(k), k, straight) for k in range(1, last + 1)]
@@ -184,7 +160,7 @@ def test_a_save_cut_off_at_every_one_of_its_writes(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_save_cut_off_over_an_older_whole_checkpoint_is_not_taken_for_whole(server, tmp_path):
+def test_a_save_cut_off_over_an_older_valid_checkpoint_is_not_taken_for_valid(server, tmp_path):
     """Resumed by hand from step 1, the run saves step 2 over an older one; a mixture of the two must not pass."""
     straight = server.run(tmp_path / "straight", options=SHORT)
     last = count_writes(server, tmp_path / "count", options=SHORT)
@@ -196,13 +172,13 @@ def test_a_save_cut_off_over_an_older_whole_checkpoint_is_not_taken_for_whole(se
         server.run(folder, options=SHORT, resume=first, kill_at=kill_at)
         defect = find_defect(folder / "out" / "checkpoint-2")
         # before the first mark is in place nothing was touched
-        assert defect == (None if operation <= 2 else "its save was cut off")
+        assert defect == (None if operation == 1 else "its save was cut off")
         answer = server.run(folder, options=SHORT, resume=first)
         assert find_differences(straight["result"], answer["result"]) == []
 
 
 @pytest.mark.slow
-def test_the_stock_trainers_broken_checkpoints_are_told_by_their_contents(server, tmp_path):
+def test_the_stock_trainers_broken_checkpoints_lack_its_last_file(server, tmp_path):
     last = count_writes(server, tmp_path / "count", stock=True, options=SHORT)
     judged = Counter()
     for operation in range(1, last + 1):
@@ -211,7 +187,7 @@ def test_the_stock_trainers_broken_checkpoints_are_told_by_their_contents(server
         defect = find_defect(folder / "out" / "checkpoint-2")
         judged[defect] += 1
         assert defect is not None
-        assert find_newest_whole(list_checkpoints(folder / "out"))[0] == str(folder / "out" / "checkpoint-1")
+        assert find_newest_valid(list_checkpoints(folder / "out"))[0] == str(folder / "out" / "checkpoint-1")
     print(f"\nstock saves cut off at {last} places: {dict(judged)}")
     assert last > 5
 
@@ -289,18 +265,18 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_t
 
 
 @pytest.mark.slow
-def test_processes_agree_on_the_newest_whole_checkpoint_and_on_refusals(tmp_path):
+def test_processes_agree_on_the_newest_valid_checkpoint_and_on_refusals(tmp_path):
     launch(2, tmp_path, options=TWO)
     (tmp_path / "out" / "checkpoint-5" / "rng_state_1.pth").write_bytes(b"PK")
     _, results, said = launch(2, tmp_path, options=TWO)
     assert len(results) == 2
     for name in ("lives.jsonl", "lives.rank1.jsonl"):
         assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
-    assert said.count("checkpoint-5 (rng_state_1.pth has 2 of its") == 1  # one process speaks
+    assert said.count("checkpoint-5 (rng_state_1.pth has 2 bytes instead of") == 1  # one process speaks
     named = str(tmp_path / "out" / "checkpoint-4")
     (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK")
     status, results, said = launch(2, tmp_path, may_fail=True, options=TWO, resume=named)
-    assert status != 0 and results == [] and "optimizer.pt has 2 of its" in said
+    assert status != 0 and results == [] and "optimizer.pt has 2 bytes instead of" in said
 
 
 @pytest.mark.slow

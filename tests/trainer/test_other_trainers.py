@@ -12,17 +12,19 @@ from transformers import Trainer, TrainerCallback
 
 from hf_v0init import InputError, V0InitCallback, V0InitTrainer
 
-PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
+PER_SAMPLE = {"v0_init": "data_driven", "v0_decay": "beta2", "v0_estimator": "per_sample"}
 STRATEGIES = ["random", "data_driven", "first_gradient"]
 
 
 def assert_v0_is_mean_square(recorder: Recorder, num_steps: int) -> None:
-    """v0 = mean over the first steps of g^2, g as Adam sees it."""
+    """After the first steps the second moment is as from a start at the mean of g^2 so far, g as Adam sees it; beta2 = .999."""
     assert recorder.v0
     for name, v0 in recorder.v0.items():
-        expected = sum(g[name].double().square() for g in recorder.gradients[:num_steps]) / num_steps
-        torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0.0)
-        assert v0.max() > 0
+        assert torch.equal(v0, recorder.gradients[0][name].square()) and v0.max() > 0
+        squares = [g[name].double().square() for g in recorder.gradients[:num_steps]]
+        u = sum(0.001 * 0.999 ** (num_steps - 1 - i) * square for i, square in enumerate(squares))
+        expected = u * (1 + 0.999**num_steps / (1 - 0.999**num_steps))
+        torch.testing.assert_close(recorder.moments[num_steps - 1][name].double(), expected, rtol=1e-5, atol=0.0)
 
 
 # ---- one callback, no subclass -----------------------------------------------------------------------------------------
@@ -30,10 +32,10 @@ def assert_v0_is_mean_square(recorder: Recorder, num_steps: int) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_callback_on_the_stock_trainer_is_our_trainer_bit_for_bit(tmp_path, strategy):
-    ours = train(tmp_path / "a", v0_init=strategy, max_steps=6, gradient_accumulation_steps=2)
+    ours = train(tmp_path / "a", v0_init=strategy, v0_decay="beta2", max_steps=6, gradient_accumulation_steps=2)
     stock = make_trainer(tmp_path / "b", stock=True, max_steps=6, gradient_accumulation_steps=2)
-    callback = V0InitCallback(v0_init=strategy)
-    stock.add_callback(callback)
+    callback = V0InitCallback(v0_init=strategy, v0_decay="beta2")
+    callback.attach(stock)
     stock.train()
     assert_equal_weights(ours, stock)
     assert callback.report["parameters"] == ours.get_v0_report()["parameters"]
@@ -48,7 +50,7 @@ def test_a_callback_that_knows_its_trainer_runs_the_papers_pass(tmp_path):
     assert callback.report["num_samples"] == 48
     alone = make_trainer(tmp_path / "c", stock=True, max_steps=3)
     alone.add_callback(V0InitCallback(v0_init="data_driven", v0_preset="paper"))
-    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\), or v0_estimator=minibatch"):
+    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\)"):
         alone.train()
 
 
@@ -57,8 +59,8 @@ def test_a_callback_resumes_as_our_trainer_does(tmp_path):
 
     def run(folder, resume=None, **more):
         trainer = make_trainer(folder, **options | more)
-        callback = V0InitCallback(v0_init="data_driven", v0_estimation_steps=6)
-        trainer.add_callback(callback)
+        callback = V0InitCallback(v0_init="data_driven", v0_decay="beta2", v0_estimation_steps=6)
+        callback.attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, callback
 
@@ -68,12 +70,13 @@ def test_a_callback_resumes_as_our_trainer_does(tmp_path):
     assert again.report["parameters"] == written.report["parameters"]
 
 
-@pytest.mark.parametrize(("asked", "named"), [("random", "v0_init=random"), ("auto", "untuned_warmup=measured")])
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"v0_init": "random"}, "v0_init=random"), ({"untuned_warmup": "trust_radius"}, "untuned_warmup=trust_radius")],
+)
 def test_a_stock_trainer_with_our_arguments_says_once_that_they_have_no_effect(tmp_path, caplog, asked, named):
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        trainer = Trainer(
-            model=make_gpt2(), args=make_arguments(tmp_path, v0_init=asked), train_dataset=make_sequences()
-        )
+        trainer = Trainer(model=make_gpt2(), args=make_arguments(tmp_path, **asked), train_dataset=make_sequences())
         trainer.train()
         trainer.train()
     words = [record.getMessage() for record in caplog.records if record.name == "hf_v0init"]
@@ -81,7 +84,7 @@ def test_a_stock_trainer_with_our_arguments_says_once_that_they_have_no_effect(t
 
 
 def test_arguments_with_flags_are_enough_for_the_callback(tmp_path, caplog):
-    arguments = make_arguments(tmp_path, v0_init="random", v0_scale=3.0)
+    arguments = make_arguments(tmp_path, v0_init="random", v0_decay="beta2", v0_scale=3.0)
     callback = V0InitCallback()
     trainer = Trainer(model=make_gpt2(), args=arguments, train_dataset=make_sequences(), callbacks=[callback])
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
@@ -115,7 +118,9 @@ def make_pairs(num: int) -> list[dict]:
 
 def test_in_batch_negatives_get_the_steps_own_squares_and_the_pass_is_refused(tmp_path):
     options = {"data": make_pairs(100), "per_device_train_batch_size": 16, "remove_unused_columns": False}
-    _, recorder = record(tmp_path / "a", model=Contrastive(), v0_init="data_driven", v0_estimation_steps=3, **options)
+    _, recorder = record(
+        tmp_path / "a", model=Contrastive(), v0_init="data_driven", v0_decay="beta2", v0_estimation_steps=3, **options
+    )
     assert sorted(recorder.v0) == ["left.weight", "right.weight"]
     assert_v0_is_mean_square(recorder, 3)
     trainer = make_trainer(tmp_path / "b", model=Contrastive(), **PER_SAMPLE, **options)
@@ -150,7 +155,12 @@ def test_the_mean_over_tokens_of_ragged_rows_is_no_reason_to_refuse_and_is_what_
     for name, v0 in recorder.v0.items():
         torch.testing.assert_close(v0.double(), exact[name].square().mean(0), rtol=1e-4, atol=1e-12)
     _, recorder = record(
-        tmp_path / "b", data=rows, kwargs={"data_collator": collate}, v0_init="data_driven", v0_estimation_steps=4
+        tmp_path / "b",
+        data=rows,
+        kwargs={"data_collator": collate},
+        v0_init="data_driven",
+        v0_decay="beta2",
+        v0_estimation_steps=4,
     )
     assert_v0_is_mean_square(recorder, 4)
 
@@ -219,7 +229,7 @@ class MomentumEncoder(nn.Module):
         return {"loss": (self.query(a) - target).square().mean()}
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": s} for s in STRATEGIES] + [PER_SAMPLE])
+@pytest.mark.parametrize("settings", [{"v0_init": s, "v0_decay": "beta2"} for s in STRATEGIES] + [PER_SAMPLE])
 def test_a_momentum_encoder_is_where_the_stock_run_has_it(tmp_path, settings):
     options = {"data": make_pairs(24), "remove_unused_columns": False, "max_steps": 3}
     stock = train(tmp_path / "a", model=MomentumEncoder(), stock=True, **options)
@@ -255,7 +265,7 @@ class OurLoss(WithLossModule, V0InitTrainer):
     pass
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": s} for s in STRATEGIES] + [PER_SAMPLE])
+@pytest.mark.parametrize("settings", [{"v0_init": s, "v0_decay": "beta2"} for s in STRATEGIES] + [PER_SAMPLE])
 def test_a_loss_module_gets_a_v0_and_its_gradients_are_its_own(tmp_path, settings):
     stock = train(tmp_path / "a", trainer_class=TheirLoss, stock=True, max_steps=3)
     ours, _ = record(tmp_path / "b", erase=True, trainer_class=OurLoss, max_steps=3, **settings)
@@ -288,7 +298,9 @@ class OwnSampler(V0InitTrainer):
 
 @pytest.mark.parametrize("trainer_class", [OwnLoader, OwnStep, OwnSampler])
 def test_v0_is_of_what_the_run_draws_and_the_pass_is_refused(tmp_path, trainer_class):
-    _, recorder = record(tmp_path / "a", trainer_class=trainer_class, v0_init="data_driven", v0_estimation_steps=2)
+    _, recorder = record(
+        tmp_path / "a", trainer_class=trainer_class, v0_init="data_driven", v0_decay="beta2", v0_estimation_steps=2
+    )
     assert_v0_is_mean_square(recorder, 2)
     trainer = make_trainer(tmp_path / "b", trainer_class=trainer_class, **PER_SAMPLE)
     with pytest.raises(
@@ -325,7 +337,7 @@ class NoisyData(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": s} for s in STRATEGIES] + [PER_SAMPLE])
+@pytest.mark.parametrize("settings", [{"v0_init": s, "v0_decay": "beta2"} for s in STRATEGIES] + [PER_SAMPLE])
 @pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
 def test_private_generators_draw_as_in_the_stock_run(tmp_path, settings, workers):
     runs = []
@@ -366,7 +378,7 @@ class OurMetrics(KeepsMetrics, V0InitTrainer):
     pass
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": s} for s in STRATEGIES] + [PER_SAMPLE])
+@pytest.mark.parametrize("settings", [{"v0_init": s, "v0_decay": "beta2"} for s in STRATEGIES] + [PER_SAMPLE])
 def test_metric_stores_counters_and_logs_hold_the_run_alone(tmp_path, settings):
     stock = train(tmp_path / "a", trainer_class=TheirMetrics, stock=True, max_steps=3)
     ours, _ = record(tmp_path / "b", erase=True, trainer_class=OurMetrics, max_steps=3, **settings)
@@ -385,7 +397,7 @@ def test_v0_is_of_the_weights_of_step_one_whoever_changes_them_before(tmp_path, 
 
     recorder = Recorder()
     callbacks = [Rescale(), recorder] if how == "constructor" else [recorder]
-    trainer = make_trainer(tmp_path, v0_init=strategy, max_steps=1, callbacks=callbacks)
+    trainer = make_trainer(tmp_path, v0_init=strategy, v0_decay="beta2", max_steps=1, callbacks=callbacks)
     recorder.trainer = trainer
     if how == "add_callback":
         trainer.add_callback(Rescale())
@@ -395,12 +407,22 @@ def test_v0_is_of_the_weights_of_step_one_whoever_changes_them_before(tmp_path, 
 
 def test_clipping_scales_v0_as_it_scales_what_adam_sees(tmp_path):
     _, free = record(
-        tmp_path / "a", v0_init="data_driven", max_steps=1, max_grad_norm=0.0, model=make_gpt2(dropout=0.0)
+        tmp_path / "a",
+        v0_init="data_driven",
+        v0_decay="beta2",
+        max_steps=1,
+        max_grad_norm=0.0,
+        model=make_gpt2(dropout=0.0),
     )
     norm = torch.cat([g.flatten() for g in free.gradients[0].values()]).norm().item()
     limit = norm / 10
     _, clipped = record(
-        tmp_path / "b", v0_init="data_driven", max_steps=1, max_grad_norm=limit, model=make_gpt2(dropout=0.0)
+        tmp_path / "b",
+        v0_init="data_driven",
+        v0_decay="beta2",
+        max_steps=1,
+        max_grad_norm=limit,
+        model=make_gpt2(dropout=0.0),
     )
     for name, v0 in free.v0.items():
         torch.testing.assert_close(clipped.v0[name], v0 / 100, rtol=1e-4, atol=0.0)
@@ -412,13 +434,15 @@ def test_clipping_scales_v0_as_it_scales_what_adam_sees(tmp_path):
 def test_batches_are_drawn_as_from_the_stock_trainer_before_any_training(tmp_path):
     counts = []
     for stock in (True, False):
-        trainer = make_trainer(tmp_path, stock=stock, **({} if stock else {"v0_init": "data_driven"}))
+        trainer = make_trainer(
+            tmp_path, stock=stock, **({} if stock else {"v0_init": "data_driven", "v0_decay": "beta2"})
+        )
         batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
         counts.append(len(batches))
     assert counts == [2, 2]
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": s} for s in STRATEGIES] + [PER_SAMPLE])
+@pytest.mark.parametrize("settings", [{"v0_init": s, "v0_decay": "beta2"} for s in STRATEGIES] + [PER_SAMPLE])
 def test_data_are_needed_at_train_and_not_before(tmp_path, settings):
     trainer = V0InitTrainer(model=make_gpt2(), args=make_arguments(tmp_path, **settings))
     assert len(trainer.create_optimizer().param_groups) == 2
@@ -443,15 +467,15 @@ def test_data_parallel_is_refused_by_the_pass_alone(tmp_path, monkeypatch):
 
 def test_fp16_gradients_of_the_pass_are_divided_by_its_loss_scale(tmp_path, monkeypatch):
     """The pass multiplies an fp16 loss by 1024 against underflow; v0 must not know of it."""
-    import hf_v0init.trainer.gradients as module
+    import hf_v0init.trainer.per_sample as module
 
     plain = record(tmp_path / "a", model=make_gpt2(dropout=0.0), max_steps=1, **PER_SAMPLE)[1].v0
     trainer = make_trainer(tmp_path / "b", model=make_gpt2(dropout=0.0), max_steps=1, **PER_SAMPLE)
     monkeypatch.setattr(trainer.args, "fp16", True)
     scales = []
-    original = module.visit_gradients
+    original = module.estimate_grad_sq_mean
     monkeypatch.setattr(
-        module, "visit_gradients", lambda *a, **k: (scales.append(k["loss_scale"]), original(*a, **k))[1]
+        module, "estimate_grad_sq_mean", lambda *a, **k: (scales.append(k["loss_scale"]), original(*a, **k))[1]
     )
     recorder = Recorder()
     recorder.trainer = trainer

@@ -37,7 +37,11 @@ def runs(tmp_path_factory):
     """Output folders of the stock Trainer, and of ours without and with a v0, all called `out`."""
     folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     try:
-        for kind, kwargs in (("stock", {"stock": True}), ("zeros", {}), ("random", {"v0_init": "random"})):
+        for kind, kwargs in (
+            ("stock", {"stock": True}),
+            ("zeros", {}),
+            ("random", {"v0_init": "random", "v0_decay": "beta2"}),
+        ):
             (folder / kind).mkdir()
             os.chdir(folder / kind)  # trainer_state.json holds the name of the output folder
             trainer = train("out", **RUN | kwargs)
@@ -150,7 +154,7 @@ def test_the_top_of_the_output_folder_is_left_to_its_checkpoints_during_training
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(sorted(os.listdir(args.output_dir)))
 
-    trainer = make_trainer(tmp_path, callbacks=[Look()], **RUN | {"v0_init": "random"})
+    trainer = make_trainer(tmp_path, callbacks=[Look()], **RUN | {"v0_init": "random", "v0_decay": "beta2"})
     trainer.train()
     assert seen == [[], [], ["checkpoint-2"], ["checkpoint-2"]]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
@@ -177,7 +181,9 @@ def test_a_push_during_training_takes_the_record_with_the_model(tmp_path, strate
     class Ours(V0InitMixin, Pushes):
         pass
 
-    trainer = make_trainer(tmp_path, trainer_class=Ours, **RUN | {"v0_init": "random", "hub_strategy": strategy})
+    trainer = make_trainer(
+        tmp_path, trainer_class=Ours, **RUN | {"v0_init": "random", "v0_decay": "beta2", "hub_strategy": strategy}
+    )
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [[at_top, True]] * 2
@@ -190,9 +196,11 @@ def test_resume_true_continues_the_stock_trainers_choice_with_its_record(runs, t
     folder = tmp_path / "out"
     shutil.copytree(runs / "random" / "out", folder)
     (folder / "checkpoint-2" / "v0_init.json").unlink()  # not the one to be read
-    trainer = resume("ours", folder, True, v0_init="random")
+    trainer = resume("ours", folder, True, v0_init="random", v0_decay="beta2")
     assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
-    assert_equal_weights(train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random"}), trainer)
+    assert_equal_weights(
+        train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random", "v0_decay": "beta2"}), trainer
+    )
 
 
 def test_a_checkpoint_without_a_record_of_v0_stands_and_says_so(runs, tmp_path, caplog):
@@ -200,9 +208,11 @@ def test_a_checkpoint_without_a_record_of_v0_stands_and_says_so(runs, tmp_path, 
     shutil.copytree(runs / "random" / "out", folder)
     (folder / "checkpoint-2" / "v0_init.json").unlink()
     with caplog.at_level("WARNING", logger="hf_v0init"):
-        trainer = resume("ours", folder, str(folder / "checkpoint-2"), v0_init="random")
-    assert "has no record of a v0 (v0_init.json): its optimizer state stands" in caplog.text
-    assert_equal_weights(train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random"}), trainer)
+        trainer = resume("ours", folder, str(folder / "checkpoint-2"), v0_init="random", v0_decay="beta2")
+    assert "was trained without a v0 (v0_init.json): its optimizer state stands" in caplog.text
+    assert_equal_weights(
+        train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random", "v0_decay": "beta2"}), trainer
+    )
 
 
 class NeverSteps(V0InitTrainer):
@@ -215,6 +225,8 @@ def test_a_cut_off_record_of_v0_is_an_error_before_any_step(runs, tmp_path):
     record = tmp_path / "out" / "checkpoint-4" / "v0_init.json"
     os.truncate(record, record.stat().st_size // 2)
     for wanted in (True, str(record.parent)):
-        trainer = make_trainer(tmp_path / "out", trainer_class=NeverSteps, **RUN | {"v0_init": "random"})
+        trainer = make_trainer(
+            tmp_path / "out", trainer_class=NeverSteps, **RUN | {"v0_init": "random", "v0_decay": "beta2"}
+        )
         with pytest.raises(InputError, match=r"checkpoint-4/v0_init.json is damaged .*; delete it"):
             trainer.train(resume_from_checkpoint=wanted)

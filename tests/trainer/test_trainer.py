@@ -22,13 +22,13 @@ from transformers import Trainer, TrainerCallback
 
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.initialization.first_steps import choose_measure_steps
+from hf_v0init.hook import choose_estimation_steps
 from hf_v0init.second_moment.state import is_untouched
 
 STRATEGIES = {
-    "random": {"v0_init": "random"},
-    "minibatch": {"v0_init": "data_driven"},
-    "first_gradient": {"v0_init": "first_gradient"},
+    "random": {"v0_init": "random", "v0_decay": "beta2"},
+    "minibatch": {"v0_init": "data_driven", "v0_decay": "beta2"},
+    "first_gradient": {"v0_init": "first_gradient", "v0_decay": "beta2"},
     "per_sample": {"v0_init": "data_driven", "v0_estimator": "per_sample"},
 }
 PER_SAMPLE = STRATEGIES["per_sample"]
@@ -71,7 +71,7 @@ def test_v0_has_no_side_effect_on_the_run(tmp_path, strategy, options):
 
 
 def test_v0_changes_the_run(tmp_path):
-    stock, ours = train(tmp_path / "a", stock=True), train(tmp_path / "b", v0_init="data_driven")
+    stock, ours = train(tmp_path / "a", stock=True), train(tmp_path / "b", **STRATEGIES["minibatch"])
     moved = [not torch.equal(a, b) for a, b in zip(weights_of(stock).values(), weights_of(ours).values(), strict=True)]
     assert all(moved)
 
@@ -96,7 +96,7 @@ def test_first_step_obeys_the_recurrence(tmp_path, strategy, options):
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"max_grad_norm": 0.05}])
 def test_first_gradient_is_the_gradient_of_the_first_step(tmp_path, options):
     """GI-Adam: v0 = g1^2 of the very gradient, clipped and accumulated, that the first step uses; then v1 = g1^2 too."""
-    _, recorder = record(tmp_path, v0_init="first_gradient", max_steps=1, **options)
+    _, recorder = record(tmp_path, **STRATEGIES["first_gradient"], max_steps=1, **options)
     assert len(recorder.v0) == 10
     for name, v0 in recorder.v0.items():
         assert torch.equal(v0, recorder.gradients[0][name].square()), name
@@ -112,55 +112,33 @@ def test_first_gradient_is_the_gradient_of_the_first_step(tmp_path, options):
         {"v0_include_bias_and_norm": True},
     ],
 )
-def test_per_step_is_the_mean_square_of_the_first_steps_gradients(tmp_path, options):
-    """K = 3: two steps that move nothing, then v0 = scale * mean(g^2) of the three, as Adam sees them."""
-    trainer, recorder = record(tmp_path, v0_init="data_driven", v0_estimation_steps=3, max_steps=5, **options)
+def test_minibatch_is_the_mean_square_of_the_first_steps_gradients(tmp_path, options):
+    """K = 3, no step lost: after step 3 the second moment is Adam's own plus beta2^3 * scale * the mean of g^2 as Adam sees it."""
+    trainer, recorder = record(
+        tmp_path, v0_init="data_driven", v0_decay="beta2", v0_estimation_steps=3, max_steps=5, adam_beta2=0.9, **options
+    )
     scale = options.get("v0_scale", 1.0)
-    assert len(recorder.v0) == (28 if "v0_include_bias_and_norm" in options else 10)
-    for name, v0 in recorder.v0.items():
-        expected = scale * sum(g[name].double().square() for g in recorder.gradients[:3]) / 3
-        torch.testing.assert_close(v0.double(), expected, rtol=1e-6, atol=0.0)
-    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {3.0}
+    for name, v3 in recorder.moments[2].items():
+        u = sum(0.1 * 0.9 ** (2 - i) * g[name].double().square() for i, g in enumerate(recorder.gradients[:3]))
+        has_v0 = v3.dim() >= 2 or "v0_include_bias_and_norm" in options
+        expected = u * (1 + (scale * 0.9**3 / (1 - 0.9**3) if has_v0 else 0.0))
+        torch.testing.assert_close(v3.double(), expected, rtol=1e-5, atol=0.0)
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {5.0}
     report = trainer.get_v0_report()
     assert (report["estimation_steps"], report["estimator"], report["measured_ratio"]) == (3, "minibatch", scale)
-
-
-def test_measuring_steps_move_nothing_and_the_schedule_runs_on(tmp_path):
-    class Watch(TrainerCallback):
-        def __init__(self):
-            self.weights, self.rates = [], []
-
-        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-            self.weights.append([p.detach().clone() for p in model.parameters()])
-            self.rates.append(optimizer.param_groups[0]["lr"])
-
-    watch = Watch()
-    model = make_gpt2()
-    before = [p.detach().clone() for p in model.parameters()]
-    trainer = make_trainer(
-        tmp_path,
-        model=model,
-        v0_init="data_driven",
-        v0_estimation_steps=3,
-        max_steps=6,
-        weight_decay=0.1,
-        callbacks=[watch],
-    )
-    trainer.train()
-    assert all(torch.equal(a, b) for step in watch.weights[:2] for a, b in zip(before, step, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(before, watch.weights[2], strict=True))
-    assert watch.rates == pytest.approx([1e-2 * (1 - step / 6) for step in range(1, 7)])
+    assert report["num_parameters_with_v0"] == (28 if "v0_include_bias_and_norm" in options else 10)
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(99, 1), (100, 1), (250, 2), (3200, 32), (100_000, 32), (None, 1)])
-def test_the_default_measures_one_percent_of_the_run_and_32_steps_at_most(max_steps, expected):
-    assert choose_measure_steps(V0InitArguments(v0_init="data_driven"), max_steps) == expected
-    assert choose_measure_steps(V0InitArguments(v0_init="random"), max_steps) == 1
+def test_the_default_estimates_over_one_percent_of_the_run_and_32_steps_at_most(max_steps, expected):
+    for strategy, number in (("data_driven", expected), ("random", 1)):
+        plan = V0InitArguments(v0_init=strategy, v0_decay="beta2").resolve(max_steps)
+        assert choose_estimation_steps(plan, max_steps) == number
 
 
-def test_more_measuring_than_steps_is_refused_before_the_first(tmp_path):
+def test_more_estimating_than_steps_is_refused_before_the_first(tmp_path):
     trainer = make_trainer(tmp_path, v0_init="data_driven", v0_estimation_steps=5, max_steps=5)
-    with pytest.raises(InputError, match=r"v0_estimation_steps=5: the run has 5 steps.*1% of the run"):
+    with pytest.raises(InputError, match=r"v0_estimation_steps=5 with max_steps=5"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -219,14 +197,14 @@ def test_closed_form_on_a_linear_model(tmp_path):
 
 
 def test_random_v0_has_the_papers_mean_and_does_not_depend_on_data_or_model_state(tmp_path):
-    _, a = record(tmp_path / "a", v0_init="random", max_steps=1)
+    _, a = record(tmp_path / "a", **STRATEGIES["random"], max_steps=1)
     _, b = record(
-        tmp_path / "b", v0_init="random", max_steps=1, model=make_gpt2(seed=5), data=make_sequences(20, seed=9)
+        tmp_path / "b", **STRATEGIES["random"], max_steps=1, model=make_gpt2(seed=5), data=make_sequences(20, seed=9)
     )
     assert all(torch.equal(a.v0[name], b.v0[name]) for name in a.v0)
     wte = a.v0["transformer.wte.weight"]
     assert wte.mean().item() == pytest.approx(100 / (VOCAB + 16), rel=0.25)  # 640 draws of chi^2_1: 5.6% standard error
-    _, c = record(tmp_path / "c", v0_init="random", max_steps=1, v0_seed=12)
+    _, c = record(tmp_path / "c", **STRATEGIES["random"], max_steps=1, v0_seed=12)
     assert not torch.equal(c.v0["transformer.wte.weight"], wte)
     _, d = record(tmp_path / "d", v0_init="random", max_steps=1, v0_preset="paper")
     torch.testing.assert_close(d.v0["transformer.wte.weight"], wte)
@@ -250,10 +228,10 @@ def test_stop_and_resume_is_the_straight_run_with_one_write(tmp_path, strategy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_stop_and_resume_inside_and_after_the_measuring_steps(tmp_path, stop, dtype):
-    """K = 4: the sums are part of the optimizer's state, and the count stands in v0_init.json."""
+def test_stop_and_resume_inside_and_after_the_first_steps(tmp_path, stop, dtype):
     common = {
         "v0_init": "data_driven",
+        "v0_decay": "beta2",
         "v0_estimation_steps": 4,
         "max_steps": 8,
         "save_strategy": "steps",
@@ -261,8 +239,7 @@ def test_stop_and_resume_inside_and_after_the_measuring_steps(tmp_path, stop, dt
     }
     straight = train(tmp_path / "a", model=make_gpt2().to(dtype), **common)
     record_file = json.loads((tmp_path / "a" / f"checkpoint-{stop}" / "v0_init.json").read_text())
-    if stop < 4:
-        assert record_file["measuring"] == {"num_measured": stop, "num_measure_steps": 4}
+    assert record_file["estimation_steps"] == 4 and record_file.get("is_written", True) == (stop > 4)
     resumed = make_trainer(tmp_path / "b", model=make_gpt2(seed=99).to(dtype), **common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
     assert_equal_weights(straight, resumed)
@@ -296,7 +273,7 @@ def test_an_optimizer_of_the_users_gets_v0_too(tmp_path):
     model = make_gpt2()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
     trainer, recorder = record(
-        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="random", max_steps=1
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, **STRATEGIES["random"], max_steps=1
     )
     assert len(recorder.v0) == 10 and trainer.get_v0_report()["strategy"] == "random"
 
@@ -306,7 +283,7 @@ def test_an_optimizer_over_some_parameters_gets_v0_for_those(tmp_path):
     chosen = model.transformer.h[1].mlp.c_fc.weight
     optimizer = torch.optim.AdamW([chosen], lr=1e-3)
     _, recorder = record(
-        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, v0_init="data_driven", max_steps=1
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, **STRATEGIES["minibatch"], max_steps=1
     )
     assert list(recorder.v0) == ["transformer.h.1.mlp.c_fc.weight"]
 
@@ -340,7 +317,7 @@ def test_mixin_with_someone_elses_trainer_and_arguments(tmp_path):
 
 
 def test_second_train_call_keeps_the_state(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, v0_init="random", max_steps=3)
+    trainer = make_trainer(tmp_path, **STRATEGIES["random"], max_steps=3)
     trainer.train()
     report, moments = trainer.get_v0_report(), second_moments_of(trainer)
     recorder = Recorder()
@@ -354,8 +331,7 @@ def test_second_train_call_keeps_the_state(tmp_path, caplog):
 
 
 def test_resume_from_a_model_only_checkpoint_writes_v0_anew_and_says_so(tmp_path, caplog):
-    common = {
-        "v0_init": "data_driven",
+    common = STRATEGIES["minibatch"] | {
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 3,
@@ -377,7 +353,7 @@ def test_resume_from_a_model_only_checkpoint_writes_v0_anew_and_says_so(tmp_path
         ({"v0_scale": 5.0}, "scale: 1.0 -> 5.0"),
         ({"v0_estimator": "minibatch", "v0_num_samples": 5000}, "estimator: per_sample -> minibatch"),
         ({"v0_num_samples": 40}, "num_samples_requested: 5000 -> 40"),
-        ({"v0_init": "random", "v0_estimator": None}, "strategy: data_driven -> random"),
+        ({"v0_init": "random", "v0_estimator": None, "v0_decay": "beta2"}, "strategy: data_driven -> random"),
         ({"v0_seed": 3}, "seed: 11 -> 3"),
         ({}, None),
     ],
@@ -396,10 +372,10 @@ def test_resume_with_other_settings_names_them_and_keeps_the_state(tmp_path, cap
 def test_resume_of_a_stock_checkpoint_says_that_v0_has_no_effect(tmp_path, caplog):
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     stock = train(tmp_path, stock=True, **common)
-    trainer = make_trainer(tmp_path, v0_init="random", **common)
+    trainer = make_trainer(tmp_path, **STRATEGIES["random"], **common)
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "no record of a v0" in caplog.text
+    assert "was trained without a v0" in caplog.text
     assert_equal_weights(stock, trainer)
 
 
@@ -434,18 +410,18 @@ def test_the_log_has_three_lines_at_most_that_agree(tmp_path, caplog):
             make_trainer(tmp_path / name, max_steps=12, **options).train()
         return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "hf_v0init"]
 
-    quick = lines_of("a", v0_init="data_driven", adam_beta2=0.5)
+    quick = lines_of("a", **STRATEGIES["minibatch"], adam_beta2=0.5)
     assert [level for level, _ in quick] == ["INFO", "INFO"]
     assert quick[0][1].startswith("v0 (data_driven, scale 1) from the gradient of the first step: mean ")
     assert (
         "v0 is 1 times g^2 (median over elements), which multiplies the step by 0.707 at step 1, 1 at step 10, 1 at step 12"
         in quick[1][1]
     )
-    slow = lines_of("b", v0_init="random")
+    slow = lines_of("b", **STRATEGIES["random"])
     assert [level for level, _ in slow] == ["INFO", "INFO", "WARNING"]
     assert slow[0][1].startswith("v0 (random, scale 100) drawn: mean ")
     assert "Remedy: --v0_decay_steps 4 (a third of the run) instead of --v0_scale" in slow[2][1]
-    mended = lines_of("c", v0_init="random", v0_decay_steps=4)
+    mended = lines_of("c", **STRATEGIES["random"], v0_decay_steps=4)
     assert [level for level, _ in mended] == ["INFO", "INFO"]
 
 
@@ -486,7 +462,7 @@ def test_parameters_whose_first_gradient_comes_later_get_their_v0_then(tmp_path,
         with caplog.at_level(logging.INFO, logger="hf_v0init"):
             trainer, recorder = record(
                 tmp_path / strategy, model=model, kwargs={"optimizers": (optimizer, None)}, callbacks=[Unfreeze()], v0_init=strategy,
-                max_steps=4,
+                v0_decay="beta2", max_steps=4,
             )  # fmt: skip
         assert "transformer.wte.weight" not in recorder.v0
         name, g = "transformer.wte.weight", recorder.gradients[2]["transformer.wte.weight"]
@@ -497,12 +473,12 @@ def test_parameters_whose_first_gradient_comes_later_get_their_v0_then(tmp_path,
             assert v1.mean() > 100 * g.square().mean()
         assert "first gradient of 1 further tensors: transformer.wte.weight" in caplog.text
         assert optimizer.state[model.transformer.wte.weight]["step"] == 2
-        assert not trainer._v0_callback.first_steps.is_attached
+        assert not trainer._v0_callback.hook.is_attached
 
 
-def test_warmup_steps_hold_for_a_random_v0_by_the_measured_ratio(tmp_path):
+def test_decay_steps_hold_for_a_random_v0_by_the_measured_ratio(tmp_path):
     """m(30) = 0.9 for the median element."""
-    _, recorder = record(tmp_path, v0_init="random", v0_decay_steps=30, adam_beta2=0.98, max_steps=40)
+    _, recorder = record(tmp_path, **STRATEGIES["random"], v0_decay_steps=30, adam_beta2=0.98, max_steps=40)
     ratios = torch.cat([(v0 / recorder.gradients[0][n].square()).flatten() for n, v0 in recorder.v0.items()])
     ratio = ratios[ratios.isfinite()].median().item()
     assert 1 / (1 + ratio * 0.98**30 / (1 - 0.98**30)) ** 0.5 == pytest.approx(0.9, rel=0.05)
@@ -518,7 +494,7 @@ def test_each_group_has_the_scale_of_its_own_beta2(tmp_path):
         tmp_path,
         model=model,
         kwargs={"optimizers": (optimizer, None)},
-        v0_init="data_driven",
+        **STRATEGIES["minibatch"],
         v0_decay_steps=30,
         max_steps=40,
     )
@@ -528,8 +504,8 @@ def test_each_group_has_the_scale_of_its_own_beta2(tmp_path):
         torch.testing.assert_close(recorder.v0[name], scale * recorder.gradients[0][name].square())
 
 
-def test_warmup_steps_choose_the_scale(tmp_path):
-    trainer, _ = record(tmp_path, v0_init="data_driven", v0_decay_steps=50, adam_beta2=0.98, max_steps=51)
+def test_decay_steps_choose_the_scale(tmp_path):
+    trainer, _ = record(tmp_path, **STRATEGIES["minibatch"], v0_decay_steps=50, adam_beta2=0.98, max_steps=51)
     assert trainer.get_v0_report()["scale"] == pytest.approx((1 / 0.81 - 1) * (0.98**-50 - 1), rel=1e-9)
 
 
@@ -538,9 +514,9 @@ def test_warmup_steps_choose_the_scale(tmp_path):
 )  # fmt: skip
 def test_a_share_of_the_run_is_that_many_steps(tmp_path, length):
     """48 sequences in batches of 4: all three are runs of 18 steps."""
-    share, recorder = record(tmp_path / "a", v0_init="data_driven", v0_decay_steps=0.3, adam_beta2=0.9, **length)
-    steps, expected = record(tmp_path / "b", v0_init="data_driven", v0_decay_steps=6, adam_beta2=0.9, **length)
-    assert share.state.global_step == 18 and share.get_v0_report()["warmup_steps"] == 6
+    share, recorder = record(tmp_path / "a", **STRATEGIES["minibatch"], v0_decay_steps=0.3, adam_beta2=0.9, **length)
+    steps, expected = record(tmp_path / "b", **STRATEGIES["minibatch"], v0_decay_steps=6, adam_beta2=0.9, **length)
+    assert share.state.global_step == 18 and share.get_v0_report()["decay_steps"] == 6
     assert all(torch.equal(recorder.v0[name], expected.v0[name]) for name in expected.v0)
     assert_equal_weights(share, steps)
     left_out = ("seconds", "versions")
@@ -550,7 +526,7 @@ def test_a_share_of_the_run_is_that_many_steps(tmp_path, length):
 
 def test_a_share_that_takes_too_large_a_scale_is_refused_before_the_first_step(tmp_path):
     trainer = make_trainer(
-        tmp_path, v0_init="data_driven", v0_decay_steps=0.9, adam_beta2=0.1, max_steps=-1, num_train_epochs=10
+        tmp_path, **STRATEGIES["minibatch"], v0_decay_steps=0.9, adam_beta2=0.1, max_steps=-1, num_train_epochs=10
     )
     with pytest.raises(InputError, match=r"v0_decay_steps=108: at adam_beta2=0\.1"):
         trainer.train()

@@ -17,7 +17,7 @@ from transformers import (
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from hf_v0init import V0InitCallback
-from hf_v0init.initialization.first_steps import find_first_steps
+from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
 
 WORDS = "the a cat dog owl sees eats small old mouse fish runs".split()
@@ -110,7 +110,7 @@ def run(kind: str, tokenizer, folder, settings: dict | None):
     callback = None
     if settings is not None:
         callback = V0InitCallback(**settings)
-        trainer.add_callback(callback)
+        callback.attach(trainer)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     timed = ("time", "runtime", "per_second", "tokens_per")
@@ -125,15 +125,28 @@ def run(kind: str, tokenizer, folder, settings: dict | None):
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward", "orpo", "cpo", "grpo", "rloo"])
 def test_trl_trains_and_its_first_log_is_the_stock_one(kind, strategy, tokenizer, tmp_path):
     stock, _, _ = run(kind, tokenizer, tmp_path / "a", None)
-    settings = {"v0_init": strategy} | ({"v0_estimation_steps": 2} if strategy == "data_driven" else {})
+    settings = {"v0_init": strategy, "v0_decay": "beta2"} | (
+        {"v0_estimation_steps": 2} if strategy == "data_driven" else {}
+    )
     ours, trainer, callback = run(kind, tokenizer, tmp_path / "b", settings)
     assert ours[0] == stock[0]
     assert len(ours) == 3 and callback.report["v0_max"] > 0
     with_v0 = [name for name, p in trainer.model.named_parameters() if p.dim() >= 2]
     missing = set(callback.report["without_gradient"])
     assert {*callback.report["parameters"], *missing} == set(with_v0) and len(with_v0) >= 8
-    steps = find_first_steps(trainer.optimizer)
+    steps = find_hook(trainer.optimizer)
     assert steps is not None and steps.is_attached == bool(missing)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
+def test_trl_measures_its_length_in_the_first_step(kind, tokenizer, tmp_path):
+    """With nothing read or generated for it: the second batch, or the completions of it, are those of the run of that length."""
+    ours, _, callback = run(kind, tokenizer, tmp_path / "a", {"v0_init": "data_driven"})
+    steps = callback.length["steps"]
+    assert callback.length["num_forwards"] >= 3 and callback.length["reason"] is None
+    given = None if steps == 0 else {"v0_init": "data_driven", "v0_decay_steps": steps}
+    expected, _, _ = run(kind, tokenizer, tmp_path / "b", given)
+    assert ours == expected
 
 
 # ---- sentence-transformers ---------------------------------------------------------------------------------------------------
@@ -192,7 +205,7 @@ def test_sentence_transformers_train_with_default_arguments(kind, strategy, bert
     from sentence_transformers.models import Pooling, Transformer
 
     logs = []
-    for settings in (None, {"v0_init": strategy}):
+    for settings in (None, {"v0_init": strategy, "v0_decay": "beta2"}):
         torch.manual_seed(0)
         inner = Transformer(str(bert_folder))
         model = st.SentenceTransformer(modules=[inner, Pooling(16)], device="cpu")
@@ -203,7 +216,7 @@ def test_sentence_transformers_train_with_default_arguments(kind, strategy, bert
         )  # fmt: skip
         trainer = st.SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss)
         if settings is not None:
-            trainer.add_callback(callback := V0InitCallback(**settings))
+            callback = V0InitCallback(**settings).attach(trainer)
         trainer.train()
         entry = next(e for e in trainer.state.log_history if "loss" in e)
         logs.append({k: entry[k] for k in ("loss", "base", "extra", "grad_norm") if k in entry})

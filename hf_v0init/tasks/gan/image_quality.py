@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...errors import InputError
+from hf_v0init import InputError
+
 from ...extras import describe_missing
-from ...state_guard import preserve_rng, seed_everything
 
 logger = logging.getLogger("hf_v0init")
 
@@ -126,8 +126,8 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, name: str, devi
     if num_held_out == 0:
         raise InputError(f"a classifier as feature extractor cannot be trained on {len(images)} images; give 5 or more")
     num_epochs = min(CLASSIFIER_EPOCHS, max(1, CLASSIFIER_STEPS * CLASSIFIER_BATCH // len(images)))
-    with preserve_rng(), torch.enable_grad():
-        seed_everything(CLASSIFIER_SEED)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(CLASSIFIER_SEED)
         network = ClassifierFeatures(tuple(images.shape[1:]), int(labels.max()) + 1, name).to(device)
         order = torch.randperm(len(images))
         held_out, kept = order[:num_held_out], order[num_held_out:]
@@ -203,8 +203,8 @@ class ImageQuality:
                 num += len(batch)
         if num < SMALLEST_SET:
             raise InputError(f"{num} generated images have no covariance; a Frechet distance needs two or more")
-        with preserve_rng():
-            seed_everything(0)  # of the score's parts
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of the score's parts
             mean, std = score.compute()
         distance_key, score_key = self.names
         return {

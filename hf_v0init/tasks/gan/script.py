@@ -1,7 +1,7 @@
 """Trains a DCGAN on images, with a v0 for both optimizers if asked, and measures what it generates.
 
-    python scripts/run_dcgan.py FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 scripts/run_dcgan.py FILE.yaml --output_dir out
+    hf-v0init dcgan FILE.yaml --v0_init data_driven --output_dir out
+    torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all. Of the Trainer's flags those
 that a GAN has no use for are refused.
@@ -11,45 +11,47 @@ the training images. Only in the features of Inception v3 is it called FID.
 """
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import set_seed
-from transformers.utils import logging
 
-from hf_v0init import V0InitArguments, V0InitTrainingArguments
+from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
-from ...errors import InputError
-from ...records.report import write_report
+from ..data import DatasetArguments
 from ..images.folders import LabelledImages, choose_some
 from ..images.format import IMAGE_MODES, choose_format
 from ..images.tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
-from ..script_stages import DatasetArguments, HubArguments, flag, require_positive_counts
-from ..script_support import (
+from ..models import HubArguments
+from ..output_folder import (
     find_checkpoint_to_resume,
-    parse_arguments,
-    remove_old_checkpoints,
+    remove_what_is_stale,
+    require_stages_left,
     require_writable_output,
-    run_script,
-    start_logging,
 )
+from ..run_identity import describe_run, find_finished_step, require_same_run
+from ..script_support import flag, parse_arguments, run_script, start_logging
+from ..summary import say
+from ..value_checks import require_positive_counts
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
-from .training import DivergedError, GanTrainer
+from .training import DivergedError, GanRun
 
-logger = logging.get_logger("run_dcgan")
+logger = logging.getLogger("hf_v0init")
 
 EXAMPLES = """
 # a DCGAN on a folder of images, with a random v0 for both optimizers
-run_dcgan.py --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
+{} --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
 # flags from a file, the distance to the training images measured every 1,000 steps
-run_dcgan.py FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
+{} FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
 # measure the generator of a finished run
-run_dcgan.py FILE.yaml --do_train False --do_eval --output_dir out
+{} FILE.yaml --do_train False --do_eval --output_dir out
 # two processes
-torchrun --nproc_per_node 2 run_dcgan.py FILE.yaml --output_dir out
+torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
 """
 EXIT_DIVERGED = 1
 SMALLEST_EVAL = 2  # images that have a covariance
@@ -62,11 +64,12 @@ TAKEN = {
     "log_on_each_node", "disable_tqdm", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
     "save_total_limit", "local_rank",
 } | set(V0InitArguments.__dataclass_fields__)  # fmt: skip
+IGNORED = {"report_to", "dataloader_pin_memory"}  # harmless: configurations give them for all scripts
 
 
 @dataclass
 class ModelArguments:
-    """The two networks."""
+    """model: the two networks"""
 
     latent_size: int = flag(100, "Elements of the generator's noise.")
     base_channels: int = flag(64, "Channels of both networks at half the image's size; they double with each halving.")
@@ -77,7 +80,9 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
-    """The images."""
+    """data: what it is trained on"""
+
+    local_flags: ClassVar[tuple[str, ...]] = ("train_dir",)
 
     train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
     dataset_split: str = flag("train", "Split of --dataset_name.")
@@ -100,16 +105,14 @@ class DataArguments(DatasetArguments, HubArguments):
     )
 
     def __post_init__(self):
-        require_positive_counts(self)
-        if bool(self.train_dir) == bool(self.dataset_name):
-            raise InputError("give --train_dir (a folder of images) or --dataset_name (of the Hub), one of them")
+        super().__post_init__()
         if self.image_size is not None:
             count_doublings(self.image_size)
 
 
 @dataclass
 class QualityArguments:
-    """How generated images are measured."""
+    """evaluation: how generated images are measured"""
 
     feature_extractor: str = flag(
         "inception",
@@ -142,6 +145,7 @@ class QualityArguments:
 class GanTrainingArguments(V0InitTrainingArguments):
     """The Trainer's flags, with DCGAN's settings as defaults."""
 
+    taken_flags: ClassVar[set[str]] = TAKEN
     _v0_is_taken = True
 
     per_device_train_batch_size: int = flag(64, "Real images, and generated ones, of a step and process.")
@@ -153,34 +157,41 @@ class GanTrainingArguments(V0InitTrainingArguments):
     max_grad_norm: float = flag(0.0, "Clip the norm of each network's gradient to this; 0 clips nothing.")
 
 
-def require_taken(training: GanTrainingArguments) -> None:
-    """Refuses the Trainer's flags that would do nothing here."""
+def require_possible(training: GanTrainingArguments) -> None:
+    """Refuse flags of the Trainer that would do nothing here, and what is measured on one network and one loss."""
     default = type(training)(output_dir=training.output_dir, use_cpu=training.use_cpu)
     for name in training.__dataclass_fields__:
         value = getattr(training, name)
-        if name not in TAKEN and value != getattr(default, name):
+        if name not in TAKEN | IGNORED and value != getattr(default, name):
             raise InputError(f"--{name}={value}: has no effect on a GAN here; drop it")
-
-
-def require_possible(training: GanTrainingArguments, overwrite: bool) -> str | None:
-    """Refuses what can be refused before any image is read; the checkpoint to resume from, if any."""
-    require_taken(training)
-    if training.wants_length:
+    if training.save_strategy == "best":
+        raise InputError("--save_strategy=best: a GAN keeps no best model here; use steps or epoch")
+    if getattr(training, "wants_length", False) or training.untuned_warmup not in (None, "linear", "exponential"):
         raise InputError(
-            "the length of a warmup is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
+            "how long to warm up is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
             "as a number, or --v0_decay beta2"
         )
     if not (training.do_train or training.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
-    if training.do_train:
-        return find_checkpoint_to_resume(training, overwrite)
-    if not Path(training.output_dir, "generator", "config.json").is_file():
-        raise InputError(
-            f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
-            "--do_train, or the output folder of a finished run"
-        )
-    require_writable_output(training.output_dir, overwrite=True)
-    return None
+
+
+def find_place_to_start(training: GanTrainingArguments, overwrite: bool, identity: dict) -> str | None:
+    """Find the checkpoint to go on from, if any; a finished run is left as it is."""
+    if not training.do_train:
+        if not Path(training.output_dir, "generator", "config.json").is_file():
+            raise InputError(
+                f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
+                "--do_train, or the output folder of a finished run"
+            )
+        require_writable_output(training.output_dir, overwrite=True)
+        return None
+    step = None if overwrite or training.resume_from_checkpoint else find_finished_step(training)
+    if step is not None:
+        require_stages_left(training, step, identity, trains_only=True)
+    checkpoint = find_checkpoint_to_resume(training, overwrite)
+    if checkpoint is not None:
+        require_same_run(checkpoint, identity)
+    return checkpoint
 
 
 def load_images(data: DataArguments) -> LabelledImages:
@@ -236,30 +247,31 @@ def load_generator(folder: Path, sizes: dict) -> Generator:
     return generator
 
 
-def save_results(trainer: GanTrainer, role: str, metrics: dict) -> None:
-    """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
-    if not trainer.accelerator.is_main_process:
+def save_results(run: GanRun, role: str, metrics: dict) -> None:
+    """Print one stage's metrics, and write them to its JSON file and to all_results.json."""
+    if not run.accelerator.is_main_process:
         return
-    folder = Path(trainer.training.output_dir)
+    folder = Path(run.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     combined = folder / "all_results.json"
     earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
     for path, content in ((folder / f"{role}_results.json", metrics), (combined, earlier | metrics)):
         path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
     if role == "eval":
-        words = [f"{words} {metrics[f'eval_{name}']:.4g}" for name, words in trainer.quality.names.items()]
-        print(f"eval: {', '.join(words)}, of {metrics['eval_samples']:,} generated images")
+        words = [f"{words} {metrics[f'eval_{name}']:.4g}" for name, words in run.quality.names.items()]
+        say(f"eval: {', '.join(words)}, of {metrics.get('eval_samples', 0):,} generated images")
     else:
-        print(f"train: {trainer.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this run")
+        say(f"train: {run.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this call")
 
 
 def train_and_measure(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, quality_args, training = parse_arguments(
-        (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments), argv, EXAMPLES
-    )
-    checkpoint = require_possible(training, quality_args.overwrite_output_dir)
+    model_args, data_args, quality_args, training = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     start_logging(training)
+    require_possible(training)
+    identity = describe_run(training, model_args, data_args, quality_args)
+    overwrite = quality_args.overwrite_output_dir
+    checkpoint = find_place_to_start(training, overwrite, identity)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start
@@ -280,23 +292,26 @@ def train_and_measure(argv: list[str]) -> None:
         generator = load_generator(Path(training.output_dir, "generator"), sizes)
     counts = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
     logger.info(f"DCGAN: {counts[0]:,} parameters of the generator, {counts[1]:,} of the discriminator")
-    trainer = GanTrainer(generator, discriminator, pixels, training, num_eval_images=quality_args.num_eval_images)
-    if evaluates:
-        with trainer.on_main_process() as is_main:
-            if is_main:
-                trainer.quality = make_quality(images, pixels, data_args, quality_args, trainer.accelerator.device)
+    run = GanRun(generator, discriminator, pixels, training, None, quality_args.num_eval_images, identity)
+    if evaluates and run.accelerator.is_main_process:
+        run.quality = make_quality(images, pixels, data_args, quality_args, run.accelerator.device)
 
     if training.do_train:
-        fresh = checkpoint is None and quality_args.overwrite_output_dir and training.process_index == 0
-        metrics = trainer.train(checkpoint, lambda: remove_old_checkpoints(training.output_dir) if fresh else None)
-        trainer.save_networks()
-        save_results(trainer, "train", metrics)
-        trainer.save_state()
-        if trainer.v0_report is not None and trainer.accelerator.is_main_process:
-            write_report(trainer.v0_report, training.output_dir)
+
+        def clear() -> None:
+            if run.accelerator.is_main_process:
+                remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
+
+        metrics = run.train(checkpoint, clear)
+        run.save_networks()
+        save_results(run, "train", metrics)
+        run.save_state()
     if training.do_eval:
-        save_results(trainer, "eval", trainer.evaluate())
-    trainer.accelerator.end_training()
+        save_results(run, "eval", run.evaluate())
+    run.accelerator.end_training()
+
+
+ARGUMENTS = (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments)
 
 
 def main(argv: list[str]) -> None:

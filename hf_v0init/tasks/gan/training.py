@@ -1,48 +1,50 @@
-"""Trains a GAN with accelerate: two networks, two optimizers, each with a v0 of its own. Knows no files of images.
+"""The training of a GAN as a loop of accelerate: two networks, two optimizers, each with a v0 of its own. Knows no files of images.
 
 A step, as in DCGAN: noise -> images; the discriminator's step on real and generated images; the generator's step through the
-new discriminator. In the statistics passes both networks stand as they were initialised: the discriminator's loss is that of
-pairs of a real and a generated image, the generator's goes through the discriminator, whose gradients are not kept.
-
-Logs, evaluations and checkpoints come when transformers' Trainer would make them, under its names and in its files. `eval_loss`
-is the Frechet distance of generated images to the training images. With several processes (DDP) each has its own images and
-noise, and its batch norms see its own batch; the first one's running statistics are saved and evaluated.
+new discriminator. Logs, evaluations and checkpoints come when transformers' Trainer would make them, under its names and in its
+files. `eval_loss` is the Frechet distance of generated images to the training images. With several processes (DDP) each has its
+own images and noise, and its batch norms see its own batch; the first one's running statistics are saved and evaluated.
 """
 
 import contextlib
+import copy
 import logging
 import math
+import random
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...diagnostics.callback import DIAGNOSTICS_FILE, V0DiagnosticsCallback
-from ...errors import InputError
+from hf_v0init import InputError, V0DiagnosticsCallback, V0InitTrainer, attach_v0, initialize_v0
+
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
-from ...sharding.processes import raise_together
-from ...state_guard import preserve_rng, seed_everything
 from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
-from .checkpoints import load_gan_checkpoint, save_gan_checkpoint
+from ..run_identity import RECORD_KEY
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
-from .image_quality import ImageQuality
-from .network_optimizers import build_optimizer, build_schedule
-from .v0 import attach_gan_v0, compose_record, describe_settings, find_setting_differences, takes_pass, write_gan_v0
 
 logger = logging.getLogger("hf_v0init")
 
-SAMPLES_FOLDER = "samples"
-NUM_SAMPLES, SAMPLE_COLUMNS = 64, 8
+SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
 GENERATION_BATCH = 256
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_HPU")
+SCHEDULE_FILE = "scheduler.pt"  # as the Trainer names it
+LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
+V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
+SUMMED = (
+    "num_samples", "num_batches", "num_skipped", "seconds", "num_zero_elements", "num_parameters_with_v0",
+    "num_parameters_without_v0", "num_elements_with_v0", "num_elements_without_v0",
+)  # fmt: skip
 
 
 class DivergedError(RuntimeError):
@@ -77,69 +79,55 @@ class ImageOrder:
         return self._order[start : start + self.batch_size]
 
 
-class GanTrainer:
-    """Trains generator and discriminator, and measures the generator.
+class GanRun:
+    """Generator and discriminator in training.
 
     Args:
         generator: maps noise (n, latent_size) to images in [-1, 1]; has `latent_size` and `save_pretrained`.
         discriminator: maps images to logits (n,); has `save_pretrained`.
         pixels: the training images, uint8, shape (n, channels, height, width), on the CPU.
         training: `V0InitTrainingArguments`.
-        quality: measures; None if nothing is to be evaluated.
+        quality: an `ImageQuality`; None if nothing is to be evaluated.
         num_eval_images: images generated for a measurement.
+        run_identity: what `describe_run` returned; kept in `trainer_state.json`.
 
     Raises:
         InputError: optimizers or schedules that cannot be built, too few images, a kind of process that is not supported.
     """
 
     def __init__(
-        self,
-        generator: nn.Module,
-        discriminator: nn.Module,
-        pixels: torch.Tensor,
-        training,
-        quality: ImageQuality | None = None,
-        num_eval_images: int = 10_000,
-    ) -> None:
+        self, generator, discriminator, pixels, training, quality=None, num_eval_images=10_000, run_identity=None
+    ):
         self.training, self.pixels, self.quality, self.num_eval_images = training, pixels, quality, num_eval_images
-        self.networks = {"generator": generator, "discriminator": discriminator}
+        self.networks: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
         # Buffers stay each process's own: a broadcast between two forwards would spoil the first one's backward.
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
         precision = "bf16" if training.bf16 else "no"
         self.accelerator = Accelerator(cpu=training.use_cpu, mixed_precision=precision, kwargs_handlers=[options])
-        self._require_supported()
+        kind = str(getattr(self.accelerator.distributed_type, "value", self.accelerator.distributed_type))
+        if (kind != "NO" and not kind.startswith("MULTI_")) or training.n_gpu > 1:
+            raise InputError(
+                "a GAN trains here in one process, or in several with one GPU each joined by DDP; start it with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        batch_size = training.per_device_train_batch_size
-        self.order = ImageOrder(len(pixels), batch_size, training.seed, rank, world_size)
+        self.order = ImageOrder(len(pixels), training.per_device_train_batch_size, training.seed, rank, world_size)
         self.max_steps = training.max_steps
         if self.max_steps <= 0:
             self.max_steps = math.ceil(training.num_train_epochs * self.order.steps_per_epoch)
+        made = {name: make_optimizer(network, training, self.max_steps) for name, network in self.networks.items()}
         self.wrapped = {name: self.accelerator.prepare(network) for name, network in self.networks.items()}
-        self.optimizers = {name: build_optimizer(network, training) for name, network in self.networks.items()}
-        self.prepared_optimizers = {name: self.accelerator.prepare(each) for name, each in self.optimizers.items()}
-        self.schedules = {
-            name: build_schedule(optimizer, training, self.max_steps) for name, optimizer in self.optimizers.items()
-        }
-        self.v0_report: dict | None = None
-        self._sums, self._num_summed = self._make_sums(), 0
-        seed_everything(training.seed + rank)  # the noise differs between processes
+        self.optimizers = {name: optimizer for name, (optimizer, _) in made.items()}
+        self.schedules = {name: schedule for name, (_, schedule) in made.items()}
+        self.prepared = {name: self.accelerator.prepare(each) for name, each in self.optimizers.items()}
+        self.accelerator.register_for_checkpointing(self)
+        self.hooks, self.reports = {}, {}
+        self._sums, self._num_summed, self._measured = self._make_sums(), 0, None
+        set_seed(training.seed + rank)  # the noise differs between processes
         self.state, self.control = TrainerState(), TrainerControl()
+        self.state.stateful_callbacks = {RECORD_KEY: {"args": {}, "attributes": run_identity or {}}}
         self._set_place()
-        self._measured: tuple[int, dict] | None = None
         self._make_callbacks()
-
-    def _require_supported(self) -> None:
-        kind = self.accelerator.distributed_type
-        if getattr(kind, "value", kind) not in SUPPORTED:
-            raise InputError(
-                f"a GAN trains here in one process or several joined by DDP, not under {DistributedType(kind).value}; start it with "
-                "torchrun, or `accelerate launch --multi_gpu`"
-            )
-        if self.training.n_gpu > 1:
-            raise InputError(
-                f"one process sees {self.training.n_gpu} GPUs, and a GAN trains here on one GPU a process: start "
-                f"`torchrun --nproc_per_node {self.training.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0"
-            )
 
     def _set_place(self) -> None:
         self.state.is_world_process_zero = self.accelerator.is_main_process
@@ -148,15 +136,14 @@ class GanTrainer:
         self.state.compute_steps(self.training, self.max_steps)
 
     def _make_callbacks(self) -> None:
-        self.callbacks = [DefaultFlowCallback()]
+        self.callbacks: list = [DefaultFlowCallback()]
         if self.accelerator.is_main_process:
             self.callbacks.append(PrinterCallback() if self.training.disable_tqdm else ProgressCallback())
         self.diagnostics: dict[str, V0DiagnosticsCallback] = {}
-        if self.training.v0_record_run:
+        if self.training.v0_record_run:  # what `hf-v0init compare` reads
             self.run_record = RunRecordCallback()
             self.callbacks.insert(0, self.run_record)  # its clock starts before v0 is computed
-            path = Path(DIAGNOSTICS_FILE)
-            files = {"generator": path.name, "discriminator": f"{path.stem}_discriminator{path.suffix}"}
+            files = {"generator": "v0_diagnostics.json", "discriminator": "v0_diagnostics_discriminator.json"}
             self.diagnostics = {name: V0DiagnosticsCallback(file_name=file) for name, file in files.items()}
 
     def _call(self, event: str, **options) -> None:
@@ -169,13 +156,13 @@ class GanTrainer:
         """Train up to the last step, from a checkpoint if one is given.
 
         Args:
-            on_ready: called when v0 is written and nothing stands between the run and its first step.
+            on_ready: called when v0 is chosen and nothing stands between the run and its first step.
 
         Returns:
             `train_loss` (both networks' together, mean over the steps that this call logged, nats), times and rates.
 
         Raises:
-            InputError: what `initialize_v0` and `load_gan_checkpoint` refuse.
+            InputError: a checkpoint of another run, or what `initialize_v0` refuses.
             DivergedError: at a log, a loss was no finite number.
         """
         if checkpoint is not None:
@@ -183,29 +170,11 @@ class GanTrainer:
         first_step, self._total_loss, self._total_steps = self.state.global_step, 0.0, 0
         self._call("on_train_begin", model=nn.ModuleDict(self.networks))
         start = time.perf_counter()
-        self.first_steps = attach_gan_v0(self.training, self.networks, self.prepared_optimizers, self.max_steps)
-        if checkpoint is not None and self.v0_report is None:
-            for steps in self.first_steps.values():
-                steps.remove()  # of a run without a v0
-        elif "measuring" in (self.v0_report or {}):
-            for name, steps in self.first_steps.items():
-                steps.load_state_dict(self.v0_report["measuring"][name])
-        if checkpoint is None and takes_pass(self.training):
-            self.v0_report = write_gan_v0(
-                self.training,
-                self.wrapped,
-                self.networks,
-                self.prepared_optimizers,
-                accelerator=self.accelerator,
-                num_images=len(self.pixels),
-                num_first=len(self.order.get(0)),
-                take_images=self._take_images,
-                generate=lambda num: self.networks["generator"](self._draw_noise(num)),
-                max_steps=self.max_steps,
-            )
+        if checkpoint is None:
+            self._choose_v0()
         on_ready()
         if self.training.eval_on_start and checkpoint is None:
-            self._evaluate_and_log()
+            self._log(self.evaluate())
         for network in self.wrapped.values():
             network.train()
         while self.state.global_step < self.max_steps:
@@ -217,24 +186,38 @@ class GanTrainer:
         if self._total_steps:  # none, if the checkpoint was that of the last step
             metrics["train_loss"] = self._total_loss / self._total_steps
         num_images = num_steps * self.order.batch_size * self.order.world_size
-        metrics["train_samples_per_second"] = num_images / seconds
-        metrics["train_steps_per_second"] = num_steps / seconds
+        metrics |= {"train_samples_per_second": num_images / seconds, "train_steps_per_second": num_steps / seconds}
         self._log(metrics)
         return metrics | {"train_samples": len(self.pixels), "epoch": self.state.epoch}
 
+    def _choose_v0(self) -> None:
+        """Give both second moments a v0: by the paper's pass now, or at their own first step."""
+        training = self.training
+        if training.v0_init == "data_driven" and training.v0_estimator == "per_sample":
+            self.reports = estimate_v0(self)
+            return
+        options = {name: getattr(training, name) for name in V0_OPTIONS if hasattr(training, name)}
+        seed = training.seed if training.v0_seed is None else training.v0_seed
+        options |= {"v0_seed": seed, "max_steps": self.max_steps}
+        for name, network in self.networks.items():
+            hook = attach_v0(self.prepared[name], network, training.v0_init, **options)
+            self.hooks |= {} if hook is None else {name: hook}
+
     def _step(self) -> None:
-        real = self._take_images(self.order.get(self.state.global_step))
+        real = self.take_images(self.order.get(self.state.global_step))
         if self.training.v0_record_run:
             self.run_record.record_batches([real])
         self._call("on_step_begin")
-        generated = self.wrapped["generator"](self._draw_noise(len(real)))
+        generated = self.wrapped["generator"](self.draw(len(real)))
         loss, *logits = compute_discriminator_loss(self.wrapped["discriminator"], real, generated.detach())
         self._update("discriminator", loss)
-        with _without_gradients(self.networks["discriminator"]):
+        self.networks["discriminator"].requires_grad_(False)
+        try:
             generator_loss = compute_generator_loss(self.networks["discriminator"], generated)
             self._update("generator", generator_loss)
-        figures = [loss.detach(), generator_loss.detach(), *(torch.sigmoid(each).mean() for each in logits)]
-        self._sums += torch.stack(figures)
+        finally:
+            self.networks["discriminator"].requires_grad_(True)
+        self._sums += torch.stack([loss.detach(), generator_loss.detach(), *(torch.sigmoid(x).mean() for x in logits)])
         self._num_summed += 1
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.order.steps_per_epoch
@@ -244,103 +227,151 @@ class GanTrainer:
         self.accelerator.backward(loss)
         if self.training.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.networks[name].parameters(), self.training.max_grad_norm)
+        watched = [self.diagnostics[name]] if name in self.diagnostics else []
         where = {"optimizer": self.optimizers[name]}
-        if name in self.diagnostics:
-            self.diagnostics[name].on_pre_optimizer_step(self.training, self.state, self.control, **where)
-        self.prepared_optimizers[name].step()
-        if name in self.diagnostics:
-            self.diagnostics[name].on_optimizer_step(self.training, self.state, self.control, **where)
+        for callback in watched:
+            callback.on_pre_optimizer_step(self.training, self.state, self.control, **where)
+        self.prepared[name].step()
+        for callback in watched:
+            callback.on_optimizer_step(self.training, self.state, self.control, **where)
         self.schedules[name].step()
-        self.prepared_optimizers[name].zero_grad()
-
-    def _take_v0_record(self) -> None:
-        """Bring the record of v0 up to date, in the first steps."""
-        if not self.first_steps or (self.v0_report is not None and "measuring" not in self.v0_report):
-            return
-        reports = {name: steps.report for name, steps in self.first_steps.items()}
-        if all(reports.values()):
-            self.v0_report = compose_record(self.training, {name: report.to_dict() for name, report in reports.items()})
-        else:
-            measuring = {name: steps.state_dict() | {"held": {}} for name, steps in self.first_steps.items()}
-            self.v0_report = {
-                "strategy": self.training.v0_init,
-                "measuring": measuring,
-                "settings": describe_settings(self.training),
-            }
+        self.prepared[name].zero_grad()
 
     def _follow_control(self) -> None:
         """Log, evaluate and save if it is time to."""
-        self._take_v0_record()
+        for name, hook in self.hooks.items():
+            if name not in self.reports and hook.report is not None:
+                self.reports[name] = hook.report.to_dict()
         self._call("on_step_end")
         if self.state.global_step % self.order.steps_per_epoch == 0:
             self._call("on_epoch_end")
         if self.control.should_log or self.state.global_step == self.max_steps:
             self._log_losses()
         if self.control.should_evaluate:
-            self._evaluate_and_log()
+            self._log(self.evaluate())
         if self.control.should_save:
-            self._save()
+            self.save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _make_sums(self) -> torch.Tensor:
-        return torch.zeros(4, device=self.accelerator.device)
+        return torch.zeros(len(LOGGED), device=self.accelerator.device)
 
     def _log_losses(self) -> None:
         means = (self.accelerator.reduce(self._sums, reduction="mean") / self._num_summed).tolist()
         self._total_loss += (means[0] + means[1]) * self._num_summed
         self._total_steps += self._num_summed
         self._sums, self._num_summed = self._make_sums(), 0
-        names = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
-        figures = {"loss": means[0] + means[1]} | dict(zip(names, means, strict=True))
-        self._log(figures | {"learning_rate": self.schedules["generator"].get_last_lr()[0]})
-        if not math.isfinite(figures["loss"]):
+        loss = means[0] + means[1]
+        rate = self.schedules["generator"].get_last_lr()[0]
+        self._log({"loss": loss} | dict(zip(LOGGED, means, strict=True)) | {"learning_rate": rate})
+        if not math.isfinite(loss):
             self.save_state()
             raise DivergedError(
-                f"the loss is {figures['loss']} at step {self.state.global_step}: training has diverged; lower --learning_rate"
+                f"the loss is {loss} at step {self.state.global_step}: training has diverged; lower --learning_rate"
             )
 
-    def _log(self, figures: dict[str, float]) -> None:
+    def _log(self, figures: dict) -> None:
+        if not figures:
+            return
         figures = figures | {"epoch": round(self.state.epoch or 0.0, 4)}
         self.state.log_history.append(figures | {"step": self.state.global_step})
         self._call("on_log", logs=figures)
 
-    # ---- pieces ------------------------------------------------------------------------------------------------------
-
-    def _take_images(self, numbers: torch.Tensor) -> torch.Tensor:
+    def take_images(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return training images by their numbers, in [-1, 1]."""
         return scale_pixels(self.pixels[numbers.cpu()].to(self.accelerator.device))
 
-    def _draw_noise(self, num: int) -> torch.Tensor:
+    def draw(self, num: int) -> torch.Tensor:
+        """Draw noise for so many images."""
         return draw_noise(num, self.networks["generator"].latent_size).to(self.accelerator.device)
 
-    def _resume(self, checkpoint: str) -> None:
-        self.state, self.v0_report, own = load_gan_checkpoint(
-            checkpoint, self.accelerator, self.networks, self._get_stateful()
-        )
-        self._sums, self._num_summed = own["sums"].to(self.accelerator.device), own["num_summed"]
-        self._set_place()
-        differences = find_setting_differences(self.training, self.v0_report)
-        if differences and self.accelerator.is_main_process:
-            logger.warning(
-                "v0 settings differ from the checkpoint's, whose optimizer state stands: " + "; ".join(differences)
-            )
+    # ---- what is kept ------------------------------------------------------------------------------------------------
 
-    def _get_stateful(self) -> dict:
-        return {f"{name}_optimizer": each for name, each in self.optimizers.items()} | {
-            f"{name}_schedule": each for name, each in self.schedules.items()
+    @property
+    def v0_record(self) -> dict | None:
+        """What was done about v0, of both networks, as `v0_init.json` holds it; None before it is done."""
+        return join_reports(self.reports) if len(self.reports) == len(self.networks) else None
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds beside networks, optimizers and random states; accelerate asks for it."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "optimizers": {name: type(each).__name__ for name, each in self.optimizers.items()},
+            "sums": self._sums.cpu(),
+            "num_summed": self._num_summed,
+            "v0_init": self.training.v0_init,
+            "reports": self.reports,
+            "measuring": {name: hook.state_dict() for name, hook in self.hooks.items() if name not in self.reports},
         }
 
-    def _save(self) -> None:
-        save_gan_checkpoint(
-            self.training.output_dir,
-            self.accelerator,
-            self.networks,
-            self._get_stateful(),
-            self.state,
-            self.v0_report,
-            {"sums": self._sums.cpu(), "num_summed": self._num_summed},
-            self.training.save_total_limit,
-        )
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            InputError: it is of another number of processes, or of other optimizers.
+        """
+        if saved["num_processes"] != self.accelerator.num_processes:
+            raise InputError(
+                f"the checkpoint was written by {saved['num_processes']} process(es) and this run has "
+                f"{self.accelerator.num_processes}: its noise and order of images would be others; start as many"
+            )
+        for name, kind in saved["optimizers"].items():
+            if kind != type(self.optimizers[name]).__name__:
+                raise InputError(
+                    f"the checkpoint's {name} optimizer is {kind} and this run's {type(self.optimizers[name]).__name__}; use the "
+                    "same, or start anew"
+                )
+        self._sums, self._num_summed = saved["sums"].to(self.accelerator.device), saved["num_summed"]
+        self.reports = saved["reports"]
+        if saved["v0_init"] != self.training.v0_init and self.accelerator.is_main_process:
+            logger.warning(
+                f"the checkpoint is of a run with --v0_init {saved['v0_init']}, and {self.training.v0_init} was given: its "
+                "optimizer state stands, and its record goes along"
+            )
+        if saved["measuring"]:
+            self._choose_v0()
+            for name, measuring in saved["measuring"].items():
+                self.hooks[name].load_state_dict(measuring)
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-N` for step N, whole or not at all, and delete old ones beyond `save_total_limit`."""
+        folder = Path(self.training.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        aside = folder.with_name(f".{folder.name}.partial")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(aside))
+        if self.accelerator.is_main_process:
+            if self.v0_record is not None:
+                write_report(self.v0_record, aside)
+            torch.save({name: each.state_dict() for name, each in self.schedules.items()}, aside / SCHEDULE_FILE)
+            self.state.save_to_json(str(aside / "trainer_state.json"))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            limit = self.training.save_total_limit
+            others = [f for f in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.split("-")[-1].isdigit()]
+            others.sort(key=lambda f: int(f.name.split("-")[-1]))
+            for old in others[:-limit] if limit else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
         self._call("on_save")
+
+    def _resume(self, checkpoint: str) -> None:
+        try:
+            self.accelerator.load_state(checkpoint)
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{checkpoint}: is of other networks than this run's ({reason}); give their sizes"
+            ) from error
+        for name, state in torch.load(Path(checkpoint, SCHEDULE_FILE), weights_only=True).items():
+            self.schedules[name].load_state_dict(state)
+        record = self.state.stateful_callbacks
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        self.state.stateful_callbacks = record
+        self._set_place()
 
     def save_state(self) -> None:
         """Write `trainer_state.json`, on the main process."""
@@ -352,24 +383,16 @@ class GanTrainer:
         """Write both networks into folders of their names, each with a model card that names its v0, on the main process."""
         if not self.accelerator.is_main_process:
             return
-        reports = (self.v0_report or {}).get("networks", {})
+        if self.v0_record is not None:
+            Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
+            write_report(self.v0_record, self.training.output_dir)
         for name, network in self.networks.items():
             folder = Path(self.training.output_dir, name)
             network.save_pretrained(folder)
             card = folder / "README.md"
-            card.write_text(add_v0_section(card.read_text(encoding="utf-8"), reports.get(name)), encoding="utf-8")
-            if name in reports:
-                write_report(reports[name], folder)
-
-    @contextlib.contextmanager
-    def on_main_process(self) -> Iterator[bool]:
-        """Tell whether this is the main process; what fails inside on one process is raised on all."""
-        error = None
-        try:
-            yield self.accelerator.is_main_process
-        except Exception as exception:
-            error = exception
-        raise_together(error)
+            card.write_text(add_v0_section(card.read_text(encoding="utf-8"), self.reports.get(name)), encoding="utf-8")
+            if name in self.reports:
+                write_report(self.reports[name], folder)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -385,7 +408,7 @@ class GanTrainer:
         metrics: dict[str, float | str] = {}
         if self.accelerator.is_main_process:
             start = time.perf_counter()
-            with preserve_rng(), _in_evaluation_mode(self.networks["generator"]), torch.no_grad():
+            with torch.random.fork_rng(), _in_evaluation_mode(self.networks["generator"]), torch.no_grad():
                 metrics = self._measure()
             metrics["eval_runtime"] = time.perf_counter() - start
         self.accelerator.wait_for_everyone()
@@ -394,9 +417,8 @@ class GanTrainer:
 
     def _measure(self) -> dict[str, float | str]:
         generator = self.networks["generator"]
-        noise = draw_noise(
-            self.num_eval_images, generator.latent_size, torch.Generator().manual_seed(self.training.seed)
-        )
+        fixed = torch.Generator().manual_seed(self.training.seed)
+        noise = draw_noise(self.num_eval_images, generator.latent_size, fixed)
         batches = [generator(part.to(self.accelerator.device)) for part in noise.split(GENERATION_BATCH)]
         distance_name, _ = self.quality.names
         if not all(bool(batch.isfinite().all()) for batch in batches):
@@ -409,19 +431,114 @@ class GanTrainer:
         metrics |= {f"eval_{name}": value for name, value in figures.items()}
         return metrics | {"eval_features": self.quality.extractor.name, "eval_samples": len(pixels)}
 
-    def _evaluate_and_log(self) -> None:
-        metrics = self.evaluate()
-        if metrics:
-            self._log(metrics)
 
+def make_optimizer(network: nn.Module, training, max_steps: int):
+    """Make the optimizer and the schedule of one network: those of a Trainer with these flags, and nothing decays but matrices.
 
-@contextlib.contextmanager
-def _without_gradients(network: nn.Module) -> Iterator[None]:
-    network.requires_grad_(False)
+    Raises:
+        InputError: there is no such optimizer or schedule, or the loop here cannot use it.
+    """
+    options = copy.copy(training)
+    options.v0_init, options.v0_record_run, options.report_to = "zeros", False, []
+    options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    name = training.v0_optimizer or getattr(training.optim, "value", training.optim)
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    if training.get_warmup_steps(max_steps) and schedule == "constant":
+        raise InputError(
+            f"warmup_steps={training.warmup_steps} with lr_scheduler_type=constant does nothing; use constant_with_warmup"
+        )
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise InputError(
+            f"lr_scheduler_type={schedule} follows a validation loss, which a GAN has none of; use another"
+        )
     try:
-        yield
-    finally:
-        network.requires_grad_(True)
+        trainer = V0InitTrainer(model=network, args=options)
+        chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(options, network)
+        trainer.optimizer = chosen[0](groups, **chosen[1])
+        scheduler = trainer.create_scheduler(max_steps, trainer.optimizer)
+    except (TypeError, ValueError, AssertionError, ImportError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"optimizer {name} with schedule {schedule} cannot be built: {error}") from error
+    if callable(getattr(trainer.optimizer, "train", None)):
+        raise InputError(
+            f"optimizer {name} keeps two sets of weights, for training and evaluation, which this loop does not switch; use "
+            "another, such as adamw_torch"
+        )
+    return trainer.optimizer, scheduler
+
+
+def estimate_v0(run: GanRun) -> dict[str, dict]:
+    """Give both second moments the paper's data-driven v0, each from its own network's loss as it is before any step (eq. 10).
+
+    The discriminator's loss is that of pairs of a real and a generated image; the generator's goes through the discriminator,
+    whose gradients are not kept.
+
+    Returns:
+        The report of each network.
+    """
+    training, accelerator, networks = run.training, run.accelerator, run.networks
+    seed = training.seed if training.v0_seed is None else training.v0_seed
+    num_samples = min(training.v0_num_samples, len(run.pixels))
+    step_size = len(run.order.get(0))
+    # With batch norms the gradient of an image depends on its batch: by default they are training's size.
+    size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
+    samples = torch.tensor(random.Random(seed).sample(range(len(run.pixels)), num_samples))
+    batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
+
+    def compute_generators(_: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+        return compute_generator_loss(networks["discriminator"], networks["generator"](run.draw(len(numbers))))
+
+    def compute_discriminators(discriminator: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+        real = run.take_images(numbers)
+        with torch.no_grad():
+            generated = networks["generator"](run.draw(len(numbers)))
+        return compute_discriminator_loss(discriminator, real, generated)[0]
+
+    options = {name: getattr(training, name) for name in V0_OPTIONS if hasattr(training, name)}
+    options.pop("v0_estimation_steps", None)
+    reports = {}
+    for name, loss_fn in (("generator", compute_generators), ("discriminator", compute_discriminators)):
+        report = initialize_v0(
+            run.prepared[name],
+            model=run.wrapped[name],
+            batches=batches,
+            loss_fn=loss_fn,
+            accelerator=accelerator,
+            v0_seed=seed,
+            effective_batch_size=float(step_size * accelerator.num_processes),
+            other_modules=[network for other, network in networks.items() if other != name],
+            max_steps=run.max_steps,
+            **options,
+        )
+        report.num_samples_requested = training.v0_num_samples
+        reports[name] = report.to_dict()
+    return reports
+
+
+def join_reports(reports: dict[str, dict]) -> dict:
+    """Join the networks' reports into one of the usual form, with each whole one under `networks`.
+
+    What is the same in both is kept; counts and seconds are sums, v0 figures over the elements of both, `measured_ratio` the
+    geometric mean.
+    """
+    first, *others = reports.values()
+    joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    for key in SUMMED:
+        joined[key] = sum(report.get(key) or 0 for report in reports.values())
+    weights = [report["num_elements_with_v0"] for report in reports.values()]
+    means = [report["v0_mean"] for report in reports.values()]
+    joined["v0_mean"] = sum(w * m for w, m in zip(weights, means, strict=True)) / max(1, sum(weights))
+    joined["v0_min"] = min(report["v0_min"] for report in reports.values())
+    joined["v0_max"] = max(report["v0_max"] for report in reports.values())
+    ratios = [report.get("measured_ratio") for report in reports.values()]
+    joined["measured_ratio"] = None if None in ratios else math.prod(ratios) ** (1 / len(ratios))
+    return joined | {"networks": reports}
 
 
 @contextlib.contextmanager

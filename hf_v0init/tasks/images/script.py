@@ -1,7 +1,7 @@
 """Trains, evaluates and uses an image classifier, with a v0 for Adam if asked.
 
-    python scripts/run_image_classification.py FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 scripts/run_image_classification.py FILE.yaml --output_dir out
+    hf-v0init images FILE.yaml --v0_init data_driven --output_dir out
+    torchrun --nproc_per_node 2 -m hf_v0init.tasks.images.script FILE.yaml --output_dir out
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 
@@ -9,41 +9,24 @@ Images come from the Hub, or from folders with one subfolder per class. Losses a
 set counts once.
 """
 
-import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils import logging
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ...errors import InputError
 from ...state_guard import preserve_model, preserve_rng
-from ..probing import ProbeArguments, probe_and_print, turn_into_probe
-from ..run_identity import describe_run, require_same_model
-from ..script_stages import (
-    DatasetArguments,
-    HubArguments,
-    describe_for_card,
-    find_needed_roles,
-    flag,
-    load_config,
-    publish_card,
-    require_buildable,
-    require_positive_counts,
-    require_possible_run,
-    require_sole_model_source,
-    train_and_save,
-)
-from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..data import SplitDataArguments, find_needed_roles
+from ..models import ModelArguments as AnyModelArguments
+from ..run import RunArguments, Task, run
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..step_decay import StepDecayArguments, StepDecayMixin
 from ..token_loss import TokenCrossEntropy
-from ..value_checks import require_available_metric
 from .augmentation import RANDOM_CROPS, Augmentation
 from .cifar_resnet import CifarResNetConfig
 from .folders import (
@@ -55,43 +38,37 @@ from .folders import (
     select_images,
     split_off_validation,
 )
-from .format import (
-    IMAGE_MODES,
-    ImageFormat,
-    build_processor,
-    choose_format,
-    load_format,
-    measure_mean_and_std,
-)
+from .format import IMAGE_MODES, ImageFormat, build_processor, choose_format, load_format, measure_mean_and_std
 from .samples import ImageDrawsMixin, ImageSamples, stack_samples
 from .top_k_accuracy import ExactAccuracyMixin
 
-logger = logging.get_logger("run_image_classification")
+logger = logging.getLogger("hf_v0init")
 
-MODEL_TYPES = [*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, CifarResNetConfig.model_type]
-METRICS = ("loss", "accuracy", "top5_accuracy", "num_images")
+CROP_PADDING = 4
 EXAMPLES = """
-# a ResNet for small images, on folders with one subfolder a class, with its data-driven v0
-run_image_classification.py --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven \\
-  --output_dir out
+# a ResNet for small images, on folders with one subfolder per class, with its data-driven v0
+{} --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven --output_dir out
 # flags from a file, a Vision Transformer from scratch
-run_image_classification.py FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
+{} FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
 # fine-tune a pretrained model, a tenth of the training images for validation
-run_image_classification.py FILE.yaml --model_name_or_path microsoft/resnet-18 --validation_split_percentage 10
+{} --model_name_or_path microsoft/resnet-18 --train_dir data/train --validation_split_percentage 10 --do_train --do_eval \\
+  --output_dir out
 # two processes
-torchrun --nproc_per_node 2 run_image_classification.py FILE.yaml --output_dir out
+torchrun --nproc_per_node 2 -m hf_v0init.tasks.images.script FILE.yaml --output_dir out
 """
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
-class ModelArguments(HubArguments):
-    """The classifier."""
+class ModelArguments(AnyModelArguments):
+    """model: which model"""
 
-    model_name_or_path: str | None = flag(
-        None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
+    auto_class: ClassVar[type] = AutoModelForImageClassification
+    model_types: ClassVar[tuple[str, ...]] = (
+        *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        CifarResNetConfig.model_type,
     )
-    config_name: str | None = flag(None, "From scratch: a configuration, by Hub name, folder or JSON file.")
+    kind: ClassVar[str] = "image classifier"
+
     model_type: str | None = flag(
         None,
         "From scratch: a transformers model type with its default configuration, such as resnet or vit, or cifar_resnet (a "
@@ -101,25 +78,12 @@ class ModelArguments(HubArguments):
         None, "From scratch: changes to the configuration, for example layer_type=basic,embedding_size=16."
     )
 
-    def __post_init__(self):
-        require_sole_model_source(self)
-        if not (self.model_name_or_path or self.config_name or self.model_type):
-            raise InputError(
-                "no model: give --model_name_or_path (pretrained), or --config_name or --model_type (from scratch)"
-            )
-        if self.model_name_or_path and self.config_overrides:
-            raise InputError(
-                f"--config_overrides={self.config_overrides}: is for training from scratch; drop it, or "
-                f"--model_name_or_path={self.model_name_or_path}"
-            )
-        if self.model_type is not None and self.model_type not in MODEL_TYPES:
-            (closest,) = difflib.get_close_matches(self.model_type, MODEL_TYPES, n=1, cutoff=0)
-            raise InputError(f"--model_type={self.model_type}: is no image classifier; for example {closest}")
-
 
 @dataclass
-class DataArguments(DatasetArguments):
-    """The images and their classes."""
+class DataArguments(SplitDataArguments):
+    """data: what it is trained and measured on"""
+
+    local_flags: ClassVar[tuple[str, ...]] = ("train_dir", "validation_dir", "test_dir")
 
     train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
@@ -152,20 +116,14 @@ class DataArguments(DatasetArguments):
         "for CIFAR), 'resize' (8 to 100 percent of the area at an aspect ratio of 3/4 to 4/3; usual for ImageNet), 'none'.",
         choices=list(RANDOM_CROPS),
     )
-    crop_padding: int = flag(4, "With --random_crop pad: black pixels on each side. Default: 4.")
+    crop_padding: int | None = flag(
+        None, f"With --random_crop pad: black pixels on each side. Default: {CROP_PADDING}."
+    )
     random_flip: bool = flag(False, "Mirror half of the training images left to right. Default: False.")
-    max_train_samples: int | None = flag(None, "Use only so many training samples, the same random ones in every run.")
-    max_eval_samples: int | None = flag(None, "The same for validation.")
-    max_predict_samples: int | None = flag(None, "The same for test.")
-    overwrite_output_dir: bool = flag(False, "Start afresh in an output folder that has checkpoints or files.")
 
-    def __post_init__(self):
-        require_positive_counts(self)
-        folders = [name for name in ("train_dir", "validation_dir", "test_dir") if getattr(self, name)]
-        if self.dataset_name and folders:
-            raise InputError(f"--dataset_name and --{folders[0]}: give one source of data, not both")
-        if not self.dataset_name and not folders:
-            raise InputError("no data: give --dataset_name, or --train_dir and --validation_dir")
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
         percentage = self.validation_split_percentage
         if percentage is not None and not 0 < percentage < 100:
             raise InputError(f"--validation_split_percentage={percentage}: must lie between 0 and 100")
@@ -173,37 +131,136 @@ class DataArguments(DatasetArguments):
             raise InputError("--validation_split_percentage and --validation_dir: give one of them")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise InputError(f"--crop_fraction={self.crop_fraction}: must be above 0 and at most 1")
+        if self.crop_padding is not None and self.random_crop != "pad":
+            raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
+        if self.crop_padding is not None and self.crop_padding < 1:
+            raise InputError(f"--crop_padding={self.crop_padding}: must be 1 or more")
 
 
-class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, StepDecayMixin, ImageDrawsMixin, V0InitTrainer):
-    """With exact evaluation, steps of the learning rate and reproducible augmentation."""
+class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, ImageDrawsMixin, V0InitTrainer):
+    """With exact evaluation and reproducible augmentation."""
 
 
-# ------------------------------------------------------------------------------------------------------ data
+class ImageTask(Task):
+    """Image classification: folders or the Hub, any classifier of transformers, accuracy."""
+
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
+    examples = EXAMPLES
+    metrics = ("loss", "accuracy", "top5_accuracy", "num_images")
+    card_task = "image-classification"
+
+    def refuse(self) -> None:
+        """Refuse what is for text."""
+        if self.options.max_tokens_per_batch:
+            raise InputError(
+                f"--max_tokens_per_batch={self.options.max_tokens_per_batch}: images have no tokens; drop it"
+            )
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load the images and the model, and refuse what they do not take."""
+        data, training = self.data, self.training
+        images = self.number_classes(load_images(data, self.model, training), config)
+        self.image_format = self.choose_image_format(images, config)
+        augmentation = Augmentation(data.random_crop, data.crop_padding or CROP_PADDING, data.random_flip)
+        seed = training.seed if training.data_seed is None else training.data_seed
+        samples = {
+            role: ImageSamples(part, self.image_format, augmentation if role == "train" else None, seed)
+            for role, part in images.items()
+        }
+        if self.model.model_name_or_path is None:
+            if hasattr(config, "num_channels"):
+                config.num_channels = self.image_format.num_channels
+            if hasattr(config, "image_size"):
+                height, width = self.image_format.size
+                config.image_size = height if height == width else [height, width]
+        self.network = self.model.build(config, ignore_mismatched_sizes=True)
+        if training.do_train:
+            require_trainable(self.network, samples["train"], training)
+        return samples
+
+    def number_classes(self, images: dict[str, LabelledImages], config: PreTrainedConfig) -> dict[str, LabelledImages]:
+        """Number the classes of all roles as the model does, if it knows them, else alphabetically; tell the configuration."""
+        names = require_usable_classes(images)
+        pretrained = self.model.model_name_or_path is not None
+        known = [config.id2label[number] for number in range(config.num_labels)] if pretrained else []
+        if known and (not self.training.do_train or sorted(known) == sorted(names)):
+            names = known
+        else:
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: number for number, name in enumerate(names)}
+        return {role: number_classes(part, names) for role, part in images.items()}
+
+    def choose_image_format(self, images: dict[str, LabelledImages], config: PreTrainedConfig) -> ImageFormat:
+        """Choose the pretrained model's format, or one found from the images, changed as the flags ask."""
+        data, model, of_model = self.data, self.model, None
+        if model.model_name_or_path is not None:
+            num_channels = getattr(config, "num_channels", 3)
+            of_model = load_format(model.model_name_or_path, num_channels, **model.get_hub_options())
+        image_format = choose_format(
+            images,
+            image_size=data.image_size,
+            image_mode=data.image_mode,
+            crop_fraction=data.crop_fraction,
+            of_model=of_model,
+        )
+        if not image_format.mean:
+            image_format = measure_mean_and_std(next(iter(images.values())), image_format)
+        height, width = image_format.size
+        logger.info(f"images: {width}x{height}, {image_format.mode}, mean {image_format.mean}, std {image_format.std}")
+        return image_format
+
+    def make_collator(self):
+        """Return what joins samples to a batch."""
+        return stack_samples
+
+    def make_trainer(self, samples: dict[str, Any], **common) -> ImageTrainer:
+        """Make the Trainer."""
+        return ImageTrainer(
+            model=self.network,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            processing_class=build_processor(self.image_format),
+            # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
+            compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
+            **common,
+        )
+
+    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
+        """Say the accuracy."""
+        if f"{stage}_accuracy" not in metrics:
+            return []
+        top5 = f", top-5 {metrics[f'{stage}_top5_accuracy']:.2%}" if f"{stage}_top5_accuracy" in metrics else ""
+        return [
+            f"{stage}: accuracy {metrics[f'{stage}_accuracy']:.2%}{top5} over {metrics[f'{stage}_num_images']:,} images"
+        ]
+
+    def describe_for_card(self) -> dict[str, Any]:
+        """Describe the run; a folder that is called by its role says nothing."""
+        card = super().describe_for_card()
+        if not self.data.dataset_name:
+            folder = Path(self.data.list_local()[0]).absolute()
+            card["dataset"] = folder.parent.name if folder.name in ("train", "validation", "test") else folder.name
+        return card
 
 
 def load_images(data: DataArguments, model: ModelArguments, training) -> dict[str, LabelledImages]:
-    """The labelled images of each role that the run needs, not decoded."""
+    """Load the labelled images of each role that the run needs, not decoded."""
     roles = find_needed_roles(training)
     splits = data.load_dataset(model) if data.dataset_name else {}
     images = {}
     for role in roles:
         folder = getattr(data, f"{role}_dir")
         if role in splits:
-            images[role] = select_images(
-                splits[role], role=role, image_column=data.image_column, label_column=data.label_column
-            )
+            columns = {"image_column": data.image_column, "label_column": data.label_column}
+            images[role] = select_images(splits[role], role=role, **columns)
         elif folder is not None:
             images[role] = load_image_folder(folder, role=role)
-    if "validation" in roles and data.validation_split_percentage is not None:
+    percentage = data.validation_split_percentage
+    if "validation" in roles and percentage is not None:
         if "validation" in images:
-            raise InputError(
-                f"--validation_split_percentage={data.validation_split_percentage}: {data.dataset_name} has validation data"
-            )
+            raise InputError(f"--validation_split_percentage={percentage}: {data.dataset_name} has validation data")
         if "train" in images:
-            images["train"], images["validation"] = split_off_validation(
-                images["train"], data.validation_split_percentage
-            )
+            images["train"], images["validation"] = split_off_validation(images["train"], percentage)
     for role in roles:
         if role not in images:
             instead = ", or --validation_split_percentage" if role == "validation" and training.do_train else ""
@@ -211,66 +268,11 @@ def load_images(data: DataArguments, model: ModelArguments, training) -> dict[st
             raise InputError(
                 f"there is no {role} data; give --{role}_dir, or a --dataset_name that has this split{has}{instead}"
             )
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
-    return {role: choose_some(images[role], limits[role]) for role in roles}
-
-
-def choose_image_format(images, data: DataArguments, model: ModelArguments, config) -> ImageFormat:
-    """The pretrained model's format, or one found from the images, changed as the flags ask."""
-    of_model = None
-    if model.model_name_or_path is not None:
-        of_model = load_format(model.model_name_or_path, getattr(config, "num_channels", 3), **model.get_hub_options())
-    image_format = choose_format(
-        images,
-        image_size=data.image_size,
-        image_mode=data.image_mode,
-        crop_fraction=data.crop_fraction,
-        of_model=of_model,
-    )
-    if not image_format.mean:
-        image_format = measure_mean_and_std(next(iter(images.values())), image_format)
-    height, width = image_format.size
-    logger.info(f"Images: {width}x{height}, {image_format.mode}, mean {image_format.mean}, std {image_format.std}")
-    return image_format
-
-
-# ----------------------------------------------------------------------------------------------------- model
-
-
-def choose_classes(images: dict[str, LabelledImages], config, model: ModelArguments, do_train: bool):
-    """Number the classes of all roles as the model does, if it knows them, else alphabetically; tell the configuration."""
-    names = require_usable_classes(images)
-    known = [config.id2label[number] for number in range(config.num_labels)] if model.model_name_or_path else []
-    if known and (not do_train or sorted(known) == sorted(names)):
-        names = known
-    else:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
-    return {role: number_classes(part, names) for role, part in images.items()}
-
-
-def load_model(model: ModelArguments, config, image_format: ImageFormat):
-    """The pretrained model named, with a new head if its classes are others, or one from scratch that fits the images."""
-    try:
-        if model.model_name_or_path is not None:
-            return AutoModelForImageClassification.from_pretrained(
-                model.model_name_or_path, config=config, ignore_mismatched_sizes=True, **model.get_hub_options()
-            )
-        if hasattr(config, "num_channels"):
-            config.num_channels = image_format.num_channels
-        if hasattr(config, "image_size"):
-            height, width = image_format.size
-            config.image_size = height if height == width else [height, width]
-        config.name_or_path = ""  # it is a new model
-        network = AutoModelForImageClassification.from_config(config, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"the model cannot be made: {error}") from error
-    logger.info(f"From scratch: {type(network).__name__}, {network.num_parameters():,} parameters")
-    return network
+    return {role: choose_some(images[role], data.get_limit(role)) for role in roles}
 
 
 def require_trainable(network, samples: ImageSamples, training) -> None:
-    """Refuses training images that are too few, that the model cannot take, or that leave a batch it cannot take."""
+    """Refuse training images that are too few, that the model cannot take, or that leave a batch it cannot take."""
     batch_size = training.per_device_train_batch_size
     if len(samples) < batch_size * training.world_size:
         raise InputError(
@@ -308,93 +310,12 @@ def find_defect(network, samples: ImageSamples, batch_size: int) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ main
-
-
-def save_results(trainer: ImageTrainer, role: str, metrics: dict) -> None:
-    """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
-    trainer.log_metrics(role, metrics)
-    trainer.save_metrics(role, metrics)
-    if f"{role}_accuracy" in metrics and trainer.is_world_process_zero():
-        top5 = f", top-5 {metrics[f'{role}_top5_accuracy']:.2%}" if f"{role}_top5_accuracy" in metrics else ""
-        print(f"{role}: accuracy {metrics[f'{role}_accuracy']:.2%}{top5} over {metrics[f'{role}_num_images']:,} images")
-
-
-def list_local_data(data: DataArguments) -> list[Path]:
-    """The folder to name in the model card; one called by its role says nothing."""
-    folders = [Path(folder) for folder in (data.train_dir, data.validation_dir, data.test_dir) if folder][:1]
-    return [
-        folder.absolute().parent if folder.name in ("train", "validation", "test") else folder for folder in folders
-    ]
-
-
-ARGUMENTS = (ModelArguments, DataArguments, StepDecayArguments, ProbeArguments, V0InitTrainingArguments)
+ARGUMENTS = ImageTask.arguments
 
 
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, decay_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
-    if probe_args.probe_only:
-        turn_into_probe(training_args)
-    start_logging(training_args)
-    require_available_metric(training_args, METRICS)
-    run = describe_run(training_args, model_args, data_args)
-    overwrite = data_args.overwrite_output_dir
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
-    config = load_config(
-        model_args.model_type,
-        model_args.model_name_or_path or model_args.config_name,
-        model_args.config_overrides,
-        model_args,
-    )
-    if model_args.model_name_or_path is None:
-        overrides = f"--config_overrides={model_args.config_overrides}" if model_args.config_overrides else None
-        source = overrides or f"--model_type={model_args.model_type or model_args.config_name}"
-        require_buildable(config, AutoModelForImageClassification, source)
-    require_same_model(checkpoint, config)
-    set_seed(training_args.seed)
-
-    images = load_images(data_args, model_args, training_args)
-    images = choose_classes(images, config, model_args, training_args.do_train)
-    image_format = choose_image_format(images, data_args, model_args, config)
-    augmentation = Augmentation(data_args.random_crop, data_args.crop_padding, data_args.random_flip)
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    samples = {
-        role: ImageSamples(part, image_format, augmentation if role == "train" else None, seed)
-        for role, part in images.items()
-    }
-    network = load_model(model_args, config, image_format)
-    if training_args.do_train:
-        require_trainable(network, samples["train"], training_args)
-
-    with explain_hub_errors(training_args):
-        trainer = ImageTrainer(
-            model=network,
-            args=training_args,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=build_processor(image_format),
-            data_collator=stack_samples,
-            # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
-            compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
-            step_decay=decay_args,
-            run_identity=run,
-        )
-    if probe_args.probe_only:
-        probe_and_print(trainer, probe_args)
-        return
-    if training_args.do_train:
-        metrics = train_and_save(trainer, checkpoint, overwrite)
-        save_results(trainer, "train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        save_results(trainer, "eval", trainer.evaluate(metric_key_prefix="eval"))
-    if training_args.do_predict:
-        save_results(trainer, "predict", trainer.predict(samples["test"], metric_key_prefix="predict").metrics)
-    card = describe_for_card(
-        "image-classification", model_args.model_name_or_path, data_args, list_local_data(data_args)
-    )
-    publish_card(trainer, card)
+    run(ImageTask, argv)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import InputError
-from .samples import TokenRows, map_with_cache, require_strings
+from hf_v0init import InputError
+
+from ..data import map_with_cache
+from .samples import TokenRows, require_strings
 
 WORD_STARTS = "word_starts"
 

@@ -7,19 +7,18 @@ itself. `PaddingCollator` makes batches of them. What reads, keeps and pads toke
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import InputError
+from hf_v0init import InputError
+
+from ..data import map_with_cache
 
 NO_TARGET = -100
 
@@ -142,11 +141,6 @@ def find_first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def list_columns(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """The names of the columns; of a stream that does not know them, those of its first row."""
-    return rows.column_names if rows.column_names is not None else list(next(iter(rows), {}))
-
-
 def require_strings(values: list, column: str) -> list[str]:
     """Return `values`; raise `InputError` if one is no text."""
     for value in values:
@@ -154,49 +148,6 @@ def require_strings(values: list, column: str) -> list[str]:
             kind = "empty" if value is None else f"a {type(value).__name__}"
             raise InputError(f"column {column!r} is {kind} in some row; every row must hold text there")
     return values
-
-
-def map_with_cache(
-    rows: datasets.Dataset | datasets.IterableDataset,
-    function: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    features: datasets.Features,
-    key: tuple,
-    *,
-    num_proc: int | None = None,
-    cache_dir: str | None = None,
-    overwrite_cache: bool = False,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """`rows.map(function)`, kept on disk under `cache_dir` and found again by content, tokenizer and `key`.
-
-    `datasets` by itself keeps nothing of rows that were made in memory, and its fingerprint of a tokenizer
-    changes when the tokenizer is used.
-    """
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
-    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_v0init"
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=features,
-        num_proc=num_proc,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=fingerprint,
-        desc="Tokenizing",
-    )
-
-
-def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """What its encodings depend on; not the padding and truncation that its last call left behind."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
-    parts = json.loads(backend.to_str())
-    return type(tokenizer).__name__, {name: parts[name] for name in parts if name not in ("padding", "truncation")}
 
 
 # --------------------------------------------------------------------------------------------------- windows

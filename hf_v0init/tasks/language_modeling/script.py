@@ -1,7 +1,7 @@
 """Trains, evaluates and samples from a causal language model, with a v0 for Adam if asked.
 
-    python scripts/run_clm.py FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 scripts/run_clm.py FILE.yaml --output_dir out
+    hf-v0init clm FILE.yaml --v0_init data_driven --output_dir out
+    torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.script FILE.yaml --output_dir out
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 
@@ -11,26 +11,24 @@ row with the loss on the completion. Losses and perplexities are exact: each tok
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_v0init import V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ...errors import InputError
-from ..probing import ProbeArguments, probe_and_print
-from ..script_stages import flag
-from ..script_support import explain_hub_errors, parse_arguments, run_script
+from ..data import limit_rows
+from ..run import RunArguments, run, tokenize_first_on_main
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..step_decay import StepDecayMixin
+from ..summary import say
 from ..token_budget import TokenBudgetMixin
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
-from .model import ModelArguments
 from .perplexity import ExactPerplexityMixin
-from .rows import DataArguments, limit_rows
 from .samples import (
     PaddingCollator,
     StreamedTokenWindows,
@@ -40,191 +38,236 @@ from .samples import (
     tokenize_completions,
     tokenize_texts,
 )
-from .shared_script import (
-    LanguageRunArguments,
-    begin_run,
-    choose_map_options,
-    finish,
-    prepare_all_samples,
-    prepare_run,
-    train_and_evaluate,
-)
+from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask, is_text_file
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
 
-METRICS = ("loss", "perplexity", "accuracy", "num_tokens")
+DEFAULT_SEGMENT = 70  # tokens through which AWD-LSTM's paper back-propagates
 EXAMPLES = """
 # GPT-2's architecture from scratch on a text file, with its data-driven v0
-run_clm.py --model_type gpt2 --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
+{} --model_type gpt2 --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
 # flags from a file, a smaller model, the best checkpoint by perplexity
-run_clm.py FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
+{} FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
   --metric_for_best_model perplexity
 # fine-tune a pretrained model on prompts with their completions
-run_clm.py FILE.yaml --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a
+{} --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a --do_train --output_dir out
 # data that does not fit on the disk
-run_clm.py FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
+{} FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
 # two processes
-torchrun --nproc_per_node 2 run_clm.py FILE.yaml --output_dir out
+torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.script FILE.yaml --output_dir out
 """
 
 
 @dataclass
-class RunArguments(LanguageRunArguments):
-    """How a causal language model is trained, and what it writes at the end."""
+class ModelArguments(LanguageModelArguments):
+    """model: which model, which tokenizer"""
+
+    auto_class: ClassVar[type] = AutoModelForCausalLM
+    model_types: ClassVar[tuple[str, ...]] = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AwdLstmConfig.model_type)
+    kind: ClassVar[str] = "causal language model"
+    other_script: ClassVar[str] = "run_mlm"
+
+    model_type: str | None = flag(
+        None,
+        "From scratch: a transformers model type, such as gpt2, with its default configuration; or awd_lstm, an LSTM that reads "
+        "contiguous streams and keeps its state from batch to batch.",
+    )
+    config_overrides: str | None = flag(
+        None, "From scratch: changes to the configuration, for example n_embd=256,n_layer=4."
+    )
+
+
+@dataclass
+class DataArguments(LanguageDataArguments):
+    """data: what it is trained and measured on"""
+
+    column_flags: ClassVar[tuple[str, ...]] = ("text_column", "prompt_column", "completion_column")
+    uneven_flag: ClassVar[str] = "prompt_column"
+
+    prompt_column: str | None = flag(
+        None, "Column with prompts; needs --completion_column. One sample per row, the loss on the completion only."
+    )
+    completion_column: str | None = flag(None, "Column with the completions.")
+    prompt_prefix: str = flag("", "Text put before every prompt.")
+    block_size: int | None = flag(
+        None,
+        "Tokens of a block, and the longest prompt with completion (longer ones lose the beginning of the prompt). Default: what "
+        "model and tokenizer take, at most 1024. awd_lstm: tokens of a segment, through which it back-propagates; 70.",
+    )
+    vary_block_size: bool = flag(
+        False,
+        "awd_lstm: draw the segments' lengths anew in every epoch, around --block_size or, 5 in 100, half of it, and scale the "
+        "learning rate of each step by its length (Merity et al., section 5). Depends on --seed alone.",
+    )
+    keep_linebreaks: bool = flag(True, "Text files: keep the line break at the end of every line.")
+    append_eos: bool = flag(False, "End every line or row with the tokenizer's end-of-text token.")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise InputError("--prompt_column and --completion_column: give both or neither")
+        if self.prompt_column is None and self.prompt_prefix:
+            raise InputError(f"--prompt_prefix={self.prompt_prefix!r}: needs --prompt_column and --completion_column")
+        if self.prompt_column is not None and (self.text_column or self.append_eos):
+            raise InputError(
+                "--text_column and --append_eos: are for running text; drop them, or --prompt_column and --completion_column"
+            )
+        smallest = 2 if self.prompt_column is None else 3
+        if self.block_size is not None and self.block_size < smallest:
+            raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
+
+    def choose_text_columns(self, rows) -> list[str]:
+        """Choose the columns that hold text: prompt and completion, or the one of running text."""
+        return [self.prompt_column, self.completion_column] if self.prompt_column else super().choose_text_columns(rows)
+
+    def choose_text_suffix(self, role: str) -> str:
+        """Return the line break that reading a text file by lines took away, or nothing."""
+        is_text = is_text_file(getattr(self, f"{role}_file") or self.train_file)
+        return "\n" if is_text and self.keep_linebreaks and self.prompt_column is None else ""
+
+
+@dataclass
+class SamplingArguments:
+    """generation: what is written at the end"""
 
     sample_prompt: str | None = flag(
         None, "At the end, continue this text by sampling; printed and saved to generated_sample.txt."
     )
     max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
 
-
-class CausalTrainer(
-    ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, StepDecayMixin, V0InitTrainer
-):
-    """With exact evaluation and, where asked, contiguous streams, token-budget batches and step decay."""
-
-
-def reads_streams(config, data: DataArguments) -> bool:
-    """Whether the model carries a state along contiguous streams."""
-    return isinstance(config, AwdLstmConfig) and data.prompt_column is None
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max_new_tokens={self.max_new_tokens}: must be 1 or more")
 
 
-def require_possible_for_model(config, data: DataArguments, training) -> None:
-    """Refuses what kind of model and arguments rule out together."""
-    if reads_streams(config, data) and data.streaming:
-        raise InputError("--streaming: an awd_lstm reads several places of the text at once; leave it out")
-    if data.vary_block_size and not reads_streams(config, data):
-        raise InputError("--vary_block_size: is for running text and --model_type awd_lstm; leave it out")
-    if isinstance(config, AwdLstmConfig) and training.label_smoothing_factor:
-        raise InputError(
-            f"--label_smoothing_factor={training.label_smoothing_factor}: would replace the loss of awd_lstm with its "
-            "regularisers; leave it out"
+class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
+    """With exact evaluation and, where asked, contiguous streams and token-budget batches."""
+
+
+class CausalTask(LanguageTask):
+    """Causal language modelling: blocks, contiguous streams, or prompts with completions."""
+
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SamplingArguments)
+    examples = EXAMPLES
+    metrics = ("loss", "perplexity", "accuracy", "num_tokens")
+    card_task = "text-generation"
+    perplexity_name = "perplexity"
+    longest_default_block = 1024
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the configuration, and refuse what kind of model and arguments rule out together."""
+        config, data, smoothing = super().load_config(), self.data, self.training.label_smoothing_factor
+        is_lstm = isinstance(config, AwdLstmConfig)
+        self.reads_streams = is_lstm and data.prompt_column is None
+        if self.reads_streams and data.streaming:
+            raise InputError("--streaming: an awd_lstm reads several places of the text at once; leave it out")
+        if data.vary_block_size and not self.reads_streams:
+            raise InputError("--vary_block_size: is for running text and --model_type awd_lstm; leave it out")
+        if is_lstm and smoothing:
+            raise InputError(
+                f"--label_smoothing_factor={smoothing}: would replace the loss of awd_lstm with its regularisers; leave it out"
+            )
+        if is_lstm:
+            self.longest_default_block = DEFAULT_SEGMENT
+        return config
+
+    def make_samples(self) -> dict[str, Any]:
+        """Make blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
+        samples = tokenize_first_on_main(self, self.rows, self.make_samples_of)
+        require_possible_streams(self.training, samples.get("train"), [samples.get("validation"), samples.get("test")])
+        return samples
+
+    def make_samples_of(self, rows, role: str):
+        """Make the samples of one role."""
+        data, training, tokenizer, limit = self.data, self.training, self.tokenizer, self.data.get_limit(role)
+        options = data.choose_map_options(training, self.model.cache_dir)
+        columns = data.choose_text_columns(rows)
+        if data.prompt_column is not None:
+            options |= {"max_length": self.block_size, "prompt_prefix": data.prompt_prefix}
+            return tokenize_completions(limit_rows(rows, limit), tokenizer, *columns, **options)
+        suffix = data.choose_text_suffix(role)
+        tokenized = tokenize_texts(rows, tokenizer, *columns, text_suffix=suffix, append_eos=data.append_eos, **options)
+        first_token = find_first_token(tokenizer)
+        if not self.reads_streams:
+            windows = StreamedTokenWindows if data.streaming else TokenWindows
+            return windows(tokenized, self.block_size, first_token, limit)
+        batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
+        varies = data.vary_block_size and role == "train"
+        num_streams = batch_size * training.world_size
+        return TokenStreams(
+            tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
         )
 
+    def make_collator(self) -> PaddingCollator | SegmentCollator:
+        """Make what joins samples to a batch."""
+        if self.reads_streams:
+            return SegmentCollator(self.tokenizer.pad_token_id)
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
 
-def prepare_samples(rows, role: str, tokenizer, block_size: int, config, data: DataArguments, training, cache_dir):
-    """Blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
-    limit = data.get_limit(role)
-    options = choose_map_options(data, training, cache_dir)
-    if data.prompt_column is not None:
-        columns = data.prompt_column, data.completion_column
-        rows = limit_rows(rows, limit)
-        return tokenize_completions(
-            rows, tokenizer, *columns, max_length=block_size, prompt_prefix=data.prompt_prefix, **options
+    def make_trainer(self, samples: dict[str, Any], **common) -> CausalTrainer:
+        """Make the Trainer."""
+        return CausalTrainer(
+            model=self.network,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            processing_class=self.tokenizer,
+            max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
+            **common,
         )
-    tokenized = tokenize_texts(
-        rows,
-        tokenizer,
-        *data.choose_text_columns(rows),
-        text_suffix=data.choose_text_suffix(role),
-        append_eos=data.append_eos,
-        **options,
-    )
-    first_token = find_first_token(tokenizer)
-    if not reads_streams(config, data):
-        windows = StreamedTokenWindows if data.streaming else TokenWindows
-        return windows(tokenized, block_size, first_token, limit)
-    batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
-    varies = data.vary_block_size and role == "train"
-    num_streams = batch_size * training.world_size
-    return TokenStreams(tokenized, num_streams, block_size, first_token, limit, varies=varies, seed=training.seed)
+
+    # ---- after training ----------------------------------------------------------------------------------------------
+
+    def predict(self, trainer: CausalTrainer, samples) -> None:
+        """Measure the test samples; of prompts, write greedy completions beside the true ones."""
+        super().predict(trainer, samples)
+        data = self.data
+        if data.prompt_column is None:
+            return
+        rows = list(limit_rows(self.rows["test"], data.max_predict_samples))
+        prompts = encode_prompts([row[data.prompt_column] for row in rows], self.tokenizer, data.prompt_prefix)
+        generated = self.complete(trainer, prompts, do_sample=False)
+        lines = [
+            json.dumps(
+                {"prompt": row[data.prompt_column], "completion": row[data.completion_column], "generated": text},
+                ensure_ascii=False,
+            )
+            for row, text in zip(rows, generated, strict=True)
+        ]
+        write_lines(trainer, "generated_completions.jsonl", lines)
+
+    def finish(self, trainer: CausalTrainer) -> None:
+        """Write a sampled continuation of `sample_prompt`."""
+        prompt = self.others[0].sample_prompt
+        if prompt is None:
+            return
+        set_seed(trainer.args.seed)
+        text = prompt + self.complete(trainer, encode_prompts([prompt], self.tokenizer), do_sample=True)[0]
+        write_lines(trainer, "generated_sample.txt", [text])
+        if trainer.is_world_process_zero():
+            say(f"sample: {text}")
+
+    def complete(self, trainer: CausalTrainer, prompts: list[list[int]], **options) -> list[str]:
+        """Continue prompts, given as token ids, and return the texts."""
+        network, first_token = trainer.accelerator.unwrap_model(trainer.model), find_first_token(self.tokenizer)
+        prompts, longest = [ids or first_token for ids in prompts], self.others[0].max_new_tokens
+        return generate_completions(network, self.tokenizer, prompts, longest, trainer.accelerator, **options)
 
 
-# ----------------------------------------------------------------------------------------------- after training
-
-
-def complete(trainer: CausalTrainer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[str]:
-    """Continue prompts, given as token ids, and return the texts."""
-    network = trainer.accelerator.unwrap_model(trainer.model)
-    first_token = find_first_token(trainer.processing_class)
-    prompts = [ids or first_token for ids in prompts]
-    return generate_completions(
-        network, trainer.processing_class, prompts, max_new_tokens, trainer.accelerator, **options
-    )
-
-
-def write_test_completions(trainer: CausalTrainer, rows, data: DataArguments, max_new_tokens: int) -> None:
-    """Greedy completions of the test prompts, beside the true ones, to generated_completions.jsonl."""
-    rows = list(limit_rows(rows, data.max_predict_samples))
-    prompts = [row[data.prompt_column] for row in rows]
-    token_ids = encode_prompts(prompts, trainer.processing_class, data.prompt_prefix)
-    generated = complete(trainer, token_ids, max_new_tokens, do_sample=False)
+def write_lines(trainer, name: str, lines: list[str]) -> None:
+    """Write one text per line into a file of the output folder, on the main process."""
     if trainer.is_world_process_zero():
-        write_lines(
-            Path(trainer.args.output_dir, "generated_completions.jsonl"),
-            (
-                json.dumps(
-                    {"prompt": row[data.prompt_column], "completion": row[data.completion_column], "generated": text},
-                    ensure_ascii=False,
-                )
-                for row, text in zip(rows, generated, strict=True)
-            ),
-        )
+        Path(trainer.args.output_dir, name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_sample(trainer: CausalTrainer, prompt: str, max_new_tokens: int) -> None:
-    """One sampled continuation of `prompt`, printed and to generated_sample.txt."""
-    set_seed(trainer.args.seed)
-    prompts = encode_prompts([prompt], trainer.processing_class)
-    text = prompt + complete(trainer, prompts, max_new_tokens, do_sample=True)[0]
-    if trainer.is_world_process_zero():
-        print(f"sample: {text}")
-        write_lines(Path(trainer.args.output_dir, "generated_sample.txt"), [text])
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write one text per line."""
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-ARGUMENTS = (ModelArguments, DataArguments, RunArguments, ProbeArguments, V0InitTrainingArguments)
+ARGUMENTS = CausalTask.arguments
 
 
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
-    model_args, data_args, run_args, probe_args, training_args = parse_arguments(ARGUMENTS, argv, EXAMPLES)
-    begun = begin_run(model_args, data_args, run_args, probe_args, training_args, METRICS)
-    config, checkpoint = begun.config, begun.checkpoint
-
-    require_possible_for_model(config, data_args, training_args)
-    prepared = prepare_run(model_args, data_args, run_args, training_args, config, checkpoint)
-    tokenizer, block_size = prepared.tokenizer, prepared.block_size
-
-    def prepare(rows, role: str):
-        return prepare_samples(
-            rows, role, tokenizer, block_size, config, data_args, training_args, model_args.cache_dir
-        )
-
-    samples = prepare_all_samples(prepared, prepare, data_args, run_args, training_args)
-    require_possible_streams(training_args, samples.get("train"), [samples.get("validation"), samples.get("test")])
-    if reads_streams(config, data_args):
-        collator = SegmentCollator(tokenizer.pad_token_id)
-    else:
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        collator = PaddingCollator(tokenizer.pad_token_id, length=block_size if data_args.streaming else None)
-    with explain_hub_errors(training_args):
-        trainer = CausalTrainer(
-            model=prepared.network,
-            args=training_args,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator,
-            max_tokens_per_batch=run_args.max_tokens_per_batch if training_args.do_train else None,
-            step_decay=run_args,
-            run_identity=begun.identity,
-            callbacks=begun.callbacks,
-        )
-
-    if probe_args.probe_only:
-        probe_and_print(trainer, probe_args)
-        return
-    train_and_evaluate(trainer, checkpoint, run_args, samples.get("test"))
-    if training_args.do_predict and data_args.prompt_column is not None:
-        write_test_completions(trainer, prepared.rows["test"], data_args, run_args.max_new_tokens)
-    if run_args.sample_prompt is not None:
-        write_sample(trainer, run_args.sample_prompt, run_args.max_new_tokens)
-    finish(trainer, "text-generation", model_args, data_args)
+    run(CausalTask, argv)
 
 
 if __name__ == "__main__":

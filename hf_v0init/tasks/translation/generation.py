@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, Seq2SeqTrainer
 
-from ...errors import InputError
-from ..script_stages import flag, require_positive_counts
+from hf_v0init import InputError
+
+from ..script_support import flag
+from ..value_checks import require_positive_counts
 
 logger = logging.getLogger("hf_v0init")
 
 
 @dataclass
 class GenerationArguments:
-    """The flags.
+    """generation: how text is generated
 
     Raises:
         InputError: numbers out of range, or flags that need another one.
@@ -54,9 +56,7 @@ class GenerationArguments:
             raise InputError(f"--num_sample_translations={self.num_sample_translations}: must be 0 (none) or more")
         if self.max_length_b is not None and self.max_length_b < 0:
             raise InputError(f"--max_length_b={self.max_length_b}: must be 0 or more")
-        counts = {**vars(self)}
-        del counts["num_sample_translations"], counts["max_length_b"]
-        require_positive_counts(counts)
+        require_positive_counts(self, "num_sample_translations", "max_length_b")
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise InputError(f"--length_penalty={self.length_penalty}: must be a finite number")
         if self.max_length_a is not None and not (math.isfinite(self.max_length_a) and self.max_length_a >= 0):

@@ -1,7 +1,7 @@
 """Trains, evaluates and uses an encoder-decoder model for translation, with a v0 for Adam if asked.
 
-    python scripts/run_translation.py FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 scripts/run_translation.py FILE.yaml --output_dir out
+    hf-v0init translate FILE.yaml --v0_init data_driven --output_dir out
+    torchrun --nproc_per_node 2 -m hf_v0init.tasks.translation.script FILE.yaml --output_dir out
 
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 """
@@ -10,50 +10,27 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    set_seed,
-)
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
+from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ...errors import InputError
-from ...extras import require_extra
-from ..checkpoint_averaging import require_enough_checkpoints
-from ..early_stopping import EarlyStoppingArguments, make_early_stopping
-from ..learning_rate_bounds import LearningRateBoundsArguments, LearningRateBoundsMixin
-from ..probing import ProbeArguments, probe_and_print, turn_into_probe
-from ..run_identity import describe_run, require_same_model
-from ..script_stages import (
-    DatasetArguments,
-    HubArguments,
-    count_steps,
-    describe_for_card,
-    find_needed_roles,
-    flag,
-    load_config,
-    override_config,
-    publish_card,
-    require_buildable,
-    require_positive_counts,
-    require_possible_run,
-    require_sole_model_source,
-    train_and_save,
-)
-from ..script_support import explain_hub_errors, parse_arguments, run_script, start_logging
+from ..data import TextDataArguments, find_needed_roles, is_stream, limit_rows
+from ..models import TextModelArguments, override_config, require_buildable
+from ..run import RunArguments, Task, run, tokenize_first_on_main
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..token_budget import TokenBudgetMixin, build_token_budget_sampler
+from ..token_budget import TokenBudgetMixin
 from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
-from ..tokenizer_training import train_bpe_tokenizer, train_on_main_process
-from ..value_checks import require_available_metric
+from ..tokenizer_training import train_bpe_tokenizer
+from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, GenerationMixin, choose_generation, require_effect
+from .languages import choose_languages, get_language
 from .metrics import TranslationMetrics, make_bleu
 from .pairs import (
-    ROLES,
     PairCollator,
     leave_out_empty_pairs,
     leave_out_unlike_lengths,
@@ -66,39 +43,36 @@ from .sorted_evaluation import LengthSortedEvaluationMixin
 
 logger = logging.getLogger("hf_v0init")
 
-POST_NORM = "post_norm"
-EMBEDDED, NUM_EMBEDDED_PAIRS = "embedded", 2000  # pairs: 1,800 for training, 100 each for validation and test
-MULTILINGUAL_TOKENIZERS = ("MBart", "M2M100", "Nllb", "SeamlessM4T")
+POST_NORM, EMBEDDED = "post_norm", "embedded"
 MAX_TOKENIZER_PAIRS = 1_000_000  # of a stream: a vocabulary does not get better from more
 PLACEHOLDER_VOCABULARY = 16  # until the tokenizer is known
-TRANSLATION_METRICS = ("bleu", "chrf", "gen_len")
 EXAMPLES = """
 # the paper's model on two parallel files, with its random v0
-run_translation.py --train_source_file a.de --train_target_file a.en --do_train --v0_init random --output_dir out
+{} --train_source_file a.de --train_target_file a.en --do_train --v0_init random --output_dir out
 # flags from a file, a smaller model, BLEU and chrF on validation data after every epoch
-run_translation.py FILE.yaml --config_overrides d_model=256 --eval_strategy epoch --predict_with_generate
+{} FILE.yaml --config_overrides d_model=256 --eval_strategy epoch --predict_with_generate
 # go on with a pretrained model
-run_translation.py FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M \\
-  --source_lang deu_Latn --target_lang eng_Latn
+{} FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M --source_lang deu_Latn --target_lang eng_Latn
 # translate a file for which there are no references
-run_translation.py --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir new
+{} --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir new
 # two processes
-torchrun --nproc_per_node 2 run_translation.py FILE.yaml --output_dir out
+torchrun --nproc_per_node 2 -m hf_v0init.tasks.translation.script FILE.yaml --output_dir out
 """
 
 
 @dataclass
-class ModelArguments(HubArguments):
-    """The encoder-decoder model."""
+class ModelArguments(TextModelArguments):
+    """model: which model, which tokenizer"""
 
-    model_name_or_path: str | None = flag(
-        None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
-    )
+    auto_class: ClassVar[type] = AutoModelForSeq2SeqLM
+    model_types: ClassVar[tuple[str, ...]] = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    kind: ClassVar[str] = "encoder-decoder"
+    needs_source: ClassVar[bool] = False
+
     config_name: str | None = flag(
         None,
         f"From scratch: '{POST_NORM}' (the paper's Transformer, the default), or a Hub name, folder or JSON file.",
     )
-    model_type: str | None = flag(None, "From scratch: a transformers model type with its default configuration.")
     config_overrides: str | None = flag(
         None, "From scratch: changes to the configuration, for example d_model=256,encoder_layers=3."
     )
@@ -107,42 +81,43 @@ class ModelArguments(HubArguments):
         "From scratch: 'fairseq_xavier' or 'model_default'. Default: fairseq_xavier for Marian (post-norm) models.",
         choices=["fairseq_xavier", "model_default"],
     )
-    tokenizer_name: str | None = flag(None, "Tokenizer, by Hub name or folder. Default: the model's.")
-    dtype: str | None = flag(
-        None,
-        "Type of the weights; 'auto' takes the checkpoint's. Default: float32.",
-        choices=["auto", "bfloat16", "float16", "float32"],
-    )
-    attn_implementation: str | None = flag(None, "Attention: eager, sdpa, flash_attention_2, ... Default: by itself.")
-    vocab_size: int = flag(
-        10000, "From scratch without a tokenizer: entries of the joint BPE trained on the training set. Default: 10000."
-    )
 
-    def __post_init__(self):
-        require_sole_model_source(self)
-        if self.vocab_size < 1:
-            raise InputError(f"--vocab_size={self.vocab_size}: must be 1 or more")
-        if self.model_name_or_path and (self.config_overrides or self.weight_initialization):
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
+        if self.model_name_or_path and self.weight_initialization:
             raise InputError(
-                "--config_overrides and --weight_initialization are for training from scratch; "
-                f"drop them, or --model_name_or_path={self.model_name_or_path}"
+                f"--weight_initialization={self.weight_initialization}: is for training from scratch; drop it"
             )
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the configuration; from scratch and without a name, the paper's."""
+        if self.model_name_or_path or self.model_type or self.config_name not in (None, POST_NORM):
+            return super().load_config()
+        config = build_post_norm_config(PLACEHOLDER_VOCABULARY, pad_token_id=0, eos_token_id=1)
+        if self.config_overrides:
+            override_config(config, self.config_overrides)
+        require_buildable(config, self.auto_class, f"--config_overrides={self.config_overrides}")
+        return config
 
 
 @dataclass
-class DataArguments(DatasetArguments):
-    """The sentence pairs."""
+class DataArguments(TextDataArguments):
+    """data: what it is trained and measured on"""
+
+    local_flags: ClassVar[tuple[str, ...]] = (
+        "train_file", "validation_file", "test_file", "train_source_file", "train_target_file", "validation_source_file",
+        "validation_target_file", "test_source_file", "test_target_file",
+    )  # fmt: skip
 
     dataset_name: str | None = flag(
         None,
-        f"Data set by Hub name or folder; or '{EMBEDDED}': {NUM_EMBEDDED_PAIRS:,} German-English pairs that the package "
-        "generates, the same ones each time.",
+        f"Data set by Hub name (such as bentrevett/multi30k) or folder; or '{EMBEDDED}': {NUM_SMALL:,} German-English pairs that "
+        "come with the package.",
     )
     train_file: str | None = flag(
-        None, "Local training data: .json, .jsonl, .csv, or text with source<TAB>target lines; also .gz."
+        None, "Local training data: .json, .jsonl, .csv, .parquet, or text with source<TAB>target lines; also .gz."
     )
-    validation_file: str | None = flag(None, "The same for validation.")
-    test_file: str | None = flag(None, "The same for test.")
     train_source_file: str | None = flag(None, "Source sentences, one a line, plain or gzipped UTF-8.")
     train_target_file: str | None = flag(None, "Their translations, line by line.")
     validation_source_file: str | None = flag(None, "The same for validation.")
@@ -169,31 +144,12 @@ class DataArguments(DatasetArguments):
     max_length_ratio: float | None = flag(
         None, "Leave training pairs out whose one side has more than so many times the tokens of the other, such as 2."
     )
-    streaming: bool = flag(
-        False, "Read the training data while training instead of before; needs --max_steps. Nothing of it is cached."
-    )
-    shuffle_buffer_size: int | None = flag(
-        None, "With --streaming: draw training pairs at random from a buffer of this many. Default: in order."
-    )
-    max_train_samples: int | None = flag(None, "Use only the first so many training samples.")
-    max_eval_samples: int | None = flag(None, "Use only the first so many validation samples.")
-    max_predict_samples: int | None = flag(None, "Use only the first so many test samples.")
-    preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
-    overwrite_cache: bool = flag(False, "Tokenize again although a cached result exists.")
     pad_to_max_length: bool = flag(False, "Pad everything to the maximum lengths, not to the longest of the batch.")
     ignore_pad_token_for_loss: bool = flag(True, "Leave padding out of the loss. Default: True.")
-    max_tokens_per_batch: int | None = flag(
-        None,
-        "Training batches by token budget: max(padded source, padded target) tokens per batch, process and forward "
-        "pass; replaces --per_device_train_batch_size.",
-    )
-    average_checkpoints: int | None = flag(
-        None, "After training, average the last so many checkpoints; evaluate and save the average."
-    )
-    overwrite_output_dir: bool = flag(False, "Start afresh in an output folder that has checkpoints or files.")
 
-    def __post_init__(self):
-        require_positive_counts(self)
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
         if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
             raise InputError(f"--max_length_ratio={self.max_length_ratio}: must be 1 or more, such as 2")
@@ -201,34 +157,14 @@ class DataArguments(DatasetArguments):
             raise InputError(
                 f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
             )
-        if self.shuffle_buffer_size and not self.streaming:
-            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
-        if self.streaming and self.max_tokens_per_batch:
-            raise InputError(
-                f"--max_tokens_per_batch={self.max_tokens_per_batch}: not with --streaming; drop one of the two"
-            )
-        files = [name for name in vars(self) if name.endswith("_file") and getattr(self, name)]
-        if self.dataset_name and files:
-            raise InputError(f"--dataset_name and --{files[0]}: give one source of data, not both")
-        if not self.dataset_name and not files:
-            raise InputError(
-                "no data: give --dataset_name, --train_file, or --train_source_file and --train_target_file"
-            )
-        if self.dataset_name == EMBEDDED:
-            require_extra("demo")
 
-    def load_dataset(self, hub: HubArguments, streaming: bool = False):
-        """Load the data set of the Hub, or generate the corpus that needs no network."""
-        if self.dataset_name != EMBEDDED:
-            return super().load_dataset(hub, streaming)
-        from .embedded_corpus import generate_embedded_corpus  # needs the extra `demo`
-
-        return generate_embedded_corpus(NUM_EMBEDDED_PAIRS, seed=0)
+    def load_dataset(self, hub, streaming: bool = False):
+        """Load the data set of the Hub, or the corpus that comes with the package."""
+        return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub, streaming)
 
 
 class TranslationTrainer(
     ScriptTrainerMixin,
-    LearningRateBoundsMixin,
     TokenBudgetMixin,
     LengthSortedEvaluationMixin,
     ExactEvaluationMixin,
@@ -240,401 +176,238 @@ class TranslationTrainer(
     """
 
 
-def load_pairs(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
-    """Returns the sentence pairs of each role that the run needs; of the test set, perhaps the sources alone."""
-    limits = dict(zip(ROLES, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True))
-    hub = data.load_dataset(model) if data.dataset_name and not data.streaming else {}
-    streams = data.load_dataset(model, streaming=True) if data.dataset_name and data.streaming else {}
-    pairs = {}
-    for role in find_needed_roles(training):
-        is_stream = data.streaming and role == "train"
-        raw = streams.get(role) or hub.get(role) or load_pair_files(
-            role,
-            getattr(data, f"{role}_file"),
-            getattr(data, f"{role}_source_file"),
-            getattr(data, f"{role}_target_file"),
-            is_stream,
-        )  # fmt: skip
-        if raw is None:
-            raise InputError(
-                f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
-                "or a --dataset_name that has this split"
-            )
-        limit = limits[role]
-        if isinstance(raw, datasets.IterableDataset):
-            raw = raw.take(limit) if limit is not None else raw
-            raw = raw if is_stream else datasets.Dataset.from_list(list(raw))
-        elif limit is not None:
-            raw = raw.select(range(min(limit, len(raw))))
-        pairs[role] = select_pairs(
-            raw,
-            role=role,
-            source_column=data.source_column,
-            target_column=data.target_column,
-            source_lang=data.source_lang,
-            target_lang=data.target_lang,
-            may_lack_target=role == "test",
-        )
-    if "train" in pairs:
-        pairs["train"] = leave_out_empty_pairs(pairs["train"])
-        if data.shuffle_buffer_size:
-            pairs["train"] = pairs["train"].shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
-    return pairs
+class TranslationTask(Task):
+    """Translation: pairs of sentences, beam search, BLEU and chrF."""
 
-
-def load_tokenizer(model: ModelArguments, pairs, checkpoint: str | None):
-    """The tokenizer named, or that of the checkpoint resumed, or a joint BPE trained on the training pairs."""
-    name = model.tokenizer_name or model.model_name_or_path
-    if name is None and checkpoint is not None and (Path(checkpoint) / "tokenizer.json").is_file():
-        name = checkpoint
-    if name is None:
-        if "train" not in pairs:
-            raise InputError("no model and no tokenizer given, and no training to make them; give --model_name_or_path")
-        train = pairs["train"]
-        if isinstance(train, datasets.IterableDataset):
-            train = train.take(MAX_TOKENIZER_PAIRS)
-        texts = (text for rows in train.iter(1000) for column in ("source", "target") for text in rows[column])
-        return train_on_main_process(lambda: train_bpe_tokenizer(texts, model.vocab_size, for_translation=True))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **model.get_hub_options())
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {name!r} cannot be loaded ({error}); check the name") from error
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {name!r} has no padding or end token; choose another")
-    return tokenizer
-
-
-def load_model_config(model: ModelArguments) -> PreTrainedConfig:
-    """The configuration of the model, before its vocabulary is known; refuses one of which no model can be built."""
-    if model.model_name_or_path is None and model.model_type is None and model.config_name in (None, POST_NORM):
-        config = build_post_norm_config(PLACEHOLDER_VOCABULARY, pad_token_id=0, eos_token_id=1)
-    else:
-        config = load_config(model.model_type, model.model_name_or_path or model.config_name, None, model)
-    if not config.is_encoder_decoder:
-        raise InputError(f"a {config.model_type} model is no encoder-decoder; choose one such as marian, bart or t5")
-    if model.config_overrides:
-        override_config(config, model.config_overrides)
-    if model.model_name_or_path is None:
-        require_buildable(config, AutoModelForSeq2SeqLM, describe_source(model))
-    return config
-
-
-def describe_source(model: ModelArguments) -> str:
-    """The flags that say what the model from scratch is."""
-    source = (
-        f"--model_type={model.model_type}" if model.model_type else f"--config_name={model.config_name or POST_NORM}"
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitSeq2SeqTrainingArguments, GenerationArguments)
+    examples = EXAMPLES
+    card_task = "translation"
+    missing_metrics: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("bleu", "chrf", "gen_len"), "for BLEU and chrF add --predict_with_generate"
     )
-    return f"--config_overrides={model.config_overrides}" if model.config_overrides else source
 
+    def __init__(self, *parsed) -> None:
+        super().__init__(*parsed)
+        (self.generation,) = self.others
+        if self.training.predict_with_generate:
+            self.metrics = ("loss", *self.missing_metrics)
 
-def load_model(model: ModelArguments, config: PreTrainedConfig, tokenizer):
-    """The pretrained model named, or one from scratch that fits the tokenizer."""
-    options = {"dtype": model.dtype or "float32", "trust_remote_code": model.trust_remote_code}
-    if model.attn_implementation is not None:
-        options["attn_implementation"] = model.attn_implementation
-    try:
-        if model.model_name_or_path:
-            network = AutoModelForSeq2SeqLM.from_pretrained(
-                model.model_name_or_path, **(model.get_hub_options() | options)
+    def refuse(self) -> None:
+        """Refuse what the flags alone rule out."""
+        data, training = self.data, self.training
+        if training.batch_eval_metrics:
+            raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
+        if self.model.model_name_or_path is None:  # or the model has generation settings of its own
+            beams = self.generation.num_beams or training.generation_num_beams or 1
+            require_effect(self.generation, beams, data.val_max_target_length)
+        make_bleu(
+            self.generation.sacrebleu_tokenize, self.generation.sacrebleu_lowercase, get_language(data.target_lang)
+        )
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the configuration, and refuse lengths beyond its positions."""
+        config = self.model.load_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        for name in ("max_source_length", "max_target_length", "val_max_target_length"):
+            value = getattr(self.data, name)
+            if limit is not None and value > limit:
+                raise InputError(
+                    f"--{name}={value}: the model has {limit} positions; lower it, or max_position_embeddings=..."
+                )
+        return config
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict:
+        """Load pairs, tokenizer and model; tokenize."""
+        self.pairs = self.load_pairs()
+        texts = self.iterate_texts(self.pairs["train"]) if "train" in self.pairs else None
+        self.tokenizer = self.model.get_tokenizer(
+            texts, place, lambda texts: train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=True)
+        )
+        if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no padding or end token; give --tokenizer_name of another")
+        self.network = self.build_network(config)
+        choose_languages(self.data, self.tokenizer, self.network)
+        choose_generation(self.generation, self.data.val_max_target_length, self.training, self.network)
+        return tokenize_first_on_main(self, self.pairs, self.tokenize)
+
+    def load_pairs(self) -> dict[str, datasets.Dataset]:
+        """Load the sentence pairs of each role that the run needs; of the test set, perhaps the sources alone."""
+        data, pairs = self.data, {}
+        of_hub = data.load_dataset(self.model, data.streaming) if data.dataset_name else {}
+        for role in find_needed_roles(self.training):
+            streaming = data.streaming and role == "train"
+            files = [getattr(data, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
+            raw = of_hub[role] if role in of_hub else load_pair_files(role, *files, streaming)
+            if raw is None:
+                raise InputError(
+                    f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
+                    "or a --dataset_name that has this split"
+                )
+            raw = limit_rows(raw, data.get_limit(role))
+            if is_stream(raw) and not streaming:
+                raw = datasets.Dataset.from_list(list(raw))
+            pairs[role] = select_pairs(
+                raw,
+                role=role,
+                source_column=data.source_column,
+                target_column=data.target_column,
+                source_lang=data.source_lang,
+                target_lang=data.target_lang,
+                may_lack_target=role == "test",
             )
-            if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
-                network.resize_token_embeddings(len(tokenizer))
+        if "train" in pairs:
+            pairs["train"] = leave_out_empty_pairs(pairs["train"])
+            if data.shuffle_buffer_size:
+                pairs["train"] = pairs["train"].shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
+        return pairs
+
+    def iterate_texts(self, train):
+        """Yield the training sentences of both languages, for a joint vocabulary."""
+        train = train.take(MAX_TOKENIZER_PAIRS) if is_stream(train) else train
+        return (text for rows in train.iter(1000) for column in ("source", "target") for text in rows[column])
+
+    def build_network(self, config: PreTrainedConfig):
+        """Load the pretrained model, or make one from scratch that fits the tokenizer."""
+        model, tokenizer = self.model, self.tokenizer
+        if model.model_name_or_path is not None:
+            network = model.build_for(config, tokenizer)
+            if network.config.model_type == "t5" and not self.data.source_prefix:
+                logger.warning(
+                    "T5 was pretrained with a task prefix; give --source_prefix, such as 'translate English to German: '"
+                )
             return network
-        fit_config(config, tokenizer)
-        if options["dtype"] == "auto":
-            options["dtype"] = "float32"
-        network = AutoModelForSeq2SeqLM.from_config(config, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"the model cannot be made: {error}") from error
-    rule = model.weight_initialization or ("fairseq_xavier" if config.model_type == "marian" else "model_default")
-    if rule == "fairseq_xavier":
-        apply_xavier_initialization(network)
-    logger.info(f"From scratch: {type(network).__name__}, {network.num_parameters():,} parameters, weights: {rule}")
-    return network
+        if hasattr(config, "decoder_vocab_size"):
+            config.decoder_vocab_size = len(tokenizer)
+        if getattr(config, "forced_eos_token_id", None) is not None:
+            config.forced_eos_token_id = tokenizer.eos_token_id
+        config.decoder_start_token_id = tokenizer.pad_token_id
+        network = model.build_for(config, tokenizer)
+        rule = model.weight_initialization or ("fairseq_xavier" if config.model_type == "marian" else "model_default")
+        if rule == "fairseq_xavier":
+            apply_xavier_initialization(network)
+        return network
 
-
-def fit_config(config: PreTrainedConfig, tokenizer) -> None:
-    """Gives the configuration of a new model the tokenizer's vocabulary and special tokens."""
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    for name, value in {**special, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}.items():
-        setattr(config, name, value)
-    if hasattr(config, "decoder_vocab_size"):
-        config.decoder_vocab_size = len(tokenizer)
-    if getattr(config, "forced_eos_token_id", None) is not None:
-        config.forced_eos_token_id = tokenizer.eos_token_id
-    config.decoder_start_token_id = tokenizer.pad_token_id
-    config.name_or_path = ""  # it is a new model
-
-
-def choose_languages(data: DataArguments, tokenizer, network) -> None:
-    """Tells multilingual tokenizers from what language into what, and the model what a translation begins with."""
-    kind = type(tokenizer).__name__
-    first_token = data.forced_bos_token
-    if kind.startswith(MULTILINGUAL_TOKENIZERS):
-        for name in ("source_lang", "target_lang"):
-            if getattr(data, name) is None:
-                raise InputError(f"--{name} is missing: {kind} is multilingual; give a language code such as de_DE")
-            find_language_id(tokenizer, name, getattr(data, name))
-        tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
-        target_id = find_language_id(tokenizer, "target_lang", data.target_lang)
-        if kind.startswith("MBartTokenizer"):
-            # Unlike all others it puts the language at the end of the labels, from where it is wrapped around to start the
-            # decoder; the first token to be generated is the first of the sentence.
-            network.config.decoder_start_token_id = target_id
-            network.generation_config.decoder_start_token_id = target_id
-            network.generation_config.forced_bos_token_id = None
-        elif first_token is None:
-            network.generation_config.forced_bos_token_id = target_id
-    if first_token is not None:
-        first_token_id = tokenizer.convert_tokens_to_ids(first_token)
-        if first_token_id in (None, tokenizer.unk_token_id):
-            raise InputError(f"--forced_bos_token={first_token}: is no token of the tokenizer; give one that is")
-        network.generation_config.forced_bos_token_id = first_token_id
-
-
-def find_language_id(tokenizer, flag_name: str, language: str) -> int:
-    """Find the id of a language's token; refuse a language that the tokenizer does not know."""
-    try:
-        has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
-        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(language)
-    except KeyError:
-        token_id = None
-    if token_id in (None, tokenizer.unk_token_id):
-        raise InputError(f"--{flag_name}={language}: {type(tokenizer).__name__} does not know it; check its codes")
-    return token_id
-
-
-def require_lengths_fit(data: DataArguments, config: PreTrainedConfig) -> None:
-    """Refuse lengths beyond the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    for name in ("max_source_length", "max_target_length", "val_max_target_length"):
-        value = getattr(data, name)
-        if limit is not None and value > limit:
-            raise InputError(
-                f"--{name}={value}: the model has {limit} positions; lower it, or max_position_embeddings=..."
-            )
-
-
-def build_metrics(role: str, pairs, tokenizer, data: DataArguments, generation: GenerationArguments, num_best: int = 1):
-    """What measures and keeps the translations of a role's pairs."""
-    rows = pairs[role]
-    return TranslationMetrics(
-        tokenizer,
-        references=rows["target"] if "target" in rows.column_names else [],
-        sources=rows["source"],
-        num_samples=generation.num_sample_translations,
-        num_best=num_best,
-        tokenize=generation.sacrebleu_tokenize,
-        lowercase=generation.sacrebleu_lowercase,
-        target_language=get_language(data.target_lang),
-    )
-
-
-def get_language(code: str | None) -> str:
-    """The two letters of a language code, for sacrebleu: "zh" of zh_CN, zho_Hans or __zh__."""
-    code = (code or "").strip("_").split("_")[0].lower()
-    return {"zho": "zh", "jpn": "ja", "kor": "ko"}.get(code, code)
-
-
-def tokenize_roles(pairs, tokenizer, data: DataArguments, training, cache_dir) -> dict[str, datasets.Dataset]:
-    """Tokenize the pairs of each role, from the cache where they are there."""
-    tokenized = {}
-    for role, role_pairs in pairs.items():
-        with training.main_process_first(desc=f"tokenizing {role}"):
-            tokenized[role] = tokenize_pairs(
-                role_pairs,
-                tokenizer,
-                max_source_length=data.max_source_length,
-                max_target_length=data.max_target_length if role == "train" else data.val_max_target_length,
-                source_prefix=data.source_prefix,
-                pad_to_max_length=data.pad_to_max_length,
-                label_pad_token_id=-100 if data.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-                num_workers=data.preprocessing_num_workers,
-                overwrite_cache=data.overwrite_cache and training.local_process_index == 0,
-                cache_dir=cache_dir,
-            )
-        if not isinstance(tokenized[role], datasets.IterableDataset) and not data.pad_to_max_length:
-            count_truncated(tokenized[role], role, data)
-        if role == "train":
-            tokenized[role] = leave_out_unlike_lengths(tokenized[role], data.max_length_ratio)
-    return tokenized
-
-
-def count_truncated(tokenized: datasets.Dataset, role: str, data: DataArguments) -> None:
-    """Says in one line how many sentences are as long as is allowed: what they had beyond that is cut off."""
-    max_target_length = data.max_target_length if role == "train" else data.val_max_target_length
-    limits = {"input_ids": ("sources", data.max_source_length), "labels": ("targets", max_target_length)}
-    for column in [name for name in limits if name in tokenized.column_names]:
-        name, limit = limits[column]
-        full = sum(len(ids) >= limit for rows in tokenized.select_columns([column]).iter(1000) for ids in rows[column])
-        if full:
-            logger.info(
-                f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; what is longer is truncated"
-            )
-
-
-def require_possible(
-    model: ModelArguments, data: DataArguments, generation: GenerationArguments, bounds, training
-) -> None:
-    """Refuses what the arguments alone rule out."""
-    if data.streaming and training.do_train and training.max_steps <= 0:
-        raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if training.batch_eval_metrics:
-        raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
-    if training.do_train:
-        bounds.require_fits(training)
-    if model.model_name_or_path is None:  # or the model has generation settings of its own
-        beams = generation.num_beams or training.generation_num_beams or 1
-        require_effect(generation, beams, data.val_max_target_length)
-    make_bleu(generation.sacrebleu_tokenize, generation.sacrebleu_lowercase, get_language(data.target_lang))
-    generated = TRANSLATION_METRICS if training.predict_with_generate else ()
-    missing = dict.fromkeys(TRANSLATION_METRICS, "for BLEU and chrF add --predict_with_generate")
-    require_available_metric(training, ("loss", *generated), missing)
-
-
-ARGUMENTS = (
-    ModelArguments,
-    DataArguments,
-    GenerationArguments,
-    LearningRateBoundsArguments,
-    EarlyStoppingArguments,
-    ProbeArguments,
-    V0InitSeq2SeqTrainingArguments,
-)
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    parsed = parse_arguments(ARGUMENTS, argv, EXAMPLES)
-    model_args, data_args, generation_args, bounds_args, stopping_args, probe_args, training_args = parsed
-    if probe_args.probe_only:
-        turn_into_probe(training_args)
-    require_possible(model_args, data_args, generation_args, bounds_args, training_args)
-    callbacks = make_early_stopping(stopping_args, training_args)
-    start_logging(training_args)
-    run = describe_run(training_args, model_args, data_args)
-    overwrite = data_args.overwrite_output_dir
-    checkpoint = require_possible_run(training_args, model_args.model_name_or_path, overwrite, run)
-    config = load_model_config(model_args)
-    require_same_model(checkpoint, config)
-    require_lengths_fit(data_args, config)
-    set_seed(training_args.seed)
-
-    pairs = load_pairs(data_args, model_args, training_args)
-    tokenizer = load_tokenizer(model_args, pairs, checkpoint)
-    network = load_model(model_args, config, tokenizer)
-    if network.config.model_type == "t5" and model_args.model_name_or_path and not data_args.source_prefix:
-        logger.warning(
-            "T5 was pretrained with a task prefix; give --source_prefix, such as 'translate English to German: '"
+    def tokenize(self, rows, role: str):
+        """Tokenize the pairs of a role; say how many are cut off, and leave training pairs of unlike lengths out."""
+        data = self.data
+        max_target_length = data.max_target_length if role == "train" else data.val_max_target_length
+        tokenized = tokenize_pairs(
+            rows,
+            self.tokenizer,
+            max_source_length=data.max_source_length,
+            max_target_length=max_target_length,
+            source_prefix=data.source_prefix,
+            pad_to_max_length=data.pad_to_max_length,
+            label_pad_token_id=self.label_padding,
+            **data.choose_map_options(self.training, self.model.cache_dir),
         )
-    choose_languages(data_args, tokenizer, network)
-    choose_generation(generation_args, data_args.val_max_target_length, training_args, network)
-    tokenized = tokenize_roles(pairs, tokenizer, data_args, training_args, model_args.cache_dir)
+        limits = {"input_ids": ("sources", data.max_source_length), "labels": ("targets", max_target_length)}
+        for column, (name, limit) in limits.items():
+            if is_stream(tokenized) or data.pad_to_max_length or column not in tokenized.column_names:
+                continue
+            full = sum(
+                len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column]
+            )
+            if full:
+                logger.info(
+                    f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off"
+                )
+        return leave_out_unlike_lengths(tokenized, data.max_length_ratio) if role == "train" else tokenized
 
-    # A stream's batches are cut and joined across processes, so they must all be of one length.
-    joins_batches = data_args.streaming and training_args.world_size > 1
-    collator = PairCollator(
-        tokenizer,
-        model=network,
-        label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-        padding="max_length" if joins_batches else True,
-        max_length=max(data_args.max_source_length, data_args.max_target_length) if joins_batches else None,
-        pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
-    )
-    if training_args.do_train:
-        require_trainable(data_args, training_args, tokenized["train"], collator)
-    metrics = None
-    if "validation" in pairs and training_args.predict_with_generate:
-        metrics = build_metrics("validation", pairs, tokenizer, data_args, generation_args)
-    with explain_hub_errors(training_args):
-        trainer = TranslationTrainer(
-            model=network,
-            args=training_args,
-            train_dataset=tokenized.get("train"),
-            eval_dataset=tokenized.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator,
-            compute_metrics=metrics,
-            compute_loss_func=TokenCrossEntropy(training_args.label_smoothing_factor),
-            max_tokens_per_batch=data_args.max_tokens_per_batch,
-            generation=generation_args,
-            learning_rate_bounds=bounds_args,
-            run_identity=run,
-            callbacks=callbacks,
+    @property
+    def label_padding(self) -> int:
+        """What fills up the labels of a batch."""
+        return -100 if self.data.ignore_pad_token_for_loss else self.tokenizer.pad_token_id
+
+    def make_collator(self) -> PairCollator:
+        """Make what pads pairs to a batch."""
+        data, training = self.data, self.training
+        joins_batches = (
+            data.streaming and training.world_size > 1
+        )  # across processes, so they must all be of one length
+        return PairCollator(
+            self.tokenizer,
+            model=self.network,
+            label_pad_token_id=self.label_padding,
+            padding="max_length" if joins_batches else True,
+            max_length=max(data.max_source_length, data.max_target_length) if joins_batches else None,
+            pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
         )
-    if probe_args.probe_only:
-        probe_and_print(trainer, probe_args)
-        return
-    if training_args.do_train:
-        train_metrics = train_and_save(trainer, checkpoint, overwrite, data_args.average_checkpoints)
-        save_results(trainer, "train", train_metrics, {})
-        trainer.save_state()
-    if training_args.do_eval:
-        results = {**trainer.evaluate(metric_key_prefix="eval"), "eval_samples": len(tokenized["validation"])}
-        save_results(trainer, "eval", results, metrics.signatures if metrics else {})
-        trainer.card_samples = metrics.samples if metrics else []
-    if training_args.do_predict:
-        predict(trainer, pairs, tokenized["test"], data_args, generation_args)
-    files = [
-        file
-        for file in (
-            data_args.train_file,
-            data_args.train_source_file,
-            data_args.train_target_file,
-            data_args.test_source_file,
+
+    def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
+        """Make the Trainer."""
+        training = self.training
+        measures = "validation" in samples and training.predict_with_generate
+        self.validation_metrics = self.make_metrics("validation") if measures else None
+        return TranslationTrainer(
+            model=self.network,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            processing_class=self.tokenizer,
+            compute_metrics=self.validation_metrics,
+            compute_loss_func=TokenCrossEntropy(training.label_smoothing_factor),
+            max_tokens_per_batch=self.options.max_tokens_per_batch if training.do_train else None,
+            generation=self.generation,
+            **common,
         )
-        if file
-    ][:2]
-    card = describe_for_card("translation", model_args.model_name_or_path, data_args, files)
-    if data_args.dataset_name == EMBEDDED:  # the Hub has no such data set to link to
-        card.pop("dataset_tags")
-    languages = [lang.split("_")[0] for lang in (data_args.source_lang, data_args.target_lang) if lang]
-    publish_card(trainer, card | ({"language": languages} if languages else {}))
 
+    def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
+        """Make what measures and keeps the translations of a role's pairs."""
+        rows = self.pairs[role]
+        return TranslationMetrics(
+            self.tokenizer,
+            references=rows["target"] if "target" in rows.column_names else [],
+            sources=rows["source"],
+            num_samples=self.generation.num_sample_translations,
+            num_best=num_best,
+            tokenize=self.generation.sacrebleu_tokenize,
+            lowercase=self.generation.sacrebleu_lowercase,
+            target_language=get_language(self.data.target_lang),
+        )
 
-def predict(trainer: TranslationTrainer, pairs, tokenized: datasets.Dataset, data: DataArguments, generation) -> None:
-    """Translates the test set, measures the translations if there are references, and writes them down."""
-    num_best = generation.num_return_sequences or 1
-    metrics = build_metrics("test", pairs, trainer.processing_class, data, generation, num_best)
-    trainer.args.predict_with_generate, trainer.num_best = True, num_best
-    trainer.compute_metrics = metrics if metrics.references else None
-    prediction = trainer.predict(tokenized, metric_key_prefix="predict")
-    results = {**prediction.metrics, "predict_samples": len(tokenized)}
-    save_results(trainer, "predict", results, metrics.signatures)
-    texts = metrics.decode(prediction.predictions)
-    if not metrics.references:
-        metrics.keep_samples([best[0] for best in texts])
-    trainer.card_samples = metrics.samples
-    if trainer.is_world_process_zero():
-        write_predictions(Path(trainer.args.output_dir), pairs["test"]["source"], texts)
+    def evaluate(self, trainer: TranslationTrainer) -> dict:
+        """Evaluate, with the signatures of BLEU and chrF."""
+        results = {**trainer.evaluate(metric_key_prefix="eval"), "eval_samples": len(trainer.eval_dataset)}
+        if self.validation_metrics is not None:
+            trainer.card_samples = self.validation_metrics.samples
+            results |= {f"eval_{name}": text for name, text in self.validation_metrics.signatures.items()}
+        return results
 
-
-def require_trainable(data: DataArguments, training, train_dataset, collator) -> None:
-    """Refuses what would only show during or after training."""
-    if data.average_checkpoints is not None:
-        is_known = data.max_tokens_per_batch is None and not isinstance(train_dataset, datasets.IterableDataset)
-        num_samples = len(train_dataset) if is_known else None
-        num_steps = count_steps(training, num_samples)
-        require_enough_checkpoints(training, data.average_checkpoints, num_steps)
-    if isinstance(train_dataset, datasets.IterableDataset):
-        return
-    if data.max_tokens_per_batch is not None:
-        build_token_budget_sampler(train_dataset, training, collator, data.max_tokens_per_batch)
-
-
-def save_results(trainer, role: str, metrics: dict, signatures: dict) -> None:
-    """Prints one stage's metrics, and writes them to its JSON file and to all_results.json."""
-    trainer.log_metrics(role, metrics)
-    if f"{role}_bleu" in metrics:
-        metrics = {**metrics, **{f"{role}_{name}": text for name, text in signatures.items()}}
+    def predict(self, trainer: TranslationTrainer, samples) -> None:
+        """Translate the test set, measure the translations if there are references, and write them down."""
+        num_best = self.generation.num_return_sequences or 1
+        metrics = self.make_metrics("test", num_best)
+        trainer.args.predict_with_generate, trainer.num_best = True, num_best
+        trainer.compute_metrics = metrics if metrics.references else None
+        prediction = trainer.predict(samples, metric_key_prefix="predict")
+        signatures = {f"predict_{name}": text for name, text in metrics.signatures.items()}
+        self.save_results(trainer, "predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
+        texts = metrics.decode(prediction.predictions)
+        if not metrics.references:
+            metrics.keep_samples([best[0] for best in texts])
+        trainer.card_samples = metrics.samples
         if trainer.is_world_process_zero():
-            print(f"{role}: BLEU {metrics[f'{role}_bleu']:.2f} [{signatures['bleu_signature']}]")
-            print(f"{role}: chrF {metrics[f'{role}_chrf']:.2f} [{signatures['chrf_signature']}]")
-    trainer.save_metrics(role, metrics)
+            write_predictions(Path(trainer.args.output_dir), self.pairs["test"]["source"], texts)
+
+    def describe_scores(self, stage: str, metrics: dict) -> list[str]:
+        """Say BLEU and chrF with their signatures."""
+        return [
+            f"{stage}: {name} {metrics[f'{stage}_{key}']:.2f} [{metrics[f'{stage}_{key}_signature']}]"
+            for key, name in (("bleu", "BLEU"), ("chrf", "chrF"))
+            if f"{stage}_{key}" in metrics
+        ]
+
+    def describe_for_card(self) -> dict:
+        """Describe the run, with the languages."""
+        card, data = super().describe_for_card(), self.data
+        if data.dataset_name == EMBEDDED:  # the Hub has no such data set to link to
+            card.pop("dataset_tags")
+        languages = [lang.split("_")[0] for lang in (data.source_lang, data.target_lang) if lang]
+        return card | ({"language": languages} if languages else {})
 
 
 def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:
-    """Writes the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
+    """Write the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
     their source to a line of generated_nbest.jsonl. In the order of the test set.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -644,6 +417,14 @@ def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) 
         rows = [{"source": source, "translations": best} for source, best in zip(sources, texts, strict=True)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "generated_nbest.jsonl").write_text(text, encoding="utf-8")
+
+
+ARGUMENTS = TranslationTask.arguments
+
+
+def main(argv: list[str]) -> None:
+    """Do what the flags in `argv` say."""
+    run(TranslationTask, argv)
 
 
 if __name__ == "__main__":

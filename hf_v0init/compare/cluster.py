@@ -1,0 +1,200 @@
+"""Trains runs as jobs of the package submitit: an array on SLURM, or processes of its own on this machine.
+
+A task that is preempted, or reaches its time limit, is put back into the queue and goes on from the run's newest checkpoint. Any task
+may be started twice, on whatever machine: the claim on the run and its record decide what is left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import InputError
+from .claims import join_folder
+from .executor import LocalExecutor, find_waiting, is_over, read_record
+from .files import INTERRUPTED, RUNNING, read_json, write_json
+from .launch import list_devices
+from .plan import Plan, PlannedRun, read_plan
+from .progress import ProgressDisplay
+from .stages import lay_out_stages
+
+# What a task asks for unless the file's `slurm` says otherwise: minutes until it is put back into the queue, how often that may be.
+DEFAULT_OPTIONS = {"time": 60, "gpus_per_node": 1, "cpus_per_task": 8, "stderr_to_stdout": True, "max_num_timeout": 10}
+JOBS_FOLDER, JOBS_FILE = "jobs", "jobs.json"
+SECONDS_FOR_SIGNAL = 30.0
+POLL_SECONDS = 2.0
+
+
+@dataclass
+class TrainRun:
+    """What a task does; pickled by submitit. It reads the comparison's file itself, so no secret of it is written anywhere.
+
+    Attributes:
+        config: the comparison's file, whole path.
+        folder: its folder, whole path.
+        small: whether at small scale.
+    """
+
+    config: Path
+    folder: Path
+    small: bool = False
+
+    def __call__(self, name: str) -> str:
+        """Train the run of this name if it is not over and no other worker has it; return its state."""
+        plan, _ = lay_out_stages(read_plan(self.config, self.small), self.folder)
+        state = train_one(plan, self.folder, name)
+        if state == INTERRUPTED:
+            # The scheduler has ended the script; its signal to put the task back into the queue is on the way.
+            time.sleep(SECONDS_FOR_SIGNAL)
+            raise RuntimeError(f"{name} was interrupted; submit it again to go on")
+        return state
+
+    def checkpoint(self, name: str):
+        """Return what is to be done after the task has been put back into the queue: the same, from the last checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, name)
+
+
+def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
+    """Train one run of a plan, unless it is over or another worker has it; return its state."""
+    (run,) = (run for run in plan.runs if run.name == name)
+    if find_waiting(plan, folder, [run]):
+        with join_folder(folder), ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
+            executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
+            with _notice_sigterm(executor), contextlib.suppress(KeyboardInterrupt):
+                executor.run(plan, [run])
+    return read_record(folder, run).get("state", RUNNING)
+
+
+@contextlib.contextmanager
+def _notice_sigterm(executor: LocalExecutor) -> Iterator[None]:
+    """Tell the executor when this process gets SIGTERM, which a scheduler sends to the script too: that is then no failure."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(number, frame):
+        executor.is_being_stopped = True
+        if callable(before):
+            before(number, frame)
+        elif before == signal.SIG_DFL:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, notice)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SubmititExecutor:
+    """Submits runs and waits for them; a call that is stopped leaves them in the queue, and the next one takes up from there.
+
+    Args:
+        plan: the comparison, with what a run asks of the cluster.
+        folder: its folder.
+        config: its file.
+        progress: what is told how the runs go on.
+        cluster: `slurm`, or `local` for processes that submitit starts on this machine.
+        small: whether at the file's small scale.
+
+    Raises:
+        InputError: submitit is not installed, there is no SLURM here, or an option that it does not know.
+    """
+
+    def __init__(
+        self, plan: Plan, folder: Path, config: Path, progress: ProgressDisplay, cluster: str, small: bool = False
+    ) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise InputError(f"launcher={cluster} needs submitit; type: pip install 'hf_v0init[cluster]'") from error
+        for program in ("sbatch", "srun") if cluster == "slurm" else ():
+            if not shutil.which(program):
+                raise InputError(
+                    f"launcher=slurm: there is no {program} here; call it where SLURM is, or use --list_commands for another scheduler"
+                )
+        self.folder, self.progress, self.cluster = folder.resolve(), progress, cluster
+        self.task = TrainRun(config.resolve(), self.folder, small)
+        place, options = self.folder / JOBS_FOLDER, {**DEFAULT_OPTIONS, **plan.slurm}
+        if cluster == "slurm":
+            self.executor = submitit.SlurmExecutor(place, max_num_timeout=options.pop("max_num_timeout"))
+            options["job_name"] = re.sub(r"\W+", "-", plan.title)[:40].strip("-") or "compare"
+            try:
+                self.executor.update_parameters(**options)
+            except (NameError, ValueError, TypeError) as error:
+                raise InputError(f"slurm: {' '.join(str(error).split())}") from error
+        else:
+            self.executor = submitit.LocalExecutor(place)
+
+    def run(self, plan: Plan, runs: Sequence[PlannedRun]) -> None:
+        """Submit the runs that are not in the queue, and wait until all are over or their jobs have ended.
+
+        Raises:
+            InputError: SLURM refuses the job.
+        """
+        queued = self._find_queued(runs)
+        new = [run for run in runs if run.name not in queued]
+        if plan.arguments.get("save_strategy") == "no" and self.cluster == "slurm":
+            self.progress.warn(
+                "save_strategy is no, so a run that is preempted or reaches its time limit starts from scratch. Give "
+                "save_strategy: steps and save_steps in `arguments`"
+            )
+        jobs = self._submit(new) if new else []
+        if queued:
+            self.progress.tell(f"{len(queued)} runs are in the queue already.")
+        if jobs:
+            self.progress.tell(
+                f"Submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}; logs in {self.executor.folder}. This call waits for "
+                "them; Ctrl-C leaves them in the queue, and the same command takes up from there."
+            )
+        by_name = {run.name: job for run, job in zip(new, jobs, strict=True)}
+        waiting = list(runs)
+        while waiting:
+            for run in list(waiting):
+                record = read_record(self.folder, run)
+                has_ended = by_name[run.name].done() if run.name in by_name else not self._find_queued([run])
+                if is_over(plan, record.get("state")):
+                    self.progress.report_end(
+                        run, record["state"], record.get("reason"), None, record.get("seconds") or 0.0
+                    )
+                elif has_ended:
+                    self.progress.warn(
+                        f"the job of {run.name} ended without it: see {self.executor.folder}; the same command submits it again"
+                    )
+                else:
+                    continue
+                waiting.remove(run)
+            self.progress.update([], len(waiting))
+            time.sleep(POLL_SECONDS if waiting else 0)
+
+    def _submit(self, runs: Sequence[PlannedRun]) -> list[Any]:
+        """Submit a task for each run, in an array on SLURM, and note the jobs in `jobs/jobs.json`."""
+        try:
+            jobs = self.executor.map_array(self.task, [run.name for run in runs])
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            said = said.decode(errors="replace") if isinstance(said, bytes) else said
+            raise InputError(f"slurm: the job was refused: {' '.join(said.split())}") from error
+        file = self.folder / JOBS_FOLDER / JOBS_FILE
+        known = read_json(file) or {}
+        write_json(file, known | {run.digest: job.job_id for run, job in zip(runs, jobs, strict=True)})
+        return jobs
+
+    def _find_queued(self, runs: Sequence[PlannedRun]) -> set[str]:
+        """Return the names of the runs whose tasks SLURM has waiting or at work; none where `squeue` says nothing."""
+        known = read_json(self.folder / JOBS_FOLDER / JOBS_FILE) or {}
+        if self.cluster != "slurm" or not known or not shutil.which("squeue"):
+            return set()
+        answer = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=False)
+        queued = set(answer.stdout.split()) if answer.returncode == 0 else set()
+        return {run.name for run in runs if known.get(run.digest) in queued}

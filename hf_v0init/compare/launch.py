@@ -1,0 +1,245 @@
+"""How a run is started, and ended by force: the script, the launcher, the command line, the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .axes import suggest
+from .files import is_secret
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+PYTHON = "python"
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# The scripts that come with the package, by the name that a comparison's file gives.
+SCRIPT_MODULES = {
+    "run_translation": "hf_v0init.tasks.translation.script",
+    "run_clm": "hf_v0init.tasks.language_modeling.script",
+    "run_mlm": "hf_v0init.tasks.language_modeling.masked_script",
+    "run_image_classification": "hf_v0init.tasks.images.script",
+    "run_dcgan": "hf_v0init.tasks.gan.script",
+}
+MODULE_FLAGS = {"deepspeed": "--module"}  # what stands before a module's name; `-m` for the other launchers
+STARTER, SECRET_FLAGS = "hf_v0init.compare.start_script", "HF_V0INIT_SECRET_FLAGS"
+NO_DEVICES = "none"
+
+
+def find_script(name: str, folder: Path) -> str:
+    """Return what a run of this script is known by: its name in `SCRIPT_MODULES`, or the whole path of a user's own.
+
+    Args:
+        name: such a name, or a path from here or from `folder`.
+        folder: that of the comparison's file.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in SCRIPT_MODULES:
+        return name
+    if re.fullmatch(r"\w+", name):
+        raise InputError(
+            f"script: the package has no {name}{suggest(name, SCRIPT_MODULES)}; give one of {', '.join(SCRIPT_MODULES)}, or the path "
+            "of a script of your own, such as my_script.py"
+        )
+    for place in (Path(name), folder / name):
+        if place.is_file():
+            return str(place.resolve())
+    raise InputError(
+        f"script: there is no file {name}, here or in {folder}; give the path of your script, or one of {', '.join(SCRIPT_MODULES)}"
+    )
+
+
+def compute_script_hash(script: str) -> str | None:
+    """Compute the SHA-256, as hex, of a script's own file; None if it cannot be read. What the script imports is left out."""
+    path = Path(script)
+    if script in SCRIPT_MODULES:
+        path = PACKAGE.parent.joinpath(*SCRIPT_MODULES[script].split(".")).with_suffix(".py")
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+def split_launch(launch: str) -> list[str]:
+    """Split a launcher into words: `python` is this interpreter, another program is sought beside it first.
+
+    Raises:
+        InputError: there is no such program.
+    """
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise InputError(f"launch: {launch!r} cannot be read: {error}") from error
+    if words and words[0] == PYTHON:
+        return [sys.executable, *words[1:]]
+    found = None
+    if words:
+        beside = Path(sys.executable).parent / words[0]
+        found = str(beside) if beside.is_file() else shutil.which(words[0])
+    if not found:
+        raise InputError(f"launch: there is no program {launch!r}; write python, or 'accelerate launch ...'")
+    return [found, *words[1:]]
+
+
+def is_one_process(launch: str) -> bool:
+    """Whether the launcher is the interpreter itself."""
+    return launch.split()[:1] == [PYTHON]
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def make_command(launch: str, script: str, arguments: Mapping[str, Any], output: Path, jobs: int = 1) -> list[str]:
+    """Return the command line of a run that writes into `output`; secret flags are not in it (`make_environment` has them).
+
+    With several runs side by side, `accelerate launch` is told to find a free port for each.
+    """
+    words = split_launch(launch)
+    module = MODULE_FLAGS.get(launch.split()[0], "-m")
+    if jobs > 1 and launch.split()[:2] == ["accelerate", "launch"] and "--main_process_port" not in launch:
+        words += ["--main_process_port", "0"]
+    open_flags = {key: value for key, value in arguments.items() if not is_secret(key, value)}
+    if len(open_flags) < len(arguments):
+        words += [module, STARTER, script]
+    elif script in SCRIPT_MODULES:
+        words += [module, SCRIPT_MODULES[script]]
+    else:
+        words.append(script)
+    return [*words, *make_flags({**open_flags, "output_dir": str(output), "v0_record_run": True})]
+
+
+def make_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Write flags as words of a command line, `--flag=value`; lists as several words, mappings as JSON."""
+    words = []
+    for key, value in arguments.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(_write_value, value)]
+        else:
+            words.append(f"--{key}={_write_value(value)}")
+    return words
+
+
+def _write_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def make_environment(
+    launch: str, arguments: Mapping[str, Any], jobs: int, slot: int, devices: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Return the environment of the run in a slot.
+
+    A run of one process gets its share of the cores as `OMP_NUM_THREADS`, unless that is set, and one of the devices as
+    `CUDA_VISIBLE_DEVICES`: with several the Trainer would split each batch over them (`DataParallel`), which no one asked for.
+    Other launchers deal out threads and devices themselves, among those of `devices`.
+
+    Args:
+        launch: the launcher.
+        arguments: the run's flags; the secret ones reach its script through this environment.
+        jobs: runs side by side.
+        slot: the run's place among them, from 0.
+        devices: ids as in `CUDA_VISIBLE_DEVICES`; () for none; None leaves the variable as it is.
+    """
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    secrets = {key: value for key, value in arguments.items() if is_secret(key, value)}
+    if secrets:
+        environment[SECRET_FLAGS] = json.dumps(make_flags(secrets))
+    if is_one_process(launch):
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // jobs)))
+        devices = devices and [devices[slot % len(devices)]]
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return environment
+
+
+# ------------------------------------------------------------------------------------------------------ the machine
+
+
+def list_devices(plan: Plan, wanted: str | None = None) -> tuple[str, ...] | None:
+    """Return the ids of the devices to hand out, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Args:
+        plan: the comparison; one whose runs all have `use_cpu` needs none.
+        wanted: the ids, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists
+            (a MIG instance counts as a device). Devices of other makers have to be named.
+
+    Returns:
+        The ids; () if there are to be none; None if nothing is known of any, which leaves the environment as it is.
+
+    Raises:
+        InputError: an id given twice, or none where ids were to be.
+    """
+    if wanted is not None:
+        if wanted.strip() == NO_DEVICES:
+            return ()
+        devices = _split(wanted)
+        if not devices or len(set(devices)) < len(devices):
+            raise InputError(f"devices={wanted!r}: give each device once, such as --devices 0,1, or --devices none")
+        return devices
+    if all(run.arguments.get("use_cpu") for run in plan.runs):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (_split(visible) if visible is not None else _ask_driver()) or None
+
+
+def choose_jobs(plan: Plan, devices: tuple[str, ...] | None) -> int:
+    """Return how many runs go side by side if nobody says: one for each device, or 1 where a launcher takes them all."""
+    return max(1, len(devices or ())) if is_one_process(plan.launch) else 1
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _ask_driver() -> tuple[str, ...]:
+    if not shutil.which("nvidia-smi"):
+        return ()
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    devices: list[str] = []
+    is_split = False  # the last GPU into MIG instances
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        if gpu := re.match(r"GPU (\d+):", line):
+            devices, is_split = [*devices, gpu[1]], False
+        elif instance := re.search(r"\(UUID: (MIG-[^)]+)\)", line):
+            devices = [*devices[: None if is_split else -1], instance[1]]
+            is_split = True
+    return tuple(devices)
+
+
+def count_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def signal_group(pid: int, number: int) -> None:
+    """Send a signal to a process that leads its group, and to the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process that leads its group, the group, and what it started outside of it, as launchers do."""
+    import psutil
+
+    descendants = []
+    with contextlib.suppress(psutil.Error):
+        descendants = psutil.Process(pid).children(recursive=True)
+    signal_group(pid, signal.SIGKILL)
+    for process in descendants:
+        with contextlib.suppress(psutil.Error):
+            process.kill()

@@ -1,1 +1,0 @@
-"""From a YAML file to the runs of a comparison. Starts nothing."""

@@ -1,1 +1,0 @@
-"""From folders of runs to numbers."""

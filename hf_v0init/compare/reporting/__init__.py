@@ -1,1 +1,0 @@
-"""From numbers to words, tables and plots."""

@@ -1,0 +1,308 @@
+"""Reads the runs of a comparison into tables, and writes those beside them: all that a report needs.
+
+| file | content |
+| --- | --- |
+| `plan.json` | what the file said, and the runs of both stages |
+| `results.csv` | a row for each run: its place in the grid, how it ended, losses, times, what its v0 cost, its fingerprint |
+| `evaluations.csv` | the validation losses along the runs |
+| `machines.json` | versions and hardware |
+
+A folder that has no `runs/` (a copy in a repository) is read from these files, which are then left as they are. "Loss" stands
+throughout for the metric that runs are compared by, also where more of it is better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import InputError
+from . import files
+
+RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE = "results.csv", "evaluations.csv", "machines.json"
+PLACE = ("name", "stage", "condition", "family", "setting", "v0", "warmup", "optimizer")
+TEXTS = (*PLACE, "other", "state", "reason", "initial_weights", "rng", "batches", "problems")
+NUMBERS = (
+    "learning_rate",
+    "seed",
+    "exit_status",
+    "num_steps",
+    "final_loss",
+    "scored_loss",
+    "start_loss",
+    "seconds",
+    "hours",
+)
+NUMBERS += ("train_seconds", "v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
+EVALUATIONS = ("name", "step", "loss", "train_seconds")
+OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
+KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
+
+
+@dataclass
+class Comparison:
+    """A plan and what has come of its runs.
+
+    Attributes:
+        folder: where it was read.
+        plan: the content of `plan.json`.
+        runs: a row for each run, in the plan's order. Steps are optimizer steps; `train_seconds` is the time of training with the
+            pass before it and without evaluations, `v0_samples` what that pass read, `v0_extra_steps` the same in steps of the run's
+            batch; `hours` are of an accelerator, or of the machine without one. NaN where it is not known.
+        evaluations: a row for each validation loss along a run.
+        machines: what the runs were made with.
+    """
+
+    folder: Path
+    plan: dict[str, Any]
+    runs: pd.DataFrame
+    evaluations: pd.DataFrame
+    machines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return bool(self.plan.get("greater_is_better"))
+
+    @property
+    def counted(self) -> pd.DataFrame:
+        """The runs whose outcome is known and due to their setting."""
+        return self.runs[self.runs["state"].isin(files.COUNTED)]
+
+    def get_arguments(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all flags of a run of the plan, by its entry there."""
+        flags = {**(self.plan.get("arguments") or {}), **(entry.get("arguments") or {})}
+        return {key: value for key, value in flags.items() if value is not None}
+
+
+def read_comparison(folder: str | Path) -> Comparison:
+    """Read a folder: from its runs, as far as they have come, or without any from the tables.
+
+    Raises:
+        InputError: there is no whole plan, or tables that cannot be read.
+    """
+    folder = Path(folder)
+    plan = files.read_json(folder / files.PLAN_FILE)
+    if plan is None or not isinstance(plan.get("runs"), list):
+        raise InputError(
+            f"{folder}: no comparison there ({files.PLAN_FILE} is missing or damaged); give the --output_dir of `hf-v0init compare`"
+        )
+    if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
+        return collect_runs(plan, folder)
+    try:
+        runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str), keep_default_na=True)
+        evaluations = pd.DataFrame(columns=list(EVALUATIONS))
+        if (folder / EVALUATIONS_FILE).is_file():
+            evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
+        runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
+        runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: {RESULTS_FILE} cannot be read ({error}); copy it from the --output_dir again"
+        ) from error
+    machines = (files.read_json(folder / MACHINES_FILE) or {}).get("machines", [])
+    return Comparison(folder, plan, runs.astype({"seed": int}), evaluations, machines)
+
+
+def write_tables(comparison: Comparison, folder: Path) -> None:
+    """Write the tables, and the plan where it is not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = json.dumps(comparison.plan, indent=1, ensure_ascii=False) + "\n"
+    (folder / files.PLAN_FILE).write_text(plan, encoding="utf-8")
+    comparison.runs.to_csv(folder / RESULTS_FILE, index=False, lineterminator="\n")
+    if len(comparison.evaluations):
+        comparison.evaluations.to_csv(folder / EVALUATIONS_FILE, index=False, lineterminator="\n")
+    machines = json.dumps({"machines": comparison.machines}, indent=1, ensure_ascii=False) + "\n"
+    (folder / MACHINES_FILE).write_text(machines, encoding="utf-8")
+
+
+def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
+    """Read the folders of a plan's runs, whatever they have left so far; damage is named in the column `problems`."""
+    rows, evaluations, machines = [], [], []
+    for entry in plan["runs"]:
+        row, of_run, made_with = _read_run(folder / files.RUNS_FOLDER / entry["name"], entry, plan)
+        rows.append(row)
+        evaluations += [{"name": row["name"], **evaluation} for evaluation in of_run]
+        if any(made_with.values()) and made_with not in machines:
+            machines.append(made_with)
+    metrics = list(plan.get("test_metrics") or [])
+    runs = pd.DataFrame(
+        rows,
+        columns=[*dict.fromkeys([*PLACE, "other", *NUMBERS[:2], *TEXTS[9:11], *NUMBERS[2:], *metrics, *TEXTS[11:]])],
+    )
+    numbers = [*NUMBERS, *metrics]
+    runs[numbers] = runs[numbers].astype(float)
+    runs = runs.astype({"seed": int})
+    # The weights at the start are the same for all runs of a seed, and so is the loss there.
+    shared = runs.groupby(["seed", "condition"], dropna=False)["start_loss"].transform("median")
+    runs["start_loss"] = runs["start_loss"].fillna(shared)
+    runs["scored_loss"] = runs["final_loss"].where(runs["state"] != files.DIVERGED, runs["start_loss"])
+    runs.loc[~runs["state"].isin(files.COUNTED), "scored_loss"] = math.nan
+    return Comparison(folder, plan, runs, pd.DataFrame(evaluations, columns=list(EVALUATIONS)), machines)
+
+
+def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], list[dict], dict]:
+    """Read a run: its row, its evaluations, and what it was made with."""
+    output, metric, problems = folder / files.OUTPUT_FOLDER, plan.get("metric") or "eval_loss", []
+    record = _read(folder / files.RECORD_FILE, problems)
+    state = record.get("state", files.RUNNING if record else files.PENDING)
+    row = {key: entry.get(key) or "" for key in PLACE} | {
+        "learning_rate": entry["learning_rate"],
+        "seed": entry["seed"],
+    }
+    row |= {
+        "other": json.dumps(entry["other"]) if entry.get("other") else "",
+        "state": state if state in files.STATES else files.RUNNING,
+    }
+    row |= {
+        "reason": record.get("reason") or "",
+        "exit_status": record.get("exit_status"),
+        "seconds": record.get("seconds"),
+    }
+    made_with = {"versions": record.get("versions") or {}, "hardware": record.get("hardware") or {}}
+    row["hours"] = compute_hours(row["seconds"], made_with["hardware"], plan.get("launch") or "python")
+    evaluations = _add_losses(row, output, metric, problems)
+    _add_cost_of_v0(row, _read(output / files.V0_FILE, problems))
+    fingerprint = _read(output / files.FINGERPRINT_FILE, problems)
+    row |= {part: str(fingerprint.get(part) or "") for part in ("initial_weights", "rng")}
+    row["batches"] = " ".join(map(str, fingerprint.get("batches") or []))
+    results = _read(output / files.FINAL_FILE, [])
+    row |= {
+        name: results[name] for name in plan.get("test_metrics") or [] if isinstance(results.get(name), int | float)
+    }
+    if row["state"] in (files.FINISHED, files.PRUNED) and row["final_loss"] is None:
+        problems.append(f"{row['state']}, but no {metric} was found")
+    elif row["state"] in (files.FINISHED, files.PRUNED) and not math.isfinite(row["final_loss"]):
+        row["state"], row["reason"] = files.DIVERGED, row["reason"] or f"final {metric} is {row['final_loss']}"
+    row["problems"] = "; ".join(dict.fromkeys(problems))
+    return row, evaluations, made_with
+
+
+def _add_losses(row: dict[str, Any], output: Path, metric: str, problems: list[str]) -> list[dict]:
+    log, state = files.read_log(output), _read(output / files.STATE_FILE, problems)
+    evaluations: list[dict] = []
+    for entry in log:
+        if metric in entry and (not evaluations or entry["step"] > evaluations[-1]["step"]):
+            value = entry[metric]
+            loss = float(value) if isinstance(value, int | float) else math.nan
+            evaluations.append({"step": entry["step"], "loss": loss, "train_seconds": entry.get("train_seconds")})
+    steps = [entry["step"] for entry in log]
+    row["num_steps"] = state.get("global_step") or (max(steps) if steps else None)
+    # The log goes on after training, with the last evaluation; training ends with the entry of its total.
+    clocks = [e["train_seconds"] for e in log if "train_seconds" in e and ("loss" in e or "train_runtime" in e)]
+    clocks = clocks or [e["train_seconds"] for e in evaluations if e["train_seconds"] is not None]
+    row["train_seconds"] = clocks[-1] if clocks else None
+    starts = [e["loss"] for e in evaluations if e["step"] == 0 and math.isfinite(e["loss"])]
+    row["start_loss"] = starts[0] if starts else None
+    final = _read(output / files.FINAL_FILE, problems).get(metric)
+    row["final_loss"] = (
+        float(final) if isinstance(final, int | float) else evaluations[-1]["loss"] if evaluations else None
+    )
+    if isinstance(final, int | float) and row["num_steps"] is not None:
+        # The final evaluation stands for the end of the curve; it differs from the log's where checkpoints are averaged.
+        if evaluations and evaluations[-1]["step"] >= row["num_steps"]:
+            evaluations[-1]["loss"] = float(final)
+        else:
+            end = {"step": int(row["num_steps"]), "loss": float(final), "train_seconds": row["train_seconds"]}
+            evaluations.append(end)
+    return evaluations
+
+
+def _add_cost_of_v0(row: dict[str, Any], report: dict[str, Any]) -> None:
+    """Read what measuring cost; nothing is known where a run with a v0 left no report."""
+    length = report.get("length") or {}
+    row["estimated_warmup_steps"], measuring = length.get("steps"), length.get("seconds") or 0.0
+    if not report or report.get("strategy") == "zeros":
+        if row["v0"] == "zeros" or length.get("steps") == 0:
+            row |= {"v0_seconds": measuring, "v0_samples": 0, "v0_extra_steps": 0.0}
+        return
+    samples, batch = report.get("num_samples"), report.get("effective_batch_size")
+    row["v0_seconds"] = None if report.get("seconds") is None else report["seconds"] + measuring
+    row["v0_samples"] = samples
+    if samples == 0 or (samples is not None and batch):
+        row["v0_extra_steps"] = samples / batch if samples else 0.0
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    content = files.read_json(path)
+    if content is None and path.is_file():
+        problems.append(f"{path.name} cannot be read")
+    return content or {}
+
+
+def compute_hours(seconds: float | None, hardware: Mapping[str, Any], launch: str) -> float | None:
+    """Compute the accelerator-hours of a run, or machine-hours without an accelerator; None if its time is not known.
+
+    Wall-clock from start to end, evaluations included. Runs that went side by side (`jobs`) share what the machine has evenly, but
+    one started by plain Python never holds more than one accelerator.
+    """
+    if seconds is None:
+        return None
+    share = max(1, len(hardware.get("gpus") or [])) / (hardware.get("jobs") or 1)
+    if not any(launcher in launch for launcher in OF_SEVERAL_PROCESSES):
+        share = min(share, 1.0)
+    return seconds / 3600.0 * share
+
+
+def truncate_at_step(comparison: Comparison, step: int) -> Comparison:
+    """Return the comparison as it stood at one optimizer step, runs under way or cut off included, so that all had the same training.
+
+    A run that diverged, failed or was pruned earlier stays as it was. One whose loss was no finite number there, or above that at
+    the start, has diverged. One that was not evaluated there counts nowhere. Test metrics go: they belong to the end of a run.
+
+    Raises:
+        InputError: no run was evaluated at that step.
+    """
+    evaluations = comparison.evaluations[comparison.evaluations["step"] <= step]
+    there = evaluations[evaluations["step"] == step].set_index("name")
+    if step < 1 or there.empty:
+        known = sorted(set(comparison.evaluations["step"].astype(int)) - {0})
+        listed = (
+            f"the last ones are {', '.join(map(str, known[-5:]))}" if known else "none was evaluated after its start"
+        )
+        raise InputError(f"at_step={step}: no run was evaluated after that optimizer step; {listed}")
+    runs = comparison.runs.copy()
+    for index, row in runs.iterrows():
+        ended_before = row["state"] in (files.DIVERGED, files.FAILED, files.PRUNED) and not row["num_steps"] > step
+        if row["name"] not in there.index:
+            if row["state"] in (files.FINISHED, files.DIVERGED, files.PRUNED) and not ended_before:
+                runs.loc[index, ["state", "problems"]] = [files.INTERRUPTED, f"not evaluated after step {step:,}"]
+            continue
+        loss, start = there.loc[row["name"], "loss"], row["start_loss"]
+        has_diverged = not math.isfinite(loss) or (comparison.plan.get("metric") == "eval_loss" and loss > start)
+        runs.loc[index, ["state", "reason"]] = [files.DIVERGED if has_diverged else files.FINISHED, ""]
+        runs.loc[index, ["num_steps", "final_loss"]] = [step, loss]
+        runs.loc[index, "scored_loss"] = start if has_diverged else loss
+        runs.loc[index, "train_seconds"] = there.loc[row["name"], "train_seconds"]
+        runs.loc[index, ["seconds", "hours"]] = math.nan
+    runs.loc[~runs["state"].isin(files.COUNTED), "scored_loss"] = math.nan
+    runs[list(comparison.plan.get("test_metrics") or [])] = math.nan
+    plan = {**comparison.plan, "at_step": step}
+    return Comparison(comparison.folder / f"at_step_{step}", plan, runs, evaluations, comparison.machines)
+
+
+def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
+    """List, in words, the runs that did not begin like the others of their seed and condition: weights, batches, random state.
+
+    Nothing in a comparison may change them: runs that differ in optimizer, warmup, learning rate or v0 must have equal fingerprints. A
+    run that ended within four steps has fewer batches, and is compared as far as it goes.
+    """
+    words = {"initial_weights": "other initial weights", "batches": "other first batches"}
+    words |= {"rng": "another random state before the first step"}
+    found = []
+    for (seed, condition), group in runs[runs["initial_weights"] != ""].groupby(["seed", "condition"], dropna=False):
+        for part, what in words.items():
+            values = {row.name: tuple(getattr(row, part).split()) for row in group.itertuples(index=False)}
+            counts = pd.Series(list(values.values())).value_counts()
+            usual = max(counts.index, key=lambda value: (counts[value], len(value)))
+            odd = [name for name, value in values.items() if value[: len(usual)] != usual[: len(value)]]
+            if odd:
+                at = f"seed {seed}" + (f", {condition}" if condition else "")
+                found.append(f"{at}: {what} in {len(odd)} of {len(group)} runs: {', '.join(odd)}")
+    return found

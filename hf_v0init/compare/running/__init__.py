@@ -1,1 +1,0 @@
-"""Trains the runs of a comparison, each a process of its own."""

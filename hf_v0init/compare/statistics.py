@@ -1,0 +1,245 @@
+"""The numbers: paired t intervals with Holm's correction, non-inferiority, the best of k, learning-rate sensitivity.
+
+Losses are by seed; a seed whose run diverged without a known loss at the start has a value that is not finite. "Better" is lower, or
+higher where more of the metric is better.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from scipy.special import stdtr, stdtrit  # Student's t; far lighter to import than scipy.stats
+
+CONFIDENCE = 0.95
+BAND = (0.1, 0.9)  # of the best of k: the middle eight of ten draws
+
+
+class Verdict(str, Enum):
+    """What a planned contrast has shown."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SIGNIFICANT = "not significant"
+    TOO_FEW_SEEDS = "too few seeds"
+
+
+class Replacement(str, Enum):
+    """Whether v0 can replace the warmup: a test of non-inferiority."""
+
+    CAN_REPLACE = "can replace"
+    NOT_SHOWN = "not shown"
+    TOO_FEW_SEEDS = "too few seeds"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of paired differences, in the metric's unit, with its 95% t interval.
+
+    Attributes:
+        mean, low, high: over the seeds on which both are finite; NaN where there are none, or too few for an interval.
+        p_value: of the paired t test, two-sided.
+        seeds: that both have.
+        n: seeds that the interval is over.
+        lost_one, lost_other: seeds on which the one, or the other, diverged and has no value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    seeds: tuple[int, ...]
+    n: int
+    lost_one: int = 0
+    lost_other: int = 0
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One family less another, on the seeds of the confirmation; `p_adjusted` is Holm's, over the planned contrasts."""
+
+    one: str
+    other: str
+    interval: Interval
+    p_adjusted: float = math.nan
+    verdict: Verdict = Verdict.TOO_FEW_SEEDS
+
+
+@dataclass(frozen=True)
+class NonInferiority:
+    """Whether what v0 may lose against the warmup (`worst`, the bad end of the 95% interval) is below the margin."""
+
+    worst: float
+    margin: float
+    verdict: Replacement
+
+
+def compute_paired_interval(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:
+    """Compute `one` - `other` over the seeds that both have: mean -+ t(.975; n - 1) s / sqrt(n). None without a common seed."""
+    seeds = tuple(sorted(one.keys() & other.keys()))
+    if not seeds:
+        return None
+    lost_one = sum(not math.isfinite(one[seed]) for seed in seeds)
+    lost_other = sum(not math.isfinite(other[seed]) for seed in seeds)
+    differences = [one[s] - other[s] for s in seeds if math.isfinite(one[s]) and math.isfinite(other[s])]
+    mean, low, high, p_value = math.nan, math.nan, math.nan, math.nan
+    if differences:
+        mean = statistics.fmean(differences)
+    if len(differences) > 1:
+        half = compute_half_width(differences)
+        low, high = mean - half, mean + half
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        p_value = 2 * float(stdtr(len(differences) - 1, -abs(mean) / error)) if error else float(mean == 0)
+    return Interval(mean, low, high, p_value, seeds, len(differences), lost_one, lost_other)
+
+
+def compute_half_width(values: Sequence[float]) -> float:
+    """Compute half the width of the 95% t interval of the mean of n >= 2 values."""
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values (Holm, 1979): the i-th smallest of m times m - i + 1, made monotone, at most 1."""
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def judge_contrasts(
+    losses: Mapping[str, Mapping[int, float]], planned: Sequence[tuple[str, str]], greater_is_better: bool = False
+) -> list[Contrast]:
+    """Judge the planned contrasts that there are, with Holm's correction over them.
+
+    A family that has lost more seeds to divergence than the other is never called better than it.
+
+    Args:
+        losses: family -> seed -> loss, of the confirmation.
+        planned: pairs of families.
+        greater_is_better: whether more of the metric is better.
+    """
+    pairs = [(one, other) for one, other in planned if one in losses and other in losses]
+    intervals = [compute_paired_interval(losses[one], losses[other]) for one, other in pairs]
+    found = [(pair, interval) for pair, interval in zip(pairs, intervals, strict=True) if interval is not None]
+    adjusted = adjust_by_holm([interval.p_value for _, interval in found])
+    judged = []
+    for (pair, interval), p in zip(found, adjusted, strict=True):
+        contrast = Contrast(*pair, interval, p)
+        if not math.isnan(p):
+            is_better = (interval.mean > 0) == greater_is_better
+            is_flattered = (
+                interval.lost_one > interval.lost_other if is_better else interval.lost_other > interval.lost_one
+            )
+            verdict = Verdict.BETTER if is_better else Verdict.WORSE
+            is_significant = p <= 1 - CONFIDENCE and not is_flattered
+            contrast = replace(contrast, verdict=verdict if is_significant else Verdict.NOT_SIGNIFICANT)
+        judged.append(contrast)
+    return judged
+
+
+def judge_replacement(interval: Interval, margin: float, greater_is_better: bool = False) -> NonInferiority:
+    """Test that v0 is no worse than the warmup by `margin` (> 0, in the metric's unit): the interval's bad end is below it.
+
+    `interval` is of v0 less the warmup. A v0 that has lost a seed to divergence cannot replace it.
+    """
+    worst = -interval.low if greater_is_better else interval.high
+    if math.isnan(worst):
+        return NonInferiority(worst, margin, Replacement.TOO_FEW_SEEDS)
+    is_shown = worst < margin and interval.lost_one == 0
+    return NonInferiority(worst, margin, Replacement.CAN_REPLACE if is_shown else Replacement.NOT_SHOWN)
+
+
+def choose_best(scores: Mapping[object, Mapping[int, float]]) -> object | None:
+    """Choose the candidate of the lowest mean score over the seeds that all of them have (over their own, if they share none).
+
+    Args:
+        scores: candidate -> seed -> score, lower is better; what is not finite is the worst.
+
+    Returns:
+        The candidate, the first of equal ones; None if no mean is finite.
+    """
+    shared = set.intersection(*(set(by_seed) for by_seed in scores.values())) if scores else set()
+    best, lowest = None, math.inf
+    for candidate, by_seed in scores.items():
+        values = [score for seed, score in by_seed.items() if seed in shared or not shared]
+        mean = statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf
+        if mean < lowest:
+            best, lowest = candidate, mean
+    return best
+
+
+# -------------------------------------------------------------------------------------------------- what tuning buys
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """The best loss after 1, 2, ... random trials of a family: its expectation, and the ends between which 8 of 10 draws lie."""
+
+    expected: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def compute_budget(losses: Sequence[float], greater_is_better: bool = False) -> BudgetCurve:
+    """Compute the budget curve of trials (a setting at one learning rate), drawn without replacement.
+
+    The best of k from n has the expectation sum_i v_(i) C(n - i, k - 1) / C(n, k) over the sorted losses: the expected validation
+    performance of Dodge et al. (2019), in the unbiased form of Tang et al. (2020).
+    """
+    sign = -1.0 if greater_is_better else 1.0
+    ordered = sorted(sign * loss for loss in losses)
+    expected, low, high = [], [], []
+    for k in range(1, len(ordered) + 1):
+        chances = _list_chances(len(ordered), k)
+        expected.append(sign * sum(v * c for v, c in zip(ordered, chances, strict=True) if c > 0))
+        low.append(sign * _find_quantile(ordered, chances, BAND[0]))
+        high.append(sign * _find_quantile(ordered, chances, BAND[1]))
+    return BudgetCurve(expected, low, high)
+
+
+def _list_chances(n: int, k: int) -> list[float]:
+    """The chance of each of n sorted values to be the lowest of k draws without replacement."""
+    return [math.comb(n - i, k - 1) / math.comb(n, k) for i in range(1, n + 1)]
+
+
+def _find_quantile(ordered: Sequence[float], chances: Sequence[float], quantile: float) -> float:
+    passed = 0.0
+    for value, chance in zip(ordered, chances, strict=True):
+        passed += chance
+        if passed >= quantile * (1.0 - 1e-12):
+            return value
+    return ordered[-1]
+
+
+def compute_lr_sensitivity(losses: Mapping[float, float], start_loss: float = math.inf) -> float:
+    """Compute the mean over learning rates of min(loss, loss at start) - the best loss (Wortsman et al., 2023, with l0 as bound).
+
+    `losses` by learning rate; in their unit, lower is better.
+    """
+    bounded = [min(loss, start_loss) for loss in losses.values()]
+    return statistics.fmean(bounded) - min(bounded)
+
+
+def compute_steps_to_loss(
+    steps: Sequence[float], losses: Sequence[float], target: float, greater_is_better: bool = False
+) -> float | None:
+    """Compute when the loss first reaches `target`: linear between evaluations; None if it does not.
+
+    If the first evaluation is there already, or the one before was no finite number, that evaluation's step counts.
+    """
+    if greater_is_better:
+        losses, target = [-loss for loss in losses], -target
+    for i, (step, loss) in enumerate(zip(steps, losses, strict=True)):
+        if not loss <= target:
+            continue
+        if i == 0 or not math.isfinite(losses[i - 1]):
+            return float(step)
+        share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+        return steps[i - 1] + share * (step - steps[i - 1])
+    return None

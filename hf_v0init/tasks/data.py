@@ -1,0 +1,185 @@
+"""The rows of a run: from the Hub, from local files, or as a stream; limited, and mapped with a cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from hf_v0init import InputError
+
+from .models import HubArguments
+from .script_support import flag
+from .value_checks import require_positive_counts
+
+ROLES = ("train", "validation", "test")
+CACHE_FOLDER = "hf_v0init"
+
+
+@dataclass
+class DatasetArguments:
+    """data: what it is trained and measured on"""
+
+    dataset_name: str | None = flag(None, "Data set by Hub name or folder.")
+    dataset_config_name: str | None = flag(None, "Configuration of that data set.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
+
+    local_flags: ClassVar[tuple[str, ...]] = ("train_file", "validation_file", "test_file")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        require_positive_counts(self, "crop_padding")
+        local = [name for name in self.local_flags if getattr(self, name)]
+        if self.dataset_name and local:
+            raise InputError(f"--dataset_name and --{local[0]}: give one source of data, not both")
+        if not self.dataset_name and not local:
+            raise InputError(
+                f"no data: give --dataset_name, or {' and '.join(f'--{name}' for name in self.local_flags[:2])}"
+            )
+
+    def load_dataset(self, hub: HubArguments, streaming: bool = False):
+        """Load all splits of `dataset_name`, as streams if asked: a mapping of split names to data sets.
+
+        Raises:
+            InputError: it cannot be loaded, for whatever reason.
+        """
+        try:
+            return datasets.load_dataset(
+                self.dataset_name,
+                self.dataset_config_name,
+                revision=self.dataset_revision,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                streaming=streaming,
+            )
+        except Exception as error:  # of many kinds: no network, no such name, no such configuration
+            raise InputError(
+                f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
+            ) from error
+
+    def list_local(self) -> list[str]:
+        """List the local files or folders of the data."""
+        return [getattr(self, name) for name in self.local_flags if getattr(self, name)]
+
+
+@dataclass
+class SplitDataArguments(DatasetArguments):
+    """data: what it is trained and measured on"""
+
+    max_train_samples: int | None = flag(None, "Use only so many training samples (or rows).")
+    max_eval_samples: int | None = flag(None, "The same for validation.")
+    max_predict_samples: int | None = flag(None, "The same for test.")
+
+    def get_limit(self, role: str) -> int | None:
+        """Return how many samples (or rows) of "train", "validation" or "test" are used at most; None: all."""
+        limits = (self.max_train_samples, self.max_eval_samples, self.max_predict_samples)
+        return dict(zip(ROLES, limits, strict=True))[role]
+
+
+@dataclass
+class TextDataArguments(SplitDataArguments):
+    """data: what it is trained and measured on"""
+
+    train_file: str | None = flag(
+        None,
+        "Local training data: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet; text and tables also as .gz.",
+    )
+    validation_file: str | None = flag(None, "The same for validation.")
+    test_file: str | None = flag(None, "The same for test.")
+    streaming: bool = flag(
+        False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
+    )
+    shuffle_buffer_size: int | None = flag(
+        None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
+    )
+    preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
+    overwrite_cache: bool = flag(False, "Tokenize again although a cached result exists.")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
+        if self.shuffle_buffer_size and not self.streaming:
+            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
+
+    def choose_map_options(self, training: TrainingArguments, cache_dir: str | None) -> dict[str, Any]:
+        """Choose how rows are tokenized and kept."""
+        return {
+            "num_proc": self.preprocessing_num_workers,
+            "cache_dir": cache_dir,
+            # the other processes read what the first has just written
+            "overwrite_cache": self.overwrite_cache and training.local_process_index == 0,
+        }
+
+
+def find_needed_roles(training: TrainingArguments) -> list[str]:
+    """Return those of "train", "validation" and "test" whose data the run needs, in this order."""
+    evaluates = training.do_eval or (training.do_train and training.eval_strategy != "no")
+    needed = (training.do_train, evaluates, training.do_predict)
+    return [role for role, is_needed in zip(ROLES, needed, strict=True) if is_needed]
+
+
+def is_stream(rows) -> bool:
+    """Whether rows are read while they are used, their number unknown."""
+    return isinstance(rows, datasets.IterableDataset)
+
+
+def list_columns(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them, those of its first row."""
+    return rows.column_names if rows.column_names is not None else list(next(iter(rows), {}))
+
+
+def limit_rows(rows, limit: int | None):
+    """Keep the first `limit` rows; None: all."""
+    if limit is None:
+        return rows
+    return rows.take(limit) if is_stream(rows) else rows.select(range(min(limit, len(rows))))
+
+
+def map_with_cache(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    function: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    features: datasets.Features | None,
+    key: tuple,
+    *,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    overwrite_cache: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """`rows.map(function)` without the columns that were there, kept on disk and found again by content, tokenizer and `key`.
+
+    `datasets` by itself keeps nothing of rows that were made in memory, and its fingerprint of a tokenizer
+    changes when the tokenizer is used.
+    """
+    if is_stream(rows):
+        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
+    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        function,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=not overwrite_cache,
+        new_fingerprint=fingerprint,
+        desc="Tokenizing",
+    )
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """What its encodings depend on; not the padding and truncation that its last call left behind."""
+    languages = tuple(getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang"))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__, languages, sorted(tokenizer.get_vocab().items())
+    parts = json.loads(backend.to_str())
+    parts = {name: parts[name] for name in parts if name not in ("padding", "truncation")}
+    return type(tokenizer).__name__, languages, parts

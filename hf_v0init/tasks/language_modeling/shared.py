@@ -1,0 +1,238 @@
+"""What run_clm and run_mlm share: the flags of text and model, the rows of each role, the size of a block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_v0init import InputError
+
+from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
+from ..models import TextModelArguments
+from ..run import Task
+from ..script_support import flag
+from ..text_files import load_local_files, open_stream
+from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
+
+TABLE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
+MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
+
+
+@dataclass
+class LanguageModelArguments(TextModelArguments):
+    """model: which model, which tokenizer"""
+
+    config_may_join: ClassVar[bool] = True
+
+    config_name: str | None = flag(
+        None,
+        "From scratch: a configuration, by Hub name, folder or JSON file. With --model_name_or_path: what differs from the "
+        "model's own without changing its weights, such as dropout.",
+    )
+    tokenizer_kind: str = flag(
+        "bpe",
+        "From scratch without a tokenizer, one is trained on the training text and saved: 'bpe' (byte-level BPE), or "
+        "'word' (words between white space; of a causal model with a </s> after every line, as PTB perplexities count).",
+        choices=["bpe", "word"],
+    )
+
+
+@dataclass
+class LanguageDataArguments(TextDataArguments):
+    """data: what it is trained and measured on"""
+
+    column_flags: ClassVar[tuple[str, ...]] = ("text_column",)
+    uneven_flag: ClassVar[str]  # the one with which samples differ in length
+
+    validation_split_percentage: float = flag(
+        5.0, "Without validation data, --do_eval takes this percentage from the beginning of the training data."
+    )
+    validation_split_rows: int | None = flag(
+        None,
+        "The same by number: validation data are the first so many rows of the training data. A stream, whose length is unknown, "
+        "takes no percentage.",
+    )
+    text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
+    block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        super().__post_init__()
+        if not 0 < self.validation_split_percentage < 100:
+            raise InputError(
+                f"--validation_split_percentage={self.validation_split_percentage}: must lie between 0 and 100"
+            )
+
+    def choose_text_columns(self, rows) -> list[str]:
+        """Choose the columns that hold text: the one named, else 'text', else the first."""
+        names = list_columns(rows)
+        return [self.text_column or ("text" if "text" in names else names[0])]
+
+    def choose_text_suffix(self, role: str) -> str:
+        """Return what is put after each text of "train", "validation" or "test"."""
+        return ""
+
+
+class LanguageTask(Task):
+    """A language model: rows of text, a tokenizer, blocks."""
+
+    test_name = "test"
+    longest_default_block: ClassVar[int]
+    for_masking: ClassVar[bool] = False
+    perplexity_name: ClassVar[str]
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
+        self.rows = load_rows(self.data, self.model, self.training)
+        texts = iterate_texts(self.rows["train"], self.data) if "train" in self.rows else None
+        self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
+        self.network = self.model.build_for(config, self.tokenizer)
+        self.block_size = self.choose_block_size()
+        return self.make_samples()
+
+    def make_samples(self) -> dict[str, Any]:
+        """Make the samples of each role."""
+        raise NotImplementedError
+
+    def refuse(self) -> None:
+        """Refuse a token budget where all samples have one length."""
+        budget, data = self.options.max_tokens_per_batch, self.data
+        if budget and not getattr(data, data.uneven_flag):
+            raise InputError(
+                f"--max_tokens_per_batch={budget}: blocks all have --block_size tokens, so give --per_device_train_batch_size "
+                f"instead; the budget is for --{data.uneven_flag}"
+            )
+
+    def train_tokenizer(self, texts) -> PreTrainedTokenizerBase:
+        """Train a tokenizer on texts."""
+        if self.model.tokenizer_kind == "word":
+            return train_word_tokenizer(texts, self.model.vocab_size, for_masking=self.for_masking)
+        return train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=False, for_masking=self.for_masking)
+
+    def choose_block_size(self) -> int:
+        """Choose the tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
+
+        Raises:
+            InputError: more than they take, or than a batch by token budget.
+        """
+        requested, budget = self.data.block_size, self.options.max_tokens_per_batch
+        limits = [n for n in (count_positions(self.network), self.tokenizer.model_max_length) if n and n > 0]
+        if requested is not None and limits and requested > min(limits):
+            raise InputError(
+                f"--block_size={requested}: model and tokenizer take {min(limits)} tokens; lower it, or raise the number of "
+                "positions with --config_overrides"
+            )
+        size = min([self.longest_default_block, *limits]) if requested is None else requested
+        if budget is not None and budget < size:
+            raise InputError(
+                f"--max_tokens_per_batch={budget}: is less than the {size} tokens that a sample may have; raise it, or lower "
+                "--block_size"
+            )
+        return size
+
+    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
+        """Say perplexity and accuracy."""
+        name = self.perplexity_name
+        if f"{stage}_{name}" not in metrics:
+            return []
+        words = (
+            f"{name.replace('_', '-')} {metrics[f'{stage}_{name}']:.3f}, accuracy {metrics[f'{stage}_accuracy']:.4f}"
+        )
+        return [f"{stage}: {words} over {metrics[f'{stage}_num_tokens']:,} tokens"]
+
+
+def count_positions(network: PreTrainedModel) -> int | None:
+    """Count the tokens that a model has positions for; None: any number.
+
+    RoBERTa and its like number positions from behind their padding's, so some of their table is never used.
+    """
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(positions, module.num_embeddings - module.padding_idx - 1)
+    return positions
+
+
+def load_rows(data: LanguageDataArguments, hub, training) -> dict:
+    """Load the rows of each role that the run needs: "train", "validation", "test".
+
+    Returns:
+        By role a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
+
+    Raises:
+        InputError: data that is missing, cannot be read, has no rows or not the columns named.
+    """
+    needed, rows = find_needed_roles(training), {}
+    of_hub = data.load_dataset(hub, streaming=data.streaming) if data.dataset_name else {}
+    for role in needed:
+        path = getattr(data, f"{role}_file")
+        if role in of_hub:
+            rows[role] = of_hub[role]
+        elif path is not None:
+            rows[role] = open_stream(path) if data.streaming else load_local_files(path, role=role)
+        elif role != "validation":
+            raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
+    if data.validation_split_rows is not None and ("validation" not in needed or "validation" in rows):
+        why = "there is validation data" if "validation" in rows else "the run evaluates nothing (--do_eval)"
+        raise InputError(f"--validation_split_rows={data.validation_split_rows}: {why}; drop it")
+    if "validation" in needed and "validation" not in rows:
+        rows |= split_off_validation(rows.get("train"), data)
+    for role, part in rows.items():
+        if not is_stream(part) and len(part) == 0:
+            raise InputError(f"the {role} data has no rows; give a file or split with at least one")
+        names = list_columns(part)
+        for name in data.column_flags:
+            column = getattr(data, name)
+            if column is not None and column not in names:
+                raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
+    if "train" in rows and data.shuffle_buffer_size:
+        rows["train"] = rows["train"].shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
+    return rows
+
+
+def split_off_validation(train, data: LanguageDataArguments) -> dict:
+    """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
+    if train is None:
+        raise InputError("there is no validation data; give --validation_file, or a data set that has that split")
+    number, given = data.validation_split_rows, f"--validation_split_rows={data.validation_split_rows}"
+    if is_stream(train):
+        if number is None:
+            raise InputError(
+                "there is no validation data; give --validation_file, or --validation_split_rows 1000 for the first rows of the "
+                "training stream"
+            )
+        if next(iter(train.skip(number)), None) is None:
+            raise InputError(f"{given}: the training stream has no more rows; lower it, or give --validation_file")
+        return {"train": train.skip(number), "validation": train.take(number)}
+    if number is None:
+        given = f"--validation_split_percentage={data.validation_split_percentage}"
+        number = round(len(train) * data.validation_split_percentage / 100)
+    if not 0 < number < len(train):
+        raise InputError(
+            f"{given}: of {len(train)} rows that leaves {number} for validation and {max(len(train) - number, 0)} for training; "
+            "give --validation_file"
+        )
+    return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
+
+
+def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
+    """Yield the training texts, for a tokenizer to be trained on; raise `InputError` for a row without text."""
+    columns, suffix = data.choose_text_columns(rows), data.choose_text_suffix("train")
+    for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
+        for column in columns:
+            if not isinstance(row[column], str):
+                raise InputError(f"column {column!r} holds {row[column]!r} in some row; every row must hold text there")
+            yield row[column] + suffix
+
+
+def is_text_file(path: str | None) -> bool:
+    """Whether a file is read line by line."""
+    return path is not None and not any(suffix.lower() in TABLE_SUFFIXES for suffix in Path(path).suffixes)

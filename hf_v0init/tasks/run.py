@@ -1,0 +1,316 @@
+"""One run of a training script, from the flags to the model card. `run` is the whole course; a `Task` says what is trained.
+
+flags -> refusals -> where to start -> configuration -> data, tokenizer, model, samples -> Trainer
+      -> training -> evaluation -> prediction -> card, summary
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_v0init import InputError
+
+from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
+from .data import find_needed_roles, is_stream
+from .output_folder import RemoveWhatIsStale, find_place_to_start
+from .probing import probe_and_print, require_possible_figure, turn_into_probe
+from .run_identity import describe_run, require_same_model
+from .schedules import require_possible_schedule
+from .script_support import explain_hub_errors, flag, parse_arguments, start_logging
+from .script_trainer import CARD_FILE
+from .summary import print_summary, say
+from .token_budget import build_token_budget_sampler
+from .value_checks import require_available_metric, require_in_range, require_positive_counts
+
+logger = logging.getLogger("hf_v0init")
+
+
+@dataclass
+class RunArguments:
+    """run: how it trains and what it keeps, beside transformers' own flags
+
+    Raises:
+        InputError: numbers out of range.
+    """
+
+    overwrite_output_dir: bool = flag(
+        False,
+        "Start afresh in an output folder that has files; checkpoints and results of the earlier run are deleted.",
+    )
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "Where samples differ in length: training batches by token budget, padded tokens per batch, process and forward pass "
+        "(of source or target, whichever is longer); replaces --per_device_train_batch_size.",
+    )
+    average_checkpoints: int | None = flag(
+        None, "After training, average the last so many checkpoints; evaluate and save the average."
+    )
+    early_stopping_patience: int | None = flag(
+        None,
+        "End when --metric_for_best_model (default: loss) has not become better in so many evaluations one after the other, and "
+        "keep the best model. Needs --eval_strategy and --load_best_model_at_end.",
+    )
+    early_stopping_threshold: float | None = flag(
+        None, "By how much a metric must be better to count as better. Default: 0."
+    )
+    lr_decay_epochs: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by --lr_decay_factor after each of these epochs, counted from 1, for example 100 145; "
+            "on top of --lr_scheduler_type, so give 'constant' or 'constant_with_warmup' for steps alone. Default: none."
+        },
+    )
+    lr_decay_factor: float | None = flag(None, "Factor of --lr_decay_epochs, between 0 and 1. Default: 0.1.")
+    warmup_init_lr: float | None = flag(
+        None, "Learning rate at which the warmup of --warmup_steps begins, such as fairseq's 1e-7. Default: 0."
+    )
+    min_lr: float | None = flag(
+        None, "Learning rate below which the schedule does not fall after the warmup, such as 1e-9. Default: none."
+    )
+    probe_only: bool = flag(
+        False,
+        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs. "
+        "`hf-v0init probe FILE` does the same.",
+    )
+    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
+
+    def __post_init__(self) -> None:
+        """Check what the flags alone rule out."""
+        require_positive_counts(self, "max_length_b", "num_sample_translations")
+        require_in_range(self)
+        require_possible_figure(self)
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise InputError(
+                f"--early_stopping_threshold={self.early_stopping_threshold}: needs --early_stopping_patience"
+            )
+
+
+class Task:
+    """What is trained and how it is measured. A script makes a subclass, and `run(itself, argv)` does the rest.
+
+    Attributes:
+        arguments: dataclasses of flags: model, data, run, the Trainer's, and further ones.
+        examples: commands for `--help`.
+        metrics: names of what its evaluations measure, without "eval_".
+        missing_metrics: those that the flags have left out, with what would produce them.
+        card_task: the Hub's name of the task.
+        test_name: under which results of the test set are kept.
+        takes_token_budget: in words for an error, when --max_tokens_per_batch makes sense.
+    """
+
+    arguments: ClassVar[tuple[type, ...]]
+    examples: ClassVar[str] = ""
+    metrics: Sequence[str] = ("loss",)
+    missing_metrics: ClassVar[dict[str, str]] = {}
+    card_task: ClassVar[str]
+    test_name: ClassVar[str] = "predict"
+
+    def __init__(self, model, data, options: RunArguments, training: TrainingArguments, *others) -> None:
+        self.model, self.data, self.options, self.training, self.others = model, data, options, training, others
+
+    def refuse(self) -> None:
+        """Raise `InputError` for what the flags alone rule out."""
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the model's configuration, before any data is read."""
+        return self.model.load_config()
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load data, tokenizer and model; return the samples of each role: "train", "validation", "test".
+
+        Args:
+            place: the folder that the run goes on from, if any.
+        """
+        raise NotImplementedError
+
+    def make_collator(self) -> Any:
+        """Make what joins samples to a batch."""
+        raise NotImplementedError
+
+    def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
+        """Make the Trainer of these samples; `common` are further arguments of it."""
+        raise NotImplementedError
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        """Evaluate on the validation samples; return the metrics."""
+        return trainer.evaluate(metric_key_prefix="eval")
+
+    def predict(self, trainer: Trainer, samples) -> None:
+        """Measure the test samples, and write what is predicted."""
+        self.save_results(trainer, self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Write whatever else is asked for, such as a sample of text."""
+
+    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
+        """Say in a line or two how good the model is, of one stage ("eval", "test", ...); nothing for others."""
+        return []
+
+    def describe_for_card(self) -> dict[str, Any]:
+        """Describe the run to `create_model_card`; of local files or folders only the names are told."""
+        card = {"tasks": self.card_task, "finetuned_from": self.model.model_name_or_path}
+        if self.data.dataset_name:
+            card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
+            return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
+        return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
+
+    def save_results(self, trainer: Trainer, stage: str, metrics: dict[str, Any]) -> None:
+        """Print one stage's scores, and write its metrics to its JSON file and to all_results.json."""
+        trainer.save_metrics(stage, metrics)
+        if trainer.is_world_process_zero():
+            for line in self.describe_scores(stage, metrics):
+                say(line)
+
+
+def run(task_class: type[Task], argv: list[str]) -> None:
+    """Do what the flags in `argv` say.
+
+    Raises:
+        InputError: what the user must change.
+    """
+    task = task_class(*parse_arguments(task_class.arguments, argv, task_class.examples))
+    training, options = task.training, task.options
+    if options.probe_only:
+        turn_into_probe(training)
+    start_logging(training)
+    callbacks = make_early_stopping(options, training)
+    require_available_metric(training, task.metrics, task.missing_metrics)
+    require_possible_run(task)
+    task.refuse()
+    identity = describe_run(training, task.model, task.data, options, *task.others)
+    name = task.model.model_name_or_path
+    place = find_place_to_start(training, name, options.overwrite_output_dir, identity)
+    config = task.load_config()
+    require_same_model(place, config)
+    set_seed(training.seed)
+
+    samples, collator = task.prepare(config, place), task.make_collator()
+    if training.do_train:
+        require_trainable(samples["train"], collator, options, training)
+    common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
+    with explain_hub_errors(training):
+        trainer = task.make_trainer(samples, args=training, data_collator=collator, **common)
+    if options.probe_only:
+        probe_and_print(trainer, options)
+        return
+    if training.do_train:
+        task.save_results(trainer, "train", train_and_save(trainer, place, options))
+        trainer.save_state()
+    if training.do_eval:
+        task.save_results(trainer, "eval", task.evaluate(trainer))
+    if training.do_predict:
+        task.predict(trainer, samples["test"])
+    task.finish(trainer)
+    publish(trainer, task.describe_for_card())
+
+
+def require_possible_run(task: Task) -> None:
+    """Refuse what the flags that all tasks share rule out."""
+    training, options = task.training, task.options
+    streaming = getattr(task.data, "streaming", False)
+    if streaming and training.do_train and training.max_steps <= 0:
+        raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
+    if streaming and options.max_tokens_per_batch:
+        raise InputError(
+            f"--max_tokens_per_batch={options.max_tokens_per_batch}: not with --streaming; drop one of the two"
+        )
+    if training.do_train:
+        require_possible_schedule(options, training, streaming)
+        if options.average_checkpoints is not None:
+            require_enough_checkpoints(training, options.average_checkpoints)
+
+
+def make_early_stopping(options: RunArguments, training: TrainingArguments) -> list[TrainerCallback]:
+    """Make the Trainer's callbacks for early stopping: one, or none where no patience is given.
+
+    A resumed run goes on with the count of its checkpoint (`restore_callback_states_from_checkpoint` is switched on).
+
+    Raises:
+        InputError: the run does not train, does not evaluate while it trains, or does not keep its best model.
+    """
+    if options.early_stopping_patience is None:
+        return []
+    given = f"--early_stopping_patience={options.early_stopping_patience}"
+    if not training.do_train:
+        raise InputError(f"{given}: is for training; add --do_train, or drop it")
+    if training.eval_strategy == "no":
+        raise InputError(f"{given}: compares evaluations during training; add --eval_strategy steps, or epoch")
+    if not training.load_best_model_at_end:
+        raise InputError(f"{given}: ends with the best model; add --load_best_model_at_end")
+    training.restore_callback_states_from_checkpoint = True
+    return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold or 0.0)]
+
+
+def require_trainable(samples, collator, options: RunArguments, training: TrainingArguments) -> None:
+    """Refuse what would only show during or after training."""
+    if is_stream(samples) or not hasattr(samples, "__len__"):
+        return
+    budget = options.max_tokens_per_batch
+    if budget is not None:
+        build_token_budget_sampler(samples, training, collator, budget)
+    batch_size = training.train_batch_size * training.world_size
+    if budget is None and training.dataloader_drop_last and len(samples) < batch_size:
+        raise InputError(
+            f"--dataloader_drop_last: leaves nothing of {len(samples)} training samples, fewer than the {batch_size} of a batch; "
+            "drop it, or lower --per_device_train_batch_size"
+        )
+    if options.average_checkpoints is not None:
+        num_steps = count_steps(training, len(samples)) if budget is None or training.max_steps > 0 else None
+        require_enough_checkpoints(training, options.average_checkpoints, num_steps)
+
+
+def count_steps(training: TrainingArguments, num_samples: int) -> int:
+    """Count the optimizer steps of the run before the Trainer does."""
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = math.ceil(num_samples / (training.train_batch_size * training.world_size))
+    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def train_and_save(trainer: Trainer, place: str | None, options: RunArguments) -> dict[str, Any]:
+    """Train, from the checkpoint `place` if there is one, and save the model: the last, or the average of the last checkpoints.
+
+    Where `place` is the output folder itself, the run has been trained: its model is loaded, and nothing is trained.
+
+    Returns:
+        The metrics of training, with `train_samples` where their number is known.
+    """
+    if place is not None and Path(place) == Path(trainer.args.output_dir):
+        return trainer.load_trained()
+    fresh = place is None and options.overwrite_output_dir
+    trainer.add_callback(RemoveWhatIsStale(with_checkpoints=fresh))  # added last, so called when v0 has been chosen
+    metrics = dict(trainer.train(resume_from_checkpoint=place).metrics)
+    if options.average_checkpoints is not None:
+        folders = load_average_of_last(trainer, options.average_checkpoints)
+        logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
+    trainer.save_model()
+    if hasattr(trainer.train_dataset, "__len__"):
+        metrics["train_samples"] = len(trainer.train_dataset)
+    return metrics
+
+
+def publish(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Write the model card, or add to it; push everything if `--push_to_hub` was given; and sum the run up on the terminal."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif trainer.args.do_train or Path(trainer.args.output_dir, CARD_FILE).is_file():
+        trainer.create_model_card(**card)  # results of a model that is kept elsewhere need no card here
+    if trainer.is_world_process_zero():
+        print_summary(trainer)
+    trainer.accelerator.end_training()
+
+
+def tokenize_first_on_main(task: Task, rows: dict[str, Any], prepare) -> dict[str, Any]:
+    """Make the samples of each role by `prepare(rows, role)`, on the main process first, whose cache the others read."""
+    samples = {}
+    for role in [role for role in find_needed_roles(task.training) if role in rows]:
+        with task.training.main_process_first(desc=f"tokenizing {role}"):
+            samples[role] = prepare(rows[role], role)
+    return samples

@@ -1,0 +1,105 @@
+"""The example of a user's own script, and such scripts as do less than it does, with real training."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from comparison_fakes import wait_until
+
+from hf_v0init.compare.results import read_comparison
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "configs" / "compare" / "my_script.py"
+RESUME = "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
+
+
+def start(folder: Path, *options) -> subprocess.Popen:
+    words = [
+        sys.executable,
+        "-m",
+        "hf_v0init.cli.main",
+        "compare",
+        str(folder / "mine.yaml"),
+        "--output_dir",
+        str(folder / "out"),
+    ]
+    return subprocess.Popen([*words, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def call(folder: Path, *options) -> tuple[int, str, str]:
+    process = start(folder, *options)
+    out, err = process.communicate(timeout=500)
+    return process.returncode, out, err
+
+
+def write(folder: Path, exchange=("", ""), grids=None, **arguments) -> None:
+    """Write the example's script with one line exchanged, and its YAML file with other grids and arguments."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert exchange[0] in text
+    (folder / "mine.py").write_text(text.replace(*exchange))
+    content = yaml.safe_load(EXAMPLE.with_suffix(".yaml").read_text(encoding="utf-8"))
+    content |= {"script": "mine.py", "grids": grids or content["grids"]}
+    content["arguments"] |= arguments
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_the_example_is_short_enough_to_read():
+    code = [
+        line for line in EXAMPLE.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith('"""')
+    ]
+    assert len(code) <= 15 and code[-2:] == [RESUME, "trainer.evaluate()"]
+
+
+@pytest.mark.slow
+def test_a_plain_train_and_evaluate_gets_through(tmp_path):
+    """No metric is saved, no model, no checkpoint: the loss is taken from the log, and what v0 cost is charged."""
+    grids = [{"v0": ["zeros", "data_driven per_sample 1"], "learning_rate": [1e-2], "seed": [1]}]
+    write(tmp_path, (RESUME, "trainer.train()"), grids, max_steps=20, eval_steps=10, v0_num_samples=128)
+    code, out, err = call(tmp_path)
+    assert (code, err) == (0, "") and "2 finished." in out and "Warning" not in out, out
+    assert not list(tmp_path.glob("out/runs/*/output/all_results.json"))
+    plain, charged = read_comparison(tmp_path / "out").runs
+    for run in (plain, charged):
+        assert run.eval_steps == [0, 10, 20] and run.final_loss == run.eval_losses[-1]
+        assert run.final_loss < run.start_loss - 0.5  # it learns
+    assert (plain.v0_samples, plain.v0_extra_steps) == (0, 0.0)
+    assert (charged.v0_samples, charged.v0_extra_steps) == (128, 4.0)  # in batches of 32
+    assert charged.v0_seconds > 0 and plain.fingerprint == charged.fingerprint
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_of_a_real_script_is_found_by_one_start(tmp_path):
+    write(tmp_path, widht=16)
+    code, _, err = call(tmp_path, "--jobs", "2")
+    assert code == 2 and err.startswith(
+        "error: the first run failed before it had logged anything: ValueError: Some specified"
+    )
+    assert "--widht=16" in err and err.count("\n") == 1 and len(list(tmp_path.glob("out/runs/*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_run_that_is_cut_off_goes_on_or_is_found_not_to(tmp_path, resumes):
+    exchange = ("", "") if resumes else (RESUME, "trainer.train()")
+    grids = [{"v0": ["data_driven 1"], "learning_rate": [1e-2], "seed": [1]}]
+    write(tmp_path, exchange, grids, save_strategy="steps", save_steps=20, max_steps=120, eval_steps=40)
+    process = start(tmp_path)
+    wait_until(lambda: list(tmp_path.glob("out/runs/*/output/checkpoint-40/trainer_state.json")), 200)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    code, out, err = call(tmp_path, "--resume_runs")
+    assert (code, err) == (0, "") and "1 finished." in out
+    record = json.loads(next(tmp_path.glob("out/runs/*/record.json")).read_text())
+    assert ("began at step 0 again" in out) is not resumes and bool(record.get("resumed_from")) is resumes
+    (run,) = read_comparison(tmp_path / "out").runs
+    assert run.eval_steps == [0, 40, 80, 120] and not run.problems
+    shutil.rmtree(tmp_path / "out")
+    assert call(tmp_path)[0] == 0
+    (straight,) = read_comparison(tmp_path / "out").runs
+    assert straight.eval_losses == run.eval_losses  # bit for bit

@@ -1,0 +1,288 @@
+"""The estimate of E[g^2] against one-sample-at-a-time fp64 gradients, and what it must leave alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from reference import per_sample_gradients
+from torch import nn
+
+from hf_v0init import InputError
+from hf_v0init.estimation.batches import SampleBatch
+from hf_v0init.estimation.per_sample import compute_grad_sq_mean, estimate_grad_sq_mean
+
+
+class Regression(nn.Module):
+    """Two layers with everything that could be disturbed: dropout, BatchNorm, a shared weight, a frozen one."""
+
+    def __init__(self, dropout: float = 0.0, batch_norm: bool = False):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.norm = nn.BatchNorm1d(5) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(5, 1)
+        self.frozen = nn.Linear(5, 5)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(self.first(x)))  # used twice, as tied weights are
+        return self.last(self.frozen(self.dropout(self.norm(x))))
+
+
+def mean_loss(model, inputs):
+    x, y = inputs
+    return (model(x) - y).square().mean()
+
+
+def make_data(num: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, 5, generator=generator), torch.randn(num, 1, generator=generator)
+
+
+def make_batches(x, y, sizes) -> list[SampleBatch]:
+    cut = torch.arange(len(x)).split(sizes)
+    return [SampleBatch((x[i], y[i]), len(i), k) for k, i in enumerate(cut)]
+
+
+def estimate(model, batches, loss=mean_loss, **options):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return estimate_grad_sq_mean(named, batches, lambda inputs: loss(model, inputs), model=model, **options)
+
+
+def test_single_samples_give_the_exact_mean_square():
+    torch.manual_seed(0)
+    model = Regression()
+    x, y = make_data(30)
+    exact = per_sample_gradients(model, list(zip(x.split(1), y.split(1), strict=True)), mean_loss)
+    made = estimate(model, make_batches(x, y, [1] * 30), effective_batch_size=10)
+    assert (made.num_samples, made.num_batches, made.num_skipped) == (30, 30, 0)
+    assert made.mean_loss == pytest.approx(mean_loss(model, (x, y)).item(), rel=1e-5)
+    ratios = []
+    for name, g in exact.items():
+        torch.testing.assert_close(made.tensors[name].double(), g.square().mean(0), rtol=1e-5, atol=1e-12)
+        # of a step of 10 of these 30 samples
+        of_step = g.mean(0).square() + g.var(0, unbiased=True) * (1 / 10 - 1 / 30)
+        ratios.append((g.square().mean(0) / of_step).flatten())
+    assert made.measured_ratio == pytest.approx(float(torch.cat(ratios).median()), rel=1e-4)
+
+
+def test_batches_of_any_sizes_give_mean_square_plus_the_spread_between_them():
+    """The formula at the head of the file, in fp64, from the gradients of the batches."""
+    torch.manual_seed(0)
+    model = Regression()
+    x, y = make_data(23)
+    sizes = [4, 4, 4, 4, 4, 3]
+    batches = make_batches(x, y, sizes)
+    exact = per_sample_gradients(model, [batch.inputs for batch in batches], mean_loss)
+    made = estimate(model, batches)
+    n = torch.tensor(sizes, dtype=torch.float64)
+    for name, g in exact.items():
+        n_like = n.view(-1, *[1] * (g.dim() - 1))
+        mean = (n_like * g).sum(0) / 23
+        variance = (n_like * (g - mean).square()).sum(0) / 5
+        expected = mean.square() + variance * (1 - 1 / 23)
+        torch.testing.assert_close(made.tensors[name].double(), expected, rtol=1e-4, atol=1e-10)
+
+
+def test_batches_estimate_the_per_sample_mean_square_without_bias():
+    """1,200 random cuts of the same samples into uneven batches average to the per-sample value."""
+    torch.manual_seed(0)
+    model = Regression()
+    x, y = make_data(23)
+    per_sample = per_sample_gradients(model, list(zip(x.split(1), y.split(1), strict=True)), mean_loss)["last.weight"]
+    sizes = [4, 4, 4, 4, 4, 3]
+    generator = torch.Generator().manual_seed(1)
+    total, repeats = torch.zeros(5, dtype=torch.float64), 1200
+    for _ in range(repeats):
+        order = torch.randperm(23, generator=generator)
+        means = [per_sample[i].mean(0) for i in order.split(sizes)]
+        grad_sum = sum(n * g for n, g in zip(sizes, means, strict=True)).flatten()
+        grad_sq_sum = sum(n * g * g for n, g in zip(sizes, means, strict=True)).flatten()
+        total += compute_grad_sq_mean(grad_sum, grad_sq_sum, 23, 6)
+    # a finite population of 23: its variance with n - 1 enters, E[g^2] with n
+    expected = per_sample.square().mean(0).flatten()
+    torch.testing.assert_close(total / repeats, expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 64])
+def test_of_a_larger_batch_it_is_the_mean_square_of_that_batchs_gradient(batch_size):
+    """i.i.d. g ~ N(mu, s^2): E[g_B^2] = mu^2 + s^2 / B."""
+    generator = torch.Generator().manual_seed(0)
+    g = 0.5 + 2.0 * torch.randn(50_000, generator=generator, dtype=torch.float64)
+    batches = g.view(-1, 4).mean(1)
+    grad_sum, grad_sq_sum = 4 * batches.sum(), 4 * batches.square().sum()
+    made = compute_grad_sq_mean(grad_sum, grad_sq_sum, 50_000, 12_500, batch_size)
+    assert made.item() == pytest.approx(0.25 + 4.0 / batch_size, rel=0.05)
+
+
+def test_a_batch_larger_than_the_samples_gives_the_squared_mean_and_never_less_than_zero():
+    grad_sum, grad_sq_sum = torch.tensor([10.0, 0.0]), torch.tensor([30.0, 5.0])
+    assert compute_grad_sq_mean(grad_sum, grad_sq_sum, 10, 10, 1000).tolist() == [1.0, 0.0]
+    rounded = compute_grad_sq_mean(torch.tensor([10.0]), torch.tensor([9.999]), 10, 10)
+    assert rounded.tolist() == [1.0]  # a spread below zero is rounding
+
+
+def test_one_batch_of_several_samples_and_no_batch_are_refused():
+    model = Regression()
+    with pytest.raises(InputError, match=r"the 8 samples .* fit into one batch.*batches of at most 4"):
+        estimate(model, make_batches(*make_data(8), [8]))
+    with pytest.raises(InputError, match="saw no sample"):
+        estimate(model, [])
+
+
+def snapshot(model):
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "modes": [m.training for m in model.modules()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].copy(),
+    }
+
+
+def assert_same(before, after):
+    assert all(torch.equal(v, after["state"][k]) for k, v in before["state"].items())
+    for key in ("modes", "requires_grad", "python"):
+        assert before[key] == after[key], key
+    for a, b in zip(before["grads"], after["grads"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert torch.equal(before["torch"], after["torch"])
+    assert np.array_equal(before["numpy"], after["numpy"])
+
+
+@pytest.mark.parametrize("fails", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_pass_leaves_everything_as_it_was(fails, is_training):
+    torch.manual_seed(0)
+    model = Regression(dropout=0.5, batch_norm=True).train(is_training)
+    model.first.eval()  # a user's own mixture of modes
+    mean_loss(model, make_data(8)).backward()  # a user's own gradients
+    before = snapshot(model)
+    modes = []
+
+    def loss(model, inputs):
+        modes.append((model.norm.training, model.first.training))
+        random.random(), np.random.rand(), torch.rand(1)
+        if fails is not None and len(modes) == 3:
+            raise fails("stop here")
+        return mean_loss(model, inputs)
+
+    batches = make_batches(*make_data(24), [6] * 4)
+    if fails is None:
+        estimate(model, batches, loss)
+        assert modes == [(True, not is_training)] * 4
+    else:
+        with pytest.raises(fails, match="stop here"):
+            estimate(model, batches, loss)
+    assert_same(before, snapshot(model))
+
+
+def test_dropout_of_a_batch_is_its_own_by_seed_and_index():
+    torch.manual_seed(0)
+    model = Regression(dropout=0.5)
+    batches = make_batches(*make_data(24), [4] * 6)
+    losses = []
+
+    def loss(model, inputs):
+        value = mean_loss(model, inputs)
+        losses.append(value.item())
+        return value
+
+    estimate(model, batches, loss, seed=5)
+    estimate(model, batches[::2], loss, seed=5)
+    estimate(model, batches[1::2], loss, seed=5)
+    assert losses[6:] == losses[:6:2] + losses[1:6:2]
+    estimate(model, batches, loss, seed=6)
+    assert losses[12:] != losses[:6]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_batch(bad):
+    x, y = make_data(12)
+    y[9] = bad
+    with pytest.raises(InputError, match=r"loss is (nan|inf) in batch 2 .*4 samples"):
+        estimate(Regression(), make_batches(x, y, [4, 4, 4]))
+
+
+def test_narrow_gradients_are_summed_in_fp32_and_a_loss_scale_is_divided_out():
+    """1,250 equal gradients of 1/3: a bf16 running sum stops growing at 128."""
+    model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    x = torch.full((1, 4), 1 / 3, dtype=torch.bfloat16)
+    batches = [SampleBatch(x, 1, k) for k in range(1250)]
+    for scale in (1.0, 1024.0):
+        made = estimate(model, batches, lambda model, x: model(x).sum(), loss_scale=scale).tensors["weight"]
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made, torch.full((4, 4), x[0, 0].item() ** 2), rtol=1e-4, atol=0)
+
+
+def test_repetitions_and_batches_without_a_loss_are_run_but_neither_counted_nor_summed():
+    torch.manual_seed(0)
+    model, x, run = Regression(), make_data(20), []
+    batches = make_batches(*x, [4] * 5)
+    for batch, flags in zip(
+        batches, [(True, True), (False, True), (True, False), (True, True), (False, False)], strict=True
+    ):
+        batch.counts, batch.has_loss = flags
+
+    def loss(model, inputs):
+        run.append(1)
+        return mean_loss(model, inputs) * (float("nan") if len(run) == 3 else 1.0)  # as a mean over no label is
+
+    made = estimate(model, batches, loss)
+    assert (len(run), made.num_samples, made.num_batches, made.num_skipped) == (5, 8, 2, 4)
+    alone = estimate(model, [batches[0], batches[3]])
+    assert alone.mean_loss == made.mean_loss
+    assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in made.tensors.items())
+
+
+def test_a_shared_module_under_reentrant_checkpointing_is_the_plain_one():
+    """Its gradient arrives in two parts, and only their sum has the square that is meant."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = Regression()
+
+    def loss(module, inputs):
+        x, y = inputs
+        x = x.requires_grad_(True)
+        h = checkpoint(module.first, x, use_reentrant=True)
+        h = torch.tanh(checkpoint(module.first, h, use_reentrant=True))
+        return (module.last(module.frozen(h)) - y).square().mean()
+
+    batches = make_batches(*make_data(8), [1] * 8)
+    plain, saved = estimate(model, batches), estimate(model, batches, loss)
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(saved.tensors[name], tensor, rtol=1e-5, atol=1e-12)
+
+
+def test_a_forward_that_changes_trained_weights_is_refused_and_names_them():
+    class Normalised(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    with pytest.raises(InputError, match=r"forward changes its own weights \('weight'\).*v0_estimator=minibatch"):
+        estimate(Normalised(3, 2), [SampleBatch(torch.randn(2, 3), 2, 0)], lambda m, x: m(x.clone()).square().mean())
+
+
+def test_the_sums_and_the_estimate_take_two_tensors_a_parameter():
+    """Bytes of live tensors of the parameter's size before each batch: the weight and the two sums."""
+    import gc
+
+    size, alive = 301, []
+    model = nn.Linear(size, size, bias=False)
+    x = torch.randn(4, size)
+
+    def count(*_) -> None:
+        gc.collect()
+        tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() == size * size)
+        alive.append(len({o.untyped_storage().data_ptr() for o in tensors}))
+
+    batches = [SampleBatch((x, x), 4, k) for k in range(3)]
+    estimate(model, batches, on_batch=count)
+    assert alive == [3, 3, 3]
+    assert model.weight.grad is None

@@ -1,0 +1,394 @@
+"""The length that is measured inside the first optimizer step: what it is, and that the run is as if it had been given."""
+
+import logging
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from trainers import make_trainer
+from transformers import Trainer, TrainerCallback, set_seed
+
+from hf_v0init import InputError, V0InitCallback, V0InitMixin, attach_v0, compute_warmup_length, measure_trust_radius
+
+STEPS = 18
+
+
+class Network(nn.Module):
+    """What a forward may move: dropout, a buffer, a tensor and a counter that are plain attributes, Python's and NumPy's numbers."""
+
+    def __init__(self, batch_norm: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4))
+        self.norm = nn.BatchNorm1d(6) if batch_norm else nn.Identity()
+        self.register_buffer("seen", torch.zeros(6))
+        self.average, self.calls, self.last = torch.zeros(6), 0, None
+
+    def forward(self, x, labels=None):
+        if self.training:
+            self.seen.add_(x.mean(0))
+            self.average.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            self.last, self.calls = x.detach().sum(), self.calls + 1
+        x = x + 1e-3 * random.random() + 1e-3 * float(np.random.rand())
+        return {"loss": nn.functional.cross_entropy(self.net(self.norm(x)), labels)}
+
+
+class WatchingTrainer:
+    """Put before a Trainer: counts, averages, draws and a teacher, as subclasses have them."""
+
+    def __init__(self, *args, **kwargs):
+        self.num_losses, self.store, self.average = 0, {"train": []}, torch.zeros(())
+        self.average_in_place = torch.zeros(())
+        self.own = torch.Generator().manual_seed(4)
+        self.teacher = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            self.num_losses += 1
+            self.average = 0.9 * self.average + 0.1 * loss.detach()
+            self.average_in_place.mul_(0.9).add_(loss.detach())
+            self.store["train"].append(self.num_losses)
+            with torch.no_grad():
+                self.teacher.train()(torch.randn(8, 6, generator=self.own))
+        return loss
+
+
+class OursTrainer(WatchingTrainer, V0InitMixin, Trainer):
+    pass
+
+
+class StockTrainer(WatchingTrainer, Trainer):
+    pass
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Can be read once."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+def make_rows(num: int = 400) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 4)} for i in range(num)]
+
+
+def make_optimizer(model) -> torch.optim.Optimizer:
+    groups = [{"params": model.net[0].parameters(), "lr": 0.15}, {"params": model.net[3].parameters(), "lr": 0.05}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+class OwnSampler:
+    """Put before a Trainer: the order of the data comes from a generator of its own."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self.sampler_generator = torch.Generator().manual_seed(8)
+        return torch.utils.data.RandomSampler(self.train_dataset, generator=self.sampler_generator)
+
+
+def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = False, **options):
+    torch.manual_seed(7)
+    model = Network(batch_norm)
+    rows = Stream(make_rows()) if data == "stream" else make_rows()
+    base = StockTrainer if stock else OursTrainer
+    cls = type("Sampled", (OwnSampler, base), {}) if data == "sampler" else base
+    trainer = make_trainer(
+        folder, stock=stock, model=model, data=rows, trainer_class=cls,
+        kwargs={"optimizers": (make_optimizer(model), None)},
+        **{"max_steps": STEPS, "per_device_train_batch_size": 8, "remove_unused_columns": False, "logging_steps": 3} | options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def take(trainer) -> dict:
+    """All that a run leaves behind."""
+    model = trainer.model
+    taken = {f"weights {name}": value.clone() for name, value in model.state_dict().items()}
+    taken |= {f"teacher {name}": value.clone() for name, value in trainer.teacher.state_dict().items()}
+    for number, state in enumerate(trainer.optimizer.state.values()):
+        taken |= {f"state {number} {key}": value for key, value in state.items()}
+    taken |= {"average": model.average, "calls": torch.tensor(model.calls), "last": model.last}
+    taken |= {
+        "trainer's": trainer.average,
+        "trainer's in place": trainer.average_in_place,
+        "losses": torch.tensor(trainer.num_losses),
+    }
+    taken |= {"store": torch.tensor(trainer.store["train"]), "own": trainer.own.get_state()}
+    taken |= {"rng": torch.get_rng_state(), "python": torch.tensor(random.getstate()[1])}
+    taken["numpy"] = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
+    logs = [[entry[key] for key in ("loss", "learning_rate")] for entry in trainer.state.log_history if "loss" in entry]
+    return taken | {"logs": torch.tensor(logs, dtype=torch.float64)}
+
+
+def assert_same_run(a, b) -> None:
+    a, b = take(a), take(b)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+CASES = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "stream": {"data": "stream"},
+    "sampler": {"data": "sampler"},
+    "workers": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", ["data_driven", "random"])
+def test_a_measured_length_gives_the_run_of_that_length_bit_for_bit(strategy, case, tmp_path):
+    measured = run(tmp_path / "a", v0_init=strategy, **CASES[case])
+    report = measured.get_v0_report()
+    length = report["length"]
+    assert 1 < length["steps"] == report["decay_steps"] <= STEPS * 2 / 3 and length["num_forwards"] >= 5
+    assert length["x"] == pytest.approx(0.15 / length["d50"]) and length["learning_rate"] == 0.15
+    assert length["steps"] == compute_warmup_length(length["x"], STEPS)
+    given = run(tmp_path / "b", v0_init=strategy, v0_decay_steps=length["steps"], **CASES[case])
+    assert_same_run(measured, given)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_measured_warmup_is_warmup_steps_of_that_length_bit_for_bit(case, tmp_path):
+    measured = run(tmp_path / "a", untuned_warmup="trust_radius", **CASES[case])
+    record = measured.get_v0_report()
+    assert record["strategy"] == "zeros" and record["warmup_steps"] == record["length"]["steps"] > 1
+    assert_same_run(measured, run(tmp_path / "b", stock=True, warmup_steps=record["warmup_steps"], **CASES[case]))
+
+
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
+@pytest.mark.parametrize("case", ["no need", "batch norm"])
+def test_where_none_is_needed_the_run_is_stock_bit_for_bit(settings, case, tmp_path):
+    options = {"batch_norm": True} if case == "batch norm" else {}
+
+    class Slow(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+            if case == "no need":
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] = 1e-6
+                lr_scheduler.base_lrs = [1e-6, 1e-6]
+
+    stock = run(tmp_path / "a", stock=True, callbacks=[Slow()], **options)
+    ours = run(tmp_path / "b", callbacks=[Slow()], **settings, **options)
+    assert_same_run(stock, ours)
+    record = ours.get_v0_report()
+    assert record["strategy"] == "zeros" and record["length"]["steps"] == 0
+    assert record["length"]["has_batch_norm"] == (case == "batch norm")
+
+
+def test_a_callback_on_a_stock_trainer_measures_the_same(tmp_path):
+    ours = run(tmp_path / "a", v0_init="data_driven")
+    callback = V0InitCallback(v0_init="data_driven")
+    torch.manual_seed(7)
+    model = Network()
+    stock = make_trainer(
+        tmp_path / "b", stock=True, model=model, data=make_rows(), trainer_class=StockTrainer,
+        kwargs={"optimizers": (make_optimizer(model), None)}, max_steps=STEPS, per_device_train_batch_size=8,
+        remove_unused_columns=False, logging_steps=3,
+    )  # fmt: skip
+    callback.attach(stock)
+    stock.train()
+    assert_same_run(ours, stock)
+    assert callback.length["steps"] == ours.get_v0_report()["length"]["steps"]
+    assert "compute_loss" not in vars(stock) and "compute_loss" not in vars(ours)
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.1), (0.01, 1.0)])
+@pytest.mark.parametrize("factor", [1.0, 1e-3])
+def test_the_radius_is_along_the_update_that_each_groups_rate_makes(rates, factor):
+    """loss = sum c w^2 / 2 at w = 1 moves to d50 = sum(c r) / sum(c r^2), also where the gradient was scaled (clipped)."""
+    c = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0, 0.2])
+    weights = [nn.Parameter(torch.ones_like(one).double()) for one in c]
+    groups = [{"params": [w], "lr": 2e-2 * rate} for w, rate in zip(weights, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups)
+
+    def compute() -> torch.Tensor:
+        return sum((one * w.square()).sum() / 2 for one, w in zip(c, weights, strict=True))
+
+    hook = attach_v0(optimizer, None, loss_fn=compute, max_steps=1000)
+    compute().backward()
+    for w in weights:
+        w.grad.mul_(factor)
+    optimizer.step()
+    scaled = [(one, rate / max(rates)) for one, rate in zip(c, rates, strict=True)]
+    d50 = sum(float((one * r).sum()) for one, r in scaled) / sum(float((one * r * r).sum()) for one, r in scaled)
+    assert hook.length.d50 == pytest.approx(d50, rel=0.02)
+    assert hook.length.learning_rate == pytest.approx(2e-2 * max(rates))
+
+
+def test_in_a_loop_the_measured_length_is_that_of_the_same_run_with_it_given():
+    def train(**options):
+        set_seed(0)
+        model = Network()
+        optimizer = make_optimizer(model)
+        rows = make_rows(160)
+        batches = [torch.stack([row["x"] for row in rows[i : i + 8]]) for i in range(0, 160, 8)]
+        labels = torch.tensor([i % 4 for i in range(8)])
+        current = []
+
+        def compute():
+            return model(current[0], labels)["loss"]
+
+        if options.pop("loss", False):
+            options["loss_fn"] = compute
+        hook = attach_v0(optimizer, model, max_steps=20, **options)
+        for batch in batches:
+            current[:] = [batch]
+            optimizer.zero_grad()
+            compute().backward()
+            optimizer.step()
+        return model, hook
+
+    measured, hook = train(loss=True)
+    given, _ = train(v0_decay_steps=hook.plan.decay_steps)
+    assert hook.length.steps == hook.plan.decay_steps > 1
+    for (name, a), b in zip(measured.state_dict().items(), given.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(measured.average, given.average) and measured.calls == given.calls == 20
+
+
+# ---- what cannot be measured -----------------------------------------------------------------------------------------
+
+
+class OwnStepTrainer(OursTrainer):
+    """With a training_step that never calls compute_loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs)["loss"]
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
+def test_a_step_of_ones_own_falls_back_and_says_why(settings, tmp_path, caplog):
+    torch.manual_seed(7)
+    model = Network()
+    trainer = make_trainer(
+        tmp_path, model=model, data=make_rows(), trainer_class=OwnStepTrainer, max_steps=60,
+        kwargs={"optimizers": (torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.9)), None)},
+        remove_unused_columns=False, **settings,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
+        trainer.train()
+    length = trainer.get_v0_report()["length"]
+    assert (length["steps"], length["d50"], length["x"]) == (20, None, None)  # 2 / (1 - beta2)
+    assert length["reason"] == "compute_loss was not called in the first step"
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
+    assert len(warnings) == 1 and length["reason"] in warnings[0] and "\n" not in warnings[0]
+
+
+def make_lomo(parameters):
+    class Lomo(torch.optim.SGD):
+        """Steps in backward; its `step` does nothing."""
+
+        def step(self, closure=None):
+            return None
+
+    return Lomo(parameters, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, lr=1e-2), make_lomo, lambda p: torch.optim.Adagrad(p)],
+    ids=["SGD", "Lomo", "Adagrad"],
+)
+def test_optimizers_of_another_kind_are_refused_before_any_step(make, tmp_path):
+    model = Network()
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = make_trainer(
+        tmp_path, model=model, data=make_rows(), trainer_class=OursTrainer, untuned_warmup="trust_radius",
+        kwargs={"optimizers": (make(list(model.parameters())), None)}, remove_unused_columns=False,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"untuned_warmup=trust_radius.*give --warmup_steps"):
+        trainer.train()
+    assert model.calls == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+# ---- errors and Ctrl-C -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["raised", "signal", "error"])
+@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
+def test_cut_off_at_any_forward_the_trainer_is_as_before(settings, how, tmp_path):
+    stock_trainer = None
+    for number in range(2, 12):
+
+        class Cut(OursTrainer):
+            calls = 0
+
+            def compute_loss(self, *args, _number=number, **kwargs):
+                type(self).calls += 1
+                if type(self).calls == _number:
+                    if how == "raised":
+                        raise KeyboardInterrupt
+                    if how == "error":
+                        raise RuntimeError("of the loss")
+                    signal.raise_signal(signal.SIGINT)
+                return super().compute_loss(*args, **kwargs)
+
+        torch.manual_seed(7)
+        model = Network()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        trainer = make_trainer(
+            tmp_path / str(number), model=model, data=make_rows(), trainer_class=Cut, max_steps=STEPS,
+            kwargs={"optimizers": (make_optimizer(model), None)}, per_device_train_batch_size=8,
+            remove_unused_columns=False, **settings,
+        )  # fmt: skip
+        fresh = Network()
+        try:
+            with pytest.raises(RuntimeError if how == "error" else KeyboardInterrupt):
+                trainer.train()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+        assert model.calls == trainer.num_losses == 1 and model.training
+        assert all(group["lr"] == group["initial_lr"] for group in trainer.optimizer.param_groups)
+        assert "compute_loss" not in vars(trainer) and not trainer.optimizer.state
+        stock_trainer = trainer
+    # and it can be trained after all
+    stock_trainer.train()
+    assert stock_trainer.get_v0_report()["length"]["steps"] > 1 and "compute_loss" not in vars(stock_trainer)
+
+
+def test_measure_trust_radius_puts_everything_back_at_any_interrupt():
+    batches = [(torch.stack([row["x"] for row in make_rows(8)]), torch.tensor([i % 4 for i in range(8)]))] * 2
+    for raises in (True, False):
+        for number in range(1, 24):
+            model, calls = Network(batch_norm=True), []
+            model.net[0].eval()
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            modes = [module.training for module in model.modules()]
+
+            def compute(network, batch, number=number, calls=calls, raises=raises):
+                calls.append(1)
+                if len(calls) == number:
+                    if raises:
+                        raise KeyboardInterrupt
+                    signal.raise_signal(signal.SIGINT)
+                return network(batch[0], batch[1])["loss"]
+
+            handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+            rng = torch.get_rng_state()
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    measure_trust_radius(model, batches, compute)
+                    raise KeyboardInterrupt  # fewer passes than `number`
+            finally:
+                signal.signal(signal.SIGINT, handler)
+            assert len(calls) <= number + 1  # it acts within one pass
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            assert [module.training for module in model.modules()] == modes and torch.equal(rng, torch.get_rng_state())
+            assert all(p.grad is None for p in model.parameters()) and model.calls == 0

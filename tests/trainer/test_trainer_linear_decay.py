@@ -1,0 +1,235 @@
+"""The linear decay through Trainers: resumed at any step it is the straight run, and the schedule is that beside a warmup of L."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import make_gpt2, make_sequences
+from trainers import assert_equal_weights, make_trainer, second_moments_of, train, weights_of
+from transformers import TrainerCallback
+
+from hf_v0init import InputError, V0InitCallback, V0InitTrainer
+
+STRATEGIES = ("data_driven", "random", "first_gradient")
+
+
+class Rates(TrainerCallback):
+    """The learning rate that the schedule gives to each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+L = 9
+RUN = {"max_steps": 12, "v0_decay_steps": L, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+
+
+def make(folder, by_callback: bool, strategy: str, seed: int = 0, **options):
+    """A run of ours, or a stock Trainer's with the callback."""
+    given = RUN | {"v0_init": strategy} | options
+    if not by_callback:
+        return make_trainer(folder, model=make_gpt2(seed), **given)
+    trainer = make_trainer(folder, stock=True, model=make_gpt2(seed), **given)
+    V0InitCallback(**{name: value for name, value in given.items() if name.startswith("v0_")}).attach(trainer)
+    return trainer
+
+
+@pytest.fixture(scope="module", params=[(s, c) for s in STRATEGIES for c in (False, True)], ids=str)
+def straight(request, tmp_path_factory):
+    """(strategy, whether by callback, the straight run, its folder)."""
+    strategy, by_callback = request.param
+    folder = tmp_path_factory.mktemp("straight")
+    trainer = make(folder, by_callback, strategy)
+    trainer.train()
+    return strategy, by_callback, trainer, folder
+
+
+@pytest.mark.parametrize(
+    ("stop", "is_elsewhere"),
+    [(1, False), (6, False), (7, False), (L - 1, False), (L, False), (L + 1, False), (3, True), (L - 1, True)],
+)
+def test_resumed_at_any_step_it_is_the_straight_run_bit_for_bit(straight, stop, is_elsewhere, tmp_path):
+    strategy, by_callback, trainer, folder = straight
+    resumed = make(tmp_path if is_elsewhere else folder, by_callback, strategy, seed=99, save_strategy="no")
+    rates = Rates()
+    resumed.add_callback(rates)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+    assert_equal_weights(trainer, resumed)
+    for name, v in second_moments_of(trainer).items():
+        assert torch.equal(v, second_moments_of(resumed)[name]), name
+    assert rates.rates == pytest.approx([1e-2 * min(1, (12 - t) / (12 - L)) for t in range(stop, 12)])
+
+
+def test_what_lies_beside_a_checkpoint(straight):
+    strategy, _, _, folder = straight
+    first = 6 if strategy == "data_driven" else 1
+    for step in range(1, 13):
+        checkpoint = folder / f"checkpoint-{step}"
+        stored = json.loads((checkpoint / "v0_init.json").read_text())
+        assert (stored["strategy"], stored["decay"], stored["decay_steps"]) == (strategy, "linear", L)
+        assert stored.get("is_written", True) == (step > first)
+        assert (checkpoint / "v0_decay.safetensors").exists() == (step < L), step
+    assert "v0_decay.safetensors" not in {path.name for path in folder.iterdir()}
+
+
+def test_a_checkpoint_without_what_v0_needs_is_refused(straight, tmp_path):
+    strategy, by_callback, _, folder = straight
+    copied = tmp_path / "checkpoint-7"
+    shutil.copytree(folder / "checkpoint-7", copied)
+    (copied / "v0_decay.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lacks v0_decay\.safetensors"):
+        make(tmp_path / "a", by_callback, strategy).train(resume_from_checkpoint=str(copied))
+    (copied / "v0_decay.safetensors").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"v0_decay\.safetensors is damaged"):
+        make(tmp_path / "b", by_callback, strategy).train(resume_from_checkpoint=str(copied))
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+
+WITH_WARMUP = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"lr_end": 1e-4, "power": 2.0},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "inverse_sqrt": {},
+    "warmup_stable_decay": {"num_decay_steps": 6},
+    "constant_with_warmup": {},
+}
+
+
+def collect_rates(folder, **options) -> list[float]:
+    rates = Rates()
+    train(folder, callbacks=[rates], max_steps=20, learning_rate=3e-3, **options)
+    return rates.rates
+
+
+@pytest.mark.parametrize("length", [1, 7, 0.25])
+@pytest.mark.parametrize("name", WITH_WARMUP)
+def test_the_schedule_is_that_of_a_warmup_of_L_without_its_rise(name, length, tmp_path):
+    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": WITH_WARMUP[name]}
+    ours = collect_rates(tmp_path / "a", v0_init="data_driven", v0_decay_steps=length, **options)
+    stock = collect_rates(tmp_path / "b", stock=True, warmup_steps=length, **options)
+    steps = length if length >= 1 else math.ceil(length * 20)
+    assert ours == pytest.approx([stock[max(t, steps)] for t in range(20)], rel=1e-12)
+    assert ours[0] == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("constant", {}), ("reduce_lr_on_plateau", {"eval_strategy": "steps", "eval_steps": 2})],
+)
+def test_schedules_without_a_warmup_stay_as_they_are(name, options, tmp_path):
+    options = {"lr_scheduler_type": name, "kwargs": {"eval_dataset": make_sequences(4)}} | options
+    ours = collect_rates(tmp_path / "a", v0_init="data_driven", v0_decay_steps=7, **options)
+    assert ours == [3e-3] * 20
+
+
+def test_a_plateau_is_kept_in_every_group_of_the_users(tmp_path):
+    model = make_gpt2()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": parameters[:5]}, {"params": parameters[5:], "lr": 1e-4}], lr=2e-3)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    train(
+        tmp_path, model=model, kwargs={"optimizers": (optimizer, None)}, callbacks=[Watch()], v0_init="data_driven",
+        v0_decay_steps=4, max_steps=8,
+    )  # fmt: skip
+    factors = [min(1, (8 - t) / 4) for t in range(8)]
+    assert seen == [pytest.approx([2e-3 * f, 1e-4 * f]) for f in factors]
+
+
+def test_beta2_leaves_the_schedule_alone_unless_it_is_given_a_length(tmp_path):
+    stock = collect_rates(tmp_path / "a", stock=True, warmup_steps=3)
+    assert collect_rates(tmp_path / "b", v0_init="data_driven", v0_decay="beta2", warmup_steps=3) == stock
+    flat = collect_rates(tmp_path / "c", v0_init="data_driven", v0_decay="beta2", v0_decay_steps=5)
+    assert flat == pytest.approx([3e-3 * min(1, (20 - t) / 15) for t in range(20)])
+
+
+class RisingTrainer(V0InitTrainer):
+    """With Noam's schedule."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda t: min((t + 1) ** -0.5, (t + 1) * 4**-1.5)
+            )
+        return self.lr_scheduler
+
+
+TWO_BRAKES = {
+    "decay": {"v0_init": "data_driven", "v0_decay_steps": 5},
+    "measured decay": {"v0_init": "data_driven"},
+    "measured warmup": {"untuned_warmup": "trust_radius"},
+}
+
+
+@pytest.mark.parametrize("asked", TWO_BRAKES)
+@pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.parametrize("warmup", ["steps", "share", "own", "passed in"])
+def test_a_second_brake_is_refused_before_the_first_step(asked, by_callback, warmup, tmp_path):
+    settings = TWO_BRAKES[asked]
+    model = make_gpt2()
+    options = {"model": model, "max_steps": 10, "learning_rate": 1e-6}  # no length would be needed
+    if warmup in ("steps", "share"):
+        options["warmup_steps"] = 3 if warmup == "steps" else 0.1
+    if warmup == "own":
+        options["trainer_class"] = RisingTrainer
+    if warmup == "passed in":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-6, total_steps=10)
+        options["kwargs"] = {"optimizers": (optimizer, one_cycle)}
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InputError, match=r"two warmups|a schedule that was passed in"):
+        if by_callback:
+            trainer = make_trainer(tmp_path, **options)
+            V0InitCallback(**settings).attach(trainer)
+        else:
+            trainer = make_trainer(tmp_path, **options, **settings)
+        trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+# ---- what is told ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_report_says_what_was_done(strategy, tmp_path):
+    trainer = train(tmp_path, v0_init=strategy, v0_decay_steps=0.5, max_steps=20)
+    report = trainer.get_v0_report()
+    assert (report["strategy"], report["decay"], report["decay_steps"], report["scale"]) == (
+        strategy,
+        "linear",
+        10,
+        None,
+    )
+    assert report["num_parameters_with_v0"] == 28 and report["num_parameters_without_v0"] == 0
+    assert report["include_bias_and_norm"] is True
+    assert report["estimation_steps"] == (6 if strategy == "data_driven" else None)
+    assert report["estimator"] == ("minibatch" if strategy == "data_driven" else None)
+    factors = {int(step): value for step, value in report["multiplier"].items()}
+    assert all(value == pytest.approx(min(1, step / 10)) for step, value in factors.items()) and 20 in factors
+
+
+def test_v0_stands_for_the_warmup_of_that_length(tmp_path):
+    """Where g^2 keeps its size both make the same steps: the losses stay close, and far from a start at the full rate."""
+    options = {"max_steps": 20, "learning_rate": 2e-3, "lr_scheduler_type": "constant_with_warmup"}
+    ours = weights_of(train(tmp_path / "a", v0_init="data_driven", v0_decay_steps=16, **options))
+    warmup = weights_of(train(tmp_path / "b", stock=True, warmup_steps=16, **options))
+    plain = weights_of(train(tmp_path / "c", stock=True, **options))
+
+    def measure(a, b):
+        return math.sqrt(sum((a[name] - b[name]).square().sum().item() for name in a))
+
+    assert measure(ours, warmup) < 0.5 * measure(plain, warmup)
