@@ -27,9 +27,9 @@ from hf_v0init.settings import V0InitArguments  # noqa: E402
 NUM_SEEDS = 5
 SHORT_TITLES = {
     "vit": "digits, ViT",
-    "multi30k": "Multi30k, translation",
+    "multi30k": "Multi30k",
     "ptb": "PTB, GPT-2",
-    "demo": "demo, translation",
+    "demo": "demo",
     "mlm": "PTB, BERT",
     "resnet": "digits, ResNet",
 }
@@ -97,7 +97,7 @@ def make_linear() -> str:
         group = {"betas": (0.9, 0.999), "amsgrad": row.name == "AMSGrad"}
         reason = layout.explain_no_linear_decay(group)
         if not reason and row.stored_error:
-            reason = "its second moment is kept in 8 bits"
+            reason = "its second moment is kept in few bits, in which g^2 is lost beside v0"
         package = "" if row.package == TORCH else f" ({row.package})"
         lines.append(f"| {row.name}{package} | {f'no: {reason}' if reason else 'yes'} |")
     return "\n".join(lines)
