@@ -13,11 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hf_v0init.compare.running.run_state import judge_run
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init.compare.running.run_state import judge_run
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
