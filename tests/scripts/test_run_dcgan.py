@@ -13,11 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hf_v0init.compare.running.run_state import judge_run
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
+from hf_v0init.compare.process import judge_output
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
@@ -154,7 +154,7 @@ def test_the_log_is_a_trainers_and_can_be_compared(finished):
             assert entry["loss"] == pytest.approx(entry["discriminator_loss"] + entry["generator_loss"])
         assert entry["train_seconds"] <= entry["seconds"]
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6]
-    assert judge_run(folder, "eval_loss")[0] in ("finished", "diverged")
+    assert judge_output(folder, "eval_loss")[0] in ("finished", "diverged")
     fingerprints = {name: json.loads((each / "fingerprint.json").read_text()) for name, each in finished.items()}
     assert fingerprints["zeros"] == fingerprints["data_driven"] == fingerprints["random"]
     assert len(fingerprints["zeros"]["batches"]) == 4
@@ -444,7 +444,7 @@ def test_a_diverging_run_says_so_and_ends_with_status_1(images, tmp_path, capsys
         run_dcgan.main(flags)
     assert caught.value.code == 1
     assert "error: the loss is" in capsys.readouterr().err
-    assert judge_run(tmp_path / "out", "eval_loss")[0] == "diverged"
+    assert judge_output(tmp_path / "out", "eval_loss")[0] == "diverged"
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):
