@@ -1,6 +1,8 @@
-# Two commands do everything on a machine that has Python 3.10 or later, pip and make:
+# On a machine that has Python 3.10 or later, pip and make:
 #   make demo    train the small demonstration (minutes, no network after the installation)
 #   make test    run the tests
+#   make docs    build the documentation into outputs/site
+#   make lint types readme    style, the types of the public API, the commands that README.md and docs/ mark as run
 # The first call makes .venv and installs into it what constraints.txt pins: `make demo` what the demonstration needs,
 # `make test` the rest as well. A second call installs nothing.
 # make test PYTHON=/path/to/python uses another environment as it is and installs nothing into it.
@@ -24,7 +26,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-oldest lint types readme clean
+.PHONY: demo test test-slow test-oldest lint types readme docs clean
 
 demo: $(FOR_DEMO)
 	$(PYTHON) scripts/demo.py $(DEMO_OPTIONS)
@@ -50,6 +52,11 @@ types: $(FOR_DEVELOPMENT)
 
 readme: $(FOR_DEVELOPMENT)
 	$(PYTHON) tests/repository/run_readme.py
+
+# A link that leads nowhere, an exported name without a page, or a page that the code has left behind ends it.
+docs: $(FOR_DEVELOPMENT)
+	$(PYTHON) docs/generate.py --check
+	$(PYTHON) -m mkdocs build --strict --quiet --site-dir outputs/site
 
 # Without its mark (a first call, a changed pin, an installation that was cut off) pip brings .venv up to date.
 $(VENV)/.installed-demo: EXTRA := demo

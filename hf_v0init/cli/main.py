@@ -1,7 +1,6 @@
-"""The command `hf-v0init`: what a start value of the second moment will do, before anything is trained.
+"""The command `hf-v0init`: `explain` says what a v0 will do before anything is trained, and the files beside this one have the rest.
 
-It imports neither torch nor transformers, and matplotlib only to draw; the commands of `analysis.commands` import torch when
-they run on a checkpoint.
+Importing it imports neither torch nor transformers. Commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
+from .environment import add_commands as add_environment, read_version
 from .probe import add_commands as add_probe
 from .report import add_commands as add_report
 from .scripts import add_commands as add_scripts
@@ -46,9 +46,22 @@ UsageError = typer.BadParameter.__base__  # what typer raises for flags it canno
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.callback()
-def introduce() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf_v0init {read_version('hf_v0init')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def introduce(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """A non-zero start (v0) for Adam's second moment, instead of a learning-rate warmup."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -152,6 +165,7 @@ add_report(app)
 add_comparison(app)
 add_probe(app)
 add_scripts(app)
+add_environment(app)
 
 
 def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:

@@ -1,6 +1,7 @@
-"""`hf-v0init explain`: its numbers against the closed form, what it imports, what it refuses."""
+"""`hf-v0init explain`: its numbers against the closed form, what it imports, what it refuses; version, environment, help."""
 
 import contextlib
+import importlib.metadata
 import io
 import re
 import subprocess
@@ -10,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+import hf_v0init
 from hf_v0init.cli import main as cli
 
 
@@ -24,9 +26,14 @@ class Done:
 
 def run_explain(*flags: str) -> Done:
     """Run `hf-v0init explain` inside this process."""
+    return run_command("explain", *flags)
+
+
+def run_command(*flags: str) -> Done:
+    """Run `hf-v0init` inside this process."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["hf-v0init", "explain", *flags]),
+        mock.patch.object(sys, "argv", ["hf-v0init", *flags]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as stop,
@@ -141,7 +148,7 @@ def test_zeros_has_nothing_to_wash_out():
     assert done.returncode == 0 and "m(t) = 1 at every step" in done.stdout and "Warning" not in done.stdout
 
 
-@pytest.mark.parametrize("flags", [["explain", "--v0_decay_steps", "9"], ["--help"], ["explain", "--help"]])
+@pytest.mark.parametrize("flags", [["explain", "--v0_decay_steps", "9"], [], ["--version"], ["explain", "--help"]])
 def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
     code = (
         "import sys, hf_v0init.cli.main as cli\n"
@@ -209,3 +216,26 @@ def test_bad_input_in_a_process_has_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_bare_command_prints_help():
+    done = run_command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run_command("--help").stdout
+    assert "explain" in done.stdout and "compare" in done.stdout and "env" in done.stdout
+
+
+def test_version_is_that_of_the_package():
+    assert run_command("--version") == Done(0, f"hf_v0init {hf_v0init.__version__}\n", "")
+
+
+def test_the_environment_names_what_decides_the_numbers():
+    done = run_command("env")
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and lines["hf_v0init"] == hf_v0init.__version__
+    assert lines["torch"] == importlib.metadata.version("torch") and "Python" in lines and lines["devices"]
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "hf_v0init", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"hf_v0init {hf_v0init.__version__}\n")

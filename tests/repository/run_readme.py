@@ -1,6 +1,6 @@
-"""Runs the commands and the snippets of the README as they stand there; exit status 1 if one fails.
+"""Runs the commands and the snippets of the README and of docs/ as they stand there; exit status 1 if one fails.
 
-    python tests/repository/run_readme.py
+    python tests/repository/run_readme.py [PAGE ...]
 
 A block is run if `<!-- run -->` stands on a line before it: `bash` by bash in the repository's root, `python` after
 readme_setup.py beside this file, which makes the tiny `model`, `data` and so on that the snippets are about. Models and reports
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETUP = Path(__file__).with_name("readme_setup.py")
 MARK = "<!-- run -->"
 BLOCK = re.compile(r"^(?P<mark><!-- run -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^(?P<mark><!-- run -->\n+)?```(?P<language>\w*)\n(?P<code>.
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: its language, its text, the line of the README on which the text begins, whether it is to be run."""
+    """A code block: its language, its text, the line of the page on which the text begins, whether it is to be run."""
 
     language: str
     code: str
@@ -66,20 +66,19 @@ def run_block(block: Block, setup: str = "") -> subprocess.CompletedProcess:
 
 def main() -> int:
     setup, failed = SETUP.read_text(encoding="utf-8"), 0
-    for block in read_blocks(README.read_text(encoding="utf-8")):
-        if not block.runs:
-            continue
-        begin = time.perf_counter()
-        done = run_block(block, setup)
-        first = block.code.strip().splitlines()[0]
-        verdict = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
-        print(
-            f"README.md:{block.line} {block.language} {first[:70]}: {verdict}, {time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
-        if done.returncode != 0:
-            failed += 1
-            print(done.stdout[-3000:] + done.stderr[-3000:], flush=True)
+    for page in [Path(name).resolve() for name in sys.argv[1:]] or PAGES:
+        for block in read_blocks(page.read_text(encoding="utf-8")):
+            if not block.runs:
+                continue
+            begin = time.perf_counter()
+            done = run_block(block, setup)
+            first = block.code.strip().splitlines()[0]
+            verdict = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
+            place = f"{page.relative_to(ROOT)}:{block.line} {block.language}"
+            print(f"{place} {first[:70]}: {verdict}, {time.perf_counter() - begin:.0f} s", flush=True)
+            if done.returncode != 0:
+                failed += 1
+                print(done.stdout[-3000:] + done.stderr[-3000:], flush=True)
     return min(failed, 1)
 
 

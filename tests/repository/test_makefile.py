@@ -93,7 +93,7 @@ def plan(checkout: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize(("target", "extra"), [("test", "dev"), ("demo", "demo"), ("lint", "dev")])
+@pytest.mark.parametrize(("target", "extra"), [("test", "dev"), ("demo", "demo"), ("lint", "dev"), ("docs", "dev")])
 def test_first_call_makes_the_environment_and_installs_with_the_pins(checkout, target, extra):
     planned = plan(checkout, target)
     assert "-m venv .venv" in planned

@@ -1,7 +1,7 @@
-"""The script that runs the README's commands: which blocks it takes, and that a failure is one."""
+"""The script that runs the commands of README and docs: which blocks it takes, and that a failure is one."""
 
 import pytest
-from repository.run_readme import README, SETUP, Block, read_blocks, run_block
+from repository.run_readme import PAGES, ROOT, SETUP, Block, read_blocks, run_block
 
 TEXT = """# Title
 
@@ -50,12 +50,20 @@ def test_blocks_are_run_in_the_repository_and_end_at_the_first_failure(block, st
     assert (done.returncode, done.stdout) == (status, said)
 
 
-def test_the_readme_has_blocks_of_both_kinds_to_run():
-    blocks = [block for block in read_blocks(README.read_text(encoding="utf-8")) if block.runs]
-    assert {block.language for block in blocks} == {"bash", "python"}
+def test_readme_and_pages_have_blocks_of_both_kinds_to_run_and_not_too_many():
+    blocks = {page.name: [b for b in read_blocks(page.read_text(encoding="utf-8")) if b.runs] for page in PAGES}
+    assert {block.language for block in blocks["README.md"]} == {"bash", "python"}
+    assert 5 <= sum(map(len, blocks.values())) <= 10  # each takes seconds, `make readme` less than three minutes
     compile(SETUP.read_text(encoding="utf-8"), str(SETUP), "exec")
 
 
+def test_python_blocks_that_are_not_run_are_python_all_the_same():
+    for page in PAGES:
+        for block in read_blocks(page.read_text(encoding="utf-8")):
+            if block.language == "python":
+                compile(block.code, f"{page.name}:{block.line}", "exec")
+
+
 def test_the_readme_is_short():
-    lines = README.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 120 and max(map(len, lines)) <= 400
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100

@@ -1,0 +1,145 @@
+"""Writes those parts of the documentation that are made from code and from committed results, each between two comments.
+
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # exit status 1 if one is not what it would be
+
+| where | part | made from |
+| --- | --- | --- |
+| README.md | results | configs/compare/v0_decay/results/*.csv, read by configs/compare/v0_decay/tables.py |
+| docs/flags.md | flags | the fields of `V0InitArguments` |
+| docs/optimizers.md | optimizers, linear | the table of optimizers (`hf-v0init optimizers`) |
+"""
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not
+
+from hf_v0init.second_moment.table import SUPPORTED_ROWS, TORCH, make_markdown_table  # noqa: E402
+from hf_v0init.settings import V0InitArguments  # noqa: E402
+
+NUM_SEEDS = 5
+SHORT_TITLES = {
+    "vit": "digits, ViT",
+    "multi30k": "Multi30k, translation",
+    "ptb": "PTB, GPT-2",
+    "demo": "demo, translation",
+    "mlm": "PTB, BERT",
+    "resnet": "digits, ResNet",
+}
+
+
+def make_results() -> str:
+    """The README's table: validation loss over the fresh seeds, (n) where there are other than five; tasks with both sides alone."""
+    spec = importlib.util.spec_from_file_location("v0_decay_tables", ROOT / "configs/compare/v0_decay/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    lines = [
+        "| task | no warmup | best tuned warmup | v0, nothing tuned | difference (95% CI) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for task in tables.TASKS:
+        if not (tables.FOLDER / "results" / f"{task}.csv").is_file():
+            continue
+        runs = tables.read_runs(task)
+        fresh = runs[runs["seed"] >= 11]
+        none = find_best(fresh, lambda name: name == "no warmup")
+        warmup = find_best(fresh, lambda name: name.startswith("warmup"))
+        v0 = find_best(fresh, lambda name: name == tables.V0)
+        if v0 is None or warmup is None:
+            continue
+        difference = tables.compare(v0, warmup).partition(":")[0]
+        cells = [SHORT_TITLES[task], *map(write_estimate, (none, warmup, v0)), difference]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def find_best(runs, is_wanted: Callable[[str], bool]):
+    """Losses by seed of the configuration with the lowest mean among those that are wanted; None without any."""
+    wanted = runs[[is_wanted(name) for name in runs["configuration"]]]
+    if wanted.empty:
+        return None
+    by_seed = wanted.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
+    return by_seed[by_seed.mean().idxmin()].dropna()
+
+
+def write_estimate(values) -> str:
+    """Mean ± standard deviation, such as `4.255 ± .080`."""
+    if values is None:
+        return "-"
+    spread = f" ± {values.std():.3f}".replace("0.", ".", 1) if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}" + ("" if len(values) == NUM_SEEDS else f" ({len(values)})")
+
+
+def make_flags() -> str:
+    """A section for each flag: its choices and its help text."""
+    sections = []
+    for flag in fields(V0InitArguments):
+        choices = flag.metadata.get("choices")
+        values = f"Choices: {', '.join(f'`{choice}`' for choice in choices)}.\n\n" if choices else ""
+        sections.append(f"### `--{flag.name}`\n\n{values}{flag.metadata['help']}")
+    return "\n\n".join(sections)
+
+
+def make_linear() -> str:
+    """Which optimizers a v0 with the linear decay can be used with, and why not with the others."""
+    from hf_v0init.second_moment.layouts import LAYOUTS
+
+    lines = ["| optimizer | `--v0_decay linear` |", "| --- | --- |"]
+    for row in SUPPORTED_ROWS:
+        layout = LAYOUTS[row.layout]
+        group = {"betas": (0.9, 0.999), "amsgrad": row.name == "AMSGrad"}
+        reason = layout.explain_no_linear_decay(group)
+        if not reason and row.stored_error:
+            reason = "its second moment is kept in 8 bits"
+        package = "" if row.package == TORCH else f" ({row.package})"
+        lines.append(f"| {row.name}{package} | {f'no: {reason}' if reason else 'yes'} |")
+    return "\n".join(lines)
+
+
+PARTS = [
+    ("README.md", "results", make_results),
+    ("docs/flags.md", "flags", make_flags),
+    ("docs/optimizers.md", "optimizers", make_markdown_table),
+    ("docs/optimizers.md", "linear", make_linear),
+]
+
+
+def replace_part(text: str, name: str, content: str) -> str:
+    """Put `content` between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        ValueError: the two comments are not there once.
+    """
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{begin.strip()} and {end} must be there once")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{begin}{content}\n{end}", text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if something would change")
+    is_check, changed = parser.parse_args().check, 0
+    for name, part, make in PARTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = replace_part(text, part, make())
+        if new == text:
+            continue
+        changed += 1
+        print(f"{name}: {part} {'is not what the code gives: python docs/generate.py' if is_check else 'written'}")
+        if not is_check:
+            path.write_text(new, encoding="utf-8")
+    return int(is_check and changed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
