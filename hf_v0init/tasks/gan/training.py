@@ -23,7 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from hf_v0init import InputError, V0DiagnosticsCallback, V0InitArguments, V0InitTrainer, attach_v0, initialize_v0
 
@@ -444,6 +444,7 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
     """
     options = copy.copy(training)
     options.v0_init, options.v0_record_run, options.report_to = "zeros", False, []
+    options.eval_strategy, options.save_strategy, options.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
     options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
     parameters = list(network.parameters())
     groups = [
