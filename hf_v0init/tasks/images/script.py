@@ -51,8 +51,8 @@ EXAMPLES = """
 # flags from a file, a Vision Transformer from scratch
 {} FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
 # fine-tune a pretrained model, a tenth of the training images for validation
-{} --model_name_or_path microsoft/resnet-18 --train_dir data/train --validation_split_percentage 10 --do_train --do_eval \\
-  --output_dir out
+{} --model_name_or_path microsoft/resnet-18 --train_dir data/train --do_train --do_eval \\
+  --validation_split_percentage 10 --output_dir out
 # two processes
 torchrun --nproc_per_node 2 -m hf_v0init.tasks.images.script FILE.yaml --output_dir out
 """
