@@ -344,7 +344,8 @@ def _check_flags(console: Console, plan: Plan) -> None:
     if plan.script not in SCRIPT_MODULES and not re.search(
         parsers, Path(plan.script).read_text(encoding="utf-8"), re.MULTILINE
     ):
-        console.print("The script's flags were not checked: it uses neither HfArgumentParser nor argparse.")
+        words = "The script's flags were not checked: it uses neither HfArgumentParser nor argparse."
+        console.print(words, soft_wrap=True)
         return
     runs = list({(run.setting, run.learning_rate): run for run in plan.runs}.values())
     fixed = {"output_dir": "dry_run", "v0_record_run": True}

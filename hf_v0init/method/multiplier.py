@@ -154,7 +154,7 @@ def describe_multiplier(scale: float, beta2: float, max_steps: int) -> str:
 def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_for: float | None = None) -> str | None:
     """Return a warning if m(`max_steps`) < 0.9, with the flag that brings it to 0.9 after a third of the run; else None.
 
-    A third, since v0 of that length came close to the best warmup at both beta2 (configs/compare/results/ptb_pocket, 600 steps).
+    A third, since v0 of that length came close to the best warmup at both beta2 (configs/compare/results/ptb_small, 600 steps).
 
     Args:
         ratio: v0 over the g^2 of a step.

@@ -193,5 +193,3 @@ def _sync(path: str | os.PathLike) -> None:
             raise
     finally:
         os.close(descriptor)
-
-

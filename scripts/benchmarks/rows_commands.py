@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
-from hf_v0init.compare.reading.results import RECORD_FILE, RUNS_FOLDER
-from hf_v0init.compare.running.run_state import read_json
+from hf_v0init.compare.files import RECORD_FILE, RUNS_FOLDER, read_json
 
 COMPARE_FILE = Path(__file__).resolve().parents[2] / "configs" / "benchmark" / "compare.yaml"
 TIME_LIMIT = 1200

@@ -82,7 +82,7 @@ def cluster(tmp_path, monkeypatch):
 def call(comparison, *options) -> subprocess.CompletedProcess:
     program = [sys.executable, "-m", "hf_v0init.cli.main", "compare"]
     words = [*program, str(comparison.config), "--output_dir", str(comparison.folder), *options]
-    return subprocess.run(words, cwd=comparison.root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=comparison.root, capture_output=True, text=True, timeout=600)
 
 
 def wait_for_states(comparison, expected, seconds=90):
@@ -157,7 +157,7 @@ def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, text=True)
     wait_for_states(comparison, ["finished", "interrupted"])  # the other one is for the queue to start
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     assert (
         process.returncode == 130 and "Submitted 1 runs as job 77" in out and "1 runs are in the queue already." in out
     )
@@ -198,7 +198,7 @@ def test_a_script_that_the_scheduler_ended_is_interrupted_and_not_failed(compari
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     os.kill(comparison.read_journal()[0]["pid"], signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (130, "") and f"{plan.runs[0].name}: interrupted." in out
     (record,) = comparison.read_records().values()
     assert (record["state"], record["reason"]) == ("interrupted", "it was stopped from outside")

@@ -65,7 +65,7 @@ def start_command(comparison, *options) -> subprocess.Popen:
 
 def run_command(comparison, *options) -> tuple[int, str, str]:
     process = start_command(comparison, *options)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -155,7 +155,7 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     # All at once, as a scheduler would, from another directory; the first command of a new folder writes the plan.
     options = {"cwd": "/", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(["sh", "-c", line], **options) for line in lines[:3]]
-    ended = [process.communicate(timeout=60) for process in processes]
+    ended = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
     assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
     assert not (comparison.folder / "report.html").exists()
@@ -187,7 +187,7 @@ def test_a_report_at_a_step_is_written_although_no_run_is_over(comparison):
     first = start_command(comparison)
     wait_until(lambda: count_ready(comparison) == 1)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=240)
     assert list(comparison.read_states().values()) == ["interrupted"]
     report = comparison.folder / "report.html"
     code, out, err = run_command(comparison, "--report_only")
@@ -208,7 +208,7 @@ def test_report_only_while_another_call_is_at_work_reports_its_plan_and_no_other
     assert code == 2 and f"another compare (process {first.pid}) is at work there on a plan with other runs" in err
     assert (comparison.folder / "plan.json").read_bytes() == plan
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=240)
 
 
 def test_the_exit_status_is_1_when_every_run_failed(comparison):
@@ -233,7 +233,7 @@ def test_ctrl_c_stops_the_runs_says_how_to_go_on_and_the_same_call_goes_on(compa
     process = start_command(comparison)
     wait_until(lambda: count_ready(comparison) == 1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (130, "") and "The same command continues" in out
     assert comparison.read_states() == {"behaviour=plain 42": "finished", "behaviour=hang_once 42": "interrupted"}
     assert not any(is_alive(entry["pid"]) for entry in comparison.read_journal())
@@ -263,7 +263,7 @@ def test_a_run_that_a_killed_call_left_is_ended_and_started_anew(comparison):
     wait_until(lambda: count_ready(comparison) == 1)
     (left,) = [entry["pid"] for entry in comparison.read_journal()]
     first.kill()
-    first.communicate(timeout=10)
+    first.communicate(timeout=240)
     assert is_alive(left) and comparison.read_states() == {"behaviour=hang_once 42": "running"}
     code, out, _ = run_command(comparison)
     assert code == 0 and "ended what a worker that was killed had left running: behaviour=hang_once" in out
@@ -274,7 +274,7 @@ def test_two_calls_in_one_folder_train_every_run_once(comparison):
     """As two machines do that share a folder: each run is claimed by one of them, and both reports are on all."""
     comparison.write([{"v0": ["zeros", "random"], "seed": list(range(6))}], {"pause": 0.05})
     calls = [start_command(comparison, "--jobs", "2") for _ in range(2)]
-    ended = [call.communicate(timeout=60) for call in calls]
+    ended = [call.communicate(timeout=240) for call in calls]
     assert [call.returncode for call in calls] == [0, 0] and [err for _, err in ended] == ["", ""]
     trained = sorted((entry["v0"], int(entry["seed"])) for entry in comparison.read_journal())
     assert trained == [(arm, seed) for arm in ("random", "zeros") for seed in range(6)]
@@ -301,8 +301,8 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
     time.sleep(1.0)
     assert second.poll() is None  # it has nothing left to do, and waits
     first.kill()
-    first.communicate(timeout=10)
-    out, err = second.communicate(timeout=60)
+    first.communicate(timeout=240)
+    out, err = second.communicate(timeout=240)
     assert (second.returncode, err) == (0, "") and f"At work in {comparison.folder} too: process {first.pid}." in out
     assert re.search(
         rf"Waiting for other workers: behaviour=hang_once\S+ \(process {first.pid}\)\. The run of one that has died is",
@@ -340,8 +340,8 @@ def test_a_call_takes_over_the_run_of_one_that_is_killed_meanwhile(comparison):
     second = start_command(comparison)
     wait_until(lambda: comparison.read_states().get("behaviour=plain 42") == "running")
     first.kill()
-    first.communicate(timeout=10)
-    out, _ = second.communicate(timeout=60)
+    first.communicate(timeout=240)
+    out, _ = second.communicate(timeout=240)
     assert second.returncode == 0 and "ended what a worker that was killed had left running: behaviour=hang_once" in out
     assert [entry["behaviour"] for entry in comparison.read_journal()] == ["hang_once", "plain", "hang_once"]
     assert set(comparison.read_states().values()) == {"finished"}
@@ -369,7 +369,7 @@ def test_runs_can_be_stopped_though_sigint_is_ignored_around_them(comparison):
         signal.signal(signal.SIGINT, before)
     wait_until(lambda: comparison.read_states() == {"behaviour=nan 42": "running"})
     process.send_signal(signal.SIGINT)  # still ignored
-    process.communicate(timeout=30)
+    process.communicate(timeout=240)
     assert process.returncode == 0 and comparison.read_states() == {"behaviour=nan 42": "diverged"}
     assert comparison.read_records()["behaviour=nan 42"]["exit_status"] == -signal.SIGINT  # not ignored by the run
 

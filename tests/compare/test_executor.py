@@ -209,19 +209,18 @@ def test_a_second_call_repeats_nothing_and_retry_repeats_what_failed(comparison)
 
 def test_a_plan_that_grows_shrinks_or_renames_keeps_its_results(comparison):
     comparison.write([{"v0": ["zeros", "data_driven 10"]}]).run()
-    comparison.write([{"v0": ["random", {"name": "ours", "v0_init": "data_driven", "v0_scale": 10}, "zeros"]}])
-    told = comparison.run()
-    assert [end[0] for end in told.ends] == ["random 100"]
-    assert comparison.read_states() == {"zeros 42": "finished", "ours 42": "finished", "random 100 42": "finished"}
+    ours = {"name": "ours", "v0_init": "data_driven", "v0_scale": 10, "v0_decay": "beta2"}
+    comparison.write([{"v0": ["random", ours, "zeros"]}])
+    assert [end[0] for end in comparison.run().ends] == ["random"]
+    assert comparison.read_states() == {"no warmup 42": "finished", "ours 42": "finished", "random 42": "finished"}
     record = comparison.read_records()["ours 42"]
     assert record["v0"] == "ours" and (comparison.folder / "runs" / record["name"] / "output").is_dir()
     comparison.write([{"v0": ["random"]}])
     assert comparison.run().ends == [] and len(comparison.read_states()) == 3
     # A changed common argument makes other runs of all of them; the old ones stay.
     comparison.write([{"v0": ["random"]}], {"weight_decay": 0.1})
-    assert [end[0] for end in comparison.run().ends] == ["random 100"] and len(
-        list(comparison.folder.glob("runs/*"))
-    ) == 4
+    assert [end[0] for end in comparison.run().ends] == ["random"]
+    assert len(list(comparison.folder.glob("runs/*"))) == 4
 
 
 def test_folders_of_something_else_are_refused_and_left_alone(comparison):
@@ -602,9 +601,8 @@ def test_a_setting_that_failed_is_not_chosen(comparison):
 
 def test_an_optimum_at_an_edge_extends_its_axis_before_the_second_stage(comparison):
     """The fake's loss falls with the rate up to 8e-3; the grid ends at 2e-3, by a factor of 2."""
-    script = FAKE_SCRIPT.replace(
-        'flags.get("losses", "6,4,3")', '"6,5,%g" % (4 - min(rate, 8e-3) + 10 * max(0, rate - 8e-3))'
-    )
+    losses = '("6,5,%g" % (4 - min(rate, 8e-3) + 10 * max(0, rate - 8e-3)))'
+    script = FAKE_SCRIPT.replace('flags.get("losses", "6,4,3")', losses)
     script = script.replace("output, behaviour =", 'rate = float(flags["learning_rate"])\noutput, behaviour =')
     (comparison.root / "fake.py").write_text(script)
     grids = [{"learning_rate": [1e-3, 2e-3]}]

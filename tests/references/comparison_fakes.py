@@ -164,7 +164,7 @@ def behave(*names: str) -> list[dict]:
     return [{"behaviour": list(names)}]
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hf_v0init.compare.planning.plan import read_plan
 
 from hf_v0init import V0InitArguments
-from hf_v0init.compare.planning.plan import read_plan
 from hf_v0init.tasks.run import require_possible_run
 from hf_v0init.tasks.script_support import parse_arguments
 

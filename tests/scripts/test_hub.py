@@ -11,7 +11,7 @@ from huggingface_hub import RepoCard
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
-from hf_v0init.records.model_card import SECTION_TITLE, V0_TAGS, compose_v0_section
+from hf_v0init.records.model_card import PAPER_TAG, SECTION_TITLE, TAG, compose_v0_section
 
 REPO_ID = "someone/tiny-v0"
 BROKEN_REPO_ID = "someone/broken-commits"
@@ -114,7 +114,7 @@ def test_pushed_files_are_the_local_files(folders, pushed_files):
 
 def test_pushed_card_has_tags_task_and_the_section_of_this_run(outcomes, pushed_files):
     card = RepoCard(pushed_files["README.md"].decode())
-    assert set(V0_TAGS) <= set(card.data["tags"])
+    assert {TAG, PAPER_TAG} <= set(card.data["tags"])
     assert len(card.data["tags"]) == len(set(card.data["tags"]))
     assert card.data["pipeline_tag"] == "text-generation"
     assert card.text.count(f"## {SECTION_TITLE}") == 1

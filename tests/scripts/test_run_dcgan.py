@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init.compare.running.run_state import judge_run
+from hf_v0init.compare.process import judge_output
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
@@ -154,7 +154,7 @@ def test_the_log_is_a_trainers_and_can_be_compared(finished):
             assert entry["loss"] == pytest.approx(entry["discriminator_loss"] + entry["generator_loss"])
         assert entry["train_seconds"] <= entry["seconds"]
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6]
-    assert judge_run(folder, "eval_loss")[0] in ("finished", "diverged")
+    assert judge_output(folder, "eval_loss")[0] in ("finished", "diverged")
     fingerprints = {name: json.loads((each / "fingerprint.json").read_text()) for name, each in finished.items()}
     assert fingerprints["zeros"] == fingerprints["data_driven"] == fingerprints["random"]
     assert len(fingerprints["zeros"]["batches"]) == 4
@@ -177,9 +177,9 @@ def test_checkpoints_are_whole(finished):
     for step in (4, 6):
         folder = finished["data_driven"] / f"checkpoint-{step}"
         assert find_defect(folder) is None
-        (folder / "training_state.pt").rename(folder / "gone")
-        assert "training_state.pt is missing" in find_defect(folder)
-        (folder / "gone").rename(folder / "training_state.pt")
+        (folder / "scheduler.pt").rename(folder / "gone")
+        assert "scheduler.pt is missing" in find_defect(folder)
+        (folder / "gone").rename(folder / "scheduler.pt")
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------------
@@ -193,6 +193,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(imag
     shutil.copytree(whole, cut)
     for name in ("checkpoint-6", "generator", "discriminator"):
         shutil.rmtree(cut / name)
+    (cut / "train_results.json").unlink()
     capsys.readouterr()
     run(images, cut, v0_init="data_driven", v0_scale=7.0, v0_record_run=True, **options)
     said = capsys.readouterr().out
@@ -224,12 +225,13 @@ def test_a_finished_run_is_evaluated_again_without_training(images, finished, ca
 def test_broken_checkpoints_are_passed_over_and_other_sizes_refused(images, finished, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(finished["data_driven"], cut)
-    (cut / "checkpoint-6" / "training_state.pt").write_bytes(b"")
-    with pytest.raises(InputError, match="checkpoint-4: its generator has other sizes"):
+    (cut / "train_results.json").unlink()
+    (cut / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"checkpoint-4 is of another run: base_channels was .* and is now 4"):
         run(images, cut, base_channels=4)
-    with pytest.raises(InputError, match="its generator optimizer is AdamW and this run's SGD"):
+    with pytest.raises(InputError, match=r"checkpoint-4 is of another run: v0_optimizer was not given"):
         run(images, cut, v0_optimizer="torch.optim:SGD")
-    with pytest.raises(InputError, match=r"training_state\.pt has 0 of its"):
+    with pytest.raises(InputError, match=r"checkpoint-6: .*model\.safetensors"):
         run(images, cut, resume_from_checkpoint=cut / "checkpoint-6")
 
 
@@ -444,7 +446,7 @@ def test_a_diverging_run_says_so_and_ends_with_status_1(images, tmp_path, capsys
         run_dcgan.main(flags)
     assert caught.value.code == 1
     assert "error: the loss is" in capsys.readouterr().err
-    assert judge_run(tmp_path / "out", "eval_loss")[0] == "diverged"
+    assert judge_output(tmp_path / "out", "eval_loss")[0] == "diverged"
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):

@@ -23,9 +23,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
-from hf_v0init import InputError, V0DiagnosticsCallback, V0InitTrainer, attach_v0, initialize_v0
+from hf_v0init import InputError, V0DiagnosticsCallback, V0InitArguments, V0InitTrainer, attach_v0, initialize_v0
 
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
@@ -41,6 +41,7 @@ GENERATION_BATCH = 256
 SCHEDULE_FILE = "scheduler.pt"  # as the Trainer names it
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
 V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
+V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
 SUMMED = (
     "num_samples", "num_batches", "num_skipped", "seconds", "num_zero_elements", "num_parameters_with_v0",
     "num_parameters_without_v0", "num_elements_with_v0", "num_elements_without_v0",
@@ -299,7 +300,7 @@ class GanRun:
             "optimizers": {name: type(each).__name__ for name, each in self.optimizers.items()},
             "sums": self._sums.cpu(),
             "num_summed": self._num_summed,
-            "v0_init": self.training.v0_init,
+            "v0_settings": {name: getattr(self.training, name) for name in V0_SETTINGS},
             "reports": self.reports,
             "measuring": {name: hook.state_dict() for name, hook in self.hooks.items() if name not in self.reports},
         }
@@ -323,10 +324,13 @@ class GanRun:
                 )
         self._sums, self._num_summed = saved["sums"].to(self.accelerator.device), saved["num_summed"]
         self.reports = saved["reports"]
-        if saved["v0_init"] != self.training.v0_init and self.accelerator.is_main_process:
+        now = {name: getattr(self.training, name) for name in V0_SETTINGS}
+        changed = [
+            f"{name}: {then} -> {now[name]}" for name, then in saved["v0_settings"].items() if now.get(name) != then
+        ]
+        if changed and self.accelerator.is_main_process:
             logger.warning(
-                f"the checkpoint is of a run with --v0_init {saved['v0_init']}, and {self.training.v0_init} was given: its "
-                "optimizer state stands, and its record goes along"
+                f"v0 settings differ from the checkpoint's, whose optimizer state stands, and whose record goes along: {'; '.join(changed)}"
             )
         if saved["measuring"]:
             self._choose_v0()
@@ -440,6 +444,7 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
     """
     options = copy.copy(training)
     options.v0_init, options.v0_record_run, options.report_to = "zeros", False, []
+    options.eval_strategy, options.save_strategy, options.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
     options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
     parameters = list(network.parameters())
     groups = [

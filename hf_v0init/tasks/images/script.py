@@ -9,6 +9,7 @@ Images come from the Hub, or from folders with one subfolder per class. Losses a
 set counts once.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ...state_guard import preserve_model, preserve_rng
 from ..data import SplitDataArguments, find_needed_roles
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
@@ -51,8 +51,8 @@ EXAMPLES = """
 # flags from a file, a Vision Transformer from scratch
 {} FILE.yaml --model_type vit --config_overrides hidden_size=192,num_attention_heads=3
 # fine-tune a pretrained model, a tenth of the training images for validation
-{} --model_name_or_path microsoft/resnet-18 --train_dir data/train --validation_split_percentage 10 --do_train --do_eval \\
-  --output_dir out
+{} --model_name_or_path microsoft/resnet-18 --train_dir data/train --do_train --do_eval \\
+  --validation_split_percentage 10 --output_dir out
 # two processes
 torchrun --nproc_per_node 2 -m hf_v0init.tasks.images.script FILE.yaml --output_dir out
 """
@@ -301,10 +301,10 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
 def find_defect(network, samples: ImageSamples, batch_size: int) -> str | None:
     """What the model says to a batch of this size, in training; None if it takes it. Everything is as before."""
     batch = stack_samples([samples[position] for position in range(batch_size)])
-    with preserve_rng(), preserve_model(network), torch.no_grad():
-        network.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        copied = copy.deepcopy(network).train()  # batch norms would keep what they see
         try:
-            network(pixel_values=batch["pixel_values"].to(network.device, network.dtype))
+            copied(pixel_values=batch["pixel_values"].to(network.device, network.dtype))
         except (ValueError, RuntimeError, TypeError) as error:
             return str(error) or type(error).__name__
     return None

@@ -50,7 +50,8 @@ EXAMPLES = """
 {} FILE.yaml --config_overrides n_embd=256,n_layer=4,n_head=4 --eval_strategy epoch --save_strategy best \\
   --metric_for_best_model perplexity
 # fine-tune a pretrained model on prompts with their completions
-{} --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a --do_train --output_dir out
+{} --model_name_or_path gpt2 --train_file qa.jsonl --prompt_column q --completion_column a --do_train \\
+  --output_dir out
 # data that does not fit on the disk
 {} FILE.yaml --dataset_name allenai/c4 --dataset_config_name en --streaming --max_steps 10000
 # two processes

@@ -52,7 +52,8 @@ EXAMPLES = """
 # flags from a file, a smaller model, BLEU and chrF on validation data after every epoch
 {} FILE.yaml --config_overrides d_model=256 --eval_strategy epoch --predict_with_generate
 # go on with a pretrained model
-{} FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M --source_lang deu_Latn --target_lang eng_Latn
+{} FILE.yaml --model_name_or_path facebook/nllb-200-distilled-600M \\
+  --source_lang deu_Latn --target_lang eng_Latn
 # translate a file for which there are no references
 {} --model_name_or_path out --test_source_file new.de --do_predict --num_beams 5 --output_dir new
 # two processes
