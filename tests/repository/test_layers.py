@@ -10,7 +10,7 @@ PACKAGE = ROOT / "hf_v0init"
 
 # A file may import from its own row and from rows further down. A row names folders and flat modules of the package.
 LAYERS = [
-    ["cli"],
+    ["cli", "__main__"],
     ["compare", "analysis"],
     ["tasks"],
     ["trainer", "loop"],
