@@ -72,7 +72,7 @@ def write_v0(
     factors = [find_scale(moments.read_beta2(stored.group)) for stored in plan.chosen]
     for stored, factor in zip(plan.chosen, factors, strict=True):
         (part,) = stored.parts
-        add_parameters(report, [(part.name, part.full_shape, estimate.tensors[part.name])], False, factor)
+        add_parameters(report, [(part.name, part.full_shape, estimate.tensors[part.name])], False, [factor])
     with _undo_on_failure(moments), torch.no_grad():
         for stored, factor in zip(plan.chosen, factors, strict=True):
             grad_sq_mean = estimate.tensors[stored.parts[0].name]
