@@ -222,7 +222,9 @@ class V0Hook:
         if self._is_done:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
-        if closure is None and next(reversed(optimizer._optimizer_step_pre_hooks)) == self._handles[0].id:
+        is_last = next(reversed(optimizer._optimizer_step_pre_hooks)) == self._handles[0].id
+        calls_closure = type(optimizer).__module__.startswith("torch.optim.")  # others may ignore one
+        if closure is None and (is_last or not calls_closure):
             self._prepare(optimizer)
             return None
         if closure is None:  # hooks that came later, and may change the gradients, go first

@@ -81,6 +81,9 @@ def call_before_update(look):
 
     def hook(optimizer, args, kwargs):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and not type(optimizer).__module__.startswith("torch.optim."):
+            look(optimizer)  # may ignore a closure; ours, which came first, has not waited for one then
+            return None
 
         def close_and_look():
             loss = None if closure is None else closure()

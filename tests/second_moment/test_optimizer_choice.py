@@ -111,6 +111,7 @@ def test_what_the_constructor_refuses_is_one_line_before_any_training(tmp_path):
 @pytest.mark.parametrize("v0_init", ["zeros", "data_driven"])
 def test_torchs_adamw_by_name_is_optim_adamw_torch(tmp_path, v0_init):
     options = {"v0_init": v0_init, "weight_decay": 0.1, "adam_beta2": 0.95, "warmup_steps": 2}
+    options |= {} if v0_init == "zeros" else {"v0_decay": "beta2"}
     named = train(tmp_path / "a", v0_optimizer="torch.optim:AdamW", **options)
     assert_equal_weights(named, train(tmp_path / "b", optim="adamw_torch", **options))
     assert type(named.optimizer.optimizer) is torch.optim.AdamW
