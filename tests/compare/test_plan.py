@@ -501,7 +501,7 @@ def test_each_optimizer_word_makes_that_optimizer_with_the_run_s_settings(plan_o
     pytest.importorskip({"AdamWScheduleFree": "schedulefree"}.get(class_name, "torch"))
     if str(OPTIMIZERS[name].get("v0_optimizer")).startswith("pytorch_optimizer"):
         pytest.importorskip("pytorch_optimizer")
-    v0 = "zeros" if name == "sgd" else "random"
+    v0 = "zeros" if name == "sgd" else "random 100"
     common = {"adam_beta2": 0.98, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
     grids = [{"v0": v0, "optimizer": name, "warmup": 4, "learning_rate": 0.5}]
     (run,) = plan_of(MINIMAL, arguments=common, grids=grids).runs

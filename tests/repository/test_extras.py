@@ -77,17 +77,17 @@ def test_a_package_that_is_there_is_not_imported(monkeypatch):
 
 COMMAND = "from hf_v0init.cli.main import main; main()"
 MISSING = [
-    ("datasets", ["hf-v0init", "translate", "--help"], COMMAND, "scripts"),
+    ("datasets", ["hf-v0init", "translate", "nosuch.yaml"], COMMAND, "scripts"),
     ("datasets", ["hf-v0init", "clm", "nosuch.yaml"], COMMAND, "scripts"),
     (
         "sacrebleu",
-        ["run_translation.py", "--help"],
+        ["run_translation.py", "nosuch.yaml"],
         "runpy.run_path('scripts/run_translation.py', run_name='__main__')",
         "scripts",
     ),
-    ("PIL", ["hf-v0init", "images", "--help"], COMMAND, "images"),
+    ("PIL", ["hf-v0init", "images", "nosuch.yaml"], COMMAND, "images"),
     ("scipy", ["hf-v0init", "compare", "configs/compare/tiny.yaml", "--output_dir", "nosuch"], COMMAND, "compare"),
-    ("matplotlib", ["hf-v0init", "explain", "--figure", "m.png"], COMMAND, "compare"),
+    ("matplotlib", ["hf-v0init", "explain", "--v0_scale", "1", "--figure", "m.png"], COMMAND, "compare"),
     ("matplotlib", ["hf-v0init", "saddle", "--figure", "m.png"], COMMAND, "compare"),
 ]
 
@@ -106,8 +106,8 @@ def test_a_module_that_a_launcher_starts_ends_with_one_line():
 
 
 def test_the_base_installation_explains():
-    explained = run_hidden(HIDDEN, ["hf-v0init", "explain", "--max_steps", "100"], COMMAND)
-    assert explained.returncode == 0 and "m(t)" in explained.stdout and explained.stderr == ""
+    explained = run_hidden(HIDDEN, ["hf-v0init", "explain", "--v0_decay_steps", "9"], COMMAND)
+    assert explained.returncode == 0 and "min(1, t / L)" in explained.stdout and explained.stderr == ""
 
 
 @pytest.mark.slow
