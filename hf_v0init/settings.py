@@ -297,7 +297,7 @@ class V0InitArguments:
                 "or use v0_decay=beta2 without v0_decay_steps"
             )
         for name in ("v0_num_samples", "v0_stats_batch_size"):
-            if getattr(self, name) is not None and not by_sample:
+            if getattr(self, name) is not None and self.v0_init == "data_driven" and not by_sample:
                 raise InputError(
                     f"{name}={getattr(self, name)} is of v0_init=data_driven with v0_estimator=per_sample: add --v0_estimator per_sample, or "
                     f"drop {name}"

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_v0init import InputError, attach_v0
+from hf_v0init import InputError
+
+from ..second_moment.state import SecondMoments
 
 LARGEST_SEED = 2**32 - 1  # of numpy's generator
 LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "gen_len", "runtime")
@@ -149,9 +151,11 @@ def _require_usable_optimizer(training: TrainingArguments) -> None:
         raise InputError(f"{given}: {join_lines(str(error))}; or use --optim adamw_torch") from error
     except Exception:  # of an optimizer that needs a device or a whole model: the Trainer will know
         return
-    strategy = getattr(training, "v0_init", "zeros")
-    if strategy != "zeros":
-        attach_v0(optimizer, v0_init=strategy, max_steps=1)
+    plan = training.resolve()
+    if plan.init != "zeros":
+        moments = SecondMoments(optimizer)
+        if plan.decay == "linear":
+            moments.require_linear_decay()
 
 
 def _require_usable_schedule(training: TrainingArguments) -> None:

@@ -23,7 +23,8 @@ class _NoticesStockTrainers:
         ):
             asked = [f"v0_init={self.v0_init}"] if self.v0_init != "zeros" else []
             asked += [f"untuned_warmup={self.untuned_warmup}"] if self.untuned_warmup is not None else []
-            if asked:
+            if asked and not getattr(self, "_has_warned_of_no_effect", False):
+                self._has_warned_of_no_effect = True
                 logger.warning(
                     f"{' and '.join(asked)} has no effect: this Trainer knows neither v0 nor its warmups. Use V0InitTrainer, or "
                     "V0InitCallback().attach(trainer) before train()"

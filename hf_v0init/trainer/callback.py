@@ -115,8 +115,17 @@ class V0InitCallback(TrainerCallback):
             return self.report | length
         hook = self.hook
         if hook is not None and hook.num_steps and hook.plan.init != "zeros":
-            plan = {"strategy": hook.plan.init, "decay": hook.plan.decay, "decay_steps": hook.plan.decay_steps}
-            return plan | {"estimation_steps": hook.estimation_steps, "is_written": False} | length
+            plan = hook.plan
+            return {
+                "strategy": plan.init,
+                "decay": plan.decay,
+                "decay_steps": plan.decay_steps,
+                "scale": plan.scale,
+                "estimator": plan.estimator,
+                "estimation_steps": hook.estimation_steps,
+                "include_bias_and_norm": plan.include_bias_and_norm,
+                "is_written": False,
+            } | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hf_v0init.compare.planning.plan import read_plan
 
 from hf_v0init import V0InitArguments
+from hf_v0init.compare.plan import read_plan
 from hf_v0init.tasks.run import require_possible_run
 from hf_v0init.tasks.script_support import parse_arguments
 
@@ -107,21 +107,21 @@ def read_v0(flags: dict) -> V0InitArguments:
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_every_configuration_of_the_paper_takes_its_preset(path):
     flags = yaml.safe_load(path.read_text(encoding="utf-8"))
-    settings = read_v0(flags)
+    plan = read_v0(flags).resolve()
     assert flags["v0_preset"] == "paper"
-    assert (settings.v0_init, settings.v0_estimator, settings.v0_num_samples) == ("data_driven", "per_sample", 5000)
-    assert settings.v0_scale == 1.0 and not settings.v0_include_bias_and_norm
+    assert (plan.init, plan.decay, plan.estimator, plan.num_samples) == ("data_driven", "beta2", "per_sample", 5000)
+    assert plan.scale == 1.0 and not plan.include_bias_and_norm and not plan.keeps_plateau
 
 
-@pytest.mark.parametrize("pocket", [False, True], ids=["full", "small"])
+@pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_run_of_the_papers_tables_takes_v0_from_single_samples(path, pocket, monkeypatch):
+def test_every_run_of_the_papers_tables_takes_v0_from_single_samples(path, small, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    plan = read_plan(path, pocket=pocket)
+    plan = read_plan(path, small=small)
     assert plan.runs
     for run in plan.runs:
-        settings = read_v0(run.arguments)
-        if settings.v0_init == "data_driven":
-            assert settings.v0_estimator == "per_sample", run.name
-        if settings.v0_init == "random" and path.stem != "table_06":  # which is over the scale
-            assert settings.v0_scale == 100.0, run.name
+        settings = read_v0(run.arguments).resolve(1000)
+        if settings.init == "data_driven":
+            assert (settings.decay, settings.estimator) == ("beta2", "per_sample"), run.name
+        if settings.init == "random" and path.stem != "table_06":  # which is over the scale
+            assert settings.scale == 100.0, run.name

@@ -83,7 +83,7 @@ def test_what_contradicts_itself_is_refused(given, words):
 def test_command_line_gives_every_flag_its_type():
     parsed = HfArgumentParser(V0InitArguments).parse_args_into_dataclasses(
         "--v0_init data_driven --v0_scale 2.5 --v0_num_samples 100 --v0_estimator per_sample --v0_stats_batch_size 8 "
-        "--v0_seed 3 --v0_include_bias_and_norm --v0_decay beta2".split()
+        "--v0_seed 3 --v0_include_bias_and_norm True --v0_decay beta2".split()
     )[0]
     assert parsed == V0InitArguments(
         v0_init="data_driven", v0_scale=2.5, v0_num_samples=100, v0_estimator="per_sample", v0_stats_batch_size=8, v0_seed=3,

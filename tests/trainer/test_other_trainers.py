@@ -85,8 +85,8 @@ def test_a_stock_trainer_with_our_arguments_says_once_that_they_have_no_effect(t
 
 def test_arguments_with_flags_are_enough_for_the_callback(tmp_path, caplog):
     arguments = make_arguments(tmp_path, v0_init="random", v0_decay="beta2", v0_scale=3.0)
-    callback = V0InitCallback()
-    trainer = Trainer(model=make_gpt2(), args=arguments, train_dataset=make_sequences(), callbacks=[callback])
+    trainer = Trainer(model=make_gpt2(), args=arguments, train_dataset=make_sequences())
+    callback = V0InitCallback().attach(trainer)
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer.train()
     assert callback.report["scale"] == 3.0 and "has no effect" not in caplog.text
