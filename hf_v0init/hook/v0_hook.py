@@ -211,12 +211,12 @@ class V0Hook:
         steps = self.plan.decay_steps
         if isinstance(steps, float) and self.max_steps:
             self.plan = replace(self.plan, decay_steps=math.ceil(steps * self.max_steps))
-        if self.plan.decay == "linear" and isinstance(self.plan.decay_steps, int) and self.max_steps:
-            if self.plan.decay_steps > self.max_steps:
-                logger.warning(
-                    f"v0_decay_steps={self.plan.decay_steps} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
-                    "--v0_decay_steps 0.33, or leave it out to have it measured"
-                )
+        length = self.plan.decay_steps if self.plan.decay == "linear" else None
+        if isinstance(length, int) and self.max_steps and length > self.max_steps:
+            logger.warning(
+                f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
+                "--v0_decay_steps 0.33, or leave it out to have it measured"
+            )
         self.estimation_steps = choose_estimation_steps(self.plan, self.max_steps)
         if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
             self.estimation_steps = 1

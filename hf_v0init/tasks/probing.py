@@ -93,15 +93,14 @@ def print_probe(
             table.add_row(f"{displacement:.3g}", f"{rho:.3f}", f"{displacement / learning_rate:.3g}")
         console.print(table)
     console.print(
-        f"{len(radius.batch_d50)} batches, {radius.num_backwards} backward and {radius.num_forwards} forward passes, "
+        f"the batch of the first optimizer step, its loss computed {radius.num_forwards} times, "
         f"{radius.seconds:.1f} s, {radius.num_elements:,} parameters; loss at the initial weights {radius.loss:.4g}",
         soft_wrap=True,
     )
     if radius.d50 is None:
         console.print(f"the trust radius could not be measured: {radius.reason}.", soft_wrap=True)
         return
-    alone = ", ".join("-" if value is None else f"{value:.2g}" for value in radius.batch_d50)
-    console.print(f"trust radius (d50, where rho is 0.5): {radius.d50:.3g} (batches alone: {alone})", style="bold")
+    console.print(f"trust radius (d50, where rho is 0.5): {radius.d50:.3g}", style="bold")
     for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
         console.print(line, soft_wrap=True)
 

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import rows_first_step, rows_pass
 from benchmarks.measuring import (
     MET,
     MISSED,
     PRINTED,
     SKIPPED,
-    Conditions,
     Row,
     measure_memory,
     measure_pairs,
@@ -162,40 +160,6 @@ def test_the_committed_record_has_every_row_and_says_why_a_miss_stays():
 
 
 # ---- rows that are counts --------------------------------------------------------------------------------------------
-
-
-def test_measuring_needs_no_more_memory_than_training_and_leaves_nothing(tmp_path):
-    measured = rows_first_step.measure_measuring_memory(Conditions(True, tmp_path, tmp_path))
-    assert measured.verdict == MET and measured.median <= 1.0
-    assert measured.figures["bytes_left_beyond_training"] == 0
-
-
-def test_the_pass_needs_no_more_memory_than_a_step_and_leaves_adams_state(tmp_path):
-    rows = rows_pass.measure_pass_memory(Conditions(True, tmp_path, tmp_path))
-    assert [measured.verdict for measured in rows] == [MET, MET]
-    assert rows[0].median <= 1.0 and rows[1].median < 0.95
-    assert [measured.figures["bytes_left_beyond_the_state"] for measured in rows] == [0, 0]
-
-
-def test_the_error_of_fewer_samples_falls_as_one_over_the_root(tmp_path, monkeypatch):
-    """On a model whose gradients are the data: normal, so the median error of n squares is .674 sqrt(2 / n)."""
-    data = torch.randn(5000, 2000, generator=torch.Generator().manual_seed(0))
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(50, 40))
-
-        def forward(self, rows):
-            loss = (self.weight.flatten() * rows.mean(0)).sum()
-            return type("Output", (), {"loss": loss})
-
-    measured = rows_pass._find_errors("normal", Model(), list(data), lambda rows: {"rows": torch.stack(rows)})
-    for count in (128, 256, 512, 1024):
-        squares = count / rows_pass.BATCH_SIZE
-        expected = 0.6745 * math.sqrt(2 / squares * (1 - count / 5000))
-        assert measured.figures[f"error_at_{count}"] == pytest.approx(expected, rel=0.2)
-    assert measured.figures["auto"] in (1024, 2048) and measured.verdict == MET
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------

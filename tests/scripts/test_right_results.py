@@ -57,7 +57,7 @@ def trained(run_translation, data, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("trained") / "out"
     flags = {
         **TINY, **data, "output_dir": out, "cache_dir": out.parent / "cache", "do_train": True, "do_eval": True, "do_predict": True,
-        "max_steps": 4, "save_steps": 2, "v0_init": "data_driven", "v0_num_samples": 16, "predict_with_generate": True,
+        "max_steps": 4, "save_steps": 2, "v0_init": "data_driven", "predict_with_generate": True,
         "val_max_target_length": 6, "source_lang": "de", "target_lang": "en",
     }  # fmt: skip
     run_translation.main(to_argv(flags))
@@ -202,7 +202,7 @@ def test_without_checkpoints_a_finished_run_is_left_alone_too(run_translation, d
 
 def test_the_evaluation_that_was_missing_is_of_the_model_that_was_saved(run_translation, data, tmp_path):
     flags = {**TINY, **data, "do_train": True, "max_steps": 3, "save_steps": 2, "output_dir": tmp_path / "a"}
-    flags |= {"cache_dir": tmp_path / "cache", "v0_init": "random"}
+    flags |= {"cache_dir": tmp_path / "cache", "v0_init": "random", "v0_decay": "beta2"}
     run_translation.main(to_argv({**flags, "do_eval": True}))
     run_translation.main(to_argv({**flags, "output_dir": tmp_path / "b"}))
     run_translation.main(to_argv({**flags, "output_dir": tmp_path / "b", "do_eval": True}))

@@ -140,7 +140,7 @@ def compute_perplexity_slowly(folder: Path, lines: list[str], block_size: int) -
 
 def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, data, tmp_path, capsys):
     out = tmp_path / "out"
-    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
     run_clm.main(flags(**changes, sample_prompt="the cat", max_new_tokens=5))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):
@@ -175,7 +175,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, d
 
 def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    changes = {"v0_init": "data_driven", "v0_num_samples": 16}
+    changes = {"v0_init": "data_driven"}
     run_clm.main(flags(**changes, output_dir=straight))
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     # no tokenizer flag: that of the checkpoint is used; the last checkpoint is found without a flag
@@ -513,7 +513,7 @@ def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one(flags, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     options |= {"sample_prompt": "the cat", "max_new_tokens": 3}
     result = start(*launcher, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
     assert result.returncode == 0, result.stderr

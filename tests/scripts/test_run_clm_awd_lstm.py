@@ -75,7 +75,6 @@ def test_a_run_selects_on_validation_and_its_perplexities_are_the_slow_ones(awd_
     changes |= {
         "do_eval": True,
         "do_predict": True,
-        "v0_num_samples": 16,
         "sample_prompt": "the cat",
         "max_new_tokens": 5,
         "v0_record_run": True,
@@ -101,7 +100,7 @@ def test_a_run_selects_on_validation_and_its_perplexities_are_the_slow_ones(awd_
 
 def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(awd_flags, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    changes = {"v0_init": "data_driven", "v0_num_samples": 16, "lr_decay_epochs": "1"}
+    changes = {"v0_init": "data_driven", "lr_decay_epochs": "1"}
     run_clm.main(awd_flags(**changes, output_dir=straight))
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     run_clm.main(awd_flags(**changes, output_dir=resumed))
@@ -178,8 +177,8 @@ def test_two_processes_with_half_the_streams_each_are_one_with_all(awd_flags, tm
     )
     overrides = f"embedding_size=8,hidden_size=12,num_layers=2,{no_dropout}"
     options = {"config_overrides": overrides, "do_eval": True, "do_predict": True, "max_steps": None}
-    options |= {"num_train_epochs": 2, "save_steps": 5, "v0_init": "data_driven", "v0_num_samples": 16}
-    options |= {"v0_stats_batch_size": 1, "learning_rate": "1e-3", "block_size": 20, "vary_block_size": True}
+    options |= {"num_train_epochs": 2, "save_steps": 5, "v0_init": "data_driven"}
+    options |= {"learning_rate": "1e-3", "block_size": 20, "vary_block_size": True}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}

@@ -310,7 +310,7 @@ def test_a_data_set_by_name(images, tmp_path, labelled):
 def test_two_processes_train_one_model_with_one_v0(images, tmp_path):
     """Each network's v0 is that of one process for the same images, but for the batches they are dealt in."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    options = {"v0_init": "data_driven", "v0_stats_batch_size": 5, "v0_record_run": True}
+    options = {"v0_init": "data_driven", "v0_record_run": True}
     options |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
 
     def launch(folder, **more):

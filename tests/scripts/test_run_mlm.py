@@ -96,7 +96,7 @@ def read_lines(path: Path) -> list[str]:
 
 def test_a_run_from_scratch_trains_evaluates_averages_tests_and_guesses(flags, data, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
-    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven", "v0_num_samples": 16}
+    changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
     run_mlm.main(flags(**changes, sample_text="the <mask> sees a <mask>"))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):

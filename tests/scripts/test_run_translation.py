@@ -79,7 +79,7 @@ def test_trains_translates_averages_and_saves(run_translation, data, tmp_path, c
     flags = {
         **TINY, **data, "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache",
         "do_train": True, "do_eval": True, "do_predict": True, "max_steps": 240, "learning_rate": 5e-3,
-        "lr_scheduler_type": "inverse_sqrt", "adam_beta2": 0.98, "v0_init": "data_driven", "v0_num_samples": 64,
+        "lr_scheduler_type": "inverse_sqrt", "adam_beta2": 0.98, "v0_init": "data_driven",
         "max_tokens_per_batch": 100, "label_smoothing_factor": 0.1, "save_steps": 40, "save_total_limit": 3,
         "average_checkpoints": 3, "num_beams": 3, "length_penalty": 1.5, "predict_with_generate": True,
         "source_lang": "de", "target_lang": "en",
@@ -404,7 +404,7 @@ def test_two_processes_give_the_run_of_one(data, tmp_path):
     """Twice half the batch: the same loss curve, the same predictions file, v0 from the same samples."""
     flags = {
         **TINY, **data, "do_train": True, "do_eval": True, "do_predict": True, "max_steps": 12, "save_strategy": "no",
-        "cache_dir": tmp_path / "cache", "v0_init": "data_driven", "v0_num_samples": 64, "v0_stats_batch_size": 1,
+        "cache_dir": tmp_path / "cache", "v0_init": "data_driven",
         "learning_rate": 3e-3, "predict_with_generate": True, "train_sampling_strategy": "sequential",
     }  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]

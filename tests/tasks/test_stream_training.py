@@ -229,7 +229,7 @@ def test_first_gradient_is_that_of_the_first_accumulated_step(tmp_path):
 @pytest.mark.parametrize("varies", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_goes_on_from_the_state(tmp_path, varies):
     streams = make_streams(num_tokens=440, segment_length=20, varies=varies)
-    options = {"save_strategy": "steps", "save_steps": 1, "v0_init": "data_driven", "v0_num_samples": 8}
+    options = {"save_strategy": "steps", "save_steps": 1, "v0_init": "data_driven"}
     straight = train(tmp_path / "straight", streams, **options)
     steps_an_epoch = len(streams) // 4
     assert (tmp_path / "straight" / "checkpoint-2" / "stream_state.pt").is_file()
@@ -280,7 +280,7 @@ def test_varying_segments_scale_the_learning_rate_of_their_step(tmp_path):
     other = make_streams(num_tokens=50, num_streams=3)
     options = {"eval_streams": other, "per_device_eval_batch_size": 3, "eval_strategy": "steps", "eval_steps": 1}
     options |= {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 2, "v0_init": "data_driven"}
-    train(tmp_path, streams, callbacks=[watch], learning_rate=0.01, v0_num_samples=8, **options)
+    train(tmp_path, streams, callbacks=[watch], learning_rate=0.01, **options)
     expected = []
     for epoch in range(2):
         streams.set_epoch(epoch)
@@ -329,7 +329,7 @@ def test_without_streams_the_trainer_is_the_usual_one(tmp_path):
 
     trainers = []
     for kind in (V0InitTrainer, StreamTrainer):
-        arguments = make_arguments(tmp_path, v0_init="data_driven", v0_num_samples=16)
+        arguments = make_arguments(tmp_path, v0_init="data_driven")
         trainer = kind(make_gpt2(), arguments, default_data_collator, make_sequences())
         trainer.train()
         trainers.append(trainer)

@@ -194,7 +194,7 @@ class GanRun:
     def _choose_v0(self) -> None:
         """Give both second moments a v0: by the paper's pass now, or at their own first step."""
         training = self.training
-        if training.v0_init == "data_driven" and training.v0_estimator == "per_sample":
+        if training.resolve().estimator == "per_sample":
             self.reports = estimate_v0(self)
             return
         options = {name: getattr(training, name) for name in V0_OPTIONS if hasattr(training, name)}
@@ -489,7 +489,7 @@ def estimate_v0(run: GanRun) -> dict[str, dict]:
     """
     training, accelerator, networks = run.training, run.accelerator, run.networks
     seed = training.seed if training.v0_seed is None else training.v0_seed
-    num_samples = min(training.v0_num_samples, len(run.pixels))
+    num_samples = min(training.resolve().num_samples, len(run.pixels))
     step_size = len(run.order.get(0))
     # With batch norms the gradient of an image depends on its batch: by default they are training's size.
     size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
@@ -505,8 +505,9 @@ def estimate_v0(run: GanRun) -> dict[str, dict]:
             generated = networks["generator"](run.draw(len(numbers)))
         return compute_discriminator_loss(discriminator, real, generated)[0]
 
-    options = {name: getattr(training, name) for name in V0_OPTIONS if hasattr(training, name)}
-    options.pop("v0_estimation_steps", None)
+    plan = training.resolve(run.max_steps)
+    options = {"v0_scale": plan.scale, "v0_include_bias_and_norm": plan.include_bias_and_norm}
+    options |= {"v0_decay_steps": plan.decay_steps}
     reports = {}
     for name, loss_fn in (("generator", compute_generators), ("discriminator", compute_discriminators)):
         report = initialize_v0(
@@ -521,7 +522,7 @@ def estimate_v0(run: GanRun) -> dict[str, dict]:
             max_steps=run.max_steps,
             **options,
         )
-        report.num_samples_requested = training.v0_num_samples
+        report.num_samples_requested = plan.num_samples
         reports[name] = report.to_dict()
     return reports
 
