@@ -14,6 +14,7 @@
 `v0_init.json` beside every checkpoint says what was done.
 """
 
+import contextlib
 import logging
 import os
 
@@ -308,7 +309,9 @@ class V0InitCallback(TrainerCallback):
 
     def _keep_record_of_another_start(self, args, state) -> None:
         """Resumed with `v0_init=zeros` a run that was begun with a v0: say so, and let the record go along."""
-        stored = read_report(self._find_checkpoint(args, state))
+        stored = None
+        with contextlib.suppress(InputError):  # a damaged record is no reason not to resume the stock run
+            stored = read_report(self._find_checkpoint(args, state))
         if stored is not None and stored["strategy"] != "zeros":
             self.length, self.report = stored.get("length"), {k: v for k, v in stored.items() if k != "length"}
             logger.warning(

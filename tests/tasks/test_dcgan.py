@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from trainers import call_before_update
 
 from hf_v0init import read_second_moment
 from hf_v0init.errors import InputError
@@ -220,7 +221,8 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_estimation_steps": 2}, 2)]
+    ("options", "num"),
+    [({"v0_init": "first_gradient", "v0_decay": "beta2"}, 1), ({"v0_init": "data_driven", "v0_decay": "beta2"}, 1)],
 )
 def test_v0_of_both_networks_is_the_mean_square_of_their_first_gradients(tmp_path, options, num):
     """As each optimizer sees them; the networks stand still while they are measured."""
@@ -242,7 +244,7 @@ def test_v0_of_both_networks_is_the_mean_square_of_their_first_gradients(tmp_pat
                 found[name] = [None if v is None else v.double() for v in found[name]]
 
         optimizer.register_step_pre_hook(keep_gradients)
-        return lambda: optimizer.register_step_pre_hook(keep_v0)  # once ours is there
+        return lambda: optimizer.register_step_pre_hook(call_before_update(keep_v0))  # once ours is there
 
     later = [watch(name, optimizer) for name, optimizer in trainer.optimizers.items()]
     trainer.train(on_ready=lambda: [register() for register in later])

@@ -110,7 +110,7 @@ def test_seq2seq(tmp_path):
     apply_xavier_initialization(model)
     arguments = V0InitSeq2SeqTrainingArguments(
         str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        v0_init="data_driven", predict_with_generate=True, generation_max_length=8,
+        v0_init="data_driven", v0_decay="beta2", predict_with_generate=True, generation_max_length=8,
     )  # fmt: skip
     trainer = V0InitSeq2SeqTrainer(model=model, args=arguments, train_dataset=make_sequences(8))
     trainer.train()
