@@ -160,7 +160,6 @@ class V0InitCallback(TrainerCallback):
             )
         what = _find_what_warms_up(settings, plan)
         if state.global_step == 0:
-            self.report = self.length = None
             if what is not None:  # the Trainer classes have looked at it before an untuned warmup joined it
                 is_joined = settings.untuned_warmup in UNTUNED_WARMUPS
                 require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
@@ -223,6 +222,7 @@ class V0InitCallback(TrainerCallback):
 
     def _begin(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
         """A new run."""
+        self.report = self.length = None
         if plan.estimator == "per_sample":
             if isinstance(plan.decay_steps, int):
                 keep_plateau(self._trainer, self._trainer.lr_scheduler, plan.decay_steps)
@@ -272,7 +272,7 @@ class V0InitCallback(TrainerCallback):
                 f"and v0_init={settings.v0_init} has no effect on this resumed run"
             )
             return
-        self.length = stored.get("length")
+        self.length, self._began_at = stored.get("length"), stored.get("global_step", 0)
         if stored.get("is_written", True):
             self.report = {key: value for key, value in stored.items() if key != "length"}
         differences = _find_differences(stored, plan, args.seed if plan.seed is None else plan.seed)

@@ -56,7 +56,7 @@ def outcomes(hub, folders) -> dict[str, dict]:
     def make_flags(output: Path, repo_id: str, *more: str) -> list[str]:
         flags = f"--max_steps 4 --per_device_train_batch_size 4 --eval_strategy steps --eval_steps 2 --use_cpu \
             --report_to none --save_strategy steps --save_steps 2 --push_to_hub --hub_model_id {repo_id} \
-            --v0_init data_driven".split()
+            --v0_init data_driven --v0_decay beta2".split()
         return ["--output_dir", str(output), *flags, *more]
 
     runs = {

@@ -57,7 +57,7 @@ def trained(run_translation, data, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("trained") / "out"
     flags = {
         **TINY, **data, "output_dir": out, "cache_dir": out.parent / "cache", "do_train": True, "do_eval": True, "do_predict": True,
-        "max_steps": 4, "save_steps": 2, "v0_init": "data_driven", "predict_with_generate": True,
+        "max_steps": 4, "save_steps": 2, "v0_init": "data_driven", "v0_decay": "beta2", "predict_with_generate": True,
         "val_max_target_length": 6, "source_lang": "de", "target_lang": "en",
     }  # fmt: skip
     run_translation.main(to_argv(flags))

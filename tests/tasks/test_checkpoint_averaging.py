@@ -60,13 +60,12 @@ def test_checkpoints_that_do_not_match_are_refused(tmp_path):
     model = make_marian()
     model.save_pretrained(tmp_path / "whole")
     weights = load_file(tmp_path / "whole" / "model.safetensors")
-    some = dict(list(weights.items())[1:])
+    some = {name: tensor for name, tensor in weights.items() if not name.endswith("fc1.weight")}
     for name, tensors in (("lacks", some), ("more", weights | {"x": torch.zeros(1)})):
         write_checkpoint(tmp_path / name, **tensors)
         model.config.save_pretrained(tmp_path / name)
     for folders, words in (
         ([tmp_path / "whole", tmp_path / "lacks"], r"lacks: lacks .*not a checkpoint of this MarianMTModel"),
-        ([tmp_path / "more"], r"more: has x"),
         ([tmp_path / "nothing"], r"nothing: its weights cannot be loaded"),
         ([], "at least one folder"),
     ):

@@ -78,7 +78,11 @@ PASS = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_
 
 @pytest.mark.parametrize(
     ("options", "num_workers"),
-    [(PASS, 0), (PASS, 2), *[({"v0_init": name}, 0) for name in ("data_driven", "random", "first_gradient")]],
+    [
+        (PASS, 0),
+        (PASS, 2),
+        *[({"v0_init": name, "v0_decay": "beta2"}, 0) for name in ("data_driven", "random", "first_gradient")],
+    ],
 )
 def test_v0_computed_and_thrown_away_is_the_stock_run(tmp_path, images, options, num_workers):
     """Weights and BatchNorm statistics, bit for bit, over two epochs with augmentation."""
@@ -144,7 +148,7 @@ def test_v0_of_the_pass_is_the_oracles(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("options", "num"), [({"v0_init": "first_gradient"}, 1), ({"v0_init": "data_driven", "v0_estimation_steps": 3}, 3)]
+    ("options", "num"), [({"v0_init": name, "v0_decay": "beta2"}, 1) for name in ("first_gradient", "data_driven")]
 )
 def test_v0_is_of_the_first_augmented_batches_as_adam_sees_them(tmp_path, images, options, num):
     """Clipped, that is, at weights that stay as they are while they are measured."""

@@ -172,7 +172,12 @@ def plain_runs(tmp_path_factory):
 )
 def test_a_v0_thrown_away_leaves_the_run_bit_for_bit(tmp_path, plain_runs, strategy, accumulation):
     streams, recorder = make_streams(num_tokens=440, segment_length=20, varies=True), Recorder(erase=True)
-    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1, "v0_init": strategy}
+    options = {
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 1,
+        "v0_init": strategy,
+        "v0_decay": "beta2",
+    }
     if strategy == "per_sample":
         options |= {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_num_samples": 12}
     erased = train(tmp_path, streams, callbacks=[recorder], **options)
@@ -216,7 +221,7 @@ def test_v0_sees_single_segments_with_the_state_of_their_context(tmp_path):
 def test_first_gradient_is_that_of_the_first_accumulated_step(tmp_path):
     """Two micro-batches, the second from the state that the first left, with the dropout that training will draw."""
     streams, recorder = make_streams(), Recorder()
-    options = {"v0_init": "first_gradient", "gradient_accumulation_steps": 2, "max_steps": 1}
+    options = {"v0_init": "first_gradient", "v0_decay": "beta2", "gradient_accumulation_steps": 2, "max_steps": 1}
     train(tmp_path, streams, callbacks=[recorder], **options)
     assert recorder.v0
     for name, v0 in recorder.v0.items():
@@ -229,7 +234,7 @@ def test_first_gradient_is_that_of_the_first_accumulated_step(tmp_path):
 @pytest.mark.parametrize("varies", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_goes_on_from_the_state(tmp_path, varies):
     streams = make_streams(num_tokens=440, segment_length=20, varies=varies)
-    options = {"save_strategy": "steps", "save_steps": 1, "v0_init": "data_driven"}
+    options = {"save_strategy": "steps", "save_steps": 1, "v0_init": "data_driven", "v0_decay": "beta2"}
     straight = train(tmp_path / "straight", streams, **options)
     steps_an_epoch = len(streams) // 4
     assert (tmp_path / "straight" / "checkpoint-2" / "stream_state.pt").is_file()
@@ -279,7 +284,12 @@ def test_varying_segments_scale_the_learning_rate_of_their_step(tmp_path):
     streams, watch = make_streams(num_tokens=880, segment_length=20, varies=True), WatchLearningRate()
     other = make_streams(num_tokens=50, num_streams=3)
     options = {"eval_streams": other, "per_device_eval_batch_size": 3, "eval_strategy": "steps", "eval_steps": 1}
-    options |= {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 2, "v0_init": "data_driven"}
+    options |= {
+        "lr_scheduler_type": "constant",
+        "gradient_accumulation_steps": 2,
+        "v0_init": "data_driven",
+        "v0_decay": "beta2",
+    }
     train(tmp_path, streams, callbacks=[watch], learning_rate=0.01, **options)
     expected = []
     for epoch in range(2):
