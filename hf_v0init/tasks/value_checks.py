@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from hf_v0init import InputError
 
 from ..second_moment.state import SecondMoments
+from ..settings import V0InitArguments, V0Plan
 
 LARGEST_SEED = 2**32 - 1  # of numpy's generator
 LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "gen_len", "runtime")
@@ -151,7 +152,7 @@ def _require_usable_optimizer(training: TrainingArguments) -> None:
         raise InputError(f"{given}: {join_lines(str(error))}; or use --optim adamw_torch") from error
     except Exception:  # of an optimizer that needs a device or a whole model: the Trainer will know
         return
-    plan = training.resolve()
+    plan = training.resolve() if isinstance(training, V0InitArguments) else V0Plan()
     if plan.init != "zeros":
         moments = SecondMoments(optimizer)
         if plan.decay == "linear":

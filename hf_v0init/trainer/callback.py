@@ -159,10 +159,9 @@ class V0InitCallback(TrainerCallback):
                 "one of these, untuned_warmup=trust_radius, or warmup_steps"
             )
         what = _find_what_warms_up(settings, plan)
-        if state.global_step == 0:
-            if what is not None:  # the Trainer classes have looked at it before an untuned warmup joined it
-                is_joined = settings.untuned_warmup in UNTUNED_WARMUPS
-                require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
+        if state.global_step == 0 and what is not None:
+            is_joined = settings.untuned_warmup in UNTUNED_WARMUPS  # the Trainer classes have looked at it before that
+            require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
             self._let_go()
             if state.global_step > 0:
@@ -249,7 +248,8 @@ class V0InitCallback(TrainerCallback):
 
     def _keep_state(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
         """State is there without a checkpoint."""
-        if self.hook is not None and self.hook.is_waiting:
+        has_stepped = any(moments.count_steps(one) for one in moments.list_tensors({}))
+        if self.hook is not None and self.hook.is_waiting and not has_stepped:
             self._begin(optimizer, moments, model, args, state, settings, plan)
             return
         self._let_go()

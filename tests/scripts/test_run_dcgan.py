@@ -76,6 +76,8 @@ def make_flags(images, output_dir, **options) -> list[str]:
         "max_steps": 6,
     }
     flags |= {"do_train": True, "do_eval": True, "logging_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    if options.get("v0_init", "zeros") != "zeros":
+        flags["v0_decay"] = "beta2"
     return [f"--{name}={value}" for name, value in (flags | options).items()]
 
 
@@ -405,8 +407,7 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"v0_optimizer": "torch.optim:Adamm"}, ["torch.optim has no optimizer class Adamm", "Adam"]),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, ["constant_with_warmup"]),
         ({"warmup_steps": 5, "untuned_warmup": "linear"}, ["two warmups"]),
-        ({"v0_init": "auto"}, ["a GAN has two", "--warmup_steps"]),
-        ({"v0_init": "random", "v0_decay_steps": "auto"}, ["a GAN has two"]),
+        ({"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}, ["a GAN has two"]),
         ({"per_device_train_batch_size": 61}, ["60 training images are too few"]),
         ({"gradient_accumulation_steps": 4}, ["--gradient_accumulation_steps=4", "no effect"]),
         ({"fp16": True}, ["--fp16=True", "no effect"]),

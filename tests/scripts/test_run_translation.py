@@ -79,7 +79,7 @@ def test_trains_translates_averages_and_saves(run_translation, data, tmp_path, c
     flags = {
         **TINY, **data, "output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache",
         "do_train": True, "do_eval": True, "do_predict": True, "max_steps": 240, "learning_rate": 5e-3,
-        "lr_scheduler_type": "inverse_sqrt", "adam_beta2": 0.98, "v0_init": "data_driven",
+        "lr_scheduler_type": "inverse_sqrt", "adam_beta2": 0.98, "v0_init": "data_driven", "v0_decay": "beta2",
         "max_tokens_per_batch": 100, "label_smoothing_factor": 0.1, "save_steps": 40, "save_total_limit": 3,
         "average_checkpoints": 3, "num_beams": 3, "length_penalty": 1.5, "predict_with_generate": True,
         "source_lang": "de", "target_lang": "en",

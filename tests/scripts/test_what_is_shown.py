@@ -100,7 +100,7 @@ def test_the_summary_says_what_was_trained_how_well_and_where_it_is(tmp_path):
     print_summary(trainer, Console(file=out))
     words = " ".join(re.sub("[│┌┐└┘├┤─┬┴]", " ", out.getvalue()).split())
     for part in (
-        "Linear, 1,240 parameters", "1,500 steps, 2.50 epochs, 3,000 samples (the data has 1,200), 12 s, 100.0 samples per second", "random, scale 100",
+        "Linear, 1,240 parameters", "1,500 steps, 2.50 epochs, 3,000 samples (the data has 1,200), 12 s, 100.0 samples per second", "random, decay by beta2, scale 100",
         "loss 1.2500, bleu 31.26", "README.md (card)",
     ):  # fmt: skip
         assert part in words
