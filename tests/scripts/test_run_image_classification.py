@@ -108,7 +108,7 @@ def score_by_hand(folder: Path, images_folder: str) -> dict:
 def test_trains_evaluates_and_saves(script, tiny, tmp_path, capsys):
     out = tmp_path / "out"
     flags = {
-        **tiny, "do_eval": True, "do_predict": True, "max_steps": 60, "learning_rate": 3e-2, "v0_init": "data_driven",
+        **tiny, "do_eval": True, "do_predict": True, "max_steps": 60, "learning_rate": 3e-2, "v0_init": "data_driven", "v0_decay": "beta2",
         "label_smoothing_factor": 0.1, "random_crop": "pad", "crop_padding": 1, "random_flip": True,
         "lr_scheduler_type": "constant", "lr_decay_epochs": [6, 12], "lr_decay_factor": 0.2, "image_mode": "RGB",
         "adam_beta2": 0.98, "save_strategy": "steps", "save_steps": 30,
@@ -338,7 +338,7 @@ BAD_INPUT = {
     "no model": ({"-config_name": 0}, ["no model", "--model_name_or_path"]),
     "two models": ({"model_type": "resnet"}, ["not both"]),
     "no classifier": ({"-config_name": 0, "model_type": "gpt2"}, ["--model_type=gpt2", "no image classifier"]),
-    "no configuration": ({"config_name": "/no/such.json"}, ["no such file /no/such.json"]),
+    "no configuration": ({"config_name": "/no/such.json"}, ["/no/such.json", "no such file"]),
     "bad override": ({"config_overrides": "embeding_size=3"}, ["--config_overrides", "embeding_size"]),
     "falling epochs": ({"lr_decay_epochs": [3, 2]}, ["--lr_decay_epochs", "increasing"]),
     "no factor": ({"lr_decay_epochs": [3], "lr_decay_factor": 1.5}, ["--lr_decay_factor=1.5"]),
