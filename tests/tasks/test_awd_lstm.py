@@ -368,6 +368,10 @@ def test_bfloat16_and_autocast_stay_close():
     model, tokens = make_awd_lstm(2).eval(), make_tokens()
     exact = model(tokens, labels=tokens).loss.item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            torch.nn.LSTM(8, 8)(torch.randn(3, 2, 8))
+        except RuntimeError as error:
+            pytest.skip(f"torch's own LSTM does not run under bfloat16 autocast on this processor: {error}")
         first = model(tokens[:, :6])
         again = model(tokens[:, 6:], state=first.state)
         assert model(tokens, labels=tokens).loss.item() == pytest.approx(exact, rel=0.03)
