@@ -127,6 +127,8 @@ def _choose_samples(trainer, num_samples: int, seed: int) -> tuple[Iterable, Cal
         read = dataset.__getitems__
     else:
         read = lambda numbers: [dataset[number] for number in numbers]  # noqa: E731
+    if num_samples > len(dataset):
+        logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
     return choose_samples(len(dataset), num_samples, seed), read, collate
 
 

@@ -147,7 +147,6 @@ def test_runs(tmp_path, options, words):
         assert is_untouched(trainer.optimizer) and trainer.get_v0_report() is None
 
 
-@pytest.mark.xfail(reason="0.3 uses all of the samples, and does not say so yet", strict=True)
 def test_more_samples_than_there_are_is_a_notice_not_an_error(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
         trainer = make_trainer(tmp_path, v0_num_samples=10_000, max_steps=1, **PER_SAMPLE)

@@ -173,9 +173,6 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, d
     assert "eval: perplexity" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(
-    reason="the report after a resume differs from the straight run's in some field: not looked into", strict=False
-)
 def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     changes = {"v0_init": "data_driven"}
@@ -189,7 +186,9 @@ def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):
     for folder in (resumed, explicit):
         weights = load_file(folder / "model.safetensors")
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-        assert json.loads((folder / "v0_init.json").read_text()) == json.loads((straight / "v0_init.json").read_text())
+        reports = [json.loads((each / "v0_init.json").read_text()) for each in (folder, straight)]
+        assert all(report.pop("seconds") >= 0.0 for report in reports)  # of this call alone
+        assert reports[0] == reports[1]
 
 
 def test_a_trained_model_is_evaluated_alone_and_trained_further(flags, tmp_path):

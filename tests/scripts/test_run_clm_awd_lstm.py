@@ -93,8 +93,8 @@ def test_a_run_selects_on_validation_and_its_perplexities_are_the_slow_ones(awd_
     assert (out / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
     assert len(set(json.loads((out / "fingerprint.json").read_text())["batches"])) == 4
     report = json.loads((out / "v0_init.json").read_text())
-    assert set(report["parameters"]) == {"embedding.weight"} | {
-        f"layers.{k}.weight_{kind}" for k in (0, 1) for kind in ("ih", "hh")
+    assert set(report["parameters"]) == {"embedding.weight", "decoder.bias"} | {
+        f"layers.{k}.{kind}" for k in (0, 1) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     }
 
 
