@@ -26,7 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hf_v0init.errors import InputError
-from hf_v0init.method.multiplier import compute_similar_linear_warmup, describe_multiplier
 from hf_v0init.plots import TrainingCurve, draw_training_curves
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
@@ -375,12 +374,6 @@ def run_demo(settings: DemoSettings) -> list[ArmResult]:
     )
     for row in corpus["test"].select(range(min(3, len(corpus["test"])))):
         console.print(f"  {row['source']}  ->  {row['target']}", style="dim")
-    scale, beta2 = 1.0, settings.beta2
-    console.print(
-        f"v0 (data_driven, scale 1, beta2 {beta2:g}) should multiply Adam's step by m(t): "
-        f"{describe_multiplier(scale, beta2, settings.steps)}; much like a linear warmup of "
-        f"{compute_similar_linear_warmup(scale, beta2):.0f} steps."
-    )
     results = train_arms(settings, console)
     figure_path, results_path = write_results(results, settings)
 

@@ -8,7 +8,7 @@ touched. When every file of every process is on the disk, `complete_save` replac
   are added later do not matter. Who changes a listed file on purpose deletes the mark.
 - Without one (the stock Trainer's), it is valid if it has `trainer_state.json`, which the Trainer writes last.
 
-Nothing here deletes but `delete_old_checkpoints`, which does what `save_total_limit` asks for.
+Nothing here deletes but `delete_checkpoint`, and `delete_old_checkpoints`, which does what `save_total_limit` asks for.
 """
 
 import contextlib
@@ -152,10 +152,17 @@ def delete_old_checkpoints(
     candidates = [folder for folder in folders if os.path.abspath(folder) not in kept]
     candidates.sort(key=lambda folder: (find_defect(folder) is None, int(os.path.getmtime(folder))))
     for folder in candidates[:excess]:
-        with contextlib.suppress(OSError):  # as the Trainer: what cannot be deleted stays
-            begin_save(folder)  # a deletion that is cut off leaves nothing that looks valid
-            shutil.rmtree(folder, ignore_errors=True)
+        delete_checkpoint(folder)
     return candidates[:excess]
+
+
+def delete_checkpoint(folder: str | os.PathLike) -> None:
+    """Delete a checkpoint; as in the Trainer, what cannot be deleted stays. Cut off, it leaves nothing that looks valid."""
+    with contextlib.suppress(OSError):
+        begin_save(folder)
+        Path(folder, STATE_FILE).unlink(missing_ok=True)  # before the mark goes, without which this file decides
+        _sync(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict | None:

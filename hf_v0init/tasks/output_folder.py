@@ -9,11 +9,16 @@ import tempfile
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_v0init import InputError
 
-from ..records.checkpoints import describe_skipped, find_newest_valid, list_checkpoints, require_valid
+from ..records.checkpoints import (
+    delete_checkpoint,
+    describe_skipped,
+    find_newest_valid,
+    list_checkpoints,
+    require_valid,
+)
 from .run_identity import find_finished_step, list_changed_settings, require_same_run
 from .script_support import NothingToDoError
 
@@ -166,9 +171,9 @@ def remove_what_is_stale(output_dir: str | os.PathLike, with_checkpoints: bool) 
         for path in output_dir.glob(pattern):
             path.unlink()
     if with_checkpoints:
-        for folder in [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), output_dir / "samples"]:
-            if folder.is_dir() and (folder.name == "samples" or folder.name.split("-")[-1].isdigit()):
-                shutil.rmtree(folder)
+        for folder in list_checkpoints(output_dir):
+            delete_checkpoint(folder)
+        shutil.rmtree(output_dir / "samples", ignore_errors=True)
 
 
 class RemoveWhatIsStale(TrainerCallback):

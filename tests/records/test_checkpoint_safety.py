@@ -24,6 +24,7 @@ from hf_v0init.records.checkpoints import (
     SAVE_STATE_FILE,
     begin_save,
     complete_save,
+    delete_checkpoint,
     delete_old_checkpoints,
     find_defect,
     find_newest_valid,
@@ -177,6 +178,14 @@ def test_kill_9_at_any_moment_leaves_only_valid_checkpoints_to_resume_from(tmp_p
             token = json.loads((folder / "trainer_state.json").read_text())["token"]
             assert {(folder / name).read_text() for name in FILES_OF_A_SAVE} == {20 * token}
     print(f"\n12 kills, {skipped} of them left a checkpoint that was cut off")
+
+
+def test_a_deletion_that_is_cut_off_after_the_mark_leaves_nothing_that_looks_valid(tmp_path, monkeypatch):
+    write_state(tmp_path / "checkpoint-1")
+    complete_save(tmp_path / "checkpoint-1")
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: Path(folder, SAVE_STATE_FILE).unlink())
+    delete_checkpoint(tmp_path / "checkpoint-1")
+    assert find_defect(tmp_path / "checkpoint-1") == "trainer_state.json, which is written last, is missing"
 
 
 # ---- which one, and what goes ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from hf_v0init import InputError, V0DiagnosticsCallback, V0InitArguments, V0InitTrainer, attach_v0, initialize_v0
 
-from ...records.checkpoints import complete_save, delete_old_checkpoints
+from ...records.checkpoints import complete_save, delete_checkpoint, delete_old_checkpoints
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
@@ -352,7 +352,8 @@ class GanRun:
             torch.save({name: each.state_dict() for name, each in self.schedules.items()}, aside / SCHEDULE_FILE)
             self.state.save_to_json(str(aside / "trainer_state.json"))
             complete_save(aside)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                delete_checkpoint(folder)
             aside.rename(folder)
             delete_old_checkpoints(self.training.output_dir, self.training.save_total_limit, newest=str(folder))
         self.accelerator.wait_for_everyone()
