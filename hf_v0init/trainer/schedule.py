@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..errors import InputError
 from ..method.untuned_warmup import compute_untuned_factor
+from ..second_moment.state import unwrap_optimizer
 
 logger = logging.getLogger("hf_v0init")
 
@@ -136,7 +137,7 @@ def _make_with_warmup(trainer, scheduler: LRScheduler, num_steps: int) -> Lambda
     """
     if not isinstance(scheduler, LambdaLR):
         return None
-    inner = scheduler.optimizer
+    inner = unwrap_optimizer(scheduler.optimizer)  # ZeRO's has no defaults of its own
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
     stand_in = torch.optim.SGD(groups, lr=inner.defaults.get("lr", trainer.args.learning_rate))
     given = trainer.args.warmup_steps, trainer.lr_scheduler

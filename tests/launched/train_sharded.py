@@ -87,7 +87,7 @@ class GatheringRecorder(TrainerCallback):
         return watched
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.moments is None:
+        if self.moments is None and not self.trainer.is_deepspeed_enabled:  # there `watch_step` has them
             named = self.trainer.model.named_parameters()
             self.gradients.append({n: gather(p.grad) for n, p in named if p.grad is not None})
 
