@@ -29,6 +29,9 @@ SHORT_TITLES = {
     "vit": "digits, ViT",
     "multi30k": "Multi30k",
     "ptb": "PTB, GPT-2",
+    "llama": "Multi30k English, Llama",
+    "opt": "PTB subwords, OPT",
+    "german": "Multi30k German, GPT-2",
     "demo": "demo",
     "mlm": "PTB, BERT",
     "resnet": "digits, ResNet",
@@ -48,7 +51,7 @@ def make_results() -> str:
         if not (tables.FOLDER / "results" / f"{task}.csv").is_file():
             continue
         runs = tables.read_runs(task)
-        fresh = runs[runs["seed"] >= 11]
+        fresh = runs[runs["seed"] != tables.TUNING_SEED]
         none = find_best(fresh, lambda name: name == "no warmup")
         warmup = find_best(fresh, lambda name: name.startswith("warmup"))
         v0 = find_best(fresh, lambda name: name == tables.V0)

@@ -48,7 +48,7 @@ RUNS = {
 }  # fmt: skip
 OF_A_STEP = ("data_driven", "include_bias_and_norm", "minibatch", "first_gradient")
 SAME_AS_ONE_PROCESS = OF_A_STEP
-AT_FOUR = ["random", "data_driven", "minibatch", "first_gradient", "linear", "linear_random"]
+AT_FOUR = ["random", "data_driven", "include_bias_and_norm", "minibatch", "first_gradient", "linear", "linear_random"]
 AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": AUTO | {"torch_adam": True}}}
 REFUSED = {
