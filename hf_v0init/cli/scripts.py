@@ -15,8 +15,8 @@ from pathlib import Path
 import typer
 
 from ..extras import EXTRAS, MissingExtraError, require_extra
+from .console import exit_with_error
 
-EXIT_BAD_INPUT = 2
 HELP_FOLDER = Path(__file__).parents[1] / "tasks" / "help"
 
 
@@ -55,7 +55,7 @@ def run_named(name: str) -> None:
     `--help` is printed from a file, before anything is imported that only a training needs.
     """
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        print((HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8"), end="")
+        typer.echo((HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8"), nl=False)
         return
     try:
         if SCRIPTS[name].extra != "scripts":  # all of it at once, not one extra and then another
@@ -63,8 +63,7 @@ def run_named(name: str) -> None:
         module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
         run_script = importlib.import_module("hf_v0init.tasks.script_support").run_script
     except MissingExtraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        exit_with_error(str(error))
     run_script(module.main)
 
 

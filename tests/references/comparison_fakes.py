@@ -8,9 +8,9 @@ import yaml
 
 from hf_v0init.compare.claims import join_folder, lock_plan
 from hf_v0init.compare.executor import LocalExecutor
-from hf_v0init.compare.folder import release_failed, require_usable_folder, write_plan
+from hf_v0init.compare.folder import require_usable_folder
 from hf_v0init.compare.plan import read_plan
-from hf_v0init.compare.stages import lay_out_stages
+from hf_v0init.compare.session import train_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
@@ -90,6 +90,9 @@ class Recorder:
     def __init__(self):
         self.ends, self.elsewhere, self.warnings, self.told, self.most_active = [], [], [], [], 0
 
+    def begin_stage(self, plan, runs):
+        pass
+
     def update(self, active, num_waiting):
         self.most_active = max(self.most_active, len(active))
 
@@ -130,21 +133,13 @@ class Comparison:
         """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
-        with lock_plan(self.folder):
-            if retry_failed:
-                release_failed(lay_out_stages(plan, self.folder)[0], self.folder)
+        self.last = recorder
+        with lock_plan(self.folder):  # makes the folder
+            pass
         with join_folder(self.folder):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
-            self.last, tried = recorder, set()
-            while True:
-                with lock_plan(self.folder):
-                    known, runs = lay_out_stages(plan, self.folder)
-                    write_plan(known, self.folder)
-                runs = [run for run in runs if run.name not in tried]
-                if not runs:
-                    return recorder
-                tried |= {run.name for run in runs}
-                executor.run(known, runs)
+            train_stages(plan, self.folder, executor, retry_failed)
+        return recorder
 
     def read_journal(self) -> list[dict]:
         path = self.root / "journal"
