@@ -21,10 +21,11 @@ from rich.console import Console
 
 from ..errors import InputError
 from .claims import join_folder
+from .comparison_file import read_plan
 from .executor import LocalExecutor, find_waiting, is_over, read_record
 from .files import INTERRUPTED, RUNNING, read_json, write_json
 from .launch import list_devices
-from .plan import Plan, PlannedRun, read_plan
+from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .stages import lay_out_stages
 

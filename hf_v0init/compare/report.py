@@ -17,8 +17,8 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from . import files
+from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
-from .plan import PUBLISHED_FILE
 from .results import (
     EVALUATIONS_FILE,
     KNOW_NO_END,

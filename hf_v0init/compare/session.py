@@ -23,11 +23,12 @@ from ..errors import InputError
 from .axes import suggest
 from .claims import join_folder, list_workers, lock_plan
 from .cluster import SubmititExecutor, train_one
+from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record
 from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, PLAN_FILE, RUNS_FOLDER, TUNE, read_json
 from .folder import release_failed, require_usable_folder, write_plan
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
-from .plan import Plan, read_plan
+from .plan import Plan
 from .progress import ProgressDisplay
 from .report import read_conclusion, write_report
 from .results import read_comparison

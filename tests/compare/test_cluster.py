@@ -17,8 +17,8 @@ from rich.console import Console
 
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor, TrainRun
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.folder import write_plan
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.errors import InputError
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from hf_v0init.cli import main as cli
 from hf_v0init.compare import claims as claims_module, executor as executor_module
 from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
 from hf_v0init.compare.folder import write_plan
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.compare.summary import format_seconds
 
@@ -378,8 +378,8 @@ def test_the_command_imports_neither_torch_nor_transformers(comparison):
     comparison.write(behave("plain"))
     program = (
         "import sys; from hf_v0init.cli import compare; "
-        "from hf_v0init.compare import cluster, executor, folder, plan, process, progress, report, stages; "
-        f"plan.read_plan({str(comparison.config)!r}); "
+        "from hf_v0init.compare import comparison_file, session; "
+        f"comparison_file.read_plan({str(comparison.config)!r}); "
         "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

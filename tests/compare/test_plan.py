@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_v0init.compare.axes import OPTIMIZERS, parse_optimizer, parse_v0, parse_warmup
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.launch import SCRIPT_MODULES, compute_script_hash, make_command, make_flags
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

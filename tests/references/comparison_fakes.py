@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 from hf_v0init.compare.claims import join_folder, lock_plan
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
 from hf_v0init.compare.folder import require_usable_folder
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.session import train_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
