@@ -24,7 +24,7 @@ from .claims import join_folder
 from .comparison_file import read_plan
 from .executor import LocalExecutor, find_waiting, is_over, read_record
 from .files import INTERRUPTED, RUNNING, read_json, write_json
-from .launch import list_devices
+from .machine import list_devices
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .stages import lay_out_stages

@@ -18,8 +18,9 @@ from . import files
 from .axes import has_v0
 from .claims import LEASE_SECONDS, RunClaims
 from .launch import compute_script_hash, is_one_process
+from .outcome import LossTrace, find_metric, read_losses
 from .plan import Plan, PlannedRun
-from .process import LossTrace, RunProcess, end_left_run, find_metric, read_losses, start_process
+from .process import RunProcess, end_left_run, start_process
 
 if TYPE_CHECKING:
     from .progress import ProgressDisplay

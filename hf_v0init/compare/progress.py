@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import files
+from .outcome import LossTrace
 from .plan import Plan, PlannedRun
-from .process import LossTrace, RunProcess
+from .process import RunProcess
 from .summary import format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}

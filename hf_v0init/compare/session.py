@@ -27,7 +27,8 @@ from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record
 from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, PLAN_FILE, RUNS_FOLDER, TUNE, read_json
 from .folder import release_failed, require_usable_folder, write_plan
-from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
+from .launch import SCRIPT_MODULES, STARTER, choose_jobs, make_command, make_flags
+from .machine import list_devices
 from .plan import Plan
 from .progress import ProgressDisplay
 from .report import read_conclusion, write_report

@@ -7,7 +7,8 @@ from comparison_fakes import Comparison
 
 from hf_v0init.compare import executor as executor_module
 from hf_v0init.compare.comparison_file import read_plan
-from hf_v0init.compare.launch import choose_jobs, list_devices, make_environment
+from hf_v0init.compare.launch import choose_jobs, make_environment
+from hf_v0init.compare.machine import list_devices
 from hf_v0init.errors import InputError
 
 FOUR_GPUS = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i})\n" for i in range(4))

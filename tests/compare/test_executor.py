@@ -18,8 +18,9 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, wait_unt
 
 from hf_v0init.compare import executor as executor_module, process as process_module
 from hf_v0init.compare.claims import lock_plan
-from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.process import LossTrace, find_error_line, judge_output, remove_models
+from hf_v0init.compare.launch import make_environment
+from hf_v0init.compare.machine import count_cores
+from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output, remove_models
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
 
