@@ -12,14 +12,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
+from command_line import Done, run_command as run_in_process
 from comparison_fakes import Comparison, behave, is_alive, wait_until
 from rich.console import Console
 
-from hf_v0init.cli import main as cli
 from hf_v0init.compare import claims as claims_module, executor as executor_module
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.comparison_file import read_plan
@@ -83,19 +82,21 @@ def test_the_command_prints_rules_progress_and_report(comparison):
     assert (comparison.folder / "report.html").read_text() == "reported"
 
 
-def call_command(comparison, *options) -> int:
-    """Call `hf-v0init compare` inside this process; return its exit status."""
-    words = ["hf-v0init", "compare", str(comparison.config), "--output_dir", str(comparison.folder), *options]
-    with mock.patch.object(sys, "argv", words), pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
+def call_command(comparison, *options) -> Done:
+    """Call `hf-v0init compare` inside this process."""
+    return run_in_process("compare", comparison.config, "--output_dir", comparison.folder, *options)
 
 
-def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
+def test_a_dry_run_lists_the_runs_and_starts_none(comparison):
     comparison.write([{"v0": ["zeros", "random"], "seed": [1, 2]}])
-    assert call_command(comparison, "--dry_run") == 0
-    out, err = capfd.readouterr()
-    assert err == "" and "4 runs. The first:" in out and "--v0_init=zeros" in out and "random" in out
+    done = call_command(comparison, "--dry_run")
+    out = done.stdout
+    assert (
+        (done.returncode, done.stderr) == (0, "")
+        and "4 runs. The first:" in out
+        and "--v0_init=zeros" in out
+        and "random" in out
+    )
     assert "The script's flags were not checked: it uses neither HfArgumentParser nor argparse." in out
     assert not comparison.folder.exists() and comparison.read_journal() == []
 
@@ -119,11 +120,10 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words):
-    comparison.write(behave("plain"))
-    assert call_command(comparison, *options) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+def test_bad_options_are_one_line_and_status_2(comparison, options, words):
+    done = call_command(comparison.write(behave("plain")), *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
     assert not comparison.folder.exists()
 
 
@@ -219,11 +219,11 @@ def test_the_exit_status_is_1_when_every_run_failed(comparison):
     assert code == 1 and "failed" in out and "finished" not in out.splitlines()[-2]
 
 
-def test_a_refused_first_run_is_the_command_s_error(comparison, capfd):
-    comparison.write(behave("refuse", "plain"))
-    assert call_command(comparison) == 2
-    err = capfd.readouterr().err
-    assert err.startswith("error: the first run was refused: --behaviour=refuse: choose another (log: ")
+def test_a_refused_first_run_is_the_command_s_error(comparison):
+    done = call_command(comparison.write(behave("refuse", "plain")))
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: the first run was refused: --behaviour=refuse: choose another (log: "
+    )
     assert not (comparison.folder / "report.html").exists()
 
 
@@ -440,7 +440,7 @@ def test_a_base_installation_is_told_what_to_install(comparison, command):
         ({"widht": 3}, "--widht"),
     ],
 )
-def test_a_dry_run_has_the_script_check_its_flags(tmp_path, capfd, arguments, words):
+def test_a_dry_run_has_the_script_check_its_flags(tmp_path, arguments, words):
     config = yaml.safe_load((ROOT / "configs" / "compare" / "my_script.yaml").read_text(encoding="utf-8"))
     config["script"] = "run_clm" if "max_steps" in arguments else str(ROOT / "configs" / "compare" / "my_script.py")
     config["arguments"] |= {"do_eval": True, **arguments} if arguments else {}
@@ -450,10 +450,45 @@ def test_a_dry_run_has_the_script_check_its_flags(tmp_path, capfd, arguments, wo
     ]
     comparison = Comparison(tmp_path)
     comparison.config.write_text(yaml.safe_dump(config))
-    code = call_command(comparison, "--dry_run")
-    out, err = capfd.readouterr()
-    assert code == (2 if arguments else 0) and words in (err if arguments else out), (out, err)
-    assert not comparison.folder.exists() and not Path("dry_run").exists()
+    done = call_command(comparison, "--dry_run")
+    assert done.returncode == (2 if arguments else 0) and words in (done.stderr if arguments else done.stdout), done
+    assert not comparison.folder.exists()
+
+
+KNOWN_FLAGS = """
+import argparse, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--output_dir")
+parser.add_argument("--learning_rate", type=float)
+flags, _ = parser.parse_known_args()
+pathlib.Path(flags.output_dir).mkdir()
+pathlib.Path("trained").touch()
+"""
+UNREAD_FLAGS = """
+import argparse, pathlib, sys
+(output,) = [word.split("=")[1] for word in sys.argv if word.startswith("--output_dir=")]
+pathlib.Path(output).mkdir()
+(pathlib.Path(output) / "all_results.json").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        (KNOWN_FLAGS, 0, "The script accepts the flags of all 1 settings."),
+        (UNREAD_FLAGS, 2, "it ended without having read its flags"),
+    ],
+)
+def test_a_dry_run_trains_nothing_and_leaves_nothing_behind(comparison, monkeypatch, script, status, words):
+    """Whatever a script does before it has read all of its flags goes into a folder that is removed."""
+    comparison.write([{"v0": "zeros"}])
+    (comparison.root / "fake.py").write_text(script)
+    monkeypatch.chdir(comparison.root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    before = sorted(comparison.root.rglob("*"))
+    done = call_command(comparison, "--dry_run")
+    assert done.returncode == status and words in done.stdout + done.stderr, done
+    assert sorted(comparison.root.rglob("*")) == before
 
 
 @pytest.mark.slow
