@@ -15,17 +15,17 @@ from .axes import (
     OF_THE_RUN,
     OWNERS,
     AxisValue,
-    format_value,
     get_optimizer,
     has_v0,
     has_warmup,
     is_number,
     merge_axes,
+    name_flags,
     parse_optimizer,
     parse_v0,
     parse_warmup,
 )
-from .files import TUNE
+from .files import TUNE, is_secret
 from .plan import NONE, V0, V0_AND_WARMUP, WARMUP, PlannedRun, make_run_name
 
 DEFAULT_LEARNING_RATE, DEFAULT_SEED = 5e-5, 42  # transformers'
@@ -74,7 +74,7 @@ def _lay_out_grid(grid: dict, common: Mapping[str, Any], script: str, launch: st
         v0, warmup, optimizer = (
             values[axis].name if axis in values else _name_by_flags(axis, arguments) for axis in PARSERS
         )
-        named = {flag: f"{flag}={format_value(value)}" for flag, value in other.items()}
+        named = dict(zip(other, name_flags(other), strict=True))
         parts = [v0] if v0 != NO_V0 else []
         parts += [f"warmup {warmup}"] if warmup != NO_WARMUP else []
         parts += [optimizer] if optimizer != MAIN_OPTIMIZER else []
@@ -102,8 +102,9 @@ def _name_by_flags(axis: str, arguments: Mapping[str, Any]) -> str:
         return MAIN_OPTIMIZER
     if not (has_v0 if axis == "v0" else has_warmup)(arguments):
         return NO_V0 if axis == "v0" else NO_WARMUP
-    flags = [flag for flag, owner in OWNERS.items() if owner == axis and arguments.get(flag)]
-    return " ".join(f"{flag}={format_value(arguments[flag])}" for flag in flags)
+    return " ".join(
+        name_flags({flag: arguments[flag] for flag in OWNERS if OWNERS[flag] == axis and arguments.get(flag)})
+    )
 
 
 def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
@@ -125,6 +126,8 @@ def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
         values = values if isinstance(values, list) else [values]
         if not values:
             raise InputError(f"{axis} has no values; give at least one, or leave the axis out")
+        if axis not in PARSERS and any(is_secret(axis, value) for value in values):
+            raise InputError(f"{axis} is a secret, by which nothing is compared; give it in `arguments`")
         values = ["no" if value is False and axis.endswith("_strategy") else value for value in values]
         lists[axis] = [checks[axis](value) for value in values] if axis in checks else values
     return lists

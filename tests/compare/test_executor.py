@@ -21,6 +21,7 @@ from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.launch import make_environment
 from hf_v0init.compare.machine import count_cores
 from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output, remove_models
+from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
 
@@ -560,8 +561,10 @@ def test_a_secret_reaches_the_script_and_nothing_that_is_written(comparison):
     assert [end[2] for end in comparison.run().ends] == ["finished"] * 2
     assert {entry["secret"] for entry in comparison.read_journal()} == {secret}
     (comparison.root / "journal").unlink()
-    for path in comparison.folder.rglob("*"):
-        assert not path.is_file() or secret not in path.read_text(errors="replace"), path
+    write_report(comparison.folder, summary_dir=comparison.folder / "copy")
+    written = [path for path in comparison.folder.rglob("*") if path.is_file()]
+    assert {"plan.json", "record.json", "report.md", "report.html", "results.csv"} <= {path.name for path in written}
+    assert not [path for path in written if secret in path.read_text(errors="replace")]
     plan = json.loads((comparison.folder / "plan.json").read_text())
     assert plan["arguments"]["hub_token"] == plan["arguments"]["db_password"] == "***"
     assert plan["arguments"]["lr_scheduler_kwargs"] == {"api_key": "***"}
