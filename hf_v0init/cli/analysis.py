@@ -10,18 +10,16 @@ import functools
 import inspect
 import json
 import math
-import tempfile
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
 from ..errors import InputError
-from ..plots import require_figure_path
-from .console import CONSOLE
+from ..plots import require_figure_path, require_writable
+from .console import CONSOLE, make_table
 
 Figure = Annotated[str | None, typer.Option("--figure", help="Also draw a picture into this .png, .svg or .pdf file.")]
 Json = Annotated[str | None, typer.Option("--json", help="Also write the numbers into this file.")]
@@ -106,7 +104,7 @@ def saddle(
 
     figure_path, json_path = _require_outputs(figure, json_file)
     runs = run_saddle(v0=v0, warmup_steps=warmup_steps, num_steps=num_steps)
-    table = _make_table("optimizer", f"x after {num_steps} steps", "paper", "agrees")
+    table = make_table(f"x after {num_steps} steps", "paper", "agrees", first="optimizer")
     for run in runs:
         agrees = {True: "yes", False: "no", None: ""}[run.agrees]
         table.add_row(run.name, f"{run.final:.4g}", run.published or "", agrees)
@@ -155,8 +153,8 @@ def linear_loss(
     options = {"num_steps": num_steps, "num_coordinates": num_coordinates, "seed": seed}
     runs = [simulate_linear_loss(loss, start, **options) for start in STARTS]
     CONSOLE.print(f"The second moment settles at v_inf = g^2 + s^2 = {loss.stationary:.6g} (eq. 8).")
-    drifts = _make_table("v0", "drift |v_inf - v0|", "simulated", "/ v_inf")
-    over_time = _make_table("v0", "step", "E[v]/v_inf", "simulated", "RMSprop step/lr", "simulated")
+    drifts = make_table("drift |v_inf - v0|", "simulated", "/ v_inf", first="v0")
+    over_time = make_table("step", "E[v]/v_inf", "simulated", "RMSprop step/lr", "simulated", first="v0")
     results = []
     for run in runs:
         drift = compute_drift(loss, run.start)
@@ -256,7 +254,7 @@ def connectivity(
     model, measure = options.load(pairs[0][1])
     found = compute_connectivity_along_training(model, pairs, measure, num_points=num_points, seed=seed)
     headings = ("loss of first", "loss of second", "highest between", "barrier (eq. 22)", "above the line")
-    table = _make_table("step" if len(pairs) > 1 else "pair", *headings)
+    table = make_table(*headings, first="step" if len(pairs) > 1 else "pair")
     results = []
     for step, curve in found.items():
         cells = (curve.errors[-1], curve.errors[0], curve.errors.max(), curve.barrier, curve.barrier_above_line)
@@ -279,11 +277,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command("connectivity")(connectivity)
 
 
-def _make_table(first: str, *numbers: str) -> Table:
-    """Make a table whose columns after the first hold numbers."""
-    return Table(first, *(Column(heading, justify="right") for heading in numbers))
-
-
 def _require_seed(seed: int) -> None:
     if not 0 <= seed < 2**62:
         raise InputError(f"seed={seed}: must be a whole number from 0 to 2^62 - 1")
@@ -291,16 +284,8 @@ def _require_seed(seed: int) -> None:
 
 def _require_outputs(figure: str | None, json_file: str | None) -> tuple[Path | None, Path | None]:
     """Return the paths to write to, after finding out that they can be written."""
-    if json_file is not None:
-        folder = Path(json_file).parent
-        if Path(json_file).is_dir() or not folder.is_dir():
-            raise InputError(f"json={json_file}: give a file in a folder that exists")
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"json={json_file}: cannot be written ({error.strerror}); give another place") from error
-    return require_figure_path(figure) if figure else None, Path(json_file) if json_file else None
+    figure_path = require_figure_path(figure) if figure else None
+    return figure_path, require_writable(json_file, "json") if json_file else None
 
 
 def _write_outputs(figure_path: Path | None, json_path: Path | None, results) -> None:

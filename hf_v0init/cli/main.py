@@ -30,7 +30,7 @@ from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
-from .console import CONSOLE, exit_with_error
+from .console import CONSOLE, exit_with_error, make_table
 from .environment import add_commands as add_environment, read_version
 from .probe import add_commands as add_probe
 from .scripts import add_commands as add_scripts
@@ -172,9 +172,7 @@ def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
 
 def _print_linear(decay_steps: int, max_steps: int) -> None:
     CONSOLE.print("Effective learning-rate factor of an element whose g² keeps its size:")
-    table = Table()
-    table.add_column("step t", justify="right")
-    table.add_column("min(1, t / L)", justify="right")
+    table = make_table("step t", "min(1, t / L)")
     steps = {1, 10, 100, 1000, decay_steps // 2, decay_steps, max_steps}
     for step in sorted(step for step in steps if 1 <= step <= max_steps):
         factor = compute_linear_factor(step, decay_steps)
@@ -199,16 +197,12 @@ def _print_multiplier(
     linear_warmup: float,
 ) -> None:
     CONSOLE.print("m(t), the factor on Adam's step:")
-    over_time = Table()
-    over_time.add_column("step t", justify="right")
-    over_time.add_column("m(t)", justify="right")
+    over_time = make_table("step t", "m(t)")
     for step, value in compute_multiplier_table(scale, beta2, max_steps).items():
         over_time.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(value))
     CONSOLE.print(over_time)
 
-    reached = Table()
-    reached.add_column("m(t) reaches", justify="right")
-    reached.add_column("at step", justify="right")
+    reached = make_table("m(t) reaches", "at step")
     for target, step in markers.items():
         reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
     CONSOLE.print(reached)
@@ -242,11 +236,7 @@ def _print_random(beta2: float, max_steps: int) -> None:
         "been measured; a training run measures v0 against one batch and prints it. m(t) by that ratio:"
     )
     steps = [step for step in PRINTED_STEPS if step < max_steps] + [max_steps]
-    table = Table()
-    table.add_column("v0 / E[g^2]", justify="right")
-    for step in steps:
-        table.add_column(f"m({step:,})", justify="right")
-    table.add_column(f"{WASHED_OUT:g} at step", justify="right")
+    table = make_table("v0 / E[g^2]", *(f"m({step:,})" for step in steps), f"{WASHED_OUT:g} at step")
     too_late = []
     for ratio in RATIOS:
         washed_out = math.ceil(compute_steps_to_multiplier(WASHED_OUT, ratio, beta2))

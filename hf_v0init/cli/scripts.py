@@ -22,21 +22,24 @@ HELP_FOLDER = Path(__file__).parents[1] / "tasks" / "help"
 
 @dataclass(frozen=True)
 class Script:
-    """A training script: its module below `hf_v0init.tasks` and what `--help` of `hf-v0init` says of it."""
+    """A training script: its file in `scripts/`, its module below `hf_v0init.tasks`, what `--help` of `hf-v0init` says of it."""
 
+    file: str
     module: str
     summary: str
     extra: str = "scripts"
 
 
 SCRIPTS = {
-    "translate": Script("translation.script", "Train and evaluate an encoder-decoder model for translation."),
-    "clm": Script(
-        "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+    "translate": Script(
+        "run_translation", "translation.script", "Train and evaluate an encoder-decoder model for translation."
     ),
-    "mlm": Script("language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
-    "images": Script("images.script", "Train and evaluate an image classifier.", "images"),
-    "dcgan": Script("gan.script", "Train a DCGAN on images.", "images"),
+    "clm": Script(
+        "run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+    ),
+    "mlm": Script("run_mlm", "language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
+    "images": Script("run_image_classification", "images.script", "Train and evaluate an image classifier.", "images"),
+    "dcgan": Script("run_dcgan", "gan.script", "Train a DCGAN on images.", "images"),
 }
 
 

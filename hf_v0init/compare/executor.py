@@ -29,13 +29,6 @@ EXIT_BAD_INPUT = 2
 POLL_SECONDS = 0.2
 CLAIM_SECONDS = 5.0  # until a run that another worker is training is asked for again
 
-# What a fingerprint says of a run's beginning, and a difference in it in words.
-FINGERPRINT_PARTS = {
-    "initial_weights": "other initial weights",
-    "batches": "other first batches",
-    "rng": "another random state before the first step, so other dropout",
-}
-
 
 def read_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
     """Read a run's `record.json`; empty if it has none."""
@@ -146,7 +139,7 @@ def find_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
     A run that ended within four steps has fewer batches, and is compared as far as it goes.
     """
-    for part, words in FINGERPRINT_PARTS.items():
+    for part, words in files.BEGINNINGS.items():
         first, second = one.get(part), other.get(part)
         if isinstance(first, list) and isinstance(second, list):
             num_shared = min(len(first), len(second))

@@ -15,35 +15,21 @@ import jinja2
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from . import files
+from . import files, results, tables
 from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
-from .results import (
-    EVALUATIONS_FILE,
-    MACHINES_FILE,
-    RESULTS_FILE,
-    Comparison,
-    list_odd_beginnings,
-    read_comparison,
-    truncate_at_step,
-    write_tables,
-)
+from .results import Comparison, list_odd_beginnings, read_comparison, truncate_at_step, write_tables
 from .summary import Condition, count_states, find_unknown_costs, summarize
-from .tables import (
-    describe_arguments,
-    format_estimate,
-    format_interval,
-    format_number,
-    make_budget_table,
-    make_confirmed_table,
-    make_rate_table,
-    make_run_table,
-    make_settings,
-    make_tuning_table,
-)
 
 MARKDOWN_FILE, HTML_FILE, SETTINGS_FILE, FIGURES_FOLDER = "report.md", "report.html", "settings.csv", "figures"
-COPIED = (files.PLAN_FILE, RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE, SETTINGS_FILE, MARKDOWN_FILE)
+COPIED = (
+    files.PLAN_FILE,
+    results.RESULTS_FILE,
+    results.EVALUATIONS_FILE,
+    results.MACHINES_FILE,
+    SETTINGS_FILE,
+    MARKDOWN_FILE,
+)
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
 KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
@@ -77,7 +63,7 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
         write_tables(comparison, place)
     conditions = summarize(comparison)
     figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
-    make_settings(comparison, conditions).to_csv(
+    tables.make_settings(comparison, conditions).to_csv(
         place / SETTINGS_FILE, index=False, lineterminator="\n", float_format="%.10g"
     )
     markdown = _tidy(load_template("report.jinja").render(**make_context(comparison, conditions), figures=figures))
@@ -113,9 +99,9 @@ def load_template(name: str) -> jinja2.Template:
     environment.filters |= {
         "cell": lambda value: _plain(value).replace("|", r"\|"),
         "plain": _plain,
-        "number": format_number,
-        "estimate": format_estimate,
-        "interval": lambda interval: format_interval(interval).replace("(", "(95% CI "),
+        "number": tables.format_number,
+        "estimate": tables.format_estimate,
+        "interval": lambda interval: tables.format_interval(interval).replace("(", "(95% CI "),
     }
     return environment.get_template(name)
 
@@ -137,15 +123,15 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "num_further": int((~runs["stage"].isin(STAGES)).sum()),
         "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),
-        "confirmed": make_confirmed_table(comparison, conditions),
+        "confirmed": tables.make_confirmed_table(comparison, conditions),
         "confirmed_any": any(here.losses for here in conditions),
         "is_own_confirmation": not (runs["stage"] == files.TUNE).any(),
         "tuned_any": any(here.choices for here in conditions),
-        "tuning": make_tuning_table(comparison, conditions),
-        "rates": make_rate_table(comparison, conditions),
-        "budget": make_budget_table(conditions),
+        "tuning": tables.make_tuning_table(comparison, conditions),
+        "rates": tables.make_rate_table(comparison, conditions),
+        "budget": tables.make_budget_table(conditions),
         "published": [_read_published(name) for name in plan.get("published") or []],
-        "runs": make_run_table(comparison),
+        "runs": tables.make_run_table(comparison),
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
         "failures": {
@@ -155,7 +141,7 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "hours": hours[hours > 0].to_dict(),
         "hour_name": "accelerator-hours" if has_gpus else "machine-hours",
         "machines": [_describe_machine(machine) for machine in comparison.machines],
-        "arguments": describe_arguments(comparison),
+        "arguments": tables.describe_arguments(comparison),
         "left": LEFT,
     }
 

@@ -34,11 +34,6 @@ COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
 NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
 OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
-BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference in it in words
-    "initial_weights": "other initial weights",
-    "batches": "other first batches",
-    "rng": "another random state before the first step",
-}
 
 
 @dataclass
@@ -289,7 +284,7 @@ def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
     """
     found = []
     for (seed, condition), group in runs[runs["initial_weights"] != ""].groupby(["seed", "condition"], dropna=False):
-        for part, what in BEGINNINGS.items():
+        for part, what in files.BEGINNINGS.items():
             values = {row.name: tuple(getattr(row, part).split()) for row in group.itertuples(index=False)}
             counts = pd.Series(list(values.values())).value_counts()
             usual = max(counts.index, key=lambda value: (counts[value], len(value)))
