@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until, write_checkpoint
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, make_call, wait_until, write_checkpoint
 from rich.console import Console
 
 from hf_v0init.compare.claims import lock_plan
@@ -80,8 +80,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def call(comparison, *options) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "hf_v0init.cli.main", "compare"]
-    words = [*program, str(comparison.config), "--output_dir", str(comparison.folder), *options]
+    words = make_call(comparison.config, comparison.folder, *options)
     return subprocess.run(words, cwd=comparison.root, capture_output=True, text=True, timeout=600)
 
 
@@ -152,8 +151,7 @@ def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     (cluster / "queue").write_text("76_0\n77_0\n")
     jobs = json.loads((comparison.folder / "jobs" / "jobs.json").read_text())
     assert jobs == {run.digest: f"77_{i}" for i, run in enumerate(plan.runs)}
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--launcher", "slurm"]
+    words = make_call(comparison.config, comparison.folder, "--launcher", "slurm")
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, text=True)
     wait_for_states(comparison, ["finished", "interrupted"])  # the other one is for the queue to start
     process.send_signal(signal.SIGINT)
@@ -168,8 +166,7 @@ def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_che
     comparison.write(behave("hang_once"), {"losses": "6,5,4,3,2"})
     script = FAKE_SCRIPT.replace('os.path.exists(flags["journal"] + ".once")', "resumed_at")
     (comparison.root / "fake.py").write_text(script)
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--launcher", "slurm"]
+    words = make_call(comparison.config, comparison.folder, "--launcher", "slurm")
     waiting = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.DEVNULL)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     (record,) = comparison.read_records().values()
@@ -193,8 +190,7 @@ def test_a_script_that_the_scheduler_ended_is_interrupted_and_not_failed(compari
     plan = read_plan(comparison.config)
     with lock_plan(comparison.folder):
         write_plan(plan, comparison.folder)
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--run", plan.runs[0].name]
+    words = make_call(comparison.config, comparison.folder, "--run", plan.runs[0].name)
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     os.kill(comparison.read_journal()[0]["pid"], signal.SIGTERM)

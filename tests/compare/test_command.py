@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import platform
 import re
 import shlex
 import signal
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import Done, run_command as run_in_process
-from comparison_fakes import Comparison, behave, is_alive, wait_until
+from comparison_fakes import Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
 from rich.console import Console
 
 from hf_v0init.compare import claims as claims_module, executor as executor_module
@@ -31,8 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+def comparison(tmp_path):
     return Comparison(tmp_path)
 
 
@@ -49,16 +46,7 @@ def start_command(comparison, *options) -> subprocess.Popen:
         from hf_v0init.cli.main import main
         main()
     """)
-    words = [
-        sys.executable,
-        "-c",
-        program,
-        "compare",
-        str(comparison.config),
-        "--output_dir",
-        str(comparison.folder),
-        *options,
-    ]
+    words = [sys.executable, "-c", program, *make_call(comparison.config, comparison.folder, *options)[3:]]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -133,16 +121,7 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     place.mkdir()
     comparison = Comparison(place).write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
     comparison.config, comparison.folder = Path("grid.yaml"), Path("out")
-    program = [
-        sys.executable,
-        "-m",
-        "hf_v0init.cli.main",
-        "compare",
-        "grid.yaml",
-        "--output_dir",
-        "out",
-        "--list_commands",
-    ]
+    program = make_call("grid.yaml", "out", "--list_commands")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = subprocess.run(program, cwd=place, capture_output=True, text=True)
     monkeypatch.chdir(place)
@@ -311,22 +290,17 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
     assert set(comparison.read_states().values()) == {"finished"}
 
 
-def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(tmp_path, monkeypatch):
+def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(comparison, monkeypatch):
     """Its lease is of another machine, so nobody can see that the process is gone: the call waits until the lease has lapsed."""
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(executor_module, "CLAIM_SECONDS", 0.1)
     monkeypatch.setattr(claims_module, "LEASE_SECONDS", 1.5)
-    comparison = Comparison(tmp_path).write(behave("plain", "good"))
-    comparison.run()
+    comparison.write(behave("plain", "good")).run()
     (run, _) = read_plan(comparison.config).runs
     record = comparison.folder / "runs" / run.name / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running", "host": "node7", "pid": 1}))
     claims = claims_module.RunClaims(comparison.folder)
     assert claims.acquire(run.digest)
-    file = comparison.folder / ".locks" / f"run_{run.digest}.lock"
-    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", "pid=1")
-    file.unlink()
-    file.write_text(text)
+    move_to_another_machine(comparison.folder / ".locks" / f"run_{run.digest}.lock")
     began = time.monotonic()
     told = comparison.run()
     assert time.monotonic() - began > 1.0 and [end[2] for end in told.ends] == ["finished"]
@@ -494,8 +468,7 @@ def test_a_dry_run_trains_nothing_and_leaves_nothing_behind(comparison, monkeypa
 @pytest.mark.slow
 def test_tiny_yaml_end_to_end(tmp_path):
     """Real training on the embedded corpus: four settings, the best of three families on fresh seeds, the report; then only the report."""
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", "configs/compare/tiny.yaml", "--output_dir"]
-    words += [str(tmp_path / "out"), "--jobs", "2"]
+    words = make_call("configs/compare/tiny.yaml", tmp_path / "out", "--jobs", "2")
     for first in (True, False):
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1200)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -1,8 +1,12 @@
 """Comparisons of fake runs: a script of a few lines that leaves what a training script leaves, and says when it was called."""
 
 import json
+import os
+import platform
+import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -129,14 +133,14 @@ class Comparison:
         self.config.write_text(yaml.safe_dump(content))
         return self
 
-    def run(self, jobs=1, retry_failed=False, resume=False, devices=None) -> Recorder:
+    def run(self, jobs=1, retry_failed=False, resume=False, devices=None, poll_seconds=0.01) -> Recorder:
         """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
         self.last = recorder
         with lock_plan(self.folder):  # makes the folder
             pass
-        with join_folder(self.folder):
+        with join_folder(self.folder), mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
             train_stages(plan, self.folder, executor, retry_failed)
         return recorder
@@ -152,6 +156,20 @@ class Comparison:
 
     def read_states(self) -> dict[str, str]:
         return {name: record["state"] for name, record in self.read_records().items()}
+
+
+def make_call(config, folder, *options) -> list[str]:
+    """The words that start `hf-v0init compare` as a process."""
+    program = [sys.executable, "-m", "hf_v0init.cli.main", "compare"]
+    return [*program, str(config), "--output_dir", str(folder), *options]
+
+
+def move_to_another_machine(file: Path, pid: int = 1) -> None:
+    """Make a lock look as if it were held by a process of another machine, node7."""
+    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", f"pid={pid}")
+    assert "host=node7" in text
+    file.unlink()
+    file.write_text(text)
 
 
 def behave(*names: str) -> list[dict]:
