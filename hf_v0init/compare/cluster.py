@@ -162,8 +162,9 @@ class SubmititExecutor:
         waiting = list(runs)
         while waiting:
             for run in list(waiting):
-                record = read_record(self.folder, run)
+                # In this order: what a job has ended with is then in the record that is read.
                 has_ended = by_name[run.name].done() if run.name in by_name else not self._find_queued([run])
+                record = read_record(self.folder, run)
                 if is_over(plan, record.get("state")):
                     self.progress.report_end(
                         run, record["state"], record.get("reason"), None, record.get("seconds") or 0.0

@@ -154,6 +154,10 @@ class Comparison:
         records = [json.loads(path.read_text()) for path in sorted(self.folder.glob("runs/*/record.json"))]
         return {f"{record['setting']} {record['seed']}": record for record in records}
 
+    def list_states(self) -> list[str]:
+        """The states of all runs, those of one setting and seed at several rates too."""
+        return sorted(json.loads(path.read_text())["state"] for path in self.folder.glob("runs/*/record.json"))
+
     def read_states(self) -> dict[str, str]:
         return {name: record["state"] for name, record in self.read_records().items()}
 
