@@ -54,13 +54,22 @@ def require_figure_path(path: str | os.PathLike) -> Path:
             not installed.
     """
     require_extra("compare", "matplotlib")
-    path = Path(path)
-    if path.suffix.lower() not in FIGURE_SUFFIXES:
+    if Path(path).suffix.lower() not in FIGURE_SUFFIXES:
         raise InputError(f"figure {path}: the extension must be one of {', '.join(FIGURE_SUFFIXES)}")
+    return require_writable(path, "figure")
+
+
+def require_writable(path: str | os.PathLike, what: str) -> Path:
+    """Return `path` if a file, such as a `figure`, can be written there; creates nothing.
+
+    Raises:
+        InputError: a folder, or one that is missing or cannot be written.
+    """
+    path = Path(path)
     if path.is_dir():
-        raise InputError(f"figure {path}: is a folder; give the name of a file in it")
+        raise InputError(f"{what} {path}: is a folder; give the name of a file in it")
     if not path.parent.is_dir():
-        raise InputError(f"figure {path}: there is no folder {path.parent}; create it or give another place")
+        raise InputError(f"{what} {path}: there is no folder {path.parent}; create it or give another place")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -68,7 +77,7 @@ def require_figure_path(path: str | os.PathLike) -> Path:
             with path.open("ab"):
                 pass
     except OSError as error:
-        raise InputError(f"figure {path}: cannot be written ({error.strerror}); give another place") from error
+        raise InputError(f"{what} {path}: cannot be written ({error.strerror}); give another place") from error
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq
 
 from ..errors import InputError
 from ..tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
@@ -125,7 +125,9 @@ def load_batch_loss(
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     if config.is_encoder_decoder:
         samples = _tokenize_pairs(tokenizer, file, source_file, target_file, num_samples, max_length)
-        collate = _make_pair_collator(tokenizer)
+        if tokenizer.pad_token is None:  # which token it is makes no difference, since it is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_TARGET)
     else:
         if file is None or source_file is not None or target_file is not None:
             raise InputError(
@@ -156,21 +158,3 @@ def _tokenize_pairs(tokenizer, file, source_file, target_file, num_samples: int,
     sources = tokenizer(pairs["source"][:], max_length=max_length, truncation=True)["input_ids"]
     targets = tokenizer(text_target=pairs["target"][:], max_length=max_length, truncation=True)["input_ids"]
     return [{"input_ids": one, "labels": other} for one, other in zip(sources, targets, strict=True)]
-
-
-def _make_pair_collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    fill = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-        width = max(len(row) for row in rows)
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-    def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
-        sources = [sample["input_ids"] for sample in samples]
-        return {
-            "input_ids": pad(sources, fill),
-            "attention_mask": pad([[1] * len(row) for row in sources], 0),
-            "labels": pad([sample["labels"] for sample in samples], NO_TARGET),
-        }
-
-    return collate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from ..plots import COLOURS, LINE_STYLES, import_pyplot, write_figure
@@ -23,7 +24,7 @@ def draw_saddle(path: str | os.PathLike, runs: Sequence[SaddleRun]) -> None:
     figure, (loss_axes, path_axes, size_axes) = plt.subplots(1, 3, figsize=(14.0, 4.2), layout="constrained")
     grid = [-1.8 + 3.6 * i / 400 for i in range(401)]
     loss_axes.plot(grid, [compute_saddle_loss(x) for x in grid], color="0.3", lw=1.8)
-    for run, colour, style in _with_looks(runs):
+    for run, colour, style in zip(runs, cycle(COLOURS), cycle(LINE_STYLES), strict=False):
         loss_axes.plot([run.final], [compute_saddle_loss(run.final)], "o", color=colour, ms=7)
         path_axes.plot(run.path, color=colour, ls=style, lw=1.6, label=run.name)
         size_axes.plot([max(abs(x), 1e-12) for x in run.path], color=colour, ls=style, lw=1.6)
@@ -49,7 +50,7 @@ def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[L
     plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     steps = choose_measured_steps(runs[0].steps[-1], per_decade=20)
-    for run, colour, style in _with_looks(runs):
+    for run, colour, style in zip(runs, cycle(COLOURS), cycle(LINE_STYLES), strict=False):
         expected = [compute_expected_second_moment(loss, run.start, step) / loss.stationary for step in steps]
         left.plot(steps, expected, color=colour, ls=style, lw=1.8, label=run.start)
         left.plot(run.steps, [v / loss.stationary for v in run.second_moments], "o", color=colour, ms=5)
@@ -121,8 +122,3 @@ def draw_connectivity(path: str | os.PathLike, curves: Mapping[int, Connectivity
         right.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     write_figure(figure, path)
-
-
-def _with_looks(runs: Sequence) -> list[tuple]:
-    """Give each run a colour and a line style, over again where there are more runs than colours."""
-    return [(run, COLOURS[i % len(COLOURS)], LINE_STYLES[i % len(LINE_STYLES)]) for i, run in enumerate(runs)]

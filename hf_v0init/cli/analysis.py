@@ -5,40 +5,85 @@ Importing this imports neither torch nor numpy nor matplotlib: each command impo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
 import math
-import tempfile
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import InputError
-from ..plots import require_figure_path
+from ..plots import require_figure_path, require_writable
+from .console import CONSOLE, make_table
 
 Figure = Annotated[str | None, typer.Option("--figure", help="Also draw a picture into this .png, .svg or .pdf file.")]
 Json = Annotated[str | None, typer.Option("--json", help="Also write the numbers into this file.")]
-File = Annotated[
-    str | None,
-    typer.Option(
-        "--file",
-        help="Text to measure the loss on; for translation models, tab-separated pairs or a .jsonl/.csv table.",
-    ),
-]
-SourceFile = Annotated[
-    str | None, typer.Option("--source_file", help="Source sentences, one per line, for translation models.")
-]
-TargetFile = Annotated[str | None, typer.Option("--target_file", help="Their translations, line by line.")]
-NumSamples = Annotated[int, typer.Option("--num_samples", help="Windows of text, or sentence pairs, to measure on.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", help="Samples per forward pass.")]
-MaxLength = Annotated[
-    int,
-    typer.Option("--max_length", help="Tokens of a window, at most the model's positions; longer sentences are cut."),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: a GPU if there is one]")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all draws, >= 0.")]
+
+
+@dataclasses.dataclass
+class Measurement:
+    """The flags that say on what text, where and how the loss of a checkpoint is measured."""
+
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            help="Text to measure the loss on; for translation models, tab-separated pairs or a .jsonl/.csv table.",
+        ),
+    ] = None
+    source_file: Annotated[
+        str | None, typer.Option("--source_file", help="Source sentences, one per line, for translation models.")
+    ] = None
+    target_file: Annotated[str | None, typer.Option("--target_file", help="Their translations, line by line.")] = None
+    num_samples: Annotated[
+        int, typer.Option("--num_samples", help="Windows of text, or sentence pairs, to measure on.")
+    ] = 256
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Samples per forward pass.")] = 16
+    max_length: Annotated[
+        int,
+        typer.Option(
+            "--max_length", help="Tokens of a window, at most the model's positions; longer sentences are cut."
+        ),
+    ] = 128
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: a GPU if there is one]")] = (
+        None
+    )
+
+    def load(self, checkpoint: str | Path) -> tuple[Any, Callable[[Any], float]]:
+        """Load the model of a checkpoint, and the function that measures its loss."""
+        from ..analysis.checkpoint_data import load_batch_loss, load_model
+
+        options = dataclasses.asdict(self)
+        model = load_model(checkpoint, options.pop("device"))
+        return model, load_batch_loss(checkpoint, model.config, **options)
+
+
+def with_flags_of(kind: type) -> Callable:
+    """Replace the parameter `options` of a command by the fields of this dataclass, as flags of their names."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def run(**flags) -> None:
+            given = {field.name: flags.pop(field.name) for field in dataclasses.fields(kind)}
+            command(**flags, options=kind(**given))
+
+        hints = typing.get_type_hints(command, include_extras=True) | typing.get_type_hints(kind, include_extras=True)
+        own = [(name, p.default) for name, p in inspect.signature(command).parameters.items() if name != "options"]
+        of_kind = [(field.name, field.default) for field in dataclasses.fields(kind)]
+        run.__annotations__ = {name: hints[name] for name, _ in [*own, *of_kind]}
+        run.__signature__ = inspect.Signature(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            for name, default in [*own, *of_kind]
+        )
+        return run
+
+    return decorate
 
 
 def saddle(
@@ -59,24 +104,21 @@ def saddle(
 
     figure_path, json_path = _require_outputs(figure, json_file)
     runs = run_saddle(v0=v0, warmup_steps=warmup_steps, num_steps=num_steps)
-    console = _make_console()
-    table = Table("optimizer")
-    for heading in (f"x after {num_steps} steps", "paper", "agrees"):
-        table.add_column(heading, justify="right")
+    table = make_table(f"x after {num_steps} steps", "paper", "agrees", first="optimizer")
     for run in runs:
         agrees = {True: "yes", False: "no", None: ""}[run.agrees]
         table.add_row(run.name, f"{run.final:.4g}", run.published or "", agrees)
-    console.print(table)
-    console.print(describe_data_driven(runs))
+    CONSOLE.print(table)
+    CONSOLE.print(describe_data_driven(runs))
     if scan_warmups:
         lengths = _join_ranges(find_matching_warmups())
-        console.print(f"Linear warmups that end at 0.01 after 50 steps, of 1 to 100 steps: {lengths}")
+        CONSOLE.print(f"Linear warmups that end at 0.01 after 50 steps, of 1 to 100 steps: {lengths}")
     if figure_path:
         from ..analysis.plots import draw_saddle
 
         draw_saddle(figure_path, runs)
     results = [{"name": r.name, "final": r.final, "published": r.published, "path": r.path} for r in runs]
-    _write_outputs(console, figure_path, json_path, results)
+    _write_outputs(figure_path, json_path, results)
 
 
 def linear_loss(
@@ -110,14 +152,9 @@ def linear_loss(
     figure_path, json_path = _require_outputs(figure, json_file)
     options = {"num_steps": num_steps, "num_coordinates": num_coordinates, "seed": seed}
     runs = [simulate_linear_loss(loss, start, **options) for start in STARTS]
-    console = _make_console()
-    console.print(f"The second moment settles at v_inf = g^2 + s^2 = {loss.stationary:.6g} (eq. 8).")
-    drifts = Table("v0")
-    for heading in ("drift |v_inf - v0|", "simulated", "/ v_inf"):
-        drifts.add_column(heading, justify="right")
-    over_time = Table("v0")
-    for heading in ("step", "E[v]/v_inf", "simulated", "RMSprop step/lr", "simulated"):
-        over_time.add_column(heading, justify="right")
+    CONSOLE.print(f"The second moment settles at v_inf = g^2 + s^2 = {loss.stationary:.6g} (eq. 8).")
+    drifts = make_table("drift |v_inf - v0|", "simulated", "/ v_inf", first="v0")
+    over_time = make_table("step", "E[v]/v_inf", "simulated", "RMSprop step/lr", "simulated", first="v0")
     results = []
     for run in runs:
         drift = compute_drift(loss, run.start)
@@ -134,20 +171,18 @@ def linear_loss(
             settled = (figures["second_moment"] / loss.stationary, moment / loss.stationary)
             cells = (*settled, figures["update"], update)
             over_time.add_row(run.start, f"{step:,}", *(f"{cell:.4g}" for cell in cells))
-    console.print(drifts)
-    console.print(over_time)
+    CONSOLE.print(drifts)
+    CONSOLE.print(over_time)
     if figure_path:
         from ..analysis.plots import draw_linear_loss
 
         draw_linear_loss(figure_path, loss, runs)
-    _write_outputs(console, figure_path, json_path, results)
+    _write_outputs(figure_path, json_path, results)
 
 
+@with_flags_of(Measurement)
 def landscape(
     checkpoint: Annotated[str, typer.Argument(help="Folder with a saved model and its tokenizer.")],
-    file: File = None,
-    source_file: SourceFile = None,
-    target_file: TargetFile = None,
     num_points: Annotated[int, typer.Option("--num_points", help="Grid points along each direction, odd.")] = 21,
     extent: Annotated[
         float, typer.Option("--extent", help="The grid reaches from -extent to extent filter lengths.")
@@ -155,13 +190,11 @@ def landscape(
     radius: Annotated[
         float, typer.Option("--radius", help="Half the side of the square that sharpness looks at.")
     ] = 0.5,
-    num_samples: NumSamples = 256,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 128,
-    device: Device = None,
     seed: Seed = 0,
     figure: Figure = None,
     json_file: Json = None,
+    *,
+    options: Measurement,
 ) -> None:
     """Compute the loss around a checkpoint on two filter-normalised random directions, and a sharpness number.
 
@@ -171,24 +204,12 @@ def landscape(
     if not (math.isfinite(radius) and 0.0 < radius <= extent):
         raise InputError(f"radius={radius}: must be above 0 and at most extent={extent}")
     figure_path, json_path = _require_outputs(figure, json_file)
-    from ..analysis.checkpoint_data import load_batch_loss, load_model
     from ..analysis.loss_landscape import compute_loss_landscape
 
-    model = load_model(checkpoint, device)
-    measure = load_batch_loss(
-        checkpoint,
-        model.config,
-        file=file,
-        source_file=source_file,
-        target_file=target_file,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    model, measure = options.load(checkpoint)
     found = compute_loss_landscape(model, measure, num_points=num_points, extent=extent, seed=seed)
     sharpness = found.compute_sharpness(radius)
-    console = _make_console()
-    console.print(
+    CONSOLE.print(
         f"loss {found.centre_loss:.4f}; sharpness {sharpness:.4g}% within {radius:g} filter lengths (seed {seed})"
     )
     if figure_path:
@@ -205,23 +226,19 @@ def landscape(
         "coordinates": found.coordinates.tolist(),
         "losses": found.losses.tolist(),
     }
-    _write_outputs(console, figure_path, json_path, results)
+    _write_outputs(figure_path, json_path, results)
 
 
+@with_flags_of(Measurement)
 def connectivity(
     first: Annotated[str, typer.Argument(help="A checkpoint, or a run's output folder with checkpoints.")],
     second: Annotated[str, typer.Argument(help="Another; of two runs, checkpoints at the same steps are paired.")],
-    file: File = None,
-    source_file: SourceFile = None,
-    target_file: TargetFile = None,
     num_points: Annotated[int, typer.Option("--num_points", help="Mixtures along the line, with both ends.")] = 11,
-    num_samples: NumSamples = 256,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 128,
-    device: Device = None,
     seed: Seed = 0,
     figure: Figure = None,
     json_file: Json = None,
+    *,
+    options: Measurement,
 ) -> None:
     """Compute the loss along the line between two checkpoints, or between two runs' checkpoints along training.
 
@@ -230,38 +247,26 @@ def connectivity(
     """
     _require_seed(seed)
     figure_path, json_path = _require_outputs(figure, json_file)
-    from ..analysis.checkpoint_data import load_batch_loss, load_model, pair_checkpoints
+    from ..analysis.checkpoint_data import pair_checkpoints
     from ..analysis.mode_connectivity import compute_connectivity_along_training
 
     pairs = pair_checkpoints(first, second)
-    model = load_model(pairs[0][1], device)
-    measure = load_batch_loss(
-        pairs[0][1],
-        model.config,
-        file=file,
-        source_file=source_file,
-        target_file=target_file,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    model, measure = options.load(pairs[0][1])
     found = compute_connectivity_along_training(model, pairs, measure, num_points=num_points, seed=seed)
-    console = _make_console()
-    table = Table("step" if len(pairs) > 1 else "pair")
-    for heading in ("loss of first", "loss of second", "highest between", "barrier (eq. 22)", "above the line"):
-        table.add_column(heading, justify="right")
+    headings = ("loss of first", "loss of second", "highest between", "barrier (eq. 22)", "above the line")
+    table = make_table(*headings, first="step" if len(pairs) > 1 else "pair")
     results = []
     for step, curve in found.items():
         cells = (curve.errors[-1], curve.errors[0], curve.errors.max(), curve.barrier, curve.barrier_above_line)
         table.add_row(f"{step:,}" if len(pairs) > 1 else "", *(f"{cell:.4f}" for cell in cells))
         figures = {"barrier": curve.barrier, "barrier_above_line": curve.barrier_above_line}
         results.append({"step": step} | figures | {"shares": curve.shares.tolist(), "errors": curve.errors.tolist()})
-    console.print(table)
+    CONSOLE.print(table)
     if figure_path:
         from ..analysis.plots import draw_connectivity
 
         draw_connectivity(figure_path, found, title=f"{first} (a = 1) and {second} (a = 0)")
-    _write_outputs(console, figure_path, json_path, results)
+    _write_outputs(figure_path, json_path, results)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -272,10 +277,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command("connectivity")(connectivity)
 
 
-def _make_console() -> Console:
-    return Console(highlight=False, markup=False)
-
-
 def _require_seed(seed: int) -> None:
     if not 0 <= seed < 2**62:
         raise InputError(f"seed={seed}: must be a whole number from 0 to 2^62 - 1")
@@ -283,25 +284,17 @@ def _require_seed(seed: int) -> None:
 
 def _require_outputs(figure: str | None, json_file: str | None) -> tuple[Path | None, Path | None]:
     """Return the paths to write to, after finding out that they can be written."""
-    if json_file is not None:
-        folder = Path(json_file).parent
-        if Path(json_file).is_dir() or not folder.is_dir():
-            raise InputError(f"json={json_file}: give a file in a folder that exists")
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"json={json_file}: cannot be written ({error.strerror}); give another place") from error
-    return require_figure_path(figure) if figure else None, Path(json_file) if json_file else None
+    figure_path = require_figure_path(figure) if figure else None
+    return figure_path, require_writable(json_file, "json") if json_file else None
 
 
-def _write_outputs(console: Console, figure_path: Path | None, json_path: Path | None, results) -> None:
+def _write_outputs(figure_path: Path | None, json_path: Path | None, results) -> None:
     """Write the results and name the files written."""
     if figure_path:
-        console.print(f"Figure: {figure_path}", soft_wrap=True)
+        CONSOLE.print(f"Figure: {figure_path}", soft_wrap=True)
     if json_path:
         json_path.write_text(json.dumps(_without_nan(results), indent=1) + "\n", encoding="utf-8")
-        console.print(f"Numbers: {json_path}", soft_wrap=True)
+        CONSOLE.print(f"Numbers: {json_path}", soft_wrap=True)
 
 
 def _without_nan(value):

@@ -53,7 +53,7 @@ def _describe_devices() -> str:
 def env() -> None:
     """Print the versions and devices that a report of a problem should contain."""
     for name, value in collect_environment().items():
-        print(f"- {name}: {value}")
+        typer.echo(f"- {name}: {value}")
 
 
 def add_commands(app: typer.Typer) -> None:

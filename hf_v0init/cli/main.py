@@ -6,11 +6,9 @@ Importing it imports neither torch nor transformers. Commands import what they n
 from __future__ import annotations
 
 import math
-import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from ..errors import InputError
@@ -32,14 +30,13 @@ from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import add_commands
 from .compare import add_commands as add_comparison
+from .console import CONSOLE, exit_with_error, make_table
 from .environment import add_commands as add_environment, read_version
 from .probe import add_commands as add_probe
-from .report import add_commands as add_report
 from .scripts import add_commands as add_scripts
 
 TARGETS = (0.5, 0.9, 0.99)
 RATIOS = (1.0, 1e2, 1e4, 1e6)
-EXIT_BAD_INPUT = 2
 
 UsageError = typer.BadParameter.__base__  # what typer raises for flags it cannot read, whichever click it uses
 
@@ -48,7 +45,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"hf_v0init {read_version('hf_v0init')}")
+        typer.echo(f"hf_v0init {read_version('hf_v0init')}")
         raise typer.Exit()
 
 
@@ -61,7 +58,7 @@ def introduce(
 ) -> None:
     """A non-zero start (v0) for Adam's second moment, instead of a learning-rate warmup."""
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -110,26 +107,25 @@ def explain(
     v0_decay_steps = plan.decay_steps
     scale = compute_scale_in_force(plan, adam_beta2)
     figure_path = require_figure_path(figure) if figure else None
-    console = Console(highlight=False, markup=False)
     settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": v0_decay_steps, "v0_scale": scale}
     settings |= {"adam_beta2": adam_beta2, "max_steps": max_steps}
     heading = ", ".join(f"{name} {_format(value)}" for name, value in settings.items() if value is not None)
-    console.print(heading, style="bold")
+    CONSOLE.print(heading, style="bold")
 
     if v0_init == "zeros":
-        console.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
+        CONSOLE.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
         curves, markers, linear_warmup = {"zeros": 0.0}, {}, None
     elif plan.decay == "linear":
-        _print_linear(console, v0_decay_steps, max_steps)
+        _print_linear(v0_decay_steps, max_steps)
         curves, markers, linear_warmup = {}, {}, v0_decay_steps
     elif v0_init == "random" and v0_decay_steps is None:
-        _print_random(console, adam_beta2, max_steps)
+        _print_random(adam_beta2, max_steps)
         curves = {f"v0 / E[g²] = {ratio:,.0f}": ratio for ratio in RATIOS}
         markers, linear_warmup = {}, None
     else:
         markers = {target: compute_steps_to_multiplier(target, scale, adam_beta2) for target in TARGETS}
         linear_warmup = compute_similar_linear_warmup(scale, adam_beta2, max_steps)
-        _print_multiplier(console, scale, adam_beta2, max_steps, markers, linear_warmup)
+        _print_multiplier(scale, adam_beta2, max_steps, markers, linear_warmup)
         curves = {f"m(t), scale {_format(scale)}": scale}
 
     if figure_path:
@@ -142,7 +138,7 @@ def explain(
             markers=markers,
             linear_warmup_steps=linear_warmup,
         )
-        console.print(f"Figure: {figure_path}", soft_wrap=True)
+        CONSOLE.print(f"Figure: {figure_path}", soft_wrap=True)
 
 
 @app.command()
@@ -151,17 +147,16 @@ def optimizers(
 ) -> None:
     """Print which optimizers take a v0, where it is written and how exactly, and which are refused and why."""
     if markdown:
-        print(make_markdown_table())
+        typer.echo(make_markdown_table())
         return
     table = Table("optimizer", Column("--optim", overflow="fold"), "v0", "remark", show_lines=True)
     for name, optim, second_moment, start, error, remark in make_cells():
         v0 = f"{start} in {second_moment}; {error}" if error else start
         table.add_row(*(cell.replace("`", "") for cell in (name, optim, v0, remark)))
-    Console(highlight=False, markup=False).print(table)
+    CONSOLE.print(table)
 
 
 add_commands(app)
-add_report(app)
 add_comparison(app)
 add_probe(app)
 add_scripts(app)
@@ -175,84 +170,73 @@ def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
     return plan.get_scale(beta2)
 
 
-def _print_linear(console: Console, decay_steps: int, max_steps: int) -> None:
-    console.print("Effective learning-rate factor of an element whose g² keeps its size:")
-    table = Table()
-    table.add_column("step t", justify="right")
-    table.add_column("min(1, t / L)", justify="right")
+def _print_linear(decay_steps: int, max_steps: int) -> None:
+    CONSOLE.print("Effective learning-rate factor of an element whose g² keeps its size:")
+    table = make_table("step t", "min(1, t / L)")
     steps = {1, 10, 100, 1000, decay_steps // 2, decay_steps, max_steps}
     for step in sorted(step for step in steps if 1 <= step <= max_steps):
         factor = compute_linear_factor(step, decay_steps)
         table.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(factor))
-    console.print(table)
-    console.print(
+    CONSOLE.print(table)
+    CONSOLE.print(
         f"The schedule stays at its peak for these {decay_steps:,} steps, as after a linear warmup of that length. Elements whose "
         "gradients grow meanwhile are slowed less, those whose gradients shrink are slowed more."
     )
     if decay_steps >= max_steps:
-        console.print(
+        CONSOLE.print(
             f"Warning: the run has {max_steps:,} steps, so v0 never leaves. Remedy: --v0_decay_steps 0.33",
             style="yellow",
         )
 
 
 def _print_multiplier(
-    console: Console,
     scale: float,
     beta2: float,
     max_steps: int,
     markers: dict[float, float],
     linear_warmup: float,
 ) -> None:
-    console.print("m(t), the factor on Adam's step:")
-    over_time = Table()
-    over_time.add_column("step t", justify="right")
-    over_time.add_column("m(t)", justify="right")
+    CONSOLE.print("m(t), the factor on Adam's step:")
+    over_time = make_table("step t", "m(t)")
     for step, value in compute_multiplier_table(scale, beta2, max_steps).items():
         over_time.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(value))
-    console.print(over_time)
+    CONSOLE.print(over_time)
 
-    reached = Table()
-    reached.add_column("m(t) reaches", justify="right")
-    reached.add_column("at step", justify="right")
+    reached = make_table("m(t) reaches", "at step")
     for target, step in markers.items():
         reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
-    console.print(reached)
+    CONSOLE.print(reached)
 
     longer = (
         f", longer than the run of {max_steps:,}, so it never reaches the full rate"
         if linear_warmup > max_steps
         else ""
     )
-    console.print(
+    CONSOLE.print(
         f"Within this run v0 takes away as much step size as a linear warmup over {linear_warmup:,.0f} steps{longer} "
         "(the sum of 1 - m over the run, which for a linear warmup over L steps is L/2)."
     )
     warning = compute_washout_warning(scale, beta2, max_steps)
     if warning:
-        console.print(f"Warning: {warning}", style="yellow")
+        CONSOLE.print(f"Warning: {warning}", style="yellow")
     else:
         at_end = compute_multiplier(max_steps, scale, beta2)
-        console.print(
+        CONSOLE.print(
             f"v0 will have washed out by the end of the run: m({max_steps:,}) = {_format_multiplier(at_end)}."
         )
-    console.print(
+    CONSOLE.print(
         "m(t) takes the gradients' size as constant. In a real network it changes by orders of magnitude in "
         "the first hundred steps: m is a guide, not a prediction."
     )
 
 
-def _print_random(console: Console, beta2: float, max_steps: int) -> None:
-    console.print(
+def _print_random(beta2: float, max_steps: int) -> None:
+    CONSOLE.print(
         "A random v0 knows nothing of the gradients' size, so m(t) cannot be known before gradients have "
         "been measured; a training run measures v0 against one batch and prints it. m(t) by that ratio:"
     )
     steps = [step for step in PRINTED_STEPS if step < max_steps] + [max_steps]
-    table = Table()
-    table.add_column("v0 / E[g^2]", justify="right")
-    for step in steps:
-        table.add_column(f"m({step:,})", justify="right")
-    table.add_column(f"{WASHED_OUT:g} at step", justify="right")
+    table = make_table("v0 / E[g^2]", *(f"m({step:,})" for step in steps), f"{WASHED_OUT:g} at step")
     too_late = []
     for ratio in RATIOS:
         washed_out = math.ceil(compute_steps_to_multiplier(WASHED_OUT, ratio, beta2))
@@ -260,9 +244,9 @@ def _print_random(console: Console, beta2: float, max_steps: int) -> None:
             too_late.append(ratio)
         values = [_format_multiplier(compute_multiplier(step, ratio, beta2)) for step in steps]
         table.add_row(f"{ratio:,.0f}", *values, f"{washed_out:,}")
-    console.print(table)
+    CONSOLE.print(table)
     if too_late:
-        console.print(
+        CONSOLE.print(
             f"Warning: from a ratio of {too_late[0]:,.0f} on, v0 will not have washed out at step "
             f"{max_steps:,}. Remedy: --v0_decay_steps 0.33, which sizes v0 by the gradients of the run's first step.",
             style="yellow",
@@ -279,20 +263,15 @@ def _format_multiplier(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
 
 
-def _exit_with_error(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT)
-
-
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit status 2."""
     drop_known_messages()
     try:
         status = app(standalone_mode=False)
     except InputError as error:
-        _exit_with_error(str(error))
+        exit_with_error(str(error))
     except UsageError as error:
-        _exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the flags")
+        exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the flags")
     except typer.Abort:
         raise SystemExit(130) from None
     raise SystemExit(status or 0)

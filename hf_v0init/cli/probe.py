@@ -9,13 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from .scripts import SCRIPTS as TRAINING_SCRIPTS
 
-SCRIPTS = {
-    "run_translation": "tasks.translation.script",
-    "run_clm": "tasks.language_modeling.script",
-    "run_mlm": "tasks.language_modeling.masked_script",
-    "run_image_classification": "tasks.images.script",
-}
+SCRIPTS = {script.file: script.module for script in TRAINING_SCRIPTS.values() if script.file != "run_dcgan"}
 OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -80,7 +76,7 @@ def _takes_values(script: str, config: str) -> bool:
 
 
 def _load(script: str):
-    return importlib.import_module(f"..{SCRIPTS[script]}", __package__)
+    return importlib.import_module(f"..tasks.{SCRIPTS[script]}", __package__)
 
 
 def _list_flags(script: str) -> set[str]:

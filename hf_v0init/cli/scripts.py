@@ -15,28 +15,31 @@ from pathlib import Path
 import typer
 
 from ..extras import EXTRAS, MissingExtraError, require_extra
+from .console import exit_with_error
 
-EXIT_BAD_INPUT = 2
 HELP_FOLDER = Path(__file__).parents[1] / "tasks" / "help"
 
 
 @dataclass(frozen=True)
 class Script:
-    """A training script: its module below `hf_v0init.tasks` and what `--help` of `hf-v0init` says of it."""
+    """A training script: its file in `scripts/`, its module below `hf_v0init.tasks`, what `--help` of `hf-v0init` says of it."""
 
+    file: str
     module: str
     summary: str
     extra: str = "scripts"
 
 
 SCRIPTS = {
-    "translate": Script("translation.script", "Train and evaluate an encoder-decoder model for translation."),
-    "clm": Script(
-        "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+    "translate": Script(
+        "run_translation", "translation.script", "Train and evaluate an encoder-decoder model for translation."
     ),
-    "mlm": Script("language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
-    "images": Script("images.script", "Train and evaluate an image classifier.", "images"),
-    "dcgan": Script("gan.script", "Train a DCGAN on images.", "images"),
+    "clm": Script(
+        "run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+    ),
+    "mlm": Script("run_mlm", "language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
+    "images": Script("run_image_classification", "images.script", "Train and evaluate an image classifier.", "images"),
+    "dcgan": Script("run_dcgan", "gan.script", "Train a DCGAN on images.", "images"),
 }
 
 
@@ -55,7 +58,7 @@ def run_named(name: str) -> None:
     `--help` is printed from a file, before anything is imported that only a training needs.
     """
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        print((HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8"), end="")
+        typer.echo((HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8"), nl=False)
         return
     try:
         if SCRIPTS[name].extra != "scripts":  # all of it at once, not one extra and then another
@@ -63,8 +66,7 @@ def run_named(name: str) -> None:
         module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
         run_script = importlib.import_module("hf_v0init.tasks.script_support").run_script
     except MissingExtraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        exit_with_error(str(error))
     run_script(module.main)
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
 from ..method.defaults import STRATEGIES
+from .files import mask_secrets
 
 NO_V0, NO_WARMUP = "zeros", "none"
 DECAYS, ESTIMATORS, AUTO = ("linear", "beta2"), ("minibatch", "per_sample"), "auto"
@@ -58,6 +59,11 @@ def format_value(value: Any) -> str:
     return f"{value:.12g}" if is_number(value) else str(value)
 
 
+def name_flags(flags: Mapping[str, Any]) -> list[str]:
+    """Write flags as the names of settings have them, secrets masked."""
+    return [f"{flag}={format_value(value)}" for flag, value in mask_secrets(dict(flags)).items()]
+
+
 # ------------------------------------------------------------------------------------------------------------- v0
 
 
@@ -68,7 +74,7 @@ def parse_v0(value: Any) -> AxisValue:
         InputError: no such strategy, or words that do not go with it.
     """
     if isinstance(value, dict):
-        return _parse_mapping("v0", value, parse_v0, name_v0)
+        return _parse_mapping("v0", value, parse_v0)
     words = str(value).split()
     strategy, rest = (words[0], words[1:]) if words else ("", [])
     if strategy not in STRATEGIES:
@@ -114,7 +120,7 @@ def name_v0(flags: Mapping[str, Any]) -> str:
     elif "v0_scale" in shown and shown.get("v0_decay") == "beta2":
         words.append(format_value(shown.pop("v0_scale")))
         del shown["v0_decay"]
-    return " ".join([*words, *(f"{flag}={format_value(value)}" for flag, value in shown.items())])
+    return " ".join([*words, *name_flags(shown)])
 
 
 def _read_length(word: str, value: Any) -> float | str:
@@ -146,7 +152,7 @@ def parse_warmup(value: Any) -> AxisValue:
         InputError: none of these.
     """
     if isinstance(value, dict):
-        return _parse_mapping("warmup", value, parse_warmup, _name_warmup)
+        return _parse_mapping("warmup", value, parse_warmup)
     if value is None or value == NO_WARMUP or (is_number(value) and value == 0):
         return AxisValue(NO_WARMUP, {"warmup_steps": 0})
     if isinstance(value, str) and value in UNTUNED:
@@ -159,10 +165,6 @@ def parse_warmup(value: Any) -> AxisValue:
         f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, a fraction of training such as 0.3, "
         f"{', '.join(UNTUNED)}, or a mapping of flags"
     )
-
-
-def _name_warmup(flags: Mapping[str, Any]) -> str:
-    return " ".join(f"{flag}={format_value(value)}" for flag, value in flags.items())
 
 
 def _use(spec: str, optim_args: str | None = None) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def parse_optimizer(value: Any) -> AxisValue:
         InputError: neither.
     """
     if isinstance(value, dict):
-        return _parse_mapping("optimizer", value, parse_optimizer, _name_warmup)
+        return _parse_mapping("optimizer", value, parse_optimizer)
     if value not in OPTIMIZERS:
         raise InputError(
             f"optimizer: {value!r} is unknown{suggest(str(value), OPTIMIZERS)}; choose {', '.join(OPTIMIZERS)}, or a mapping such as "
@@ -205,9 +207,10 @@ def parse_optimizer(value: Any) -> AxisValue:
     return AxisValue(value, dict(OPTIMIZERS[value]))
 
 
-def _parse_mapping(axis: str, value: dict, parse_word, make_name) -> AxisValue:
+def _parse_mapping(axis: str, value: dict, parse_word: Callable[[Any], AxisValue]) -> AxisValue:
     """Read `{name: ..., flag: value}`; a name that is a word of the axis must mean what the word means."""
     flags = {str(key).lstrip("-").replace("-", "_"): given for key, given in value.items()}
+    value = mask_secrets(value)  # as it is shown
     name = flags.pop("name", None)
     if name is not None and not str(name).strip():
         raise InputError(f"{axis}: {value}: the name is empty; write one, or leave it out")
@@ -221,16 +224,18 @@ def _parse_mapping(axis: str, value: dict, parse_word, make_name) -> AxisValue:
     if axis == "v0":
         _require_v0(flags, value)
     if name is None:
-        return AxisValue(make_name(flags), flags)
+        return AxisValue(name_v0(flags) if axis == "v0" else " ".join(name_flags(flags)), flags)
+    number = _read_number(str(name)) if axis == "warmup" else None
     try:
-        meant = parse_word(str(name) if axis != "warmup" or not _read_number(str(name)) else _read_number(str(name)))
+        meant = parse_word(number or str(name))
     except InputError:
         return AxisValue(str(name), flags)
     # An optimizer's name stands for its class; settings of it may be others.
     wanted = {flag: of_word for flag, of_word in meant.flags.items() if axis != "optimizer" or flag in _CLASSES}
     if any(flags.get(flag) != of_word for flag, of_word in wanted.items()):
-        stands_for = " ".join(f"{flag}={format_value(of_word)}" for flag, of_word in wanted.items())
-        raise InputError(f"{axis}: {value}: the name {name!r} stands for {stands_for}; give another name")
+        raise InputError(
+            f"{axis}: {value}: the name {name!r} stands for {' '.join(name_flags(wanted))}; give another name"
+        )
     return AxisValue(str(name), flags)
 
 
@@ -264,9 +269,8 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
     for axis, of_axis in given.items():
         for flag, value in of_axis.items():
             if flag in flags and flags[flag] != value:
-                raise InputError(
-                    f"{flag} is {format_value(flags[flag])} by the axis {setter[flag]} and {format_value(value)} by {axis}: set it in one"
-                )
+                one, other = (format_value(mask_secrets({flag: given})[flag]) for given in (flags[flag], value))
+                raise InputError(f"{flag} is {one} by the axis {setter[flag]} and {other} by {axis}: set it in one")
             flags.setdefault(flag, value)
             setter.setdefault(flag, axis)
     flags = {**common, **flags}

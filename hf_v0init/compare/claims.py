@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -29,8 +28,7 @@ def _make_lease(folder: Path, kind: str, name: str = "") -> SoftFileLease:
     return SoftFileLease(f"{file}.lock", lease_duration=LEASE_SECONDS, thread_local=False)
 
 
-@contextlib.contextmanager
-def lock_plan(folder: Path) -> Iterator[None]:
+def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
     """Hold what all workers share, the plan and the report, while they are written; the folder is made if need be.
 
     Raises:
@@ -39,7 +37,7 @@ def lock_plan(folder: Path) -> Iterator[None]:
     lease = _make_lease(folder, _PLAN)
     try:
         Path(lease.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lease.acquire(timeout=PLAN_SECONDS)
+        return lease.acquire(timeout=PLAN_SECONDS)
     except Timeout:
         raise InputError(
             f"output_dir={folder}: {_describe_holder(lease)} has been writing plan or report for {PLAN_SECONDS:g} s; try again"
@@ -48,21 +46,11 @@ def lock_plan(folder: Path) -> Iterator[None]:
         raise InputError(
             f"output_dir={folder} cannot be written ({error.strerror}); give another --output_dir"
         ) from error
-    try:
-        yield
-    finally:
-        lease.release()
 
 
-@contextlib.contextmanager
-def join_folder(folder: Path) -> Iterator[None]:
+def join_folder(folder: Path) -> contextlib.AbstractContextManager:
     """Be at work in a folder, beside other workers."""
-    lease = _make_lease(folder, _WORKER, f"{platform.node()}_{os.getpid()}")
-    lease.acquire(timeout=PLAN_SECONDS)
-    try:
-        yield
-    finally:
-        lease.release()
+    return _make_lease(folder, _WORKER, f"{platform.node()}_{os.getpid()}").acquire(timeout=PLAN_SECONDS)
 
 
 def list_workers(folder: Path) -> list[str]:

@@ -21,10 +21,11 @@ from rich.console import Console
 
 from ..errors import InputError
 from .claims import join_folder
+from .comparison_file import read_plan
 from .executor import LocalExecutor, find_waiting, is_over, read_record
 from .files import INTERRUPTED, RUNNING, read_json, write_json
-from .launch import list_devices
-from .plan import Plan, PlannedRun, read_plan
+from .machine import list_devices
+from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .stages import lay_out_stages
 
@@ -104,7 +105,7 @@ class SubmititExecutor:
         folder: its folder.
         config: its file.
         progress: what is told how the runs go on.
-        cluster: `slurm`, or `local` for processes that submitit starts on this machine.
+        launcher: `slurm`, or `submitit` for processes that submitit starts on this machine.
         small: whether at the file's small scale.
 
     Raises:
@@ -112,21 +113,21 @@ class SubmititExecutor:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, config: Path, progress: ProgressDisplay, cluster: str, small: bool = False
+        self, plan: Plan, folder: Path, config: Path, progress: ProgressDisplay, launcher: str, small: bool = False
     ) -> None:
         try:
             import submitit
         except ImportError as error:
-            raise InputError(f"launcher={cluster} needs submitit; type: pip install 'hf_v0init[cluster]'") from error
-        for program in ("sbatch", "srun") if cluster == "slurm" else ():
+            raise InputError(f"launcher={launcher} needs submitit; type: pip install 'hf_v0init[cluster]'") from error
+        for program in ("sbatch", "srun") if launcher == "slurm" else ():
             if not shutil.which(program):
                 raise InputError(
                     f"launcher=slurm: there is no {program} here; call it where SLURM is, or use --list_commands for another scheduler"
                 )
-        self.folder, self.progress, self.cluster = folder.resolve(), progress, cluster
+        self.folder, self.progress, self.is_slurm = folder.resolve(), progress, launcher == "slurm"
         self.task = TrainRun(config.resolve(), self.folder, small)
         place, options = self.folder / JOBS_FOLDER, {**DEFAULT_OPTIONS, **plan.slurm}
-        if cluster == "slurm":
+        if self.is_slurm:
             self.executor = submitit.SlurmExecutor(place, max_num_timeout=options.pop("max_num_timeout"))
             options["job_name"] = re.sub(r"\W+", "-", plan.title)[:40].strip("-") or "compare"
             try:
@@ -144,7 +145,7 @@ class SubmititExecutor:
         """
         queued = self._find_queued(runs)
         new = [run for run in runs if run.name not in queued]
-        if plan.arguments.get("save_strategy") == "no" and self.cluster == "slurm":
+        if plan.arguments.get("save_strategy") == "no" and self.is_slurm:
             self.progress.warn(
                 "save_strategy is no, so a run that is preempted or reaches its time limit starts from scratch. Give "
                 "save_strategy: steps and save_steps in `arguments`"
@@ -161,8 +162,9 @@ class SubmititExecutor:
         waiting = list(runs)
         while waiting:
             for run in list(waiting):
-                record = read_record(self.folder, run)
+                # In this order: what a job has ended with is then in the record that is read.
                 has_ended = by_name[run.name].done() if run.name in by_name else not self._find_queued([run])
+                record = read_record(self.folder, run)
                 if is_over(plan, record.get("state")):
                     self.progress.report_end(
                         run, record["state"], record.get("reason"), None, record.get("seconds") or 0.0
@@ -193,7 +195,7 @@ class SubmititExecutor:
     def _find_queued(self, runs: Sequence[PlannedRun]) -> set[str]:
         """Return the names of the runs whose tasks SLURM has waiting or at work; none where `squeue` says nothing."""
         known = read_json(self.folder / JOBS_FOLDER / JOBS_FILE) or {}
-        if self.cluster != "slurm" or not known or not shutil.which("squeue"):
+        if not self.is_slurm or not known or not shutil.which("squeue"):
             return set()
         answer = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=False)
         queued = set(answer.stdout.split()) if answer.returncode == 0 else set()

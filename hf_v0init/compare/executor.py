@@ -18,8 +18,9 @@ from . import files
 from .axes import has_v0
 from .claims import LEASE_SECONDS, RunClaims
 from .launch import compute_script_hash, is_one_process
+from .outcome import LossTrace, find_metric, read_losses
 from .plan import Plan, PlannedRun
-from .process import LossTrace, RunProcess, end_left_run, find_metric, read_losses, start_process
+from .process import RunProcess, end_left_run, start_process
 
 if TYPE_CHECKING:
     from .progress import ProgressDisplay
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 POLL_SECONDS = 0.2
 CLAIM_SECONDS = 5.0  # until a run that another worker is training is asked for again
-
-# What a fingerprint says of a run's beginning, and a difference in it in words.
-FINGERPRINT_PARTS = {
-    "initial_weights": "other initial weights",
-    "batches": "other first batches",
-    "rng": "another random state before the first step, so other dropout",
-}
 
 
 def read_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
@@ -145,7 +139,7 @@ def find_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
     A run that ended within four steps has fewer batches, and is compared as far as it goes.
     """
-    for part, words in FINGERPRINT_PARTS.items():
+    for part, words in files.BEGINNINGS.items():
         first, second = one.get(part), other.get(part)
         if isinstance(first, list) and isinstance(second, list):
             num_shared = min(len(first), len(second))

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "legend.fontsize": 8.5,
     "savefig.facecolor": "white",
     "svg.hashsalt": "hf_v0init",  # the same numbers give the same file
 }
@@ -55,35 +57,157 @@ def draw_figures(
 
     Returns name -> figure; the files are NAME.svg in `folder`, and such of the other `suffixes`.
     """
-    pyplot = import_pyplot()
-    drawn = {}
-    draw = {
-        "confirmed": _draw_confirmed,
-        "loss_curves": _draw_loss_curves,
-        "learning_rates": _draw_learning_rates,
-        "tuning_budget": _draw_tuning_budget,
-    }
+    artist, drawn = _Artist(comparison, conditions), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in draw.items():
-        with pyplot.rc_context(STYLE):
-            made = make(pyplot, comparison, conditions)
-            if made is not None:
-                figure, drawn[name] = made
-                for suffix in suffixes:
-                    metadata = {"Date": None} if suffix == ".svg" else {}
-                    figure.savefig(
-                        folder / f"{name}{suffix}", dpi=PIXELS_PER_INCH, bbox_inches="tight", metadata=metadata
-                    )
-                pyplot.close(figure)
+    for name in ("confirmed", "loss_curves", "learning_rates", "tuning_budget"):
+        with artist.pyplot.rc_context(STYLE):
+            made = getattr(artist, f"draw_{name}")()
+            if made is None:
+                continue
+            figure, *words = made
+            drawn[name] = Figure(*words)
+            for suffix in suffixes:
+                metadata = {"Date": None} if suffix == ".svg" else {}
+                path = folder / f"{name}{suffix}"
+                figure.savefig(path, dpi=PIXELS_PER_INCH, bbox_inches="tight", metadata=metadata)
+            artist.pyplot.close(figure)
     for file in folder.glob("*.*"):
         if file.suffix in (".svg", ".png") and file.stem not in drawn:
             file.unlink()
     return drawn
 
 
-def _get_look(family: str, families: Sequence[str]) -> tuple[str, str, str]:
-    further = [name for name in families if name not in LOOKS]
-    return LOOKS.get(family) or FURTHER[further.index(family) % len(FURTHER)]
+class _Artist:
+    """Draws one comparison; each method returns a figure, its title and its caption, or None where there are no numbers for it."""
+
+    def __init__(self, comparison: Comparison, conditions: Sequence[Condition]) -> None:
+        self.comparison, self.conditions, self.pyplot = comparison, conditions, import_pyplot()
+        chosen = [c.family for here in conditions for c in here.choices]
+        families = list(dict.fromkeys(chosen or [family for here in conditions for family in here.losses]))
+        further = [family for family in families if family not in LOOKS]
+        self.looks = LOOKS | {family: FURTHER[i % len(FURTHER)] for i, family in enumerate(further)}
+        metric = comparison.plan.get("metric") or "eval_loss"
+        self.metric = "validation loss" if metric == "eval_loss" else metric
+
+    def draw_confirmed(self) -> tuple[Any, str, str] | None:
+        rows = [(here, family) for here in self.conditions for family in here.losses]
+        if not rows:
+            return None
+        size = (9.5, 1.4 + 0.42 * len(rows))
+        figure, (left, right) = self.pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+        labels, shown = [], []
+        for place, (here, family) in enumerate(reversed(rows)):
+            colour, _, marker = self.looks[family]
+            mean_look = {"fmt": marker, "color": colour, "markersize": 7, "capsize": 3}
+            labels.append(self._name(here, family))
+            losses = {seed: loss for seed, loss in here.losses[family].items() if math.isfinite(loss)}
+            if not losses:
+                continue
+            values = list(losses.values())
+            shown += values
+            left.plot(values, [place] * len(values), marker, color=colour, markersize=4, alpha=0.45)
+            half = compute_half_width(values) if len(values) > 1 else None
+            left.errorbar(statistics.fmean(values), place, xerr=half, **mean_look)
+            interval = compute_paired_interval(losses, here.losses.get(WARMUP, {})) if family != WARMUP else None
+            if interval is not None and not math.isnan(interval.mean):
+                half = None if math.isnan(interval.low) else interval.high - interval.mean
+                right.errorbar(interval.mean, place, xerr=half, **mean_look)
+        if shown:
+            low, high = min(shown), max(shown)
+            pad = 0.3 * (high - low) or 0.1
+            left.set_xlim(low - pad, high + pad)
+            right.set_xlim(*(np.array([-1.3, 1.3]) * (high - low or 0.1)))
+        left.set_yticks(range(len(rows)), labels)
+        left.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"final {self.metric}")
+        right.set_xlabel("less the warmup, same seed")
+        right.axvline(0.0, color="0.4", linewidth=1)
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(self.pyplot.MaxNLocator(5))
+        return (
+            figure,
+            "Confirmed settings",
+            f"Left: mean and {CONFIDENCE:.0%} t interval over the fresh seeds, small markers are single runs. Right: the paired "
+            "difference to the warmup with its interval; what holds 0 is not significant by itself. Intervals may leave the frame, "
+            "which is that of the runs.",
+        )
+
+    def draw_loss_curves(self) -> tuple[Any, str, str] | None:
+        runs = self.comparison.get_counted(CONFIRM)[["name", "family", "condition"]]
+        curves = self.comparison.evaluations.merge(runs, on="name")
+        if curves["step"].nunique() < 3:
+            return None
+        figure, axes = self.pyplot.subplots(figsize=(8.0, 4.4), layout="constrained")
+        by_name = {here.name: here for here in self.conditions}
+        for (condition, family), group in list(curves.groupby(["condition", "family"], sort=False))[:MAX_CURVES]:
+            colour, style, _ = self.looks[family]
+            by_step = group.replace([np.inf, -np.inf], np.nan).groupby("step")["loss"]
+            mean = by_step.mean()
+            axes.plot(mean.index, mean, style, color=colour, label=self._name(by_name[condition], family))
+            axes.fill_between(mean.index, by_step.min(), by_step.max(), color=colour, alpha=0.12, linewidth=0)
+        axes.set(xlabel="optimizer step", ylabel=self.metric)
+        axes.legend()
+        return (
+            figure,
+            "Loss curves",
+            f"The {self.metric} along the confirmed runs: mean over the seeds, and their range.",
+        )
+
+    def draw_learning_rates(self) -> tuple[Any, str, str] | None:
+        tuned = self.comparison.get_counted(TUNE)
+        tuned = tuned[tuned["scored_loss"].notna()]
+        chosen = [c for here in self.conditions for c in here.choices]
+        chosen = [c for c in chosen if tuned[tuned["setting"] == c.setting]["learning_rate"].nunique() > 1][:MAX_CURVES]
+        if not chosen:
+            return None
+        figure, axes = self.pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
+        rates: set[float] = set()
+        for choice in chosen:
+            colour, style, marker = self.looks[choice.family]
+            means = tuned[tuned["setting"] == choice.setting].groupby("learning_rate")["scored_loss"].mean()
+            axes.plot(means.index, means, style, marker=marker, color=colour, label=_shorten(choice.setting))
+            rates |= set(means.index)
+        ticks = _keep_apart(sorted(rates))
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="learning rate", ylabel=f"final {self.metric}")
+        axes.legend()
+        return (
+            figure,
+            "Learning rates",
+            "The first stage's chosen setting of each family at each learning rate it was tried at, mean over its seeds.",
+        )
+
+    def draw_tuning_budget(self) -> tuple[Any, str, str] | None:
+        with_budget = [here for here in self.conditions if here.budgets]
+        if not with_budget:
+            return None
+        width = min(3, len(with_budget))
+        height = math.ceil(len(with_budget) / width)
+        size = (max(6.5, 4.2 * width), 4.0 * height)
+        figure, grid = self.pyplot.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
+        for axes in grid.flat[len(with_budget) :]:
+            axes.remove()
+        for axes, here in zip(grid.flat, with_budget, strict=False):
+            for family, curve in here.budgets.items():
+                colour, style, marker = self.looks[family]
+                trials = range(1, len(curve.expected) + 1)
+                axes.plot(trials, curve.expected, style, marker=marker, markersize=4, color=colour, label=family)
+                axes.fill_between(trials, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
+            axes.xaxis.set_major_locator(self.pyplot.MaxNLocator(integer=True))
+            axes.set(xlabel="random trials", ylabel=f"best final {self.metric}", title=here.name)
+            axes.legend()
+        return (
+            figure,
+            "What a tuning budget buys",
+            "Expected best of so many random trials of a family, one trial being one setting at one learning rate; bands hold 8 of 10 "
+            "draws. A line ends at the best of all that were run: what is low on the left needs no tuning.",
+        )
+
+    def _name(self, here: Condition, family: str) -> str:
+        """Name the confirmed setting of a family."""
+        setting, rate = here.settings.get(family, (family, math.nan))
+        return _shorten(f"{setting}, lr {rate:g}" + (f" ({here.name})" if here.name else ""))
 
 
 def _shorten(name: str) -> str:
@@ -91,110 +215,6 @@ def _shorten(name: str) -> str:
     if len(name) > MAX_NAME:
         name = f"{name[: MAX_NAME // 2]}…{name[-(MAX_NAME // 2 - 1) :]}"
     return name.replace("$", r"\$")
-
-
-def _name_metric(comparison: Comparison) -> str:
-    metric = comparison.plan.get("metric") or "eval_loss"
-    return "validation loss" if metric == "eval_loss" else metric
-
-
-def _list_families(conditions: Sequence[Condition]) -> list[str]:
-    return list(dict.fromkeys(c.family for here in conditions for c in here.choices)) or list(
-        dict.fromkeys(family for here in conditions for family in here.losses)
-    )
-
-
-def _draw_confirmed(pyplot, comparison: Comparison, conditions: Sequence[Condition]):
-    rows = [(here, family) for here in conditions for family in here.losses]
-    if not rows:
-        return None
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9.5, 1.4 + 0.42 * len(rows)), sharey=True, layout="constrained"
-    )
-    labels = []
-    for place, (here, family) in enumerate(reversed(rows)):
-        colour, _, marker = _get_look(family, _list_families(conditions))
-        losses = {seed: loss for seed, loss in here.losses[family].items() if math.isfinite(loss)}
-        setting, rate = here.settings[family]
-        under = f" ({here.name})" if here.name else ""
-        labels.append(_shorten(f"{setting}, lr {rate:g}{under}"))
-        if not losses:
-            continue
-        left.plot(list(losses.values()), [place] * len(losses), marker, color=colour, markersize=4, alpha=0.45)
-        values = list(losses.values())
-        half = compute_half_width(values) if len(values) > 1 else None
-        left.errorbar(statistics.fmean(values), place, xerr=half, fmt=marker, color=colour, markersize=7, capsize=3)
-        interval = compute_paired_interval(losses, here.losses.get(WARMUP, {})) if family != WARMUP else None
-        if interval is not None and not math.isnan(interval.mean):
-            half = None if math.isnan(interval.low) else interval.high - interval.mean
-            right.errorbar(interval.mean, place, xerr=half, fmt=marker, color=colour, markersize=7, capsize=3)
-    values = [loss for here, family in rows for loss in here.losses[family].values() if math.isfinite(loss)]
-    if values:
-        pad = 0.3 * (max(values) - min(values)) or 0.1
-        left.set_xlim(min(values) - pad, max(values) + pad)
-        right.set_xlim(*(np.array([-1.3, 1.3]) * (max(values) - min(values) or 0.1)))
-    left.set_yticks(range(len(rows)), labels)
-    left.set_ylim(-0.6, len(rows) - 0.4)
-    left.set_xlabel(f"final {_name_metric(comparison)}")
-    right.set_xlabel("less the warmup, same seed")
-    right.axvline(0.0, color="0.4", linewidth=1)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(pyplot.MaxNLocator(5))
-    return figure, Figure(
-        "Confirmed settings",
-        f"Left: mean and {CONFIDENCE:.0%} t interval over the fresh seeds, small markers are single runs. Right: the paired difference to "
-        "the warmup with its interval; what holds 0 is not significant by itself. Intervals may leave the frame, which is that of the runs.",
-    )
-
-
-def _draw_loss_curves(pyplot, comparison: Comparison, conditions: Sequence[Condition]):
-    curves, runs = comparison.evaluations, comparison.counted
-    curves = curves.merge(runs[runs["stage"] == CONFIRM][["name", "family", "condition"]], on="name")
-    if curves["step"].nunique() < 3:
-        return None
-    figure, axes = pyplot.subplots(figsize=(8.0, 4.4), layout="constrained")
-    families = _list_families(conditions)
-    groups = list(curves.groupby(["condition", "family"], sort=False))
-    for (condition, family), group in groups[:MAX_CURVES]:
-        colour, style, _ = _get_look(family, families)
-        by_step = group.replace([np.inf, -np.inf], np.nan).groupby("step")["loss"]
-        mean = by_step.mean()
-        here = next(here for here in conditions if here.name == condition)
-        setting, rate = here.settings.get(family, (family, math.nan))
-        under = f" ({condition})" if condition else ""
-        axes.plot(mean.index, mean, style, color=colour, label=_shorten(f"{setting}, lr {rate:g}{under}"))
-        axes.fill_between(mean.index, by_step.min(), by_step.max(), color=colour, alpha=0.12, linewidth=0)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(_name_metric(comparison))
-    axes.legend(fontsize=8.5)
-    return figure, Figure(
-        "Loss curves", f"The {_name_metric(comparison)} along the confirmed runs: mean over the seeds, and their range."
-    )
-
-
-def _draw_learning_rates(pyplot, comparison: Comparison, conditions: Sequence[Condition]):
-    tuned = comparison.counted
-    tuned = tuned[(tuned["stage"] == TUNE) & tuned["scored_loss"].notna()]
-    chosen = [c for here in conditions for c in here.choices]
-    chosen = [c for c in chosen if tuned[(tuned["setting"] == c.setting)]["learning_rate"].nunique() > 1][:MAX_CURVES]
-    if not chosen:
-        return None
-    figure, axes = pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
-    for choice in chosen:
-        colour, style, marker = _get_look(choice.family, _list_families(conditions))
-        means = tuned[tuned["setting"] == choice.setting].groupby("learning_rate")["scored_loss"].mean()
-        axes.plot(means.index, means, style, marker=marker, color=colour, label=_shorten(choice.setting))
-    rates = sorted({rate for c in chosen for rate in tuned[tuned["setting"] == c.setting]["learning_rate"]})
-    axes.set_xscale("log")
-    axes.set_xticks(_keep_apart(rates), [f"{rate:g}" for rate in _keep_apart(rates)])
-    axes.minorticks_off()
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"final {_name_metric(comparison)}")
-    axes.legend(fontsize=8.5)
-    return figure, Figure(
-        "Learning rates",
-        "The first stage's chosen setting of each family at each learning rate it was tried at, mean over its seeds.",
-    )
 
 
 def _keep_apart(rates: Sequence[float], most: int = 8) -> list[float]:
@@ -205,32 +225,3 @@ def _keep_apart(rates: Sequence[float], most: int = 8) -> list[float]:
         if not kept or math.log(rate / kept[-1]) >= span / most:
             kept.append(rate)
     return kept
-
-
-def _draw_tuning_budget(pyplot, comparison: Comparison, conditions: Sequence[Condition]):
-    with_budget = [here for here in conditions if here.budgets]
-    if not with_budget:
-        return None
-    width = min(3, len(with_budget))
-    height = math.ceil(len(with_budget) / width)
-    figure, grid = pyplot.subplots(
-        height, width, figsize=(max(6.5, 4.2 * width), 4.0 * height), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(with_budget) :]:
-        axes.remove()
-    for axes, here in zip(grid.flat, with_budget, strict=False):
-        for family, curve in here.budgets.items():
-            colour, style, marker = _get_look(family, _list_families(conditions))
-            trials = range(1, len(curve.expected) + 1)
-            axes.plot(trials, curve.expected, style, marker=marker, markersize=4, color=colour, label=family)
-            axes.fill_between(trials, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
-        axes.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
-        axes.set_xlabel("random trials")
-        axes.set_ylabel(f"best final {_name_metric(comparison)}")
-        axes.set_title(here.name)
-        axes.legend(fontsize=8.5)
-    return figure, Figure(
-        "What a tuning budget buys",
-        "Expected best of so many random trials of a family, one trial being one setting at one learning rate; bands hold 8 of 10 draws. "
-        "A line ends at the best of all that were run: what is low on the left needs no tuning.",
-    )

@@ -15,6 +15,12 @@ SCRIPT_LOG_FILE = "log.txt"
 LOG_FILE, FINGERPRINT_FILE, V0_FILE = "run_log.jsonl", "fingerprint.json", "v0_init.json"
 FINAL_FILE, STATE_FILE = "all_results.json", "trainer_state.json"
 
+BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference in it in words
+    "initial_weights": "other initial weights",
+    "batches": "other first batches",
+    "rng": "another random state before the first step",
+}
+
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
 FAILED, INTERRUPTED, PRUNED = "failed", "interrupted", "pruned"
 STATES = (FINISHED, DIVERGED, PRUNED, FAILED, INTERRUPTED, RUNNING, PENDING)

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import files
+from .outcome import LossTrace
 from .plan import Plan, PlannedRun
-from .process import LossTrace, RunProcess
-from .summary import format_seconds
+from .process import RunProcess
+from .tables import format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
 STAGES = {True: "stage 2 of 2, confirm", False: "stage 1 of 2, tune"}

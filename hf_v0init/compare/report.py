@@ -6,9 +6,8 @@ It can be written at any time, also while runs are going on, and says how far th
 from __future__ import annotations
 
 import base64
-import html
+import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +15,26 @@ import jinja2
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from . import files
+from . import files, results, tables
+from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
-from .plan import PUBLISHED_FILE
-from .results import (
-    EVALUATIONS_FILE,
-    KNOW_NO_END,
-    MACHINES_FILE,
-    RESULTS_FILE,
-    Comparison,
-    list_odd_beginnings,
-    read_comparison,
-    truncate_at_step,
-    write_tables,
-)
-from .summary import (
-    Condition,
-    count_states,
-    describe_arguments,
-    find_unknown_costs,
-    format_estimate,
-    format_interval,
-    format_number,
-    make_budget_table,
-    make_confirmed_table,
-    make_rate_table,
-    make_run_table,
-    make_settings,
-    make_tuning_table,
-    sum_hours,
-    summarize,
-)
+from .results import Comparison, list_odd_beginnings, read_comparison, truncate_at_step, write_tables
+from .summary import Condition, count_states, find_unknown_costs, summarize
 
 MARKDOWN_FILE, HTML_FILE, SETTINGS_FILE, FIGURES_FOLDER = "report.md", "report.html", "settings.csv", "figures"
-COPIED = (files.PLAN_FILE, RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE, SETTINGS_FILE, MARKDOWN_FILE)
-FOLDED = ("Runs",)  # sections that the HTML shows on a click
-STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
-LEFT = (
-    "family",
-    "setting",
-    "chosen",
-    "condition",
-    "run",
-    "state",
-    "stage",
-    "remarks",
-    "flag",
-    "value",
-    "optimizer",
-    "at the edge of",
+COPIED = (
+    files.PLAN_FILE,
+    results.RESULTS_FILE,
+    results.EVALUATIONS_FILE,
+    results.MACHINES_FILE,
+    SETTINGS_FILE,
+    MARKDOWN_FILE,
 )
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6470; --line: #d9dde3; --paper: #fbfbfa; --card: #fff; --mark: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a2abb6; --line: #373d45; --paper: #15181c; --card: #1c2026; --mark: #6bb8e8; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 78rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--line); }
-p, li { max-width: 62rem; }
-section.answer, section.alarm { background: var(--card); border: 1px solid var(--line); padding: .2rem 1.4rem .8rem; }
-section.answer { border-left: 4px solid var(--mark); }
-section.alarm { border-left: 4px solid; border-left-color: #d55e00; }
-section.answer h2, section.alarm h2 { border: 0; }
-details h2 { display: inline; border: 0; }
-.wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-pre { background: var(--card); border: 1px solid var(--line); padding: .8rem 1rem; overflow-x: auto; }
-img { display: block; max-width: 100%; background: #fff; border: 1px solid var(--line); padding: .5rem; margin: 1.6rem auto .4rem; }
-p:has(> img) + p { color: var(--soft); font-size: .9rem; }
-"""
+STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
+KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
+LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
+# How the page shows a section; the others are plain.
+FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike": "alarm"}
 
 
 def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_step: int | None = None) -> Path:
@@ -116,11 +63,11 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
         write_tables(comparison, place)
     conditions = summarize(comparison)
     figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
-    make_settings(comparison, conditions).to_csv(
+    tables.make_settings(comparison, conditions).to_csv(
         place / SETTINGS_FILE, index=False, lineterminator="\n", float_format="%.10g"
     )
-    markdown = load_template().render(**make_context(comparison, conditions), figures=figures)
-    (place / MARKDOWN_FILE).write_text(_tidy(markdown), encoding="utf-8")
+    markdown = _tidy(load_template("report.jinja").render(**make_context(comparison, conditions), figures=figures))
+    (place / MARKDOWN_FILE).write_text(markdown, encoding="utf-8")
     if not has_runs:
         return place / MARKDOWN_FILE
     (place / HTML_FILE).write_text(render_html(markdown, str(comparison.plan.get("title")), place), encoding="utf-8")
@@ -137,41 +84,37 @@ def read_conclusion(folder: str | Path) -> str:
 
 
 def _copy(place: Path, destination: Path) -> None:
-    (destination / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        if (place / name).is_file():
-            shutil.copyfile(place / name, destination / name)
-    for file in (destination / FIGURES_FOLDER).glob("*.*"):
-        file.unlink()
-    for file in (place / FIGURES_FOLDER).glob("*.svg"):
-        shutil.copyfile(file, destination / FIGURES_FOLDER / file.name)
+    shutil.rmtree(destination / FIGURES_FOLDER, ignore_errors=True)
+    (destination / FIGURES_FOLDER).mkdir(parents=True)
+    for file in [*(place / name for name in COPIED), *(place / FIGURES_FOLDER).glob("*.svg")]:
+        if file.is_file():
+            shutil.copyfile(file, destination / file.relative_to(place))
 
 
-# --------------------------------------------------------------------------------------------------------- Markdown
-
-
-def load_template() -> jinja2.Template:
-    """Load the template, with the filters that it uses."""
+def load_template(name: str) -> jinja2.Template:
+    """Load a template of this folder, with the filters that it uses."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=False
     )
     environment.filters |= {
         "cell": lambda value: _plain(value).replace("|", r"\|"),
         "plain": _plain,
-        "number": format_number,
-        "estimate": format_estimate,
-        "interval": lambda interval: format_interval(interval).replace("(", "(95% CI "),
+        "number": tables.format_number,
+        "estimate": tables.format_estimate,
+        "interval": lambda interval: tables.format_interval(interval).replace("(", "(95% CI "),
     }
-    return environment.get_template("report.jinja")
+    return environment.get_template(name)
 
 
-def make_context(comparison: Comparison, conditions: Sequence[Condition]) -> dict[str, Any]:
+def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[str, Any]:
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
-    hours = sum_hours(comparison)
+    failed = {
+        stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
+    }
     has_gpus = any((machine.get("hardware") or {}).get("gpus") for machine in comparison.machines)
     schedules = {str(comparison.get_arguments(entry).get("lr_scheduler_type", "linear")) for entry in plan["runs"]}
-    arguments = pd.DataFrame([{"flag": key, "value": value} for key, value in describe_arguments(comparison).items()])
+    hours = runs.groupby("stage", sort=False)["hours"].sum()
     return {
         "plan": {"margin": 0.01, "margin_is_relative": True, "prune": None, "at_step": None, "command": "", **plan},
         "conditions": conditions,
@@ -180,27 +123,25 @@ def make_context(comparison: Comparison, conditions: Sequence[Condition]) -> dic
         "num_further": int((~runs["stage"].isin(STAGES)).sum()),
         "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),
-        "confirmed": make_confirmed_table(comparison, list(conditions)),
+        "confirmed": tables.make_confirmed_table(comparison, conditions),
         "confirmed_any": any(here.losses for here in conditions),
         "is_own_confirmation": not (runs["stage"] == files.TUNE).any(),
         "tuned_any": any(here.choices for here in conditions),
-        "tuning": make_tuning_table(comparison, list(conditions)),
-        "rates": make_rate_table(comparison, list(conditions)),
-        "budget": make_budget_table(list(conditions)),
+        "tuning": tables.make_tuning_table(comparison, conditions),
+        "rates": tables.make_rate_table(comparison, conditions),
+        "budget": tables.make_budget_table(conditions),
         "published": [_read_published(name) for name in plan.get("published") or []],
-        "runs": make_run_table(comparison),
+        "runs": tables.make_run_table(comparison),
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
         "failures": {
-            word: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"])
-            for word, stage in (("first", files.TUNE), ("second", files.CONFIRM))
-            if ((runs["state"] == files.FAILED) & (runs["stage"] == stage)).any()
+            word: failed[stage] for word, stage in zip(("first", "second"), STAGES, strict=True) if failed[stage]
         },
         "unknown_costs": find_unknown_costs(comparison),
-        "hours": hours,
+        "hours": hours[hours > 0].to_dict(),
         "hour_name": "accelerator-hours" if has_gpus else "machine-hours",
         "machines": [_describe_machine(machine) for machine in comparison.machines],
-        "arguments": arguments,
+        "arguments": tables.describe_arguments(comparison),
         "left": LEFT,
     }
 
@@ -223,53 +164,27 @@ def _describe_machine(machine: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Write text of the user's as text: no image, no line break."""
-    return " ".join(str(value).split()).replace("![", r"!\[")
+    return " ".join(str(value).split()).replace("![", r"\![")
 
 
 def _tidy(markdown: str) -> str:
     """Leave one empty line between blocks."""
-    lines: list[str] = []
-    for line in markdown.splitlines():
-        if line.strip() or (lines and lines[-1]):
-            lines.append(line.rstrip())
-    return "\n".join(lines).strip() + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------------- HTML
+    lines = "\n".join(line.rstrip() for line in markdown.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip() + "\n"
 
 
 def render_html(markdown: str, title: str, folder: Path) -> str:
     """Render Markdown as a whole HTML page that needs nothing else: figures (relative to `folder`) and style are inside."""
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = parser.parse(_tidy(markdown))
-    for token in tokens:
-        for child in token.children or ():
-            if child.type == "image":
-                path = folder / str(child.attrs["src"])
-                content = base64.b64encode(path.read_bytes()).decode("ascii")
-                child.attrs["src"] = f"data:image/svg+xml;base64,{content}"
-        if token.type in ("th_open", "td_open") and "right" in str(token.attrs.pop("style", "")):
-            token.attrs["class"] = "number"
-    parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    parts: list[tuple[str, list]] = [("", [])]
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        if token.type == "heading_open" and token.tag == "h2":
-            parts.append((following.content, []))
-        parts[-1][1].append(token)
-    body = "".join(_wrap(heading, parser.renderer.render(part, parser.options, {})) for heading, part in parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
 
+    def embed(image: re.Match) -> str:
+        content = base64.b64encode((folder / image[1]).read_bytes()).decode("ascii")
+        return f'src="data:image/svg+xml;base64,{content}"'
 
-def _wrap(heading: str, content: str) -> str:
-    if not heading:
-        return content
-    if heading in FOLDED:
-        end = content.index("</h2>") + len("</h2>")
-        return f"<details>\n<summary>{content[:end]}</summary>{content[end:]}</details>\n"
-    kind = {"Conclusion": ' class="answer"', "Runs that did not begin alike": ' class="alarm"'}.get(heading, "")
-    return f"<section{kind}>\n{content}</section>\n"
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    page = re.sub(r'src="([^"]*)"', embed, page)
+    page = page.replace(' style="text-align:right"', ' class="number"').replace(' style="text-align:left"', "")
+    page = page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    # What comes before the first heading, then headings and their sections in turn
+    head, *rest = re.split(r"<h2>(.*?)</h2>\n", page)
+    sections = list(zip(rest[::2], rest[1::2], strict=True))
+    return load_template("page.jinja").render(title=title, head=head, sections=sections, folded=FOLDED, marked=MARKED)

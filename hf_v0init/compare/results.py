@@ -27,22 +27,13 @@ from . import files
 
 RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE = "results.csv", "evaluations.csv", "machines.json"
 PLACE = ("name", "stage", "condition", "family", "setting", "v0", "warmup", "optimizer")
-TEXTS = (*PLACE, "other", "state", "reason", "initial_weights", "rng", "batches", "problems")
-NUMBERS = (
-    "learning_rate",
-    "seed",
-    "exit_status",
-    "num_steps",
-    "final_loss",
-    "scored_loss",
-    "start_loss",
-    "seconds",
-    "hours",
-)
-NUMBERS += ("train_seconds", "v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
+FINGERPRINT = ("initial_weights", "rng", "batches")
+TEXTS = (*PLACE, "other", "state", "reason", *FINGERPRINT, "problems")
+COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "hours", "train_seconds")
+COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
+NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
 OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
-KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
 
 
 @dataclass
@@ -75,6 +66,10 @@ class Comparison:
         """The runs whose outcome is known and due to their setting."""
         return self.runs[self.runs["state"].isin(files.COUNTED)]
 
+    def get_counted(self, stage: str) -> pd.DataFrame:
+        """Those of one stage."""
+        return self.counted[self.counted["stage"] == stage]
+
     def get_arguments(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return all flags of a run of the plan, by its entry there."""
         flags = {**(self.plan.get("arguments") or {}), **(entry.get("arguments") or {})}
@@ -96,7 +91,7 @@ def read_comparison(folder: str | Path) -> Comparison:
     if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
         return collect_runs(plan, folder)
     try:
-        runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str), keep_default_na=True)
+        runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
         evaluations = pd.DataFrame(columns=list(EVALUATIONS))
         if (folder / EVALUATIONS_FILE).is_file():
             evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
@@ -113,13 +108,12 @@ def read_comparison(folder: str | Path) -> Comparison:
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Write the tables, and the plan where it is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    plan = json.dumps(comparison.plan, indent=1, ensure_ascii=False) + "\n"
-    (folder / files.PLAN_FILE).write_text(plan, encoding="utf-8")
+    for name, content in ((files.PLAN_FILE, comparison.plan), (MACHINES_FILE, {"machines": comparison.machines})):
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")
     comparison.runs.to_csv(folder / RESULTS_FILE, index=False, lineterminator="\n")
     if len(comparison.evaluations):
         comparison.evaluations.to_csv(folder / EVALUATIONS_FILE, index=False, lineterminator="\n")
-    machines = json.dumps({"machines": comparison.machines}, indent=1, ensure_ascii=False) + "\n"
-    (folder / MACHINES_FILE).write_text(machines, encoding="utf-8")
 
 
 def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
@@ -132,13 +126,9 @@ def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
         if any(made_with.values()) and made_with not in machines:
             machines.append(made_with)
     metrics = list(plan.get("test_metrics") or [])
-    runs = pd.DataFrame(
-        rows,
-        columns=[*dict.fromkeys([*PLACE, "other", *NUMBERS[:2], *TEXTS[9:11], *NUMBERS[2:], *metrics, *TEXTS[11:]])],
-    )
-    numbers = [*NUMBERS, *metrics]
-    runs[numbers] = runs[numbers].astype(float)
-    runs = runs.astype({"seed": int})
+    columns = [*PLACE, "other", "learning_rate", "seed", "state", "reason", *COUNTS, *COSTS, *metrics]
+    runs = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *FINGERPRINT, "problems"])))
+    runs = runs.astype(dict.fromkeys([*NUMBERS, *metrics], float)).astype({"seed": int})
     # The weights at the start are the same for all runs of a seed, and so is the loss there.
     shared = runs.groupby(["seed", "condition"], dropna=False)["start_loss"].transform("median")
     runs["start_loss"] = runs["start_loss"].fillna(shared)
@@ -152,34 +142,32 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
     output, metric, problems = folder / files.OUTPUT_FOLDER, plan.get("metric") or "eval_loss", []
     record = _read(folder / files.RECORD_FILE, problems)
     state = record.get("state", files.RUNNING if record else files.PENDING)
+    made_with = {"versions": record.get("versions") or {}, "hardware": record.get("hardware") or {}}
+    seconds = record.get("seconds")
     row = {key: entry.get(key) or "" for key in PLACE} | {
         "learning_rate": entry["learning_rate"],
         "seed": entry["seed"],
-    }
-    row |= {
         "other": json.dumps(entry["other"]) if entry.get("other") else "",
         "state": state if state in files.STATES else files.RUNNING,
-    }
-    row |= {
         "reason": record.get("reason") or "",
         "exit_status": record.get("exit_status"),
-        "seconds": record.get("seconds"),
+        "seconds": seconds,
+        "hours": compute_hours(seconds, made_with["hardware"], plan.get("launch") or "python"),
     }
-    made_with = {"versions": record.get("versions") or {}, "hardware": record.get("hardware") or {}}
-    row["hours"] = compute_hours(row["seconds"], made_with["hardware"], plan.get("launch") or "python")
     evaluations = _add_losses(row, output, metric, problems)
     _add_cost_of_v0(row, _read(output / files.V0_FILE, problems))
     fingerprint = _read(output / files.FINGERPRINT_FILE, problems)
     row |= {part: str(fingerprint.get(part) or "") for part in ("initial_weights", "rng")}
     row["batches"] = " ".join(map(str, fingerprint.get("batches") or []))
-    results = _read(output / files.FINAL_FILE, [])
+    results = files.read_json(output / files.FINAL_FILE) or {}
     row |= {
-        name: results[name] for name in plan.get("test_metrics") or [] if isinstance(results.get(name), int | float)
+        name: value for name, value in results.items() if name in (plan.get("test_metrics") or []) and _is_number(value)
     }
-    if row["state"] in (files.FINISHED, files.PRUNED) and row["final_loss"] is None:
-        problems.append(f"{row['state']}, but no {metric} was found")
-    elif row["state"] in (files.FINISHED, files.PRUNED) and not math.isfinite(row["final_loss"]):
-        row["state"], row["reason"] = files.DIVERGED, row["reason"] or f"final {metric} is {row['final_loss']}"
+    if row["state"] in (files.FINISHED, files.PRUNED):
+        if row["final_loss"] is None:
+            problems.append(f"{row['state']}, but no {metric} was found")
+        elif not math.isfinite(row["final_loss"]):
+            row["state"], row["reason"] = files.DIVERGED, row["reason"] or f"final {metric} is {row['final_loss']}"
     row["problems"] = "; ".join(dict.fromkeys(problems))
     return row, evaluations, made_with
 
@@ -189,23 +177,21 @@ def _add_losses(row: dict[str, Any], output: Path, metric: str, problems: list[s
     evaluations: list[dict] = []
     for entry in log:
         if metric in entry and (not evaluations or entry["step"] > evaluations[-1]["step"]):
-            value = entry[metric]
-            loss = float(value) if isinstance(value, int | float) else math.nan
+            loss = float(entry[metric]) if _is_number(entry[metric]) else math.nan
             evaluations.append({"step": entry["step"], "loss": loss, "train_seconds": entry.get("train_seconds")})
-    steps = [entry["step"] for entry in log]
-    row["num_steps"] = state.get("global_step") or (max(steps) if steps else None)
+    row["num_steps"] = state.get("global_step") or max((entry["step"] for entry in log), default=None)
     # The log goes on after training, with the last evaluation; training ends with the entry of its total.
     clocks = [e["train_seconds"] for e in log if "train_seconds" in e and ("loss" in e or "train_runtime" in e)]
     clocks = clocks or [e["train_seconds"] for e in evaluations if e["train_seconds"] is not None]
     row["train_seconds"] = clocks[-1] if clocks else None
-    starts = [e["loss"] for e in evaluations if e["step"] == 0 and math.isfinite(e["loss"])]
-    row["start_loss"] = starts[0] if starts else None
+    row["start_loss"] = next((e["loss"] for e in evaluations if e["step"] == 0 and math.isfinite(e["loss"])), None)
+    row["final_loss"] = evaluations[-1]["loss"] if evaluations else None
     final = _read(output / files.FINAL_FILE, problems).get(metric)
-    row["final_loss"] = (
-        float(final) if isinstance(final, int | float) else evaluations[-1]["loss"] if evaluations else None
-    )
-    if isinstance(final, int | float) and row["num_steps"] is not None:
+    if _is_number(final):
+        row["final_loss"] = float(final)
         # The final evaluation stands for the end of the curve; it differs from the log's where checkpoints are averaged.
+        if row["num_steps"] is None:
+            return evaluations
         if evaluations and evaluations[-1]["step"] >= row["num_steps"]:
             evaluations[-1]["loss"] = float(final)
         else:
@@ -227,6 +213,10 @@ def _add_cost_of_v0(row: dict[str, Any], report: dict[str, Any]) -> None:
     row["v0_samples"] = samples
     if samples == 0 or (samples is not None and batch):
         row["v0_extra_steps"] = samples / batch if samples else 0.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -271,14 +261,13 @@ def truncate_at_step(comparison: Comparison, step: int) -> Comparison:
     for index, row in runs.iterrows():
         ended_before = row["state"] in (files.DIVERGED, files.FAILED, files.PRUNED) and not row["num_steps"] > step
         if row["name"] not in there.index:
-            if row["state"] in (files.FINISHED, files.DIVERGED, files.PRUNED) and not ended_before:
+            if row["state"] in files.COUNTED and not ended_before:
                 runs.loc[index, ["state", "problems"]] = [files.INTERRUPTED, f"not evaluated after step {step:,}"]
             continue
         loss, start = there.loc[row["name"], "loss"], row["start_loss"]
         has_diverged = not math.isfinite(loss) or (comparison.plan.get("metric") == "eval_loss" and loss > start)
         runs.loc[index, ["state", "reason"]] = [files.DIVERGED if has_diverged else files.FINISHED, ""]
-        runs.loc[index, ["num_steps", "final_loss"]] = [step, loss]
-        runs.loc[index, "scored_loss"] = start if has_diverged else loss
+        runs.loc[index, ["num_steps", "final_loss", "scored_loss"]] = [step, loss, start if has_diverged else loss]
         runs.loc[index, "train_seconds"] = there.loc[row["name"], "train_seconds"]
         runs.loc[index, ["seconds", "hours"]] = math.nan
     runs.loc[~runs["state"].isin(files.COUNTED), "scored_loss"] = math.nan
@@ -293,11 +282,9 @@ def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
     Nothing in a comparison may change them: runs that differ in optimizer, warmup, learning rate or v0 must have equal fingerprints. A
     run that ended within four steps has fewer batches, and is compared as far as it goes.
     """
-    words = {"initial_weights": "other initial weights", "batches": "other first batches"}
-    words |= {"rng": "another random state before the first step"}
     found = []
     for (seed, condition), group in runs[runs["initial_weights"] != ""].groupby(["seed", "condition"], dropna=False):
-        for part, what in words.items():
+        for part, what in files.BEGINNINGS.items():
             values = {row.name: tuple(getattr(row, part).split()) for row in group.itertuples(index=False)}
             counts = pd.Series(list(values.values())).value_counts()
             usual = max(counts.index, key=lambda value: (counts[value], len(value)))

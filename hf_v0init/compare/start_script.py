@@ -66,11 +66,14 @@ def main() -> None:
         return
     from transformers import HfArgumentParser
 
+    script = sys.argv[2]
     HfArgumentParser.parse_args_into_dataclasses = _stop_after(HfArgumentParser.parse_args_into_dataclasses)
     argparse.ArgumentParser.parse_args = _stop_after(argparse.ArgumentParser.parse_args)
-    script = sys.argv[2]
+    if Path(script).is_file() and "parse_args" not in Path(script).read_text(encoding="utf-8"):
+        argparse.ArgumentParser.parse_known_args = _stop_after(argparse.ArgumentParser.parse_known_args)
     for flags in json.load(sys.stdin):
-        print(json.dumps(check_flags(script, flags)), flush=True)
+        sys.stdout.write(f"{json.dumps(check_flags(script, flags))}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -203,6 +203,15 @@ def compute_budget(losses: Sequence[float], greater_is_better: bool = False) -> 
     return BudgetCurve(expected, low, high)
 
 
+def average_budgets(curves: Sequence[BudgetCurve]) -> BudgetCurve:
+    """Average budget curves of equal length, trial by trial."""
+
+    def average(part: str) -> list[float]:
+        return [statistics.fmean(values) for values in zip(*(getattr(curve, part) for curve in curves), strict=True)]
+
+    return BudgetCurve(average("expected"), average("low"), average("high"))
+
+
 def _list_chances(n: int, k: int) -> list[float]:
     """The chance of each of n sorted values to be the lowest of k draws without replacement."""
     return [math.comb(n - i, k - 1) / math.comb(n, k) for i in range(1, n + 1)]

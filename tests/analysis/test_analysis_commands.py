@@ -1,45 +1,19 @@
-"""`hf-v0init saddle`, `linear-loss`, `landscape`, `connectivity`: what they print and write, import, and refuse."""
+"""`hf-v0init saddle`, `linear-loss`, `landscape`, `connectivity`: what they print and write, and refuse."""
 
-import contextlib
-import io
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import torch
+from command_line import run_command as run
 from conftest import VOCAB, make_gpt2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
 from hf_v0init.analysis.checkpoint_data import load_batch_loss, load_model, pair_checkpoints
-from hf_v0init.cli import main as cli
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.translation.post_norm import build_post_norm_config
 
 WORDS = [f"w{i}" for i in range(VOCAB - 2)]
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments) -> Done:
-    """Run `hf-v0init` inside this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hf-v0init", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        cli.main()
-    return Done(stop.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -189,21 +163,6 @@ def test_windows_cover_the_text_once(folder, tokenizer):
     for options in ({"batch_size": 2}, {"max_length": 16}):  # the model has 16 positions
         measure = load_batch_loss(checkpoint, model.config, file=folder / "text.txt", **options)
         assert measure(model) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "flags", [["saddle"], *([name, "--help"] for name in ("saddle", "linear-loss", "landscape", "connectivity"))]
-)
-def test_imports_nothing_heavy_before_it_runs(flags):
-    code = (
-        "import sys, hf_v0init.cli.main as cli\n"
-        f"sys.argv = ['hf-v0init', *{flags!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 BAD = [

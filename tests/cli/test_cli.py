@@ -1,45 +1,19 @@
 """`hf-v0init explain`: its numbers against the closed form, what it imports, what it refuses; version, environment, help."""
 
-import contextlib
 import importlib.metadata
-import io
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
-from unittest import mock
 
 import pytest
+from command_line import Done, require_light_imports, run_command
 
 import hf_v0init
-from hf_v0init.cli import main as cli
-
-
-@dataclass
-class Done:
-    """What a run of the command left: exit status and output."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 def run_explain(*flags: str) -> Done:
     """Run `hf-v0init explain` inside this process."""
     return run_command("explain", *flags)
-
-
-def run_command(*flags: str) -> Done:
-    """Run `hf-v0init` inside this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hf-v0init", *flags]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        cli.main()
-    return Done(stop.value.code, out.getvalue(), err.getvalue())
 
 
 def read_tables(output: str) -> list[list[str]]:
@@ -148,17 +122,13 @@ def test_zeros_has_nothing_to_wash_out():
     assert done.returncode == 0 and "m(t) = 1 at every step" in done.stdout and "Warning" not in done.stdout
 
 
-@pytest.mark.parametrize("flags", [["explain", "--v0_decay_steps", "9"], [], ["--version"], ["explain", "--help"]])
+HEAVY_FREE = [["explain", "--v0_decay_steps", "9"], [], ["--version"], ["explain", "--help"], ["saddle"]]
+HEAVY_FREE += [[name, "--help"] for name in ("saddle", "linear-loss", "landscape", "connectivity")]
+
+
+@pytest.mark.parametrize("flags", HEAVY_FREE, ids=" ".join)
 def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
-    code = (
-        "import sys, hf_v0init.cli.main as cli\n"
-        f"sys.argv = ['hf-v0init', *{flags!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    require_light_imports(*flags)
 
 
 @pytest.mark.parametrize(

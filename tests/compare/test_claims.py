@@ -1,12 +1,11 @@
 """Claims on runs: held by one call at a time, on this machine or another, and free when their holder is gone."""
 
-import os
 import platform
 import subprocess
 import sys
 
 import pytest
-from comparison_fakes import Comparison, behave, wait_until
+from comparison_fakes import Comparison, behave, move_to_another_machine, wait_until
 
 from hf_v0init.compare import claims as claims_module, executor as executor_module
 from hf_v0init.compare.claims import RunClaims, join_folder, list_workers, lock_plan
@@ -30,12 +29,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def move_to_another_machine(file, pid=1):
-    """Make a lock look as if it were held by a process of another machine."""
-    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", f"pid={pid}")
-    assert "host=node7" in text
-    file.unlink()
-    file.write_text(text)
+@pytest.fixture
+def comparison(tmp_path):
+    return Comparison(tmp_path)
 
 
 def test_a_claim_is_one_call_s_until_it_ends(folder):
@@ -73,11 +69,10 @@ def test_a_claim_of_another_machine_expires_when_it_is_silent(folder, monkeypatc
     assert not claims.is_lost("abc")
 
 
-def test_a_run_that_another_call_has_taken_over_is_left_to_it(tmp_path, monkeypatch):
+def test_a_run_that_another_call_has_taken_over_is_left_to_it(comparison, tmp_path, monkeypatch):
     """As after a laptop's sleep: this call's process is ended, and the folder, now the other's, is not touched."""
     monkeypatch.setattr(claims_module, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
-    comparison = Comparison(tmp_path).write(behave("hang_once", "good"))
+    comparison.write(behave("hang_once", "good"))
 
     class Thief(claims_module.RunClaims):
         def is_lost(self, digest):

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparison_fakes import FAKE_SCRIPT, Comparison, behave, wait_until, write_checkpoint
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, make_call, wait_until, write_checkpoint
 from rich.console import Console
 
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor, TrainRun
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.folder import write_plan
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.errors import InputError
 
@@ -80,8 +80,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def call(comparison, *options) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "hf_v0init.cli.main", "compare"]
-    words = [*program, str(comparison.config), "--output_dir", str(comparison.folder), *options]
+    words = make_call(comparison.config, comparison.folder, *options)
     return subprocess.run(words, cwd=comparison.root, capture_output=True, text=True, timeout=600)
 
 
@@ -105,7 +104,7 @@ def test_submitit_s_local_executor_trains_both_stages(comparison):
     done = call(comparison, "--launcher", "submitit")
     assert done.returncode == 0, done.stderr
     assert "Stage 1 of 2, tune: 2 runs" in done.stdout and "Stage 2 of 2, confirm: 2 runs" in done.stdout
-    assert sorted(comparison.read_states().values()) == ["finished"] * 4 and "4 finished." in done.stdout
+    assert comparison.list_states() == ["finished"] * 4 and "4 finished." in done.stdout
     assert {entry["secret"] for entry in comparison.read_journal()} == {"hf_s3cret"}
     assert not [path for path in comparison.folder.rglob("*") if path.is_file() and b"hf_s3cret" in path.read_bytes()]
 
@@ -128,7 +127,7 @@ def test_an_array_job_for_each_stage(comparison, cluster):
     done = call(comparison, "--launcher", "slurm")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Submitted 2 runs as job 77") == 2 and "Warning: save_strategy" not in done.stdout
-    assert sorted(comparison.read_states().values()) == ["finished"] * 4
+    assert comparison.list_states() == ["finished"] * 4
     expected = {
         "partition": "gpu",
         "time": "2:30:00",
@@ -152,8 +151,7 @@ def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     (cluster / "queue").write_text("76_0\n77_0\n")
     jobs = json.loads((comparison.folder / "jobs" / "jobs.json").read_text())
     assert jobs == {run.digest: f"77_{i}" for i, run in enumerate(plan.runs)}
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--launcher", "slurm"]
+    words = make_call(comparison.config, comparison.folder, "--launcher", "slurm")
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, text=True)
     wait_for_states(comparison, ["finished", "interrupted"])  # the other one is for the queue to start
     process.send_signal(signal.SIGINT)
@@ -168,8 +166,7 @@ def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_che
     comparison.write(behave("hang_once"), {"losses": "6,5,4,3,2"})
     script = FAKE_SCRIPT.replace('os.path.exists(flags["journal"] + ".once")', "resumed_at")
     (comparison.root / "fake.py").write_text(script)
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--launcher", "slurm"]
+    words = make_call(comparison.config, comparison.folder, "--launcher", "slurm")
     waiting = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.DEVNULL)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     (record,) = comparison.read_records().values()
@@ -193,8 +190,7 @@ def test_a_script_that_the_scheduler_ended_is_interrupted_and_not_failed(compari
     plan = read_plan(comparison.config)
     with lock_plan(comparison.folder):
         write_plan(plan, comparison.folder)
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(comparison.config), "--output_dir"]
-    words += [str(comparison.folder), "--run", plan.runs[0].name]
+    words = make_call(comparison.config, comparison.folder, "--run", plan.runs[0].name)
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
     os.kill(comparison.read_journal()[0]["pid"], signal.SIGTERM)

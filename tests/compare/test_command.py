@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import platform
 import re
 import shlex
 import signal
@@ -12,28 +10,26 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
-from comparison_fakes import Comparison, behave, is_alive, wait_until
+from command_line import Done, run_command as run_in_process
+from comparison_fakes import Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
 from rich.console import Console
 
-from hf_v0init.cli import main as cli
 from hf_v0init.compare import claims as claims_module, executor as executor_module
 from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
 from hf_v0init.compare.folder import write_plan
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.compare.progress import ProgressDisplay
-from hf_v0init.compare.summary import format_seconds
+from hf_v0init.compare.tables import format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+def comparison(tmp_path):
     return Comparison(tmp_path)
 
 
@@ -50,16 +46,7 @@ def start_command(comparison, *options) -> subprocess.Popen:
         from hf_v0init.cli.main import main
         main()
     """)
-    words = [
-        sys.executable,
-        "-c",
-        program,
-        "compare",
-        str(comparison.config),
-        "--output_dir",
-        str(comparison.folder),
-        *options,
-    ]
+    words = [sys.executable, "-c", program, *make_call(comparison.config, comparison.folder, *options)[3:]]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -83,19 +70,21 @@ def test_the_command_prints_rules_progress_and_report(comparison):
     assert (comparison.folder / "report.html").read_text() == "reported"
 
 
-def call_command(comparison, *options) -> int:
-    """Call `hf-v0init compare` inside this process; return its exit status."""
-    words = ["hf-v0init", "compare", str(comparison.config), "--output_dir", str(comparison.folder), *options]
-    with mock.patch.object(sys, "argv", words), pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
+def call_command(comparison, *options) -> Done:
+    """Call `hf-v0init compare` inside this process."""
+    return run_in_process("compare", comparison.config, "--output_dir", comparison.folder, *options)
 
 
-def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
+def test_a_dry_run_lists_the_runs_and_starts_none(comparison):
     comparison.write([{"v0": ["zeros", "random"], "seed": [1, 2]}])
-    assert call_command(comparison, "--dry_run") == 0
-    out, err = capfd.readouterr()
-    assert err == "" and "4 runs. The first:" in out and "--v0_init=zeros" in out and "random" in out
+    done = call_command(comparison, "--dry_run")
+    out = done.stdout
+    assert (
+        (done.returncode, done.stderr) == (0, "")
+        and "4 runs. The first:" in out
+        and "--v0_init=zeros" in out
+        and "random" in out
+    )
     assert "The script's flags were not checked: it uses neither HfArgumentParser nor argparse." in out
     assert not comparison.folder.exists() and comparison.read_journal() == []
 
@@ -119,11 +108,10 @@ def test_a_dry_run_lists_the_runs_and_starts_none(comparison, capfd):
         (("--at_step", "3"), "at_step=3 is for a report on runs that are there: give report_only too"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(comparison, capfd, options, words):
-    comparison.write(behave("plain"))
-    assert call_command(comparison, *options) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+def test_bad_options_are_one_line_and_status_2(comparison, options, words):
+    done = call_command(comparison.write(behave("plain")), *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
     assert not comparison.folder.exists()
 
 
@@ -133,16 +121,7 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     place.mkdir()
     comparison = Comparison(place).write(behave("plain", "good", "fail", "third"), {"pause": 0.05})
     comparison.config, comparison.folder = Path("grid.yaml"), Path("out")
-    program = [
-        sys.executable,
-        "-m",
-        "hf_v0init.cli.main",
-        "compare",
-        "grid.yaml",
-        "--output_dir",
-        "out",
-        "--list_commands",
-    ]
+    program = make_call("grid.yaml", "out", "--list_commands")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = subprocess.run(program, cwd=place, capture_output=True, text=True)
     monkeypatch.chdir(place)
@@ -219,11 +198,11 @@ def test_the_exit_status_is_1_when_every_run_failed(comparison):
     assert code == 1 and "failed" in out and "finished" not in out.splitlines()[-2]
 
 
-def test_a_refused_first_run_is_the_command_s_error(comparison, capfd):
-    comparison.write(behave("refuse", "plain"))
-    assert call_command(comparison) == 2
-    err = capfd.readouterr().err
-    assert err.startswith("error: the first run was refused: --behaviour=refuse: choose another (log: ")
+def test_a_refused_first_run_is_the_command_s_error(comparison):
+    done = call_command(comparison.write(behave("refuse", "plain")))
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: the first run was refused: --behaviour=refuse: choose another (log: "
+    )
     assert not (comparison.folder / "report.html").exists()
 
 
@@ -311,22 +290,17 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
     assert set(comparison.read_states().values()) == {"finished"}
 
 
-def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(tmp_path, monkeypatch):
+def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(comparison, monkeypatch):
     """Its lease is of another machine, so nobody can see that the process is gone: the call waits until the lease has lapsed."""
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(executor_module, "CLAIM_SECONDS", 0.1)
     monkeypatch.setattr(claims_module, "LEASE_SECONDS", 1.5)
-    comparison = Comparison(tmp_path).write(behave("plain", "good"))
-    comparison.run()
+    comparison.write(behave("plain", "good")).run()
     (run, _) = read_plan(comparison.config).runs
     record = comparison.folder / "runs" / run.name / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running", "host": "node7", "pid": 1}))
     claims = claims_module.RunClaims(comparison.folder)
     assert claims.acquire(run.digest)
-    file = comparison.folder / ".locks" / f"run_{run.digest}.lock"
-    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", "pid=1")
-    file.unlink()
-    file.write_text(text)
+    move_to_another_machine(comparison.folder / ".locks" / f"run_{run.digest}.lock")
     began = time.monotonic()
     told = comparison.run()
     assert time.monotonic() - began > 1.0 and [end[2] for end in told.ends] == ["finished"]
@@ -378,8 +352,8 @@ def test_the_command_imports_neither_torch_nor_transformers(comparison):
     comparison.write(behave("plain"))
     program = (
         "import sys; from hf_v0init.cli import compare; "
-        "from hf_v0init.compare import cluster, executor, folder, plan, process, progress, report, stages; "
-        f"plan.read_plan({str(comparison.config)!r}); "
+        "from hf_v0init.compare import comparison_file, session; "
+        f"comparison_file.read_plan({str(comparison.config)!r}); "
         "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -440,7 +414,7 @@ def test_a_base_installation_is_told_what_to_install(comparison, command):
         ({"widht": 3}, "--widht"),
     ],
 )
-def test_a_dry_run_has_the_script_check_its_flags(tmp_path, capfd, arguments, words):
+def test_a_dry_run_has_the_script_check_its_flags(tmp_path, arguments, words):
     config = yaml.safe_load((ROOT / "configs" / "compare" / "my_script.yaml").read_text(encoding="utf-8"))
     config["script"] = "run_clm" if "max_steps" in arguments else str(ROOT / "configs" / "compare" / "my_script.py")
     config["arguments"] |= {"do_eval": True, **arguments} if arguments else {}
@@ -450,17 +424,51 @@ def test_a_dry_run_has_the_script_check_its_flags(tmp_path, capfd, arguments, wo
     ]
     comparison = Comparison(tmp_path)
     comparison.config.write_text(yaml.safe_dump(config))
-    code = call_command(comparison, "--dry_run")
-    out, err = capfd.readouterr()
-    assert code == (2 if arguments else 0) and words in (err if arguments else out), (out, err)
-    assert not comparison.folder.exists() and not Path("dry_run").exists()
+    done = call_command(comparison, "--dry_run")
+    assert done.returncode == (2 if arguments else 0) and words in (done.stderr if arguments else done.stdout), done
+    assert not comparison.folder.exists()
+
+
+KNOWN_FLAGS = """
+import argparse, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--output_dir")
+parser.add_argument("--learning_rate", type=float)
+flags, _ = parser.parse_known_args()
+pathlib.Path(flags.output_dir).mkdir()
+pathlib.Path("trained").touch()
+"""
+UNREAD_FLAGS = """
+import argparse, pathlib, sys
+(output,) = [word.split("=")[1] for word in sys.argv if word.startswith("--output_dir=")]
+pathlib.Path(output).mkdir()
+(pathlib.Path(output) / "all_results.json").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        (KNOWN_FLAGS, 0, "The script accepts the flags of all 1 settings."),
+        (UNREAD_FLAGS, 2, "it ended without having read its flags"),
+    ],
+)
+def test_a_dry_run_trains_nothing_and_leaves_nothing_behind(comparison, monkeypatch, script, status, words):
+    """Whatever a script does before it has read all of its flags goes into a folder that is removed."""
+    comparison.write([{"v0": "zeros"}])
+    (comparison.root / "fake.py").write_text(script)
+    monkeypatch.chdir(comparison.root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    before = sorted(comparison.root.rglob("*"))
+    done = call_command(comparison, "--dry_run")
+    assert done.returncode == status and words in done.stdout + done.stderr, done
+    assert sorted(comparison.root.rglob("*")) == before
 
 
 @pytest.mark.slow
 def test_tiny_yaml_end_to_end(tmp_path):
     """Real training on the embedded corpus: four settings, the best of three families on fresh seeds, the report; then only the report."""
-    words = [sys.executable, "-m", "hf_v0init.cli.main", "compare", "configs/compare/tiny.yaml", "--output_dir"]
-    words += [str(tmp_path / "out"), "--jobs", "2"]
+    words = make_call("configs/compare/tiny.yaml", tmp_path / "out", "--jobs", "2")
     for first in (True, False):
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1200)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -5,9 +5,9 @@ import json
 import pytest
 from comparison_fakes import Comparison
 
-from hf_v0init.compare import executor as executor_module
-from hf_v0init.compare.launch import choose_jobs, list_devices, make_environment
-from hf_v0init.compare.plan import read_plan
+from hf_v0init.compare.comparison_file import read_plan
+from hf_v0init.compare.launch import choose_jobs, make_environment
+from hf_v0init.compare.machine import list_devices
 from hf_v0init.errors import InputError
 
 FOUR_GPUS = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i})\n" for i in range(4))
@@ -76,9 +76,8 @@ def test_a_plan_on_the_cpu_needs_no_devices(machine, tmp_path):
     assert list_devices(plan) is None and choose_jobs(plan, None) == 1
 
 
-def test_every_gpu_gets_a_run_and_every_run_one_gpu(machine, tmp_path, monkeypatch):
+def test_every_gpu_gets_a_run_and_every_run_one_gpu(machine, tmp_path):
     """The scripts say which device they were shown; two that ran at the same time never the same."""
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
     machine(FOUR_GPUS)
     comparison = Comparison(tmp_path).write([{"seed": list(range(8))}], {"pause": 1.0})
     plan = read_plan(comparison.config)

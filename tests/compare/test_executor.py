@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, wait_until, write_checkpoint
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, wait_until, write_checkpoint
 
-from hf_v0init.compare import executor as executor_module, process as process_module
+from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
-from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.process import LossTrace, find_error_line, judge_output, remove_models
+from hf_v0init.compare.launch import make_environment
+from hf_v0init.compare.machine import count_cores
+from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output, remove_models
+from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
 
@@ -27,8 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+def comparison(tmp_path):
     return Comparison(tmp_path)
 
 
@@ -286,16 +287,14 @@ def cut_off(comparison, step=20, **record):
 
 
 @pytest.mark.parametrize("pause", [0.3, 0.0])  # noticed while it runs, or when it has ended already
-def test_a_script_that_cannot_resume_is_noticed(comparison, monkeypatch, pause):
+def test_a_script_that_cannot_resume_is_noticed(comparison, pause):
     comparison.write(behave("plain"), {"losses": "6,5,4,3"}).run()
     folder, _ = cut_off(comparison)
     script = comparison.root / "fake.py"
     script.write_text(
         FAKE_SCRIPT.replace('behaviour == "cannot_resume"', "True").replace('flags.get("pause", 0)', str(pause))
     )
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01 if pause else 1.5)
-    told = comparison.run(resume=True)
-    monkeypatch.setattr(executor_module, "POLL_SECONDS", 0.01)
+    told = comparison.run(resume=True, poll_seconds=0.01 if pause else 1.5)
     warning = next(warning for warning in told.warnings if "was told to go on" in warning)
     assert "from checkpoint-20 and began at step 0 again" in warning and "fake.py does not resume" in warning
     assert "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)" in warning
@@ -362,15 +361,7 @@ def test_a_continued_run_ends_as_the_straight_one_bit_for_bit(tmp_path):
     content = yaml.safe_load((ROOT / "configs" / "compare" / "tiny.yaml").read_text())
     content["arguments"] |= {"save_strategy": "steps", "save_steps": 10, "eval_on_start": True}
     config.write_text(yaml.safe_dump(content | {"grids": [{"v0": ["data_driven 1"], "seed": [1]}]}))
-    command = [
-        sys.executable,
-        "-m",
-        "hf_v0init.cli.main",
-        "compare",
-        str(config),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    command = make_call(config, tmp_path / "out")
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     output, record = folder / "output", json.loads((folder / "record.json").read_text())
@@ -559,8 +550,10 @@ def test_a_secret_reaches_the_script_and_nothing_that_is_written(comparison):
     assert [end[2] for end in comparison.run().ends] == ["finished"] * 2
     assert {entry["secret"] for entry in comparison.read_journal()} == {secret}
     (comparison.root / "journal").unlink()
-    for path in comparison.folder.rglob("*"):
-        assert not path.is_file() or secret not in path.read_text(errors="replace"), path
+    write_report(comparison.folder, summary_dir=comparison.folder / "copy")
+    written = [path for path in comparison.folder.rglob("*") if path.is_file()]
+    assert {"plan.json", "record.json", "report.md", "report.html", "results.csv"} <= {path.name for path in written}
+    assert not [path for path in written if secret in path.read_text(errors="replace")]
     plan = json.loads((comparison.folder / "plan.json").read_text())
     assert plan["arguments"]["hub_token"] == plan["arguments"]["db_password"] == "***"
     assert plan["arguments"]["lr_scheduler_kwargs"] == {"api_key": "***"}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_v0init.compare.axes import OPTIMIZERS, parse_optimizer, parse_v0, parse_warmup
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.launch import SCRIPT_MODULES, compute_script_hash, make_command, make_flags
-from hf_v0init.compare.plan import read_plan
 from hf_v0init.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,6 +310,7 @@ def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkey
         ({"grids": [{"v0": ["data_drivn"]}]}, "did you mean data_driven"),
         ({"grids": [{"warmup_steps": [5]}]}, "is set by the axis warmup"),
         ({"grids": [{"output_dir": ["x"]}]}, "output_dir is set by the comparison"),
+        ({"grids": [{"hub_token": ["x", "y"]}]}, "hub_token is a secret, by which nothing is compared; give it in `arguments`"),
         ({"grids": [{"lr": [1e-3]}]}, "lr is no axis; did you mean learning_rate?"),
         ({"grids": [{"seeds": [1, 2]}]}, "seeds is no axis; did you mean seed?"),
         ({"grids": [{"learning_rates": [1e-3]}]}, "did you mean learning_rate?"),
@@ -591,6 +592,24 @@ def test_what_a_mapping_holds_is_used_and_decides_the_family(plan_of):
         "random learning_rate=0.001 adam_beta2=0.9", "v0_init=random + warmup with v0", "warmup warmup_steps=9 + mine",
         "warmup untuned_warmup=linear", "no warmup", "other",
     ]  # fmt: skip
+
+
+def test_a_secret_in_a_mapping_is_used_and_named_nowhere(plan_of):
+    grids = [{"v0": [{"v0_init": "random", "hub_token": "s3cret", "lr_scheduler_kwargs": {"api_key": "s3cret"}}]}]
+    grids += [{"warmup": [{"warmup_steps": 4, "db_password": "s3cret"}]}]
+    plan = plan_of(MINIMAL, grids=grids)
+    assert [run.setting for run in plan.runs] == [
+        "random hub_token=*** lr_scheduler_kwargs={'api_key': '***'}", "warmup warmup_steps=4 db_password=***",
+    ]  # fmt: skip
+    assert plan.runs[0].arguments["hub_token"] == plan.runs[1].arguments["db_password"] == "s3cret"
+    assert "s3cret" not in json.dumps(plan.to_dict()) + "".join(run.name for run in plan.runs)
+    for refused in (
+        {"v0_init": "none", "hub_token": "s3cret"},
+        {"v0_init": "random", "seed": 3, "hub_token": "s3cret"},
+    ):
+        with pytest.raises(InputError) as error:
+            plan_of(MINIMAL, grids=[{"v0": [refused]}])
+        assert "s3cret" not in str(error.value)
 
 
 def test_other_optimizers_are_families_by_name_and_flags_are_conditions(plan_of):

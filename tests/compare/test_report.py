@@ -15,7 +15,8 @@ from hf_v0init.compare.files import PLAN_FILE
 from hf_v0init.compare.report import read_conclusion, write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.compare.statistics import Replacement, Verdict
-from hf_v0init.compare.summary import make_confirmed_table, summarize
+from hf_v0init.compare.summary import summarize
+from hf_v0init.compare.tables import make_confirmed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = {1: 0.0, 2: 0.002, 3: -0.002, 4: 0.001}

@@ -4,12 +4,11 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from comparison_fakes import wait_until
+from comparison_fakes import make_call, wait_until
 
 from hf_v0init.compare.results import read_comparison
 
@@ -19,16 +18,8 @@ RESUME = "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
 
 
 def start(folder: Path, *options) -> subprocess.Popen:
-    words = [
-        sys.executable,
-        "-m",
-        "hf_v0init.cli.main",
-        "compare",
-        str(folder / "mine.yaml"),
-        "--output_dir",
-        str(folder / "out"),
-    ]
-    return subprocess.Popen([*words, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = make_call(folder / "mine.yaml", folder / "out", *options)
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def call(folder: Path, *options) -> tuple[int, str, str]:

@@ -1,16 +1,20 @@
 """Comparisons of fake runs: a script of a few lines that leaves what a training script leaves, and says when it was called."""
 
 import json
+import os
+import platform
+import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
 from hf_v0init.compare.claims import join_folder, lock_plan
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
-from hf_v0init.compare.folder import release_failed, require_usable_folder, write_plan
-from hf_v0init.compare.plan import read_plan
-from hf_v0init.compare.stages import lay_out_stages
+from hf_v0init.compare.folder import require_usable_folder
+from hf_v0init.compare.session import train_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
@@ -90,6 +94,9 @@ class Recorder:
     def __init__(self):
         self.ends, self.elsewhere, self.warnings, self.told, self.most_active = [], [], [], [], 0
 
+    def begin_stage(self, plan, runs):
+        pass
+
     def update(self, active, num_waiting):
         self.most_active = max(self.most_active, len(active))
 
@@ -126,25 +133,17 @@ class Comparison:
         self.config.write_text(yaml.safe_dump(content))
         return self
 
-    def run(self, jobs=1, retry_failed=False, resume=False, devices=None) -> Recorder:
+    def run(self, jobs=1, retry_failed=False, resume=False, devices=None, poll_seconds=0.01) -> Recorder:
         """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(plan, self.folder)
-        with lock_plan(self.folder):
-            if retry_failed:
-                release_failed(lay_out_stages(plan, self.folder)[0], self.folder)
-        with join_folder(self.folder):
+        self.last = recorder
+        with lock_plan(self.folder):  # makes the folder
+            pass
+        with join_folder(self.folder), mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
-            self.last, tried = recorder, set()
-            while True:
-                with lock_plan(self.folder):
-                    known, runs = lay_out_stages(plan, self.folder)
-                    write_plan(known, self.folder)
-                runs = [run for run in runs if run.name not in tried]
-                if not runs:
-                    return recorder
-                tried |= {run.name for run in runs}
-                executor.run(known, runs)
+            train_stages(plan, self.folder, executor, retry_failed)
+        return recorder
 
     def read_journal(self) -> list[dict]:
         path = self.root / "journal"
@@ -155,8 +154,26 @@ class Comparison:
         records = [json.loads(path.read_text()) for path in sorted(self.folder.glob("runs/*/record.json"))]
         return {f"{record['setting']} {record['seed']}": record for record in records}
 
+    def list_states(self) -> list[str]:
+        """The states of all runs, those of one setting and seed at several rates too."""
+        return sorted(json.loads(path.read_text())["state"] for path in self.folder.glob("runs/*/record.json"))
+
     def read_states(self) -> dict[str, str]:
         return {name: record["state"] for name, record in self.read_records().items()}
+
+
+def make_call(config, folder, *options) -> list[str]:
+    """The words that start `hf-v0init compare` as a process."""
+    program = [sys.executable, "-m", "hf_v0init.cli.main", "compare"]
+    return [*program, str(config), "--output_dir", str(folder), *options]
+
+
+def move_to_another_machine(file: Path, pid: int = 1) -> None:
+    """Make a lock look as if it were held by a process of another machine, node7."""
+    text = file.read_text().replace(f"host={platform.node()}", "host=node7").replace(f"pid={os.getpid()}", f"pid={pid}")
+    assert "host=node7" in text
+    file.unlink()
+    file.write_text(text)
 
 
 def behave(*names: str) -> list[dict]:

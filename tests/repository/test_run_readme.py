@@ -57,11 +57,21 @@ def test_readme_and_pages_have_blocks_of_both_kinds_to_run_and_not_too_many():
     compile(SETUP.read_text(encoding="utf-8"), str(SETUP), "exec")
 
 
+def find_syntax_error(code: str) -> str | None:
+    try:
+        compile(code, "block", "exec")
+    except SyntaxError as error:
+        return str(error)
+    return None
+
+
 def test_python_blocks_that_are_not_run_are_python_all_the_same():
-    for page in PAGES:
-        for block in read_blocks(page.read_text(encoding="utf-8")):
-            if block.language == "python":
-                compile(block.code, f"{page.name}:{block.line}", "exec")
+    assert find_syntax_error("x = 1") is None and find_syntax_error("x = ") is not None
+    blocks = [(page.name, b) for page in PAGES for b in read_blocks(page.read_text(encoding="utf-8"))]
+    found = {
+        f"{page}:{block.line}": find_syntax_error(block.code) for page, block in blocks if block.language == "python"
+    }
+    assert len(found) > 5 and {place: error for place, error in found.items() if error} == {}
 
 
 def test_the_readme_is_short():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_v0init import V0InitArguments
-from hf_v0init.compare.plan import read_plan
+from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.tasks.run import require_possible_run
 from hf_v0init.tasks.script_support import parse_arguments
 

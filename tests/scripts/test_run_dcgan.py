@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init.compare.process import judge_output
+from hf_v0init.compare.outcome import judge_output
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator

@@ -1,0 +1,273 @@
+"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from ..errors import InputError
+from .axes import suggest
+from .claims import join_folder, list_workers, lock_plan
+from .cluster import SubmititExecutor, train_one
+from .comparison_file import read_plan
+from .executor import LocalExecutor, read_record
+from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, PLAN_FILE, RUNS_FOLDER, TUNE, read_json
+from .folder import release_failed, require_usable_folder, write_plan
+from .launch import SCRIPT_MODULES, STARTER, choose_jobs, make_command, make_flags
+from .machine import list_devices
+from .plan import Plan
+from .progress import ProgressDisplay
+from .report import read_conclusion, write_report
+from .results import read_comparison
+from .stages import lay_out_stages
+
+EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
+
+
+def train_stages(
+    plan: Plan, folder: Path, executor: LocalExecutor | SubmititExecutor, retry_failed: bool = False
+) -> None:
+    """Train what is not over, stage by stage; each run is tried once."""
+    tried: set[str] = set()
+    while True:
+        with lock_plan(folder):
+            if retry_failed and not tried:
+                release_failed(lay_out_stages(plan, folder)[0], folder)
+            known, runs = lay_out_stages(plan, folder)
+            num_others = write_plan(known, folder)
+        runs = [run for run in runs if run.name not in tried]
+        if num_others and not tried:
+            executor.progress.tell(
+                f"{num_others} runs in {folder} are not in this plan; they stay there and out of the report."
+            )
+        if not runs:
+            return
+        tried |= {run.name for run in runs}
+        executor.progress.begin_stage(known, runs)
+        executor.run(known, runs)
+
+
+@dataclass
+class Session:
+    """One call of the command.
+
+    Attributes:
+        console: where to tell how it goes on.
+        config, folder: the comparison's file and its folder.
+        small: whether at the file's small scale.
+        retry_failed: start failed runs again.
+        resume_runs: go on with interrupted runs from their newest checkpoint.
+        summary_dir: a folder for a copy of the report without the runs.
+
+    Raises:
+        InputError: a file that cannot be read as a comparison, or a folder that holds something else.
+    """
+
+    console: Console
+    config: Path
+    folder: Path
+    small: bool = False
+    retry_failed: bool = False
+    resume_runs: bool = False
+    summary_dir: Path | None = None
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = read_plan(self.config, self.small)
+        require_usable_folder(self.plan, self.folder)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def train(self, launcher: str = "local", jobs: int | None = None, devices: str | None = None) -> int:
+        """Train both stages and report; return the exit status."""
+        plan, folder = self.plan, self.folder
+        found = list_devices(plan, devices) if launcher == "local" else None
+        jobs = jobs or choose_jobs(plan, found)
+        was_stopped = False
+        with stop_on_signals():
+            self._print_rules(jobs, found)
+            with lock_plan(folder):  # makes the folder
+                pass
+            with join_folder(folder):
+                others = list_workers(folder)
+                if others:
+                    self._tell(f"At work in {folder} too: {', '.join(others)}. Each run is trained by one worker.")
+                try:
+                    with ProgressDisplay(self.console, jobs) as progress:
+                        if launcher == "local":
+                            executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
+                        else:
+                            executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
+                        train_stages(plan, folder, executor, self.retry_failed)
+                except KeyboardInterrupt:
+                    was_stopped = True
+            with lock_plan(folder):  # another worker may be writing its report
+                states = self._print_outcome()
+        if was_stopped:
+            words = "stopped its runs" if launcher == "local" else "leaves submitted jobs in the queue"
+            self._tell(
+                f"Stopped; this {words}. The same command continues: runs that were cut off start from scratch, or with --resume_runs "
+                "from their last checkpoint."
+            )
+            return EXIT_INTERRUPTED
+        return EXIT_ALL_FAILED if set(states) == {FAILED} else EXIT_OK
+
+    def train_one(self, name: str) -> int:
+        """Train one run, as a scheduler's job; return the exit status."""
+        plan, _ = lay_out_stages(self.plan, self.folder)
+        names = [run.name for run in plan.runs]
+        if name not in names:
+            raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them")
+        with stop_on_signals():
+            with lock_plan(self.folder):
+                if self.retry_failed:
+                    release_failed(plan, self.folder)
+                write_plan(plan, self.folder)
+            try:
+                state = train_one(plan, self.folder, name, self.resume_runs)
+            except KeyboardInterrupt:
+                state = INTERRUPTED
+        self._tell(f"{name}: {state}.")
+        return {INTERRUPTED: EXIT_INTERRUPTED, FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
+
+    def list_commands(self) -> list[str]:
+        """List a command line for each run of the stage that is not over.
+
+        A line works from any directory, and goes back to this one, where the paths in the file begin.
+        """
+        plan, runs = lay_out_stages(self.plan, self.folder)
+        if self.retry_failed:
+            runs += [known for known in plan.runs if read_record(self.folder, known).get("state") == FAILED]
+        program = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(self.config.resolve())]
+        program += ["--output_dir", str(self.folder.resolve())]
+        options = ["--resume_runs", *["--small"] * self.small, *["--retry_failed"] * self.retry_failed]
+        here = shlex.quote(str(Path.cwd()))
+        return [f"cd {here} && {shlex.join([*program, '--run', run.name, *options])}" for run in runs]
+
+    # ---- without training ----------------------------------------------------------------------------------------
+
+    def print_plan(self) -> None:
+        """Print the runs of the first stage and the first command, and have the script check the flags of each setting.
+
+        Raises:
+            InputError: the script refuses some.
+        """
+        plan, first = self.plan, self.plan.runs[0]
+        folder = Column("folder", overflow="fold")
+        table = Table("setting", "family", "learning rate", "seed", folder, title=Text(plan.title))
+        for run in plan.runs:
+            table.add_row(run.setting, run.family, f"{run.learning_rate:g}", str(run.seed), run.name)
+        self.console.print(table)
+        num_later = len({(run.condition, run.family) for run in plan.list_runs(TUNE)}) * len(plan.confirm_seeds)
+        seeds = ", ".join(map(str, plan.confirm_seeds))
+        later = f", then at most {num_later} to confirm on seeds {seeds}" if num_later else ""
+        output = self.folder / RUNS_FOLDER / first.name / OUTPUT_FOLDER
+        self._tell(f"{len(plan.runs)} runs{later}. The first:")
+        self._tell(shlex.join(make_command(plan.launch, plan.script, first.arguments, output)))
+        self._check_flags()
+
+    def _check_flags(self) -> None:
+        """Start the script once and let it read the flags of one run of each setting and rate; nothing is trained."""
+        plan = self.plan
+        if plan.script not in SCRIPT_MODULES and not PARSERS.search(Path(plan.script).read_text(encoding="utf-8")):
+            self._tell("The script's flags were not checked: it uses neither HfArgumentParser nor argparse.")
+            return
+        runs = list({(run.setting, run.learning_rate): run for run in plan.runs}.values())
+        with tempfile.TemporaryDirectory() as place:  # for what a script writes before it has read all of its flags
+            fixed = {"output_dir": f"{place}/output", "v0_record_run": True}
+            given = json.dumps([make_flags({**run.arguments, **fixed}) for run in runs])
+            command = [sys.executable, "-m", STARTER, "--check", plan.script]
+            answer = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        said = [json.loads(line) for line in answer.stdout.splitlines() if line == "null" or line.startswith('"')]
+        if len(said) < len(runs):
+            words = (answer.stderr.strip().splitlines() or ["no word"])[-1]
+            raise InputError(f"the script could not be started: {words}")
+        refused = [(run, words) for run, words in zip(runs, said, strict=True) if words]
+        if refused:
+            run, words = refused[0]
+            raise InputError(
+                f"the script refuses the flags of {len(refused)} of {len(runs)} settings; {run.setting}: {words}"
+            )
+        self._tell(f"The script accepts the flags of all {len(runs)} settings.")
+
+    def report(self, at_step: int | None = None) -> None:
+        """Write the report on the runs that are there, those going on included.
+
+        A plan that differs from the folder's takes its place, but not while another worker is at work there.
+        """
+        plan, _ = lay_out_stages(self.plan, self.folder)
+        if not any(read_record(self.folder, run) for run in plan.runs):
+            raise InputError(f"{self.folder} holds no run of this plan: call without report_only first")
+        with lock_plan(self.folder):
+            if read_json(self.folder / PLAN_FILE) != plan.to_dict():
+                write_plan(plan, self.folder)
+            self._print_outcome(at_step)
+
+    # ---- printing ------------------------------------------------------------------------------------------------
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def _print_rules(self, jobs: int, devices: tuple[str, ...] | None) -> None:
+        plan = self.plan
+        self.console.print(Text(plan.title, style="bold"))
+        self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(devices)}" if devices else "") + ".")
+        self._tell(
+            f"Selection by {plan.metric}, on validation data; verdicts from fresh seeds; test data are used once, at the end of a run."
+        )
+        if not plan.keep_models:
+            self._tell("Models, tokenizers and checkpoints of runs that are over are removed (keep_models: false).")
+        schedules = {str(run.arguments.get("lr_scheduler_type")) for run in plan.runs}
+        if "inverse_sqrt" in schedules and len({run.warmup for run in plan.runs}) > 1:
+            self._tell(
+                "Note: inverse_sqrt takes its decay from the length of the warmup, so settings differ after it too, unless "
+                "lr_scheduler_kwargs has a timescale."
+            )
+
+    def _print_outcome(self, at_step: int | None = None) -> Counter[str]:
+        """Count the states; write the report if a run is over or a step is asked about, and print what it concludes."""
+        states = Counter(read_comparison(self.folder).runs["state"])
+        self._tell(", ".join(f"{count} {state}" for state, count in states.items()) + ".")
+        if at_step is not None or set(states) & {*COUNTED, FAILED}:
+            report = write_report(self.folder, self.summary_dir, at_step)
+            self._tell(f"\n{read_conclusion(report.parent)}\n")
+            self._tell(f"Report: {report}")
+        return states
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Treat SIGTERM and a closed terminal as Ctrl-C. Signals that are ignored (nohup, a script's `&`) stay so.
+
+    But runs would inherit an ignored SIGINT and not stop; a handler that does nothing is not inherited.
+    """
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, old in before.items():
+            if old is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+            elif number == signal.SIGINT:
+                signal.signal(number, lambda number, frame: None)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
