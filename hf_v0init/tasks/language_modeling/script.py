@@ -25,6 +25,7 @@ from ..run import RunArguments, run, tokenize_first_on_main
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..summary import say
+from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
@@ -38,7 +39,7 @@ from .samples import (
     tokenize_completions,
     tokenize_texts,
 )
-from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask, is_text_file
+from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
 
@@ -124,7 +125,8 @@ class DataArguments(LanguageDataArguments):
 
     def choose_text_suffix(self, role: str) -> str:
         """Return the line break that reading a text file by lines took away, or nothing."""
-        is_text = is_text_file(getattr(self, f"{role}_file") or self.train_file)
+        path = getattr(self, f"{role}_file") or self.train_file
+        is_text = path is not None and get_format(path) not in TABLES
         return "\n" if is_text and self.keep_linebreaks and self.prompt_column is None else ""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,7 +19,6 @@ from ..script_support import flag
 from ..text_files import load_local_files, open_stream
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 
-TABLE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
 
@@ -231,8 +229,3 @@ def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
             if not isinstance(row[column], str):
                 raise InputError(f"column {column!r} holds {row[column]!r} in some row; every row must hold text there")
             yield row[column] + suffix
-
-
-def is_text_file(path: str | None) -> bool:
-    """Whether a file is read line by line."""
-    return path is not None and not any(suffix.lower() in TABLE_SUFFIXES for suffix in Path(path).suffixes)

@@ -1,5 +1,6 @@
 """Sentence pairs: found in whatever columns a data set has, tokenized, and padded to batches."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq
 from hf_v0init import InputError
 
 from ..data import is_stream, list_columns, map_with_cache
-from ..text_files import find_kind, iterate_lines, load_local_files, open_stream, read_lines
+from ..text_files import find_kind, get_format, iterate_lines, load_local_files, open_stream, read_lines
 
 logger = logging.getLogger("hf_v0init")
 
@@ -38,65 +39,35 @@ def load_pair_files(
     if source_file is not None and file is not None:
         raise InputError(f"--{role}_file and --{role}_source_file: give one way of reading, not both")
     if source_file is not None:
-        return (
-            _stream(_iterate_parallel, source_file, target_file)
-            if streaming
-            else load_parallel_files(source_file, target_file)
-        )
-    if file is None:
+        read, paths = _iterate_parallel, (str(source_file), str(target_file))
+    elif file is None:
         return None
-    is_tabs = find_kind(file) is None or str(file).lower().removesuffix(".gz").endswith(".tsv")
-    if not is_tabs:
+    elif find_kind(file) is None or get_format(file) == ".tsv":
+        read, paths = _iterate_tabs, (str(file),)
+    else:
         return open_stream(file) if streaming else load_local_files(file, role=role)
-    if streaming:
-        return _stream(_iterate_tabs, file)
-    rows = list(_split_tabs(read_lines(file), file))
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("source", "target")})
-
-
-def load_parallel_files(source_path, target_path) -> datasets.Dataset:
-    """Load two text files whose lines belong together: the columns "source" and "target", one row a line.
-
-    Raises:
-        InputError: as `read_lines`; or the two files have different numbers of lines.
-    """
-    sources, targets = read_lines(source_path), read_lines(target_path)
-    if len(sources) != len(targets):
-        raise InputError(
-            f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}; "
-            "parallel files need the same number of lines, line n of one translating line n of the other"
-        )
-    return datasets.Dataset.from_dict({"source": sources, "target": targets})
-
-
-def _stream(generator, *paths) -> datasets.IterableDataset:
-    stream = datasets.IterableDataset.from_generator(generator, gen_kwargs={"paths": tuple(map(str, paths))})
+    if not streaming:
+        return datasets.Dataset.from_list(list(read(paths)))
+    stream = datasets.IterableDataset.from_generator(read, gen_kwargs={"paths": paths})
     next(iter(stream), None)  # a file that cannot be read is an error now
     return stream.cast(datasets.Features({name: datasets.Value("string") for name in ("source", "target")}))
 
 
 def _iterate_parallel(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    iterators, number = [iterate_lines(path) for path in paths], 0
-    while True:
-        source, target = (next(lines, None) for lines in iterators)
-        if source is None and target is None:
-            return
+    for number, (source, target) in enumerate(itertools.zip_longest(*map(iterate_lines, paths))):
         if source is None or target is None:
-            shorter = paths[0] if source is None else paths[1]
+            counts = [sum(1 for _ in iterate_lines(path)) for path in paths]
             raise InputError(
-                f"{shorter}: ends after line {number}, before the file beside it; both need the same number of lines"
+                f"{paths[0]} has {counts[0]} lines but {paths[1]} has {counts[1]}: one ends after line {number}; parallel files need "
+                "the same number of lines, line n of one translating line n of the other"
             )
-        number += 1
         yield {"source": source, "target": target}
 
 
 def _iterate_tabs(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    return _split_tabs(iterate_lines(paths[0]), paths[0])
-
-
-def _split_tabs(lines, path) -> Iterator[dict[str, str]]:
     """Split lines `source<TAB>target`; a first line that names the two sides is left out, and that is logged."""
-    for number, line in enumerate(lines, start=1):
+    (path,) = paths
+    for number, line in enumerate(iterate_lines(path), start=1):
         source, tab, target = line.partition("\t")
         if line.strip() and (not tab or "\t" in target):
             raise InputError(f"{path}: line {number} is not 'source<TAB>target'; repair it, or give two parallel files")
