@@ -23,9 +23,9 @@ from .output_folder import RemoveWhatIsStale, find_place_to_start
 from .probing import probe_and_print, require_possible_figure, turn_into_probe
 from .run_identity import describe_run, require_same_model
 from .schedules import require_possible_schedule
-from .script_support import explain_hub_errors, flag, parse_arguments, start_logging
+from .script_support import explain_hub_errors, flag, parse_arguments, say, start_logging
 from .script_trainer import CARD_FILE
-from .summary import print_summary, say
+from .summary import print_summary
 from .token_budget import build_token_budget_sampler
 from .value_checks import require_available_metric, require_in_range, require_positive_counts
 
@@ -185,8 +185,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     require_possible_run(task)
     task.refuse()
     identity = describe_run(training, task.model, task.data, options, *task.others)
-    name = task.model.model_name_or_path
-    place = find_place_to_start(training, name, options.overwrite_output_dir, identity)
+    place = find_place_to_start(training, options.overwrite_output_dir, identity)
     config = task.load_config()
     require_same_model(place, config)
     set_seed(training.seed)
@@ -214,6 +213,10 @@ def run(task_class: type[Task], argv: list[str]) -> None:
 def require_possible_run(task: Task) -> None:
     """Refuse what the flags that all tasks share rule out."""
     training, options = task.training, task.options
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if not training.do_train and task.model.model_name_or_path is None:
+        raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
     streaming = getattr(task.data, "streaming", False)
     if streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")

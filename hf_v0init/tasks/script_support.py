@@ -106,7 +106,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     if {*HELP_FLAGS, *HELP_ALL_FLAGS} & {*argv}:
         everything = bool({*HELP_ALL_FLAGS} & {*argv})
         program = "hf-v0init " + sys.argv[0].split()[-1] if " " in sys.argv[0] else Path(sys.argv[0]).name
-        print(compose_help(parser, dataclass_types, program, examples, everything), end="")
+        say(compose_help(parser, dataclass_types, program, examples, everything).rstrip())
         raise SystemExit(0)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     values = {} if path is None else read_configuration_file(path)
@@ -291,16 +291,16 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except NothingToDoError as done:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(join_lines(str(done)))
+            say(join_lines(str(done)))
     except InputError as error:
-        _exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
+        exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _exit_with_line("interrupted", EXIT_INTERRUPTED)
+        exit_with_line("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         line = describe_full_disk(error, _output_dir.get())
         if line is None:
             raise
-        _exit_with_line(f"error: {line}", EXIT_DISK_FULL)
+        exit_with_line(f"error: {line}", EXIT_DISK_FULL)
 
 
 def describe_full_disk(error: BaseException, output_dir: str | None) -> str | None:
@@ -339,14 +339,20 @@ def _find_storage_reason(error: BaseException) -> str | None:
     return None
 
 
-def _exit_with_line(line: str, status: int) -> typing.NoReturn:
+def exit_with_line(line: str, status: int) -> typing.NoReturn:
+    """End the process with a line on stderr and this status; not the main process of several: after that one has had its say."""
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         time.sleep(SECONDS_FOR_MAIN_PROCESS_TO_REPORT)
         line = f"{line} (process {rank})"
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
     raise SystemExit(status)
+
+
+def say(line: str, file: typing.TextIO | None = None) -> None:
+    """Write a line to the terminal, or to `file`: all that a script says beside its log and its summary."""
+    print(line, file=file, flush=True)
 
 
 @contextlib.contextmanager

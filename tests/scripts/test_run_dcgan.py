@@ -179,17 +179,20 @@ def test_checkpoints_are_whole(finished):
     for step in (4, 6):
         folder = finished["data_driven"] / f"checkpoint-{step}"
         assert find_defect(folder) is None
-        (folder / "scheduler.pt").rename(folder / "gone")
-        assert "scheduler.pt is missing" in find_defect(folder)
-        (folder / "gone").rename(folder / "scheduler.pt")
+        (folder / "scheduler.bin").rename(folder / "gone")
+        assert "scheduler.bin is missing" in find_defect(folder)
+        (folder / "gone").rename(folder / "scheduler.bin")
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(images, tmp_path, capsys):
-    """Cut after step 4, within a logging interval and an epoch, with other v0 flags at the second start."""
+@pytest.mark.parametrize("v0", [{}, {"v0_decay": "linear", "v0_decay_steps": 6, "v0_estimation_steps": 2}])
+def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(images, tmp_path, capsys, v0):
+    """Cut after step 4, within a logging interval and an epoch and, where it is linear, v0's decay; with other flags afterwards."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    options |= v0
+    changed = {"v0_seed": 8} if v0 else {"v0_scale": 7.0}
     whole = run(images, tmp_path / "whole", v0_init="data_driven", v0_record_run=True, **options)
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
@@ -197,11 +200,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(imag
         shutil.rmtree(cut / name)
     (cut / "train_results.json").unlink()
     capsys.readouterr()
-    run(images, cut, v0_init="data_driven", v0_scale=7.0, v0_record_run=True, **options)
+    run(images, cut, v0_init="data_driven", v0_record_run=True, **options | changed)
     said = capsys.readouterr().out
     for name, value in read_weights(whole).items():
         assert torch.equal(value, read_weights(cut)[name]), name
-    assert "v0 settings differ" in said and "v0_scale: None -> 7.0" in said
+    (name,) = changed
+    assert "v0 settings differ" in said and f"{name}: None -> {changed[name]}" in said
     assert (cut / "v0_init.json").read_text() == (whole / "v0_init.json").read_text()
     assert (cut / "fingerprint.json").read_text() == (whole / "fingerprint.json").read_text()
 
@@ -312,7 +316,7 @@ def test_a_data_set_by_name(images, tmp_path, labelled):
 def test_two_processes_train_one_model_with_one_v0(images, tmp_path):
     """Each network's v0 is that of one process for the same images, but for the batches they are dealt in."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    options = {"v0_init": "data_driven", "v0_record_run": True}
+    options = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 4, "v0_record_run": True}
     options |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
 
     def launch(folder, **more):

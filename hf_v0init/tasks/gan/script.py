@@ -12,7 +12,6 @@ the training images. Only in the features of Inception v3 is it called FID.
 
 import json
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,15 +26,9 @@ from ..images.folders import LabelledImages, choose_some
 from ..images.format import IMAGE_MODES, choose_format
 from ..images.tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
 from ..models import HubArguments
-from ..output_folder import (
-    find_checkpoint_to_resume,
-    remove_what_is_stale,
-    require_stages_left,
-    require_writable_output,
-)
-from ..run_identity import describe_run, find_finished_step, require_same_run
-from ..script_support import flag, parse_arguments, run_script, start_logging
-from ..summary import say
+from ..output_folder import find_place_to_start, remove_what_is_stale
+from ..run_identity import describe_run
+from ..script_support import exit_with_line, flag, parse_arguments, run_script, say, start_logging
 from ..value_checks import require_positive_counts
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
@@ -173,25 +166,11 @@ def require_possible(training: GanTrainingArguments) -> None:
         )
     if not (training.do_train or training.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
-
-
-def find_place_to_start(training: GanTrainingArguments, overwrite: bool, identity: dict) -> str | None:
-    """Find the checkpoint to go on from, if any; a finished run is left as it is."""
-    if not training.do_train:
-        if not Path(training.output_dir, "generator", "config.json").is_file():
-            raise InputError(
-                f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
-                "--do_train, or the output folder of a finished run"
-            )
-        require_writable_output(training.output_dir, overwrite=True)
-        return None
-    step = None if overwrite or training.resume_from_checkpoint else find_finished_step(training)
-    if step is not None:
-        require_stages_left(training, step, identity, trains_only=True)
-    checkpoint = find_checkpoint_to_resume(training, overwrite)
-    if checkpoint is not None:
-        require_same_run(checkpoint, identity)
-    return checkpoint
+    if not training.do_train and not Path(training.output_dir, "generator", "config.json").is_file():
+        raise InputError(
+            f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
+            "--do_train, or the output folder of a finished run"
+        )
 
 
 def load_images(data: DataArguments) -> LabelledImages:
@@ -271,7 +250,7 @@ def train_and_measure(argv: list[str]) -> None:
     require_possible(training)
     identity = describe_run(training, model_args, data_args, quality_args)
     overwrite = quality_args.overwrite_output_dir
-    checkpoint = find_place_to_start(training, overwrite, identity)
+    checkpoint = find_place_to_start(training, overwrite, identity, evaluates_anew=True)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start
@@ -319,8 +298,7 @@ def main(argv: list[str]) -> None:
     try:
         train_and_measure(argv)
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_DIVERGED) from None
+        exit_with_line(f"error: {error}", EXIT_DIVERGED)
 
 
 if __name__ == "__main__":

@@ -279,11 +279,11 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
             f"{len(samples)} training images are too few for a batch of {batch_size} on each of {training.world_size} "
             "process(es); lower --per_device_train_batch_size, or give more images"
         )
-    reason = find_defect(network, samples, 2)
+    reason = find_refusal(network, samples, 2)
     if reason is not None:
         shape = "x".join(map(str, samples[0]["pixel_values"].shape))
         raise InputError(f"the model cannot take images of {shape} (channels, height, width): {reason}")
-    reason = find_defect(network, samples, 1)
+    reason = find_refusal(network, samples, 1)
     if reason is None:
         return
     if batch_size == 1 or (len(samples) % batch_size == 1 and not training.dataloader_drop_last):
@@ -298,8 +298,8 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
         )
 
 
-def find_defect(network, samples: ImageSamples, batch_size: int) -> str | None:
-    """What the model says to a batch of this size, in training; None if it takes it. Everything is as before."""
+def find_refusal(network, samples: ImageSamples, batch_size: int) -> str | None:
+    """Find out how the model refuses a batch of this size in training; None if it accepts it. Everything is as before."""
     batch = stack_samples([samples[position] for position in range(batch_size)])
     with torch.random.fork_rng(), torch.no_grad():
         copied = copy.deepcopy(network).train()  # batch norms would keep what they see

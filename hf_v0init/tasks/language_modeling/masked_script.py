@@ -21,9 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script
+from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
-from ..summary import say
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
 from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words, tokenize_words

@@ -22,9 +22,8 @@ from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..data import limit_rows
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script
+from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
-from ..summary import say
 from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
 from .awd_lstm import AwdLstmConfig
