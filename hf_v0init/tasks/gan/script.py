@@ -22,9 +22,9 @@ from transformers import set_seed
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..data import DatasetArguments
-from ..images.folders import LabelledImages, choose_some
+from ..images.folders import NO_CLASSES, LabelledImages, choose_some, load_image_folder, select_images
 from ..images.format import IMAGE_MODES, choose_format
-from ..images.tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
+from ..images.tensors import read_pixels
 from ..models import HubArguments
 from ..output_folder import find_place_to_start, remove_what_is_stale
 from ..run_identity import describe_run
@@ -176,14 +176,13 @@ def require_possible(training: GanTrainingArguments) -> None:
 def load_images(data: DataArguments) -> LabelledImages:
     """Load the images to learn from."""
     if data.train_dir is not None:
-        images = load_any_image_folder(data.train_dir, role="train")
+        images = load_image_folder(data.train_dir, role="train", needs_classes=False)
     else:
         splits = data.load_dataset(data)
         if data.dataset_split not in splits:
             raise InputError(f"--dataset_split={data.dataset_split}: {data.dataset_name} has only {', '.join(splits)}")
-        images = select_any_images(
-            splits[data.dataset_split], role="train", image_column=data.image_column, label_column=data.label_column
-        )
+        columns = {"image_column": data.image_column, "label_column": data.label_column}
+        images = select_images(splits[data.dataset_split], role="train", needs_classes=False, **columns)
     return choose_some(images, data.max_train_samples)
 
 
