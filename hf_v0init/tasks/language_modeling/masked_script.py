@@ -25,10 +25,10 @@ from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words, tokenize_words
+from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words
 from .masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking
 from .perplexity import MaskedPerplexityMixin
-from .samples import PaddingCollator
+from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
 NUM_GUESSES = 5
@@ -152,7 +152,7 @@ class MaskedTask(LanguageTask):
         """Make the samples of one role: what the Trainer indexes or iterates."""
         data, training, tokenizer = self.data, self.training, self.tokenizer
         has_separator = not data.line_by_line and tokenizer.sep_token_id is not None
-        tokenized = tokenize_words(
+        tokenized = tokenize_texts(
             rows,
             tokenizer,
             *data.choose_text_columns(rows),
