@@ -31,7 +31,7 @@ IDENTITY_FLAGS = (
     "dataset_name", "dataset_config_name", "dataset_revision", "source_lang", "target_lang", "source_column", "target_column",
     "text_column", "prompt_column", "completion_column", "image_column", "label_column", "source_prefix", "prompt_prefix",
     "model_name_or_path", "model_type", "tokenizer_name", "tokenizer_kind", "vocab_size", "max_source_length",
-    "max_target_length", "block_size", "max_train_samples", "max_length_ratio", "streaming", "whole_word_mask", "line_by_line",
+    "max_target_length", "block_size", "max_train_samples", "streaming", "whole_word_mask", "line_by_line",
     "mlm_probability", "optim", "optim_args", "v0_optimizer", "latent_size", "base_channels",
 )  # fmt: skip
 # With another value the run goes on, but not as it would have: the order of the samples is another.

@@ -178,7 +178,6 @@ OWN = [
     ("translation", "--warmup_init_lr 1e-7", ["--warmup_init_lr=1e-07", "--warmup_steps"]),
     ("translation", "--min_lr 1", ["--min_lr=1.0", "--learning_rate"]),
     # data flags
-    ("translation", "--max_length_ratio 0.5", ["--max_length_ratio=0.5", "1 or more"]),
     ("translation", "--streaming", ["--streaming", "--max_steps"]),
     ("translation", "--streaming --max_steps 2 --max_tokens_per_batch 64", ["--max_tokens_per_batch=64", "--streaming"]),
     ("translation", "--shuffle_buffer_size 5", ["--shuffle_buffer_size=5", "--streaming"]),

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hf_v0init.errors import InputError
 from hf_v0init.tasks.script_support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,28 +266,6 @@ def test_a_validation_split_by_rows_is_the_same_streamed_or_not(flags, data, tmp
         assert set(AutoTokenizer.from_pretrained(out).get_vocab()) == words | {"<pad>", "<s>", "</s>", "<unk>"}
     assert results[0]["eval_num_tokens"] == results[1]["eval_num_tokens"] == 7 * 3
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-6)
-
-
-def test_another_configuration_for_pretrained_weights(flags, tmp_path):
-    run_clm.main(flags(output_dir=tmp_path / "first"))
-    config = json.loads((tmp_path / "first" / "config.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps({**config, "resid_pdrop": 0.5}))
-    changes = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
-    run_clm.main(flags(**changes, config_name=tmp_path / "other.json", learning_rate="0", max_steps=1))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["resid_pdrop"] == 0.5
-    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "out"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    for difference, words in (
-        ({"n_layer": 3}, "transformer.h.2"),
-        ({"n_embd": 32}, "(280, 32)"),
-        ({"model_type": "llama"}, "llama, the model of gpt2"),
-    ):
-        (tmp_path / "other.json").write_text(json.dumps({**config, **difference}))
-        argv = flags(**changes, config_name=tmp_path / "other.json", output_dir=tmp_path / "bad")
-        with pytest.raises(InputError, match=re.escape(words)) as caught:
-            run_clm.main(argv)
-        assert "--config_name" in str(caught.value) and "drop one of the two" in str(caught.value)
-    assert not (tmp_path / "bad").exists()
 
 
 EARLY = {

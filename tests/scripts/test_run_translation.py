@@ -132,7 +132,7 @@ def test_the_second_start_reads_the_tokenized_data_from_the_cache(run_translatio
 
     first = run("a")
     assert len(first) == 1
-    assert run("b", pad_to_max_length=False) == first
+    assert run("b") == first
     overwritten = run("c", overwrite_cache=True)
     assert overwritten.keys() == first.keys()
     assert overwritten != first
@@ -206,15 +206,6 @@ def test_a_pretrained_model_with_a_prefix_goes_on_and_can_be_evaluated_alone(run
     flags |= {"model_name_or_path": tmp_path / "b", "output_dir": tmp_path / "c"}
     run_translation.main(to_argv(flags))
     assert read_results(tmp_path / "c")["eval_loss"] == pytest.approx(read_results(tmp_path / "b")["eval_loss"])
-
-
-def test_padding_everything_to_the_maximum_changes_no_loss(run_translation, data, tmp_path):
-    flags = {**TINY, **data, "do_train": True, "do_eval": True, "max_steps": 2, "save_strategy": "no"}
-    flags |= {"cache_dir": tmp_path / "cache"}
-    for name in ("False", "True"):
-        run_translation.main(to_argv({**flags, "pad_to_max_length": name, "output_dir": tmp_path / name}))
-    losses = [read_results(tmp_path / name)["eval_loss"] for name in ("False", "True")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_multilingual_tokenizer_is_told_its_languages(run_translation, data, tmp_path):

@@ -119,7 +119,6 @@ class QualityArguments:
     num_eval_images: int = flag(
         10_000, "Images generated for a measurement, and training images they are measured against."
     )
-    per_pass_images: int = flag(256, "Images that the measuring network gets at a time.")
     overwrite_output_dir: bool = flag(
         False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
     )
@@ -207,7 +206,7 @@ def make_quality(
             )
         extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], quality.per_pass_images, device)
+    return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)
 
 
 def load_generator(folder: Path, sizes: dict) -> Generator:

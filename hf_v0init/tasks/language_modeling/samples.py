@@ -203,6 +203,10 @@ class TokenRows:
         )
         return [values[offset : offset + stop - start] for values in whole]
 
+    def read_all(self) -> np.ndarray:
+        """Return all tokens."""
+        return self.read(0, self.num_tokens)[0] if self.num_tokens else np.zeros(0, dtype=np.int64)
+
 
 class TokenWindows(torch.utils.data.Dataset):
     """All rows' tokens as one stream, cut into windows in which every token is a target exactly once.
@@ -324,17 +328,25 @@ class PaddingCollator:
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (samples, length)."""
-        length = self.length or max(len(sample["input_ids"]) for sample in samples)
-        multiple = self.pad_to_multiple_of or 1
-        shape = (len(samples), -(-length // multiple) * multiple)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, NO_TARGET),
-        }
-        for row, sample in enumerate(samples):
-            num_tokens = len(sample["input_ids"])
-            batch["input_ids"][row, :num_tokens] = torch.as_tensor(sample["input_ids"])
-            batch["attention_mask"][row, :num_tokens] = 1
-            batch["labels"][row, :num_tokens] = torch.as_tensor(sample["labels"])
-        return batch
+        length, multiple = (
+            self.length or max(len(sample["input_ids"]) for sample in samples),
+            self.pad_to_multiple_of or 1,
+        )
+        length = -(-length // multiple) * multiple
+        input_ids, mask = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, length)
+        labels, _ = pad_rows([sample["labels"] for sample in samples], NO_TARGET, length)
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_rows(
+    rows: list, filling: int, length: int | None = None, at_left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join rows of token ids to int64 (rows, longest or `length`), and return its mask, too (1: no padding)."""
+    length = length or max(len(row) for row in rows)
+    values = torch.full((len(rows), length), filling)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(length - len(row), length) if at_left else slice(0, len(row))
+        values[number, place] = torch.as_tensor(row, dtype=torch.long)
+        mask[number, place] = 1
+    return values, mask

@@ -26,13 +26,6 @@ MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, b
 class LanguageModelArguments(TextModelArguments):
     """model: which model, which tokenizer"""
 
-    config_may_join: ClassVar[bool] = True
-
-    config_name: str | None = flag(
-        None,
-        "From scratch: a configuration, by Hub name, folder or JSON file. With --model_name_or_path: what differs from the "
-        "model's own without changing its weights, such as dropout.",
-    )
     tokenizer_kind: str = flag(
         "bpe",
         "From scratch without a tokenizer, one is trained on the training text and saved: 'bpe' (byte-level BPE), or "

@@ -180,56 +180,27 @@ def _require_text(pairs: datasets.Dataset | datasets.IterableDataset, role: str)
     return pairs
 
 
-def leave_out(dataset, is_kept, what: str, remedy: str):
-    """Leave training pairs out, and say how many in one line.
-
-    Args:
-        is_kept: maps a batch of rows to a list of booleans.
-        what: what is wrong with those left out, after "pairs".
+def leave_out_empty_pairs(pairs):
+    """Leave training pairs out of which a side is empty or white space; say how many, but of a stream.
 
     Raises:
-        InputError: all are, with `remedy`.
+        InputError: all are.
     """
-    if is_stream(dataset):
-        return dataset.filter(is_kept, batched=True)
-    kept, start, first = [], 0, None
-    for rows in dataset.iter(batch_size=1000):
-        flags = is_kept(rows)
-        kept += [start + index for index, keep in enumerate(flags) if keep]
-        first = start + flags.index(False) + 1 if first is None and False in flags else first
-        start += len(flags)
-    if first is None:
-        return dataset
-    if not kept:
-        raise InputError(f"the train set: all pairs {what}; {remedy}")
+
+    def has_text(rows) -> list[bool]:
+        return [bool(s.strip() and t.strip()) for s, t in zip(rows["source"], rows["target"], strict=True)]
+
+    if is_stream(pairs):
+        return pairs.filter(has_text, batched=True)
+    kept = [keep for rows in pairs.iter(batch_size=1000) for keep in has_text(rows)]
+    if all(kept):
+        return pairs
+    if not any(kept):
+        raise InputError("the train set: all pairs have an empty side; give pairs of sentences")
     logger.info(
-        f"train: {len(dataset) - len(kept)} of {len(dataset)} pairs {what} (the first: {first}) and are left out"
+        f"train: {kept.count(False)} of {len(kept)} pairs have an empty side (the first: {kept.index(False) + 1}) and are left out"
     )
-    return dataset.select(kept)
-
-
-def leave_out_empty_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
-    """Leave training pairs out of which a side is empty or white space."""
-    return leave_out(
-        pairs,
-        lambda rows: [bool(s.strip() and t.strip()) for s, t in zip(rows["source"], rows["target"], strict=True)],
-        "have an empty side",
-        "give pairs of sentences",
-    )
-
-
-def leave_out_unlike_lengths(tokenized: datasets.Dataset, max_ratio: float | None) -> datasets.Dataset:
-    """Leave training pairs out whose one side has more than `max_ratio` times the tokens of the other; None: none."""
-    if max_ratio is None:
-        return tokenized
-
-    def is_alike(rows) -> list[bool]:
-        lengths = [(len(s), len(t)) for s, t in zip(rows["input_ids"], rows["labels"], strict=True)]
-        return [max(pair) <= max_ratio * min(pair) for pair in lengths]
-
-    return leave_out(
-        tokenized, is_alike, f"differ by more than {max_ratio} times in tokens", "raise --max_length_ratio"
-    )
+    return pairs.select([index for index, keep in enumerate(kept) if keep])
 
 
 def tokenize_pairs(
@@ -239,8 +210,6 @@ def tokenize_pairs(
     max_source_length: int,
     max_target_length: int,
     source_prefix: str = "",
-    pad_to_max_length: bool = False,
-    label_pad_token_id: int = -100,
     **map_options,
 ) -> datasets.Dataset:
     """Tokenize the columns "source" and "target".
@@ -250,31 +219,23 @@ def tokenize_pairs(
 
     Returns:
         A data set with "input_ids", "attention_mask" and, where there are targets, "labels", truncated to the
-        lengths given, padded only if asked to (labels with `label_pad_token_id`). Of a stream, a stream.
+        lengths given. Of a stream, a stream.
     """
-    padding = "max_length" if pad_to_max_length else False
 
     def tokenize(rows):
         inputs = tokenizer(
             [source_prefix + text for text in rows["source"]],
             max_length=max_source_length,
-            padding=padding,
             truncation=True,
             return_token_type_ids=False,
         )
         tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if "target" not in rows:
             return tokens
-        targets = tokenizer(text_target=rows["target"], max_length=max_target_length, padding=padding, truncation=True)
-        labels = targets["input_ids"]
-        if pad_to_max_length:
-            labels = [
-                [token if real else label_pad_token_id for token, real in zip(row, mask, strict=True)]
-                for row, mask in zip(labels, targets["attention_mask"], strict=True)
-            ]
-        return {**tokens, "labels": labels}
+        targets = tokenizer(text_target=rows["target"], max_length=max_target_length, truncation=True)
+        return {**tokens, "labels": targets["input_ids"]}
 
-    key = ("pairs", source_prefix, max_source_length, max_target_length, pad_to_max_length, label_pad_token_id)
+    key = ("pairs", source_prefix, max_source_length, max_target_length)
     return map_with_cache(pairs, tokenize, tokenizer, None, key, **map_options)
 
 

@@ -33,7 +33,6 @@ from .metrics import TranslationMetrics, make_bleu
 from .pairs import (
     PairCollator,
     leave_out_empty_pairs,
-    leave_out_unlike_lengths,
     load_pair_files,
     select_pairs,
     tokenize_pairs,
@@ -142,18 +141,11 @@ class DataArguments(TextDataArguments):
         "Longest generated sentence in tokens, and longest evaluation target for eval_loss (BLEU and chrF take the whole "
         "references). Default: --max_target_length.",
     )
-    max_length_ratio: float | None = flag(
-        None, "Leave training pairs out whose one side has more than so many times the tokens of the other, such as 2."
-    )
-    pad_to_max_length: bool = flag(False, "Pad everything to the maximum lengths, not to the longest of the batch.")
-    ignore_pad_token_for_loss: bool = flag(True, "Leave padding out of the loss. Default: True.")
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
-        if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
-            raise InputError(f"--max_length_ratio={self.max_length_ratio}: must be 1 or more, such as 2")
         if self.source_lang is not None and self.source_lang == self.target_lang:
             raise InputError(
                 f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
@@ -289,7 +281,7 @@ class TranslationTask(Task):
         return network
 
     def tokenize(self, rows, role: str):
-        """Tokenize the pairs of a role; say how many are cut off, and leave training pairs of unlike lengths out."""
+        """Tokenize the pairs of a role; say how many are cut off."""
         data = self.data
         max_target_length = data.max_target_length if role == "train" else data.val_max_target_length
         tokenized = tokenize_pairs(
@@ -298,13 +290,11 @@ class TranslationTask(Task):
             max_source_length=data.max_source_length,
             max_target_length=max_target_length,
             source_prefix=data.source_prefix,
-            pad_to_max_length=data.pad_to_max_length,
-            label_pad_token_id=self.label_padding,
             **data.choose_map_options(self.training, self.model.cache_dir),
         )
         limits = {"input_ids": ("sources", data.max_source_length), "labels": ("targets", max_target_length)}
         for column, (name, limit) in limits.items():
-            if is_stream(tokenized) or data.pad_to_max_length or column not in tokenized.column_names:
+            if is_stream(tokenized) or column not in tokenized.column_names:
                 continue
             full = sum(
                 len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column]
@@ -313,12 +303,7 @@ class TranslationTask(Task):
                 logger.info(
                     f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off"
                 )
-        return leave_out_unlike_lengths(tokenized, data.max_length_ratio) if role == "train" else tokenized
-
-    @property
-    def label_padding(self) -> int:
-        """What fills up the labels of a batch."""
-        return -100 if self.data.ignore_pad_token_for_loss else self.tokenizer.pad_token_id
+        return tokenized
 
     def make_collator(self) -> PairCollator:
         """Make what pads pairs to a batch."""
@@ -329,7 +314,6 @@ class TranslationTask(Task):
         return PairCollator(
             self.tokenizer,
             model=self.network,
-            label_pad_token_id=self.label_padding,
             padding="max_length" if joins_batches else True,
             max_length=max(data.max_source_length, data.max_target_length) if joins_batches else None,
             pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
