@@ -1,12 +1,7 @@
 """scripts/run_dcgan.py from end to end on small images: training, figures, resume, processes, and what it refuses."""
 
-import importlib
 import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
+from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, start, to_argv  # noqa: F401
 
 from hf_v0init.compare.process import judge_output
 from hf_v0init.errors import InputError
@@ -24,27 +19,8 @@ from hf_v0init.tasks.gan.dcgan import Generator
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_dcgan.py"
-
-
-def load_script():
-    return importlib.import_module("hf_v0init.tasks.gan.script")
-
-
-run_dcgan = load_script()
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """The script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    transformers_logging.set_verbosity_warning()
-    datasets.enable_progress_bars()
+run_dcgan = load_script("dcgan")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +54,7 @@ def make_flags(images, output_dir, **options) -> list[str]:
     flags |= {"do_train": True, "do_eval": True, "logging_steps": 2, "save_strategy": "no", "disable_tqdm": True}
     if options.get("v0_init", "zeros") != "zeros":
         flags["v0_decay"] = "beta2"
-    return [f"--{name}={value}" for name, value in (flags | options).items()]
+    return to_argv(flags | options)
 
 
 def run(images, output_dir, **options) -> Path:
@@ -315,15 +291,11 @@ def test_a_data_set_by_name(images, tmp_path, labelled):
 @pytest.mark.slow
 def test_two_processes_train_one_model_with_one_v0(images, tmp_path):
     """Each network's v0 is that of one process for the same images, but for the batches they are dealt in."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     options = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 4, "v0_record_run": True}
     options |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
 
     def launch(folder, **more):
-        return subprocess.run(
-            [*torchrun, *make_flags(images, folder, **(options | more))],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+        return start(*TORCHRUN, SCRIPT, *make_flags(images, folder, **(options | more)))
 
     done = launch(tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -455,9 +427,6 @@ def test_a_diverging_run_says_so_and_ends_with_status_1(images, tmp_path, capsys
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *make_flags(images, tmp_path / "out", image_size=30)],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = start(SCRIPT, *make_flags(images, tmp_path / "out", image_size=30))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: image_size=30")

@@ -8,8 +8,9 @@ import datasets
 import pytest
 import sacrebleu
 import torch
+from script_runs import quiet_logging, to_argv  # noqa: F401
 from test_right_results import LONG
-from test_run_translation import TINY, to_argv
+from test_run_translation import TINY
 from transformers import (
     AutoTokenizer,
     M2M100Config,
@@ -32,12 +33,6 @@ from hf_v0init.tasks.translation.pairs import (
     leave_out_empty_pairs,
     load_pair_files,
 )
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
 
 
 @pytest.fixture(scope="module")
