@@ -190,8 +190,6 @@ class TextModelArguments(ModelArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         self._require_place("tokenizer_name", self.tokenizer_name)
-        if self.vocab_size < 1:
-            raise InputError(f"--vocab_size={self.vocab_size}: must be 1 or more")
 
     def get_tokenizer(
         self, texts: Iterable[str] | None, place: str | None, train: Callable[[Iterable[str]], PreTrainedTokenizerBase]

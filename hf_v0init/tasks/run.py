@@ -27,7 +27,7 @@ from .script_support import explain_hub_errors, flag, parse_arguments, say, star
 from .script_trainer import CARD_FILE
 from .summary import print_summary
 from .token_budget import build_token_budget_sampler
-from .value_checks import require_available_metric, require_in_range, require_positive_counts
+from .value_checks import require_available_metric
 
 logger = logging.getLogger("hf_v0init")
 
@@ -37,7 +37,7 @@ class RunArguments:
     """run: how it trains and what it keeps, beside transformers' own flags
 
     Raises:
-        InputError: numbers out of range.
+        InputError: a flag that needs another one.
     """
 
     overwrite_output_dir: bool = flag(
@@ -83,8 +83,6 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        require_positive_counts(self, "max_length_b", "num_sample_translations")
-        require_in_range(self)
         require_possible_figure(self)
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise InputError(

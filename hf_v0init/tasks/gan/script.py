@@ -29,7 +29,6 @@ from ..models import HubArguments
 from ..output_folder import find_place_to_start, remove_what_is_stale
 from ..run_identity import describe_run
 from ..script_support import exit_with_line, flag, parse_arguments, run_script, say, start_logging
-from ..value_checks import require_positive_counts
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
 from .training import DivergedError, GanRun
@@ -67,9 +66,6 @@ class ModelArguments:
     latent_size: int = flag(100, "Elements of the generator's noise.")
     base_channels: int = flag(64, "Channels of both networks at half the image's size; they double with each halving.")
 
-    def __post_init__(self):
-        require_positive_counts(self)
-
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
@@ -97,11 +93,6 @@ class DataArguments(DatasetArguments, HubArguments):
         None, "Train on so many of the images, chosen at random, the same in every run."
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.image_size is not None:
-            count_doublings(self.image_size)
-
 
 @dataclass
 class QualityArguments:
@@ -124,7 +115,6 @@ class QualityArguments:
     )
 
     def __post_init__(self):
-        require_positive_counts(self)
         if self.num_eval_images < SMALLEST_EVAL:
             raise InputError(f"--num_eval_images={self.num_eval_images}: one image has no covariance; give 2 or more")
         if self.inception_weights is not None and self.feature_extractor != "inception":

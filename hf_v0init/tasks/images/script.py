@@ -124,17 +124,10 @@ class DataArguments(SplitDataArguments):
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
-        percentage = self.validation_split_percentage
-        if percentage is not None and not 0 < percentage < 100:
-            raise InputError(f"--validation_split_percentage={percentage}: must lie between 0 and 100")
-        if percentage is not None and self.validation_dir:
+        if self.validation_split_percentage is not None and self.validation_dir:
             raise InputError("--validation_split_percentage and --validation_dir: give one of them")
-        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            raise InputError(f"--crop_fraction={self.crop_fraction}: must be above 0 and at most 1")
         if self.crop_padding is not None and self.random_crop != "pad":
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
-        if self.crop_padding is not None and self.crop_padding < 1:
-            raise InputError(f"--crop_padding={self.crop_padding}: must be 1 or more")
 
 
 class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, ImageDrawsMixin, V0InitTrainer):

@@ -86,11 +86,6 @@ class DataArguments(LanguageDataArguments):
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
-        if not 0 < self.mlm_probability < 1:
-            raise InputError(f"--mlm_probability={self.mlm_probability}: must lie between 0 and 1, such as 0.15")
-        for name in ("mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name}={getattr(self, name)}: must be at least 0 and at most 1")
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise InputError(
                 f"--mask_replace_prob={self.mask_replace_prob} and --random_replace_prob={self.random_replace_prob}: together "

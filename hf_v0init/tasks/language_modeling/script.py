@@ -138,11 +138,6 @@ class SamplingArguments:
     )
     max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        if self.max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens={self.max_new_tokens}: must be 1 or more")
-
 
 class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
     """With exact evaluation and, where asked, contiguous streams and token-budget batches."""

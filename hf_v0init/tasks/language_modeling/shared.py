@@ -52,14 +52,6 @@ class LanguageDataArguments(TextDataArguments):
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if not 0 < self.validation_split_percentage < 100:
-            raise InputError(
-                f"--validation_split_percentage={self.validation_split_percentage}: must lie between 0 and 100"
-            )
-
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: the one named, else 'text', else the first."""
         names = list_columns(rows)

@@ -6,7 +6,6 @@
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ..data import TextDataArguments, find_needed_roles, is_stream, limit_rows
+from ..data import ROLES, TextDataArguments, find_needed_roles, is_stream, limit_rows
 from ..models import TextModelArguments, override_config, require_buildable
 from ..run import RunArguments, Task, run, tokenize_first_on_main
 from ..script_support import flag, run_script
@@ -29,14 +28,8 @@ from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, GenerationMixin, choose_generation, require_effect
 from .languages import choose_languages, get_language
-from .metrics import TranslationMetrics, make_bleu
-from .pairs import (
-    PairCollator,
-    leave_out_empty_pairs,
-    load_pair_files,
-    select_pairs,
-    tokenize_pairs,
-)
+from .metrics import TranslationMetrics, make_bleu, write_predictions
+from .pairs import PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
 from .sorted_evaluation import LengthSortedEvaluationMixin
 
@@ -105,10 +98,9 @@ class ModelArguments(TextModelArguments):
 class DataArguments(TextDataArguments):
     """data: what it is trained and measured on"""
 
-    local_flags: ClassVar[tuple[str, ...]] = (
-        "train_file", "validation_file", "test_file", "train_source_file", "train_target_file", "validation_source_file",
-        "validation_target_file", "test_source_file", "test_target_file",
-    )  # fmt: skip
+    local_flags: ClassVar[tuple[str, ...]] = tuple(
+        f"{role}_{kind}" for kind in ("file", "source_file", "target_file") for role in ROLES
+    )
 
     dataset_name: str | None = flag(
         None,
@@ -190,6 +182,7 @@ class TranslationTask(Task):
         data, training = self.data, self.training
         if training.batch_eval_metrics:
             raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
+        self.generation.require_room()
         if self.model.model_name_or_path is None:  # or the model has generation settings of its own
             beams = self.generation.num_beams or training.generation_num_beams or 1
             require_effect(self.generation, beams, data.val_max_target_length)
@@ -308,9 +301,8 @@ class TranslationTask(Task):
     def make_collator(self) -> PairCollator:
         """Make what pads pairs to a batch."""
         data, training = self.data, self.training
-        joins_batches = (
-            data.streaming and training.world_size > 1
-        )  # across processes, so they must all be of one length
+        # a stream's batches are cut and joined across processes, so they must all be of one length
+        joins_batches = data.streaming and training.world_size > 1
         return PairCollator(
             self.tokenizer,
             model=self.network,
@@ -389,19 +381,6 @@ class TranslationTask(Task):
             card.pop("dataset_tags")
         languages = [lang.split("_")[0] for lang in (data.source_lang, data.target_lang) if lang]
         return card | ({"language": languages} if languages else {})
-
-
-def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:
-    """Write the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
-    their source to a line of generated_nbest.jsonl. In the order of the test set.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [" ".join(best[0].split()) + "\n" for best in texts]
-    (folder / "generated_predictions.txt").write_text("".join(lines), encoding="utf-8")
-    if texts and len(texts[0]) > 1:
-        rows = [{"source": source, "translations": best} for source, best in zip(sources, texts, strict=True)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "generated_nbest.jsonl").write_text(text, encoding="utf-8")
 
 
 ARGUMENTS = TranslationTask.arguments
