@@ -25,7 +25,7 @@ from ..data import SplitDataArguments, find_needed_roles
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
-from ..script_trainer import ScriptTrainerMixin
+from ..script_trainer import AnnounceEpoch, ScriptTrainerMixin
 from ..token_loss import TokenCrossEntropy
 from .augmentation import RANDOM_CROPS, Augmentation
 from .cifar_resnet import CifarResNetConfig
@@ -39,7 +39,7 @@ from .folders import (
     split_off_validation,
 )
 from .format import IMAGE_MODES, ImageFormat, build_processor, choose_format, load_format, measure_mean_and_std
-from .samples import ImageDrawsMixin, ImageSamples, stack_samples
+from .samples import ImageSamples, stack_samples
 from .top_k_accuracy import ExactAccuracyMixin
 
 logger = logging.getLogger("hf_v0init")
@@ -130,8 +130,8 @@ class DataArguments(SplitDataArguments):
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
 
 
-class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, ImageDrawsMixin, V0InitTrainer):
-    """With exact evaluation and reproducible augmentation."""
+class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, V0InitTrainer):
+    """With exact evaluation."""
 
 
 class ImageTask(Task):
@@ -208,7 +208,7 @@ class ImageTask(Task):
 
     def make_trainer(self, samples: dict[str, Any], **common) -> ImageTrainer:
         """Make the Trainer."""
-        return ImageTrainer(
+        trainer = ImageTrainer(
             model=self.network,
             train_dataset=samples.get("train"),
             eval_dataset=samples.get("validation"),
@@ -217,6 +217,9 @@ class ImageTask(Task):
             compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
             **common,
         )
+        if "train" in samples:
+            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
+        return trainer
 
     def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
         """Say the accuracy."""

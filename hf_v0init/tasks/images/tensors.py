@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
+from .augmentation import to_image
 from .folders import LabelledImages
 from .format import ImageFormat, decode_image
 
@@ -41,17 +41,17 @@ def write_image_grid(pixels: torch.Tensor, path, num_columns: int = 8) -> None:
     """Write uint8 images of shape (n, 1 or 3, height, width) as one PNG, row by row, whole or not at all."""
     num, channels, height, width = pixels.shape
     factor = max(1, -(-SMALLEST_TILE // max(height, width)))
-    tiles = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    tiles = tiles.permute(0, 2, 3, 1).numpy()
-    step_y, step_x = height * factor + GRID_PADDING, width * factor + GRID_PADDING
+    size = width * factor, height * factor
+    step_x, step_y = size[0] + GRID_PADDING, size[1] + GRID_PADDING
     num_columns = min(num_columns, num)
-    num_rows = -(-num // num_columns)
-    canvas = np.full((num_rows * step_y + GRID_PADDING, num_columns * step_x + GRID_PADDING, channels), 255, np.uint8)
-    for number, tile in enumerate(tiles):
-        y, x = GRID_PADDING + number // num_columns * step_y, GRID_PADDING + number % num_columns * step_x
-        canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+    whole = num_columns * step_x + GRID_PADDING, -(-num // num_columns) * step_y + GRID_PADDING
+    canvas = Image.new("L" if channels == 1 else "RGB", whole, "white")
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(number, num_columns)
+        tile = to_image(image).resize(size, Image.Resampling.NEAREST)
+        canvas.paste(tile, (GRID_PADDING + column * step_x, GRID_PADDING + row * step_y))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(aside, format="PNG")
+    canvas.save(aside, format="PNG")
     aside.replace(path)

@@ -22,11 +22,11 @@ from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..run import RunArguments, run, tokenize_first_on_main
 from ..script_support import flag, run_script, say
-from ..script_trainer import ScriptTrainerMixin
+from ..script_trainer import AnnounceEpoch, ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
 from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words
-from .masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking
+from .masking import MaskedSamples, MaskedStream, Masking
 from .perplexity import MaskedPerplexityMixin
 from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
@@ -182,7 +182,7 @@ class MaskedTask(LanguageTask):
             **common,
         )
         if isinstance(samples.get("train"), MaskedSamples):
-            trainer.add_callback(AnnounceEpoch(samples["train"]))
+            trainer.add_callback(AnnounceEpoch(samples["train"].set_epoch))
         return trainer
 
     @torch.no_grad()
