@@ -24,7 +24,7 @@ from .probing import probe_and_print, require_possible_figure, turn_into_probe
 from .run_identity import describe_run, require_same_model
 from .schedules import require_possible_schedule
 from .script_support import explain_hub_errors, flag, parse_arguments, say, start_logging
-from .script_trainer import CARD_FILE
+from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
 from .token_budget import build_token_budget_sampler
 from .value_checks import require_available_metric
@@ -95,6 +95,7 @@ class Task:
 
     Attributes:
         arguments: dataclasses of flags: model, data, run, the Trainer's, and further ones.
+        trainer_class: of the Trainer that trains and measures.
         examples: commands for `--help`.
         metrics: names of what its evaluations measure, without "eval_".
         missing_metrics: those that the flags have left out, with what would produce them.
@@ -104,6 +105,7 @@ class Task:
     """
 
     arguments: ClassVar[tuple[type, ...]]
+    trainer_class: ClassVar[type[Trainer]]
     examples: ClassVar[str] = ""
     metrics: Sequence[str] = ("loss",)
     missing_metrics: ClassVar[dict[str, str]] = {}
@@ -121,7 +123,9 @@ class Task:
         return self.model.load_config()
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load data, tokenizer and model; return the samples of each role: "train", "validation", "test".
+        """Load data, tokenizer and model (`network`); return the samples of each role: "train", "validation", "test".
+
+        Samples whose draws depend on the epoch are told it by `begin_epoch`.
 
         Args:
             place: the folder that the run goes on from, if any.
@@ -132,9 +136,22 @@ class Task:
         """Make what joins samples to a batch."""
         raise NotImplementedError
 
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
+        raise NotImplementedError
+
     def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
         """Make the Trainer of these samples; `common` are further arguments of it."""
-        raise NotImplementedError
+        trainer = self.trainer_class(
+            model=self.network,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            **self.choose_trainer_options(samples),
+            **common,
+        )
+        if hasattr(samples.get("train"), "begin_epoch"):
+            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
+        return trainer
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         """Evaluate on the validation samples; return the metrics."""

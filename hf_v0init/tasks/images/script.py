@@ -25,7 +25,7 @@ from ..data import SplitDataArguments, find_needed_roles
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
-from ..script_trainer import AnnounceEpoch, ScriptTrainerMixin
+from ..script_trainer import ScriptTrainerMixin
 from ..token_loss import TokenCrossEntropy
 from .augmentation import RANDOM_CROPS, Augmentation
 from .cifar_resnet import CifarResNetConfig
@@ -138,6 +138,7 @@ class ImageTask(Task):
     """Image classification: folders or the Hub, any classifier of transformers, accuracy."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
+    trainer_class = ImageTrainer
     examples = EXAMPLES
     metrics = ("loss", "accuracy", "top5_accuracy", "num_images")
     card_task = "image-classification"
@@ -206,20 +207,11 @@ class ImageTask(Task):
         """Return what joins samples to a batch."""
         return stack_samples
 
-    def make_trainer(self, samples: dict[str, Any], **common) -> ImageTrainer:
-        """Make the Trainer."""
-        trainer = ImageTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=build_processor(self.image_format),
-            # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
-            compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
-            **common,
-        )
-        if "train" in samples:
-            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
-        return trainer
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose processor and loss."""
+        # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
+        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
+        return {"processing_class": build_processor(self.image_format), "compute_loss_func": loss}
 
     def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
         """Say the accuracy."""

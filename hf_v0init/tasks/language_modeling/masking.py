@@ -115,6 +115,8 @@ class MaskedSamples(torch.utils.data.Dataset):
         """Choose the masks of an epoch of training; evaluation stays as it is."""
         self._epoch.fill_(epoch)
 
+    begin_epoch = set_epoch
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -147,6 +147,7 @@ class CausalTask(LanguageTask):
     """Causal language modelling: blocks, contiguous streams, or prompts with completions."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SamplingArguments)
+    trainer_class = CausalTrainer
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
     card_task = "text-generation"
@@ -199,21 +200,7 @@ class CausalTask(LanguageTask):
 
     def make_collator(self) -> PaddingCollator | SegmentCollator:
         """Make what joins samples to a batch."""
-        if self.reads_streams:
-            return SegmentCollator(self.tokenizer.pad_token_id)
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
-
-    def make_trainer(self, samples: dict[str, Any], **common) -> CausalTrainer:
-        """Make the Trainer."""
-        return CausalTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=self.tokenizer,
-            max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
-            **common,
-        )
+        return SegmentCollator(self.tokenizer.pad_token_id) if self.reads_streams else super().make_collator()
 
     # ---- after training ----------------------------------------------------------------------------------------------
 

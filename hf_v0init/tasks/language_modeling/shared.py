@@ -18,6 +18,7 @@ from ..run import Task
 from ..script_support import flag
 from ..text_files import load_local_files, open_stream
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
+from .samples import PaddingCollator
 
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
@@ -82,6 +83,16 @@ class LanguageTask(Task):
     def make_samples(self) -> dict[str, Any]:
         """Make the samples of each role."""
         raise NotImplementedError
+
+    def make_collator(self) -> Any:
+        """Make what joins samples to a batch."""
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
+
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose tokenizer and token budget."""
+        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
     def refuse(self) -> None:
         """Refuse a token budget where all samples have one length."""

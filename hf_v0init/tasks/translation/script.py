@@ -165,6 +165,7 @@ class TranslationTask(Task):
     """Translation: pairs of sentences, beam search, BLEU and chrF."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitSeq2SeqTrainingArguments, GenerationArguments)
+    trainer_class = TranslationTrainer
     examples = EXAMPLES
     card_task = "translation"
     missing_metrics: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -311,22 +312,18 @@ class TranslationTask(Task):
             pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
         )
 
-    def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
-        """Make the Trainer."""
+    def choose_trainer_options(self, samples: dict) -> dict:
+        """Choose tokenizer, loss, metrics and how translations are generated."""
         training = self.training
         measures = "validation" in samples and training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
-        return TranslationTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=self.tokenizer,
-            compute_metrics=self.validation_metrics,
-            compute_loss_func=TokenCrossEntropy(training.label_smoothing_factor),
-            max_tokens_per_batch=self.options.max_tokens_per_batch if training.do_train else None,
-            generation=self.generation,
-            **common,
-        )
+        return {
+            "processing_class": self.tokenizer,
+            "compute_metrics": self.validation_metrics,
+            "compute_loss_func": TokenCrossEntropy(training.label_smoothing_factor),
+            "max_tokens_per_batch": self.options.max_tokens_per_batch if training.do_train else None,
+            "generation": self.generation,
+        }
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
         """Make what measures and keeps the translations of a role's pairs."""
