@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainingArguments
@@ -21,6 +20,7 @@ from ..records.checkpoints import (
 )
 from .run_identity import find_finished_step, list_changed_settings, require_same_run
 from .script_support import NothingToDoError
+from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
@@ -43,23 +43,12 @@ def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
         InputError: not a folder, not writable, or not empty without `overwrite`.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"the output folder {path} is a file; give another --output_dir")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise InputError(
             f"the output folder {path} is not empty; give another --output_dir or --overwrite_output_dir, "
             "or resume with --resume_from_checkpoint"
         )
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the output folder {path} cannot be written ({error.strerror}); give another --output_dir"
-        ) from error
+    require_makeable_folder("output_dir", str(path))
 
 
 def find_place_to_start(

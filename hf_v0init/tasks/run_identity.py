@@ -106,7 +106,7 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the flags with their values then and now.
     """
-    then = get_record((read_state(folder) or {}).get("stateful_callbacks", {}))
+    then = _read_record(folder)
     if then is None:
         return
     others = _list_differences(then.get("identity", {}), now.get("identity", {}))
@@ -122,7 +122,7 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
 
 def list_changed_settings(folder: str | os.PathLike, now: Mapping[str, Any]) -> list[str]:
     """List in which settings a finished run differs from the one asked for, in words."""
-    then = get_record((read_state(folder) or {}).get("stateful_callbacks", {})) or {}
+    then = _read_record(folder) or {}
     return _list_differences(
         then.get("settings", {}) | then.get("order", {}), now.get("settings", {}) | now.get("order", {})
     )
@@ -160,6 +160,10 @@ def find_finished_step(training: TrainingArguments) -> int | None:
         return step
     same = length == wanted or (length and training.max_steps > 0 and length["max_steps"] == training.max_steps)
     return step if same else None
+
+
+def _read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
+    return get_record((read_state(folder) or {}).get("stateful_callbacks", {}))
 
 
 def _list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

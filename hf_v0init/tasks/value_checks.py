@@ -99,7 +99,7 @@ def require_makeable_folder(name: str, folder: str | None) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"--{name}={folder}: {existing} is a file; give another folder")
+        raise InputError(f"--{name}={folder}: {existing} is a file, so the folder cannot be written; give another")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
