@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_v0init import InputError
 
-from ..records.checkpoints import find_defect
+from ..records.checkpoints import find_defect, list_checkpoints
 from .whole_weights import read_whole_weights
 
 
@@ -47,17 +46,13 @@ def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
     Raises:
         InputError: there are fewer.
     """
-    folders = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and folder.is_dir() and find_defect(folder) is None:
-            folders[int(step)] = folder
+    folders = [Path(folder) for folder in list_checkpoints(output_dir) if find_defect(folder) is None]
     if len(folders) < num_checkpoints:
         raise InputError(
             f"average_checkpoints={num_checkpoints}: {output_dir} has only {len(folders)} whole checkpoints; "
             "average fewer or save more often"
         )
-    return [folders[step] for step in sorted(folders)[-num_checkpoints:]]
+    return folders[:num_checkpoints][::-1]
 
 
 def load_average_of_last(trainer, num_checkpoints: int) -> list[Path]:

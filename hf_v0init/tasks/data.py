@@ -15,7 +15,6 @@ from hf_v0init import InputError
 
 from .models import HubArguments
 from .script_support import flag
-from .value_checks import require_positive_counts
 
 ROLES = ("train", "validation", "test")
 CACHE_FOLDER = "hf_v0init"
@@ -33,7 +32,6 @@ class DatasetArguments:
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        require_positive_counts(self, "crop_padding")
         local = [name for name in self.local_flags if getattr(self, name)]
         if self.dataset_name and local:
             raise InputError(f"--dataset_name and --{local[0]}: give one source of data, not both")

@@ -67,7 +67,6 @@ class ModelArguments(HubArguments):
     kind: ClassVar[str]  # in words, for errors
     other_script: ClassVar[str] = ""  # that takes models which this one refuses
     needs_source: ClassVar[bool] = True
-    config_may_join: ClassVar[bool] = False  # whether a configuration may come beside pretrained weights
 
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
@@ -82,8 +81,7 @@ class ModelArguments(HubArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         ways = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
-        joined = self.config_may_join and ways == ["model_name_or_path", "config_name"]
-        if len(ways) > 1 and not joined:
+        if len(ways) > 1:
             raise InputError(f"--{ways[0]} and --{ways[1]}: give one source of the model, not both")
         if not ways and self.needs_source:
             raise InputError(
@@ -128,8 +126,6 @@ class ModelArguments(HubArguments):
             source = f"--model_type={self.model_type}" if self.model_type else f"--config_name={name}"
             changes = f"--config_overrides={self.config_overrides}" if self.config_overrides else source
             require_buildable(config, self.auto_class, changes)
-        elif self.config_name:
-            self._require_same_weights(config)
         return config
 
     def read_config(self, name: str | None) -> PreTrainedConfig:
@@ -167,27 +163,6 @@ class ModelArguments(HubArguments):
         logger.info(f"from scratch: {type(network).__name__}, {network.num_parameters():,} parameters")
         return network
 
-    def _require_same_weights(self, config: PreTrainedConfig) -> None:
-        """Refuse a configuration under which the pretrained weights would be left out, or others be drawn at random."""
-        own = self.read_config(self.model_name_or_path)
-        given = f"--config_name={self.config_name}: does not fit --model_name_or_path={self.model_name_or_path}"
-        remedy = "only what has no weights, such as dropout, may differ; drop one of the two"
-        if config.model_type != own.model_type:
-            raise InputError(f"{given}: it is of {config.model_type}, the model of {own.model_type}; {remedy}")
-        shapes, own_shapes = (self._list_shapes(each) for each in (config, own))
-        different = sorted(name for name in shapes.keys() | own_shapes if shapes.get(name) != own_shapes.get(name))
-        if different:
-            one, other = (str(each.get(different[0], "absent")) for each in (shapes, own_shapes))
-            raise InputError(f"{given}: {different[0]} is {one} by it and {other} in the model; {remedy}")
-
-    def _list_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-        try:
-            with torch.device("meta"):  # nothing is allocated
-                network = self.auto_class.from_config(copy.deepcopy(config), trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"the model cannot be made: {error}") from error
-        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
     def _require_type(self, model_type: str, what: str) -> None:
         if model_type not in self.model_types:
             (closest,) = difflib.get_close_matches(model_type, self.model_types, n=1, cutoff=0)
@@ -215,8 +190,6 @@ class TextModelArguments(ModelArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         self._require_place("tokenizer_name", self.tokenizer_name)
-        if self.vocab_size < 1:
-            raise InputError(f"--vocab_size={self.vocab_size}: must be 1 or more")
 
     def get_tokenizer(
         self, texts: Iterable[str] | None, place: str | None, train: Callable[[Iterable[str]], PreTrainedTokenizerBase]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainingArguments
@@ -21,6 +20,7 @@ from ..records.checkpoints import (
 )
 from .run_identity import find_finished_step, list_changed_settings, require_same_run
 from .script_support import NothingToDoError
+from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
@@ -43,52 +43,38 @@ def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
         InputError: not a folder, not writable, or not empty without `overwrite`.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"the output folder {path} is a file; give another --output_dir")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise InputError(
             f"the output folder {path} is not empty; give another --output_dir or --overwrite_output_dir, "
             "or resume with --resume_from_checkpoint"
         )
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the output folder {path} cannot be written ({error.strerror}); give another --output_dir"
-        ) from error
+    require_makeable_folder("output_dir", str(path))
 
 
 def find_place_to_start(
-    training: TrainingArguments, model_name_or_path: str | None, overwrite: bool, run: dict
+    training: TrainingArguments, overwrite: bool, run: dict, evaluates_anew: bool = False
 ) -> str | None:
     """Find where a run begins, and refuse what can be refused before any data is read.
 
     Args:
+        overwrite: whether the user asked to start afresh.
         run: what `describe_run` returned, held against the run that the output folder or the checkpoint is of.
+        evaluates_anew: a finished training is done, whatever results there are of it (the script evaluates it by another call).
 
     Returns:
         The folder to continue from, if any: a checkpoint, or the output folder of a run that is trained but not evaluated.
 
     Raises:
-        InputError: nothing to do, nothing to evaluate, an output folder that cannot be used, a checkpoint of another run, a
-            finished run that had other settings.
+        InputError: an output folder that cannot be used, a checkpoint of another run, a finished run that had other settings.
         NothingToDoError: the output folder holds this run from beginning to end.
     """
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
     if not training.do_train:
-        if model_name_or_path is None:
-            raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
         require_writable_output(training.output_dir, overwrite=True)
         return None
     if not overwrite and training.resume_from_checkpoint in (None, *IS_TRUE):
         step = find_finished_step(training)
         if step is not None:
-            require_stages_left(training, step, run)
+            require_stages_left(training, step, run, evaluates_anew)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
     if checkpoint is not None:
@@ -96,7 +82,7 @@ def find_place_to_start(
     return checkpoint
 
 
-def require_stages_left(training: TrainingArguments, step: int, run: dict, trains_only: bool = False) -> None:
+def require_stages_left(training: TrainingArguments, step: int, run: dict, evaluates_anew: bool) -> None:
     """Of a run that has been trained to its end: return if results are still to be made of it.
 
     Raises:
@@ -113,7 +99,7 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict, train
         )
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
-    if not left or trains_only:
+    if not left or evaluates_anew:
         raise NothingToDoError(
             f"{folder}: finished at step {step}; nothing to do. {anew.capitalize()}; to train longer, a larger --max_steps or "
             f"--num_train_epochs; to measure again, --model_name_or_path {folder} without --do_train"

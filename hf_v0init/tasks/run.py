@@ -23,11 +23,11 @@ from .output_folder import RemoveWhatIsStale, find_place_to_start
 from .probing import probe_and_print, require_possible_figure, turn_into_probe
 from .run_identity import describe_run, require_same_model
 from .schedules import require_possible_schedule
-from .script_support import explain_hub_errors, flag, parse_arguments, start_logging
-from .script_trainer import CARD_FILE
-from .summary import print_summary, say
+from .script_support import explain_hub_errors, flag, parse_arguments, say, start_logging
+from .script_trainer import CARD_FILE, AnnounceEpoch
+from .summary import print_summary
 from .token_budget import build_token_budget_sampler
-from .value_checks import require_available_metric, require_in_range, require_positive_counts
+from .value_checks import require_available_metric
 
 logger = logging.getLogger("hf_v0init")
 
@@ -37,7 +37,7 @@ class RunArguments:
     """run: how it trains and what it keeps, beside transformers' own flags
 
     Raises:
-        InputError: numbers out of range.
+        InputError: a flag that needs another one.
     """
 
     overwrite_output_dir: bool = flag(
@@ -83,8 +83,6 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        require_positive_counts(self, "max_length_b", "num_sample_translations")
-        require_in_range(self)
         require_possible_figure(self)
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise InputError(
@@ -97,6 +95,7 @@ class Task:
 
     Attributes:
         arguments: dataclasses of flags: model, data, run, the Trainer's, and further ones.
+        trainer_class: of the Trainer that trains and measures.
         examples: commands for `--help`.
         metrics: names of what its evaluations measure, without "eval_".
         missing_metrics: those that the flags have left out, with what would produce them.
@@ -106,6 +105,7 @@ class Task:
     """
 
     arguments: ClassVar[tuple[type, ...]]
+    trainer_class: ClassVar[type[Trainer]]
     examples: ClassVar[str] = ""
     metrics: Sequence[str] = ("loss",)
     missing_metrics: ClassVar[dict[str, str]] = {}
@@ -123,7 +123,9 @@ class Task:
         return self.model.load_config()
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load data, tokenizer and model; return the samples of each role: "train", "validation", "test".
+        """Load data, tokenizer and model (`network`); return the samples of each role: "train", "validation", "test".
+
+        Samples whose draws depend on the epoch are told it by `begin_epoch`.
 
         Args:
             place: the folder that the run goes on from, if any.
@@ -134,9 +136,22 @@ class Task:
         """Make what joins samples to a batch."""
         raise NotImplementedError
 
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
+        raise NotImplementedError
+
     def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
         """Make the Trainer of these samples; `common` are further arguments of it."""
-        raise NotImplementedError
+        trainer = self.trainer_class(
+            model=self.network,
+            train_dataset=samples.get("train"),
+            eval_dataset=samples.get("validation"),
+            **self.choose_trainer_options(samples),
+            **common,
+        )
+        if hasattr(samples.get("train"), "begin_epoch"):
+            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
+        return trainer
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         """Evaluate on the validation samples; return the metrics."""
@@ -185,8 +200,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     require_possible_run(task)
     task.refuse()
     identity = describe_run(training, task.model, task.data, options, *task.others)
-    name = task.model.model_name_or_path
-    place = find_place_to_start(training, name, options.overwrite_output_dir, identity)
+    place = find_place_to_start(training, options.overwrite_output_dir, identity)
     config = task.load_config()
     require_same_model(place, config)
     set_seed(training.seed)
@@ -214,6 +228,10 @@ def run(task_class: type[Task], argv: list[str]) -> None:
 def require_possible_run(task: Task) -> None:
     """Refuse what the flags that all tasks share rule out."""
     training, options = task.training, task.options
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if not training.do_train and task.model.model_name_or_path is None:
+        raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
     streaming = getattr(task.data, "streaming", False)
     if streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")

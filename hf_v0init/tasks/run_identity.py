@@ -31,7 +31,7 @@ IDENTITY_FLAGS = (
     "dataset_name", "dataset_config_name", "dataset_revision", "source_lang", "target_lang", "source_column", "target_column",
     "text_column", "prompt_column", "completion_column", "image_column", "label_column", "source_prefix", "prompt_prefix",
     "model_name_or_path", "model_type", "tokenizer_name", "tokenizer_kind", "vocab_size", "max_source_length",
-    "max_target_length", "block_size", "max_train_samples", "max_length_ratio", "streaming", "whole_word_mask", "line_by_line",
+    "max_target_length", "block_size", "max_train_samples", "streaming", "whole_word_mask", "line_by_line",
     "mlm_probability", "optim", "optim_args", "v0_optimizer", "latent_size", "base_channels",
 )  # fmt: skip
 # With another value the run goes on, but not as it would have: the order of the samples is another.
@@ -106,7 +106,7 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the flags with their values then and now.
     """
-    then = get_record((read_state(folder) or {}).get("stateful_callbacks", {}))
+    then = _read_record(folder)
     if then is None:
         return
     others = _list_differences(then.get("identity", {}), now.get("identity", {}))
@@ -122,7 +122,7 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
 
 def list_changed_settings(folder: str | os.PathLike, now: Mapping[str, Any]) -> list[str]:
     """List in which settings a finished run differs from the one asked for, in words."""
-    then = get_record((read_state(folder) or {}).get("stateful_callbacks", {})) or {}
+    then = _read_record(folder) or {}
     return _list_differences(
         then.get("settings", {}) | then.get("order", {}), now.get("settings", {}) | now.get("order", {})
     )
@@ -160,6 +160,10 @@ def find_finished_step(training: TrainingArguments) -> int | None:
         return step
     same = length == wanted or (length and training.max_steps > 0 and length["max_steps"] == training.max_steps)
     return step if same else None
+
+
+def _read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
+    return get_record((read_state(folder) or {}).get("stateful_callbacks", {}))
 
 
 def _list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -98,8 +98,6 @@ def require_possible_schedule(wanted, training, is_stream: bool) -> None:
         raise InputError(
             f"--lr_decay_factor={wanted.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
         )
-    if wanted.lr_decay_factor is not None and not 0.0 < wanted.lr_decay_factor < 1.0:
-        raise InputError(f"--lr_decay_factor={wanted.lr_decay_factor}: must lie between 0 and 1, such as 0.1")
     for name in ("warmup_init_lr", "min_lr"):
         value = getattr(wanted, name)
         if value is not None and value > rate:

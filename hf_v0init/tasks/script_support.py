@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import contextvars
 import difflib
-import errno
 import json
 import logging
 import os
@@ -29,9 +28,15 @@ from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError
 
-from ..records.checkpoints import find_newest_valid, list_checkpoints
+from .full_disk import describe_full_disk
 from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
-from .value_checks import choose_better_direction, join_lines, require_deepspeed_mapping, require_possible_training
+from .value_checks import (
+    choose_better_direction,
+    join_lines,
+    require_deepspeed_mapping,
+    require_in_range,
+    require_possible_training,
+)
 
 logger = logging.getLogger("hf_v0init")
 
@@ -40,7 +45,6 @@ HUB_ERROR_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "request
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
-STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_CHOICES_NAMED = 8
 NOTHING = ("None", "null")  # on the command line they take back what FILE says
 
@@ -106,7 +110,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     if {*HELP_FLAGS, *HELP_ALL_FLAGS} & {*argv}:
         everything = bool({*HELP_ALL_FLAGS} & {*argv})
         program = "hf-v0init " + sys.argv[0].split()[-1] if " " in sys.argv[0] else Path(sys.argv[0]).name
-        print(compose_help(parser, dataclass_types, program, examples, everything), end="")
+        say(compose_help(parser, dataclass_types, program, examples, everything).rstrip())
         raise SystemExit(0)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     values = {} if path is None else read_configuration_file(path)
@@ -140,6 +144,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
             )
         raise InputError(f"unknown flag {wrong.split('=')[0]}{_suggest_flag(parser, wrong)}")
     for arguments in parsed:
+        require_in_range(arguments)
         if isinstance(arguments, TrainingArguments):
             _output_dir.set(arguments.output_dir)
             _finish_training_arguments(arguments, overridden | set(values))
@@ -291,62 +296,32 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except NothingToDoError as done:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(join_lines(str(done)))
+            say(join_lines(str(done)))
     except InputError as error:
-        _exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
+        exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _exit_with_line("interrupted", EXIT_INTERRUPTED)
+        exit_with_line("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         line = describe_full_disk(error, _output_dir.get())
         if line is None:
             raise
-        _exit_with_line(f"error: {line}", EXIT_DISK_FULL)
+        exit_with_line(f"error: {line}", EXIT_DISK_FULL)
 
 
-def describe_full_disk(error: BaseException, output_dir: str | None) -> str | None:
-    """Describe in one line an error that comes of a full disk, a quota or a limit on files; None for other errors.
-
-    Args:
-        output_dir: the run's, whose newest whole checkpoint is named.
-    """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    reason = next((reason for link in chain if (reason := _find_storage_reason(link))), None)
-    if reason is None:
-        return None
-    line = f"{reason}; free some, and give the same command again"
-    newest = None
-    if output_dir is not None and Path(output_dir).is_dir():
-        newest, _ = find_newest_valid(list_checkpoints(output_dir))
-    return f"{line}: it goes on from {newest}, which is whole" if newest else f"{line} (no checkpoint was saved yet)"
-
-
-def _find_storage_reason(error: BaseException) -> str | None:
-    text = join_lines(str(error))
-    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        at = f" at {error.filename}" if error.filename else ""
-        return f"{os.strerror(error.errno).lower()}{at}"
-    for number in STORAGE_ERRNOS:  # the Rust of safetensors, and Arrow, put the error of the system into words
-        if os.strerror(number) in text or f"os error {number})" in text or f"code: {number}," in text:
-            return os.strerror(number).lower()
-    if isinstance(error, RuntimeError) and re.search(
-        "PytorchStreamWriter failed|inline_container|unexpected pos", text
-    ):
-        return "a file could not be written to its end, so there is no space left on the disk, or a quota is used up"
-    return None
-
-
-def _exit_with_line(line: str, status: int) -> typing.NoReturn:
+def exit_with_line(line: str, status: int) -> typing.NoReturn:
+    """End the process with a line on stderr and this status; not the main process of several: after that one has had its say."""
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         time.sleep(SECONDS_FOR_MAIN_PROCESS_TO_REPORT)
         line = f"{line} (process {rank})"
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
     raise SystemExit(status)
+
+
+def say(line: str, file: typing.TextIO | None = None) -> None:
+    """Write a line to the terminal, or to `file`: all that a script says beside its log and its summary."""
+    print(line, file=file, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_v0init import SafeCheckpointsMixin
@@ -29,6 +30,21 @@ logger = logging.getLogger("hf_v0init")
 CARD_FILE, RESULTS_FILE = "README.md", "all_results.json"
 CARD_METRICS = ("accuracy", "bleu", "chrf", "perplexity", "loss")
 STAGES = {"eval": "validation", "predict": "test", "test": "test"}
+
+
+class AnnounceEpoch(TrainerCallback):
+    """Tells samples whose draws depend on the epoch which one begins; accelerate tells it to some and under some samplers only.
+
+    Args:
+        tell: takes the number of the epoch, counted from 0.
+    """
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell = tell
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Tell the number of the epoch that begins; it is complete steps of the one before, so whole up to rounding."""
+        self.tell(int((state.epoch or 0) + 1e-6))
 
 
 class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin, Trainer):

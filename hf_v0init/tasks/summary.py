@@ -24,11 +24,6 @@ FILES = {
 LOG_WIDTH = 120
 
 
-def say(line: str) -> None:
-    """Write a line to the terminal as it is."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(line)
-
-
 def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """List the scores among a run's results, by stage.
 

@@ -1,8 +1,8 @@
-"""Local text and table files as `datasets.Dataset`: plain or gzipped text, one example a line, or JSON, CSV, TSV, parquet.
+"""Local text and table files as `datasets.Dataset`: plain or gzipped text, one example per line, or JSON, CSV, TSV, parquet.
 
-Everything that can be wrong with a file is found here, before any training time is spent: what damages the file (bytes that are
-no text, a row without its columns, a quote that is never closed) is an error that names the line; what was taken for the header
-of a table stands in the log.
+JSON and parquet are read by `datasets`. Text and CSV are read here, because pandas fills a short row in silence and other readers
+break lines at Unicode separators, so that parallel files would not stay parallel. What damages a file (bytes that are no text, a
+row without its columns, a quote that is never closed) is an error that names the line; the log says what was taken for a header.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ UNREADABLE = (".xlsx", ".xls", ".ods", ".zst", ".zip", ".xz", ".bz2", ".7z", ".p
 READABLE = "text (.txt), .json, .jsonl, .csv, .tsv, all of these also as .gz, and .parquet"
 LONGEST_WORD = 100_000  # characters without white space: a tokenizer would take hours over more
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+def get_format(path) -> str:
+    """Return the suffix of a file's name that says how it is read, in lower case; a final .gz does not count."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() != ".gz"]
+    return suffixes[-1] if suffixes else ""
 
 
 def find_kind(path) -> str | None:
-    """Return "json", "csv" or "parquet" by the suffix of a file's name (a final .gz aside), None for text.
+    """Return "json", "csv" or "parquet" by a file's name, None for text.
 
     Raises:
         InputError: no such file, a folder, a pipe, or a format that is not read here.
@@ -44,57 +51,59 @@ def find_kind(path) -> str | None:
         raise InputError(f"{path}: {what}; give a file: {READABLE}")
     if path.suffix.lower() in UNREADABLE:
         raise InputError(f"{path}: {path.suffix} cannot be read here; convert it to {READABLE}")
-    return TABLES.get(_get_suffix(path))
+    return TABLES.get(get_format(path))
 
 
-def _get_suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return suffixes[-1] if suffixes else ""
+def iterate_lines(path) -> Iterator[str]:
+    """Iterate over the lines of a text file, plain or gzipped (told by its first bytes, not by its name), holding one at a time.
 
-
-def read_lines(path) -> list[str]:
-    """Read a text file, plain or gzipped (told by its first bytes, not by its name).
-
-    Returns:
-        The lines, UTF-8 decoded, without line ends ('\\n', '\\r\\n', or '\\r' in a file without '\\n'). Nothing else ends a
-        line, so that parallel files stay parallel whatever Unicode separators they contain.
+    Yields:
+        The lines, UTF-8 decoded, without line ends ('\\n', '\\r\\n', or '\\r' in a file without '\\n'). Nothing else ends a line.
 
     Raises:
-        InputError: the file is missing, a folder, empty, a corrupt gzip, not UTF-8 (names line and byte), holds a NUL byte
-            or a word of more than 100,000 characters (names the line).
+        InputError: when the place is reached: the file is missing, a folder, empty, a corrupt gzip, not UTF-8 (names line and
+            byte), holds a NUL byte or a word of more than 100,000 characters (names the line).
     """
-    path = Path(path)
     find_kind(path)
+    position, is_blank = 0, True
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b" or path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        with _open(path) as file:
+            for number, raw in enumerate(file, start=1):
+                line = _decode(path, raw, number, position)
+                position += len(raw)
+                is_blank = is_blank and not line.strip()
+                if number == 1 and not line.endswith("\n"):  # the only '\n' there may be is this one's
+                    yield from line.removesuffix("\r").split("\r")
+                else:
+                    yield line.removesuffix("\n").removesuffix("\r")
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is not a whole gzip file ({error}); fetch or compress it again") from error
-    if not raw.strip():
+    if is_blank:
         raise InputError(f"{path}: is empty; give a file with at least one line of text")
+
+
+def read_lines(path) -> list[str]:
+    """Read all lines of a text file; see `iterate_lines`."""
+    return list(iterate_lines(path))
+
+
+def _open(path):
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == GZIP_MAGIC or Path(path).suffix == ".gz"
+    return gzip.open(path) if is_gzip else open(path, "rb")
+
+
+def _decode(path, raw: bytes, number: int, position: int) -> str:
+    """Decode the bytes of a line, which is the file's `number`th and begins at byte `position`."""
     try:
-        text = raw.decode("utf-8-sig")
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line_number = raw.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: line {line_number}, byte {error.start}: 0x{raw[error.start]:02x} is not UTF-8; "
+            f"{path}: line {number}, byte {position + error.start}: 0x{raw[error.start]:02x} is not UTF-8; "
             "convert the file, for example with iconv -t UTF-8"
         ) from error
-    if "\n" not in text:
-        text = text.replace("\r", "\n")
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    lines = [line.removesuffix("\r") for line in lines]
-    for number, line in enumerate(lines, start=1):
-        _require_text(path, number, line)
-    return lines
-
-
-def _require_text(path, number: int, line: str) -> None:
     if "\0" in line:
         raise InputError(
             f"{path}: line {number} holds a NUL byte, so this is no text file, or not in UTF-8; remove it, for example with "
@@ -105,38 +114,31 @@ def _require_text(path, number: int, line: str) -> None:
             f"{path}: line {number} has more than {LONGEST_WORD:,} characters without white space, which no tokenizer takes in "
             "reasonable time; split it"
         )
+    return line
 
 
 def load_local_files(path, *, role: str) -> datasets.Dataset:
     """Load one local file; its name's suffix (a final .gz aside) says how.
 
     Args:
-        path: `.json` or `.jsonl` (objects one a line, or one list of objects), `.csv` or `.tsv` (first line: names),
-            `.parquet`, or anything else: text, one example a line.
+        path: `.json` or `.jsonl` (objects one per line, or one list of objects), `.csv` or `.tsv` (first line: names),
+            `.parquet`, or anything else: text, one example per line.
         role: what the file is for ("train", "validation", "test"); only messages mention it.
 
     Returns:
         A data set with all the file's columns, or with the single column "text".
 
     Raises:
-        InputError: as `read_lines`; or the table cannot be parsed, has a row with other columns than its header (names the
+        InputError: as `iterate_lines`; or the table cannot be parsed, has a row with other columns than its header (names the
             line), or holds no rows.
     """
-    path, kind = Path(path), find_kind(path)
-    if kind == "parquet":
-        return _load(kind, path, role)
-    lines = read_lines(path)
+    kind = find_kind(path)
     if kind is None:
-        return datasets.Dataset.from_dict({"text": lines})
+        return datasets.Dataset.from_dict({"text": read_lines(path)})
     if kind == "csv":
-        return read_table(path, lines, role)
-    if lines[0].lstrip().startswith("["):
-        return _from_json_list(path, lines, role)
-    _require_json_lines(path, lines, role)
-    return _load(kind, path, role)
-
-
-def _load(kind: str, path: Path, role: str) -> datasets.Dataset:
+        return _read_table(path, role)
+    if kind == "json":
+        _require_json_objects(path, role)
     try:
         data = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train")
     except Exception as error:  # `datasets` wraps what its parsers raise in exceptions of many kinds
@@ -155,9 +157,7 @@ def open_stream(path) -> datasets.IterableDataset:
         InputError: it cannot be read, or is empty.
     """
     kind = find_kind(path) or "text"
-    options = {"keep_default_na": False} if kind == "csv" else {}  # or "null" would be a missing value
-    if kind == "csv":
-        options["sep"] = DELIMITERS[_get_suffix(Path(path))]
+    options = {"keep_default_na": False, "sep": DELIMITERS[get_format(path)]} if kind == "csv" else {}
     stream = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True, **options)
     try:
         first = next(iter(stream), None)
@@ -170,85 +170,41 @@ def open_stream(path) -> datasets.IterableDataset:
     return stream
 
 
-def iterate_lines(path) -> Iterator[str]:
-    """Iterate over the lines of a text file as `read_lines` returns them, without holding more than one.
-
-    Raises:
-        InputError: as `read_lines`, when the place is reached.
-    """
-    find_kind(path)
-    number = 0
-    with open(path, "rb") as plain:
-        is_gzip = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        try:
-            for number, raw in enumerate(gzip.GzipFile(fileobj=plain) if is_gzip else plain, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
-                _require_text(path, number, line)
-                yield line
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: line {number} is not UTF-8; convert the file, for example with iconv -t UTF-8"
-            ) from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"{path}: cannot be read after line {number} ({error}); fetch or compress it again"
-            ) from error
-    if number == 0:
-        raise InputError(f"{path}: is empty; give a file with at least one line of text")
-
-
-def read_table(path: Path, lines: list[str], role: str) -> datasets.Dataset:
-    """Read a table of texts whose first line names its columns.
-
-    Not with pandas, which takes "null" for a missing value and fills short rows in silence.
-
-    Raises:
-        InputError: see `load_local_files`.
-    """
+def _read_table(path, role: str) -> datasets.Dataset:
+    """Read a table of texts whose first line names its columns; in a .tsv a quote is a character like others."""
     csv.field_size_limit(sys.maxsize)
-    suffix = _get_suffix(path)
-    options = {"delimiter": DELIMITERS[suffix], "strict": True}
-    if suffix == ".tsv":
-        options["quoting"] = csv.QUOTE_NONE
-    reader = csv.reader((line + "\n" for line in lines), **options)
-    columns: dict[str, list[str]] = {}
-    num_empty = 0
-    while True:
+    suffix = get_format(path)
+    quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
+    lines = (line + "\n" for line in iterate_lines(path))
+    reader = csv.DictReader(lines, delimiter=DELIMITERS[suffix], quoting=quoting, strict=True)
+    rows, first_line = [], 1
+    try:
+        reader.fieldnames = names = _require_header(path, reader.fieldnames or [], role)
         first_line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            why = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
-            raise InputError(
-                f"{path}: line {first_line} of the {role} file is not valid {suffix} ({why}); a quote inside a quoted field is "
-                'written twice ("")'
-            ) from error
-        if not row:
-            num_empty += 1
-        elif not columns:
-            columns = {name: [] for name in _read_header(path, row, role)}
-        elif len(row) != len(columns):
-            raise InputError(
-                f"{path}: line {first_line} of the {role} file has {len(row)} fields, and the header names {len(columns)} "
-                f"({', '.join(columns)}); repair the row, with quotes around a text that holds commas"
-            )
-        else:
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value.removesuffix("\n"))
-    if num_empty:
-        logger.info(f"{path}: {num_empty} empty lines are left out")
-    if not columns or not next(iter(columns.values())):
+        for row in reader:
+            num_fields = len(names) + len(row.pop(None, [])) - list(row.values()).count(None)
+            if num_fields != len(names):
+                raise InputError(
+                    f"{path}: line {reader.line_num} of the {role} file has {num_fields} fields, and the header names {len(names)} "
+                    f"({', '.join(names)}); repair the row, with quotes around a text that holds commas"
+                )
+            rows.append(row)
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        why = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
+        raise InputError(
+            f"{path}: line {first_line} of the {role} file is not valid {suffix} ({why}); a quote inside a quoted field is "
+            'written twice ("")'
+        ) from error
+    if not rows:
         raise InputError(
             f"{path}: the {role} file has no rows; give a header with the columns' names and at least one row"
         )
-    return datasets.Dataset.from_dict(columns)
+    return datasets.Dataset.from_list(rows)
 
 
-def _read_header(path: Path, row: list[str], role: str) -> list[str]:
-    names = [name.strip() for name in row]
+def _require_header(path, names: list[str], role: str) -> list[str]:
+    names = [name.strip() for name in names]
     for separator, called in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
         if len(names) == 1 and separator in names[0]:
             raise InputError(
@@ -265,26 +221,20 @@ def _read_header(path: Path, row: list[str], role: str) -> list[str]:
     return names
 
 
-def _from_json_list(path: Path, lines: list[str], role: str) -> datasets.Dataset:
-    """One JSON list of objects, which the `datasets` loader takes only uncompressed and with guesses."""
-    try:
-        rows = json.loads("\n".join(lines))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}); repair it") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: the {role} file must hold a non-empty list of JSON objects")
-    return datasets.Dataset.from_list(rows)
-
-
-def _require_json_lines(path: Path, lines: list[str], role: str) -> None:
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def _require_json_objects(path, role: str) -> None:
+    """Refuse what `datasets` would read as something else, or would not name the line of."""
+    lines = read_lines(path)
+    is_list = lines[0].lstrip().startswith("[")
+    for number, text in enumerate(["\n".join(lines)] if is_list else lines, start=1):
         try:
-            row = json.loads(line)
+            value = json.loads(text) if text.strip() else {}
         except json.JSONDecodeError as error:
-            if line_number == 1 and line.lstrip().startswith("{"):
-                return  # perhaps one object over many lines: `datasets` may know better
-            raise InputError(f"{path}: line {line_number} is not valid JSON ({error.msg}); repair it") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {line_number} of the {role} file is not a JSON object; write one a line")
+            if number == 1 and not is_list and text.lstrip().startswith("{"):
+                return  # perhaps one object over many lines, which `datasets` reads
+            line = number + error.lineno - 1
+            raise InputError(f"{path}: line {line} is not valid JSON ({error.msg}); repair it") from error
+        rows = value if is_list else [value]
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise InputError(
+                f"{path}: line {number} of the {role} file is not a JSON object; give one per line, or one list of JSON objects"
+            )

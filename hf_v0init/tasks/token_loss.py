@@ -1,12 +1,13 @@
-"""Cross-entropy a target token: for training, over the whole step; for evaluation, over the whole set.
+"""Cross-entropy per target token: for training, over the whole step; for evaluation, over the whole set.
 
 In training, transformers' encoder-decoder and masked models average over each micro-batch by themselves, although their
 signature makes the Trainer believe that they divide by the tokens of the whole step. So k accumulated batches,
 or k processes, give k times the gradient, which an optimizer state estimated beforehand (v0) does not match.
 `TokenCrossEntropy` divides by the tokens of the whole step.
 
-In evaluation, the Trainer averages the means of batches, which weighs tokens by the batch they happen to be in.
-`ExactEvaluationMixin` sums over tokens.
+In evaluation, the Trainer averages the means of batches, which weighs a token by the batch that it happens to be in, and with
+several processes the last batch is filled up with samples that have already been counted. `ExactSumsMixin` adds up the scores of
+samples without the fill-up, and divides at the end; `ExactEvaluationMixin` does the same where text is generated, too.
 """
 
 import torch
@@ -53,8 +54,41 @@ def compute_row_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     return token_nll.view_as(labels).sum(dim=1), labels.ne(-100).sum(dim=1).float()
 
 
+class ExactSumsMixin:
+    """Put before a Trainer: its evaluations add up what `score` makes of the samples, over the whole set and all processes.
+
+    The logits are not kept, so `compute_metrics` gets nothing and is not called.
+    """
+
+    def score(self, logits: torch.Tensor, labels: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """Score the samples of a batch: float32 of shape (samples, numbers per sample)."""
+        raise NotImplementedError
+
+    def compute_figures(self, sums: list[float]) -> dict[str, float]:
+        """Compute the figures of a set, by name without "eval_", from the sums over its samples."""
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, with sums over samples in place of means over batches."""
+        self._evaluation_sums: torch.Tensor | float = 0.0
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        figures = self.compute_figures(self._evaluation_sums.tolist())
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add a batch's scores to the sums."""
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = logits[0] if isinstance(logits, tuple | list) else logits
+        scores = self.accelerator.gather_for_metrics(self.score(logits, labels, inputs))
+        self._evaluation_sums += scores.double().sum(dim=0).cpu()
+        return loss, None, None
+
+
 class ExactEvaluationMixin(Seq2SeqTrainer):
-    """Put before a Seq2SeqTrainer: `eval_loss` is the exact negative log-likelihood a target token.
+    """Put before a Seq2SeqTrainer: `eval_loss` is the exact negative log-likelihood per target token.
 
     It is summed in float64 over the whole set and all processes, each sample once, and divided by the number
     of target tokens, in nats; without label smoothing. It costs no forward pass more. What metrics are given

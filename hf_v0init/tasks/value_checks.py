@@ -1,6 +1,6 @@
-"""Refuses the Trainer's flags whose value can never be right, for all scripts, before anything is read.
+"""Refuses flags whose value can never be right, for all scripts, before anything is read.
 
-Only what transformers lets through and what would then cost a run, or end in a traceback, is checked here.
+Of the Trainer's flags only what transformers lets through and what would then cost a run, or end in a traceback, is checked here.
 """
 
 from __future__ import annotations
@@ -26,18 +26,28 @@ LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "gen_len", "runtim
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
 # What is allowed, in words and as a test, an example, and the flags of which it holds; None may always stand.
+COUNT = (
+    "a whole number, 1 or more",
+    lambda x: x == int(x) and x >= 1,
+    "8",
+)  # all whole numbers of the scripts' own flags, too
 RANGES = (
     (
         "a finite number, 0 or more", lambda x: x >= 0, "1e-3",
-        ("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "eval_delay", "early_stopping_threshold", "warmup_init_lr", "min_lr"),
+        ("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "eval_delay", "early_stopping_threshold", "warmup_init_lr", "min_lr",
+         "max_length_a"),
     ),
+    ("a finite number", lambda x: True, "0.6", ("length_penalty",)),
     ("a finite number above 0", lambda x: x > 0, "3", ("num_train_epochs", "neftune_noise_alpha")),
     (
-        "a whole number, 1 or more", lambda x: x == int(x) and x >= 1, "8",
+        *COUNT,
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
          "save_total_limit", "dataloader_prefetch_factor", "generation_max_length", "generation_num_beams"),
     ),
-    ("a whole number, 0 or more", lambda x: x == int(x) and x >= 0, "2", ("dataloader_num_workers",)),
+    (
+        "a whole number, 0 or more", lambda x: x == int(x) and x >= 0, "2",
+        ("dataloader_num_workers", "num_sample_translations", "max_length_b"),
+    ),
     (
         "a whole number, 1 or more, or left out to train for --num_train_epochs",
         lambda x: x == -1 or (x == int(x) and x >= 1), "1000", ("max_steps",),
@@ -51,21 +61,30 @@ RANGES = (
         lambda x: x >= 0 and (x < 1 or x == int(x)), "500", ("warmup_steps",),
     ),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, "0.9", ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
+    ("above 0 and less than 1", lambda x: 0 < x < 1, "0.15", ("mlm_probability", "lr_decay_factor")),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "0.875", ("crop_fraction",)),
+    ("at least 0 and at most 1", lambda x: 0 <= x <= 1, "0.1", ("mask_replace_prob", "random_replace_prob")),
+    ("above 0 and less than 100", lambda x: 0 < x < 100, "5", ("validation_split_percentage",)),
     (f"a whole number from 0 to {LARGEST_SEED}", lambda x: 0 <= x <= LARGEST_SEED, "42", ("seed", "data_seed")),
 )  # fmt: skip
 
 
+RULES = {name: tuple(rule) for *rule, names in RANGES for name in names}
+
+
 def require_in_range(arguments: Any) -> None:
-    """Refuse numbers outside the ranges of `RANGES` among the attributes of a dataclass.
+    """Refuse numbers outside the ranges of `RANGES` among the fields of a dataclass of flags.
 
     Raises:
         InputError: naming the flag, its value, what is allowed and a value that would do.
     """
-    for allowed, is_allowed, example, names in RANGES:
-        for name in names:
-            value = getattr(arguments, name, None)
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and is_allowed(value)):
-                raise InputError(f"--{name}={value}: must be {allowed}, such as {example}")
+    own = None if isinstance(arguments, TrainingArguments) else COUNT
+    for name, value in vars(arguments).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        rule = RULES.get(name, own if isinstance(value, int) else None)
+        if rule is not None and not (math.isfinite(value) and rule[1](value)):
+            raise InputError(f"--{name}={value}: must be {rule[0]}, such as {rule[2]}")
 
 
 def require_makeable_folder(name: str, folder: str | None) -> None:
@@ -80,7 +99,7 @@ def require_makeable_folder(name: str, folder: str | None) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"--{name}={folder}: {existing} is a file; give another folder")
+        raise InputError(f"--{name}={folder}: {existing} is a file, so the folder cannot be written; give another")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -88,20 +107,12 @@ def require_makeable_folder(name: str, folder: str | None) -> None:
         raise InputError(f"--{name}={folder}: cannot be written ({error.strerror}); give another folder") from error
 
 
-def require_positive_counts(arguments: Any, *skipped: str) -> None:
-    """Refuse whole numbers below 1 among the fields of a dataclass, but for those named."""
-    for name, value in vars(arguments).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name not in skipped:
-            raise InputError(f"--{name}={value}: must be 1 or more")
-
-
 def require_possible_training(training: TrainingArguments) -> None:
-    """Refuse flags of the Trainer that can never be right: ranges, optimizer, schedule, and what excludes each other.
+    """Refuse flags of the Trainer that can never be right: optimizer, schedule, and what excludes each other.
 
     Raises:
         InputError: naming the flag and the remedy.
     """
-    require_in_range(training)
     if training.save_strategy == "best" and training.metric_for_best_model is None:
         raise InputError("--save_strategy=best: needs to know by what; add --metric_for_best_model loss, for example")
     if training.save_strategy == "best" and training.eval_strategy == "no":

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer
-from hf_v0init.tasks.translation.embedded_corpus import generate_embedded_corpus
+from hf_v0init.tasks.translation.embedded_corpus import NUM_SMALL, load_embedded_corpus
 from hf_v0init.tasks.translation.pairs import load_pair_files, select_pairs, tokenize_pairs
 from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
 from hf_v0init.trainer.arguments import V0InitSeq2SeqTrainingArguments, V0InitTrainingArguments
@@ -107,7 +107,8 @@ def load_translation_task(data_dir: Path, cache_dir: Path, num_pairs: int) -> Tr
         name, raw = "Multi30k", load_pair_files("train", None, *map(str, files))
     else:
         name = "the embedded corpus"
-        raw = datasets.Dataset.from_dict(generate_embedded_corpus(math.ceil(num_pairs / 0.9), seed=0)["train"])
+        wanted = math.ceil(num_pairs / 0.9)
+        raw = load_embedded_corpus(wanted, large=wanted > NUM_SMALL)["train"]
     pairs = select_pairs(raw.select(range(min(num_pairs, len(raw)))), role="train")
     tokenizer = train_bpe_tokenizer(_list_texts(pairs), 4000, for_translation=True)
     return TranslationTask(name, pairs, tokenizer, tokenize(pairs, tokenizer, cache_dir))

@@ -43,7 +43,9 @@ def average(gradients) -> list[torch.Tensor]:
 
 
 def main(output_dir: str) -> None:
-    trainer = make_trainer(output_dir, v0_init="data_driven", per_device_train_batch_size=4, max_steps=1)
+    trainer = make_trainer(
+        output_dir, v0_init="data_driven", v0_decay="beta2", per_device_train_batch_size=4, max_steps=1
+    )
     rank, seen = dist.get_rank(), {}
     keep_gradients(trainer, seen)
     generator, discriminator = (copy.deepcopy(trainer.networks[name]) for name in ("generator", "discriminator"))

@@ -2,11 +2,11 @@
 those under the paper's name, and the plans of its tables, run the paper's method."""
 
 import dataclasses
-import importlib
 from pathlib import Path
 
 import pytest
 import yaml
+from script_runs import load_script
 
 from hf_v0init import V0InitArguments
 from hf_v0init.compare.comparison_file import read_plan
@@ -14,20 +14,16 @@ from hf_v0init.tasks.run import require_possible_run
 from hf_v0init.tasks.script_support import parse_arguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-MODULES = {
-    "translation": "translation.script",
-    "language_modeling": "language_modeling.script",
-    "mlm": "language_modeling.masked_script",
-    "image_classification": "images.script",
-    "image_generation": "gan.script",
-}
+SCRIPT_OF = {
+    "translation": "translate", "language_modeling": "clm", "mlm": "mlm", "image_classification": "images", "image_generation": "dcgan",
+}  # fmt: skip
 TASKS = {
     "translation": "TranslationTask",
     "language_modeling": "CausalTask",
     "mlm": "MaskedTask",
     "image_classification": "ImageTask",
 }
-FILES = [path for folder in MODULES if folder != "mlm" for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+FILES = [path for folder in SCRIPT_OF if folder != "mlm" for path in sorted((CONFIGS / folder).glob("*.yaml"))]
 ARMS = {"multi30k": ("translation", 5), "ptb": ("language_modeling", 4), "ptb_mlm": ("mlm", 4)}  # beside _zeros
 COMPARED = {
     "v0_init", "v0_num_samples", "v0_estimator", "v0_decay_steps", "v0_scale", "warmup_steps", "lr_scheduler_type", "output_dir", "accelerator_config",
@@ -42,7 +38,7 @@ def find_kind(path: Path) -> str:
 
 
 def parse(path: Path) -> tuple:
-    module = importlib.import_module(f"hf_v0init.tasks.{MODULES[find_kind(path)]}")
+    module = load_script(SCRIPT_OF[find_kind(path)])
     return parse_arguments(module.ARGUMENTS, [str(path), "--use_cpu"])
 
 
@@ -55,7 +51,7 @@ def test_every_configuration_is_taken_by_its_script(path, monkeypatch):
     assert training.output_dir == f"runs/{path.stem}" and training.do_train
     if kind == "image_generation":
         return
-    module = importlib.import_module(f"hf_v0init.tasks.{MODULES[kind]}")
+    module = load_script(SCRIPT_OF[kind])
     task = getattr(module, TASKS[kind])(*parsed)
     require_possible_run(task)
     task.refuse()

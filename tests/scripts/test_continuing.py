@@ -1,7 +1,6 @@
 """A folder's run is continued by the same run alone, and said to be; what happens when the disk is full."""
 
 import errno
-import importlib
 import json
 import logging
 import os
@@ -11,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from script_runs import load_script, quiet_logging, to_argv  # noqa: F401
 from test_right_results import LONG
-from test_run_translation import SCRIPT, TINY, to_argv
+from test_run_translation import SCRIPT, TINY
 
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
@@ -22,13 +22,7 @@ from hf_v0init.tasks.script_support import describe_full_disk
 
 @pytest.fixture(scope="module")
 def run_translation():
-    return importlib.import_module("hf_v0init.tasks.translation.script")
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
+    return load_script("translate")
 
 
 @pytest.fixture(scope="module")

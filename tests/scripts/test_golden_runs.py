@@ -3,17 +3,13 @@
 `golden_runs.json` holds the flags of each run and its numbers. Data are generated here, so that no download is needed.
 """
 
-import importlib
 import json
-import logging
 import random
 from pathlib import Path
 
-import datasets
 import pytest
-from transformers.utils import logging as transformers_logging
+from script_runs import load_script, quiet_logging  # noqa: F401
 
-from hf_v0init.cli.scripts import SCRIPTS
 from hf_v0init.tasks.images.digits import write_digits_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_runs.json").read_text(encoding="utf-8"))
@@ -22,18 +18,6 @@ PARTS = (
     ("the", "a"), ("old", "small", "quick", "red"), ("cat", "dog", "bird", "horse"), ("sees", "hears", "likes"),
     ("the", "a"), ("mat", "moon", "street", "house"), (".", "!"),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """A script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    transformers_logging.set_verbosity_warning()
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 def test_the_numbers_are_those_of_version_0_2(name, data, tmp_path):
     run = GOLDEN[name]
     argv = [f"--{flag}={str(value).replace('{data}', str(data))}" for flag, value in run["flags"].items()]
-    script = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[run['script']].module}")
+    script = load_script(run["script"])
     script.main([*argv, f"--output_dir={tmp_path / 'out'}", f"--cache_dir={data / 'cache'}"])
 
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

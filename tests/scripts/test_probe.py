@@ -1,16 +1,14 @@
 """`hf-v0init probe` and `--probe_only`: what is printed is what was measured, and no run is left behind."""
 
 import json
-import logging
 import re
 from pathlib import Path
 from unittest import mock
 
-import datasets
 import pytest
 import yaml
 from image_sets import write_image_folder
-from transformers.utils import logging as transformers_logging
+from script_runs import ROOT, quiet_logging  # noqa: F401
 
 from hf_v0init import InputError, compute_warmup_length
 from hf_v0init.cli import main as cli
@@ -18,20 +16,7 @@ from hf_v0init.cli.probe import find_script
 from hf_v0init.tasks import probing
 from hf_v0init.tasks.run import RunArguments
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"use_cpu": True, "seed": 1, "learning_rate": 0.004, "max_steps": 300, "v0_init": "data_driven"}
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """A script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    transformers_logging.set_verbosity_warning()
-    datasets.enable_progress_bars()
 
 
 def write_config(folder: Path, task: str) -> Path:

@@ -12,7 +12,8 @@ import pytest
 import sacrebleu
 import torch
 from safetensors.torch import load_file
-from test_run_translation import TINY, to_argv
+from script_runs import load_script, quiet_logging, to_argv  # noqa: F401
+from test_run_translation import TINY
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.trainer_utils import EvalPrediction
 
@@ -25,18 +26,12 @@ LONG = [f"the {a} dog runs over the {b} field and barks at every bird that he ca
 
 @pytest.fixture(scope="module")
 def run_translation():
-    return importlib.import_module("hf_v0init.tasks.translation.script")
+    return load_script("translate")
 
 
 @pytest.fixture(scope="module")
 def run_clm():
-    return importlib.import_module("hf_v0init.tasks.language_modeling.script")
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
+    return load_script("clm")
 
 
 @pytest.fixture(scope="module")

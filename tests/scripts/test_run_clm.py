@@ -2,50 +2,21 @@
 
 import csv
 import gzip
-import importlib
 import json
-import logging
 import math
-import os
 import random
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
+from script_runs import ROOT, SMALL_RUN, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from hf_v0init.errors import InputError
-from hf_v0init.tasks.script_support import run_script
-
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_clm.py"
-
-
-def load_script():
-    return importlib.import_module("hf_v0init.tasks.language_modeling.script")
-
-
-run_clm = load_script()
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """The script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    transformers_logging.set_verbosity_warning()
-    datasets.enable_progress_bars()
+run_clm = load_script("clm")
 
 
 def make_sentences(num: int, seed: int) -> list[str]:
@@ -105,21 +76,8 @@ def flags(data, cache, tmp_path):
         "save_steps": 2,
         "learning_rate": "1e-2",
         "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "seed": 3,
     }
-
-    def make(**changes) -> list[str]:
-        merged = {**base, **changes}
-        return [f"--{name}={value}" for name, value in merged.items() if value is not None]
-
-    return make
-
-
-def read_results(folder: Path) -> dict:
-    return json.loads((folder / "all_results.json").read_text())
+    return lambda **changes: to_argv(SMALL_RUN | base | changes)
 
 
 @torch.no_grad()
@@ -268,28 +226,6 @@ def test_a_validation_split_by_rows_is_the_same_streamed_or_not(flags, data, tmp
         assert set(AutoTokenizer.from_pretrained(out).get_vocab()) == words | {"<pad>", "<s>", "</s>", "<unk>"}
     assert results[0]["eval_num_tokens"] == results[1]["eval_num_tokens"] == 7 * 3
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-6)
-
-
-def test_another_configuration_for_pretrained_weights(flags, tmp_path):
-    run_clm.main(flags(output_dir=tmp_path / "first"))
-    config = json.loads((tmp_path / "first" / "config.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps({**config, "resid_pdrop": 0.5}))
-    changes = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
-    run_clm.main(flags(**changes, config_name=tmp_path / "other.json", learning_rate="0", max_steps=1))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["resid_pdrop"] == 0.5
-    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "out"))
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    for difference, words in (
-        ({"n_layer": 3}, "transformer.h.2"),
-        ({"n_embd": 32}, "(280, 32)"),
-        ({"model_type": "llama"}, "llama, the model of gpt2"),
-    ):
-        (tmp_path / "other.json").write_text(json.dumps({**config, **difference}))
-        argv = flags(**changes, config_name=tmp_path / "other.json", output_dir=tmp_path / "bad")
-        with pytest.raises(InputError, match=re.escape(words)) as caught:
-            run_clm.main(argv)
-        assert "--config_name" in str(caught.value) and "drop one of the two" in str(caught.value)
-    assert not (tmp_path / "bad").exists()
 
 
 EARLY = {
@@ -461,14 +397,7 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
         key: value.replace("DATA", str(data)) if isinstance(value, str) else value for key, value in changes.items()
     }
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags(**changes)])
-    with pytest.raises(SystemExit) as caught:
-        run_script(run_clm.main)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    for part in expected:
-        assert part in error
+    refuse(run_clm, flags(**changes), expected, capsys, monkeypatch, with_log=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -476,10 +405,7 @@ def test_a_folder_with_other_things_is_left_alone(flags, tmp_path, monkeypatch, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
-    monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(run_clm.main)
-    assert caught.value.code == 2 and "--overwrite_output_dir" in capsys.readouterr().err
+    refuse(run_clm, flags(), ["--overwrite_output_dir"], capsys, monkeypatch)
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
 
 
@@ -491,15 +417,7 @@ def test_help_lists_the_v0_flags(capsys):
     assert "--v0_init" in out and "--tokenizer_kind" in out and "--average_checkpoints" in out
 
 
-# ------------------------------------------------------------------------------------------------------ configs
-
-
 # ------------------------------------------------------------------------------------------------ own processes
-
-
-def start(*command) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -514,10 +432,9 @@ def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one(flags, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     options |= {"sample_prompt": "the cat", "max_new_tokens": 3}
-    result = start(*launcher, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
+    result = start(*TORCHRUN, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
     assert result.returncode == 0, result.stderr
     both = read_results(tmp_path / "out")
     assert (tmp_path / "out" / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
@@ -526,7 +443,7 @@ def test_two_processes_evaluate_like_one(flags, tmp_path):
     one = read_results(tmp_path / "one")
     for name in ("eval_perplexity", "test_perplexity", "eval_accuracy", "eval_num_tokens"):
         assert both[name] == pytest.approx(one[name], rel=1e-5)
-    result = start(*launcher, SCRIPT, *flags(train_file="nowhere.txt", output_dir=tmp_path / "bad"))
+    result = start(*TORCHRUN, SCRIPT, *flags(train_file="nowhere.txt", output_dir=tmp_path / "bad"))
     assert result.returncode != 0
     assert result.stderr.count("error: nowhere.txt") == 1
     assert not (tmp_path / "bad").exists()

@@ -5,8 +5,6 @@ import gzip
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,13 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
+from script_runs import TORCHRUN, quiet_logging, read_results, refuse, start  # noqa: F401
 from test_awd_lstm import compute_loss_slowly, run_slowly
-from test_run_clm import cache, data, flags, quiet_logging, read_results, run_clm, start  # noqa: F401
+from test_run_clm import SCRIPT, cache, data, flags, run_clm  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_v0init.analysis.checkpoint_data import load_model
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
-from hf_v0init.tasks.script_support import run_script
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "run_clm.py"
-
 
 gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
 
@@ -157,14 +151,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(name, awd_flags, tmp_path, monkeypatch, capsys):
     changes, expected = BAD_INPUT[name]
-    monkeypatch.setattr(sys, "argv", ["run_clm.py", *awd_flags(**changes)])
-    with pytest.raises(SystemExit) as caught:
-        run_script(run_clm.main)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    for part in expected:
-        assert part in error
+    refuse(run_clm, awd_flags(**changes), expected, capsys, monkeypatch, with_log=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,12 +166,11 @@ def test_two_processes_with_half_the_streams_each_are_one_with_all(awd_flags, tm
     options = {"config_overrides": overrides, "do_eval": True, "do_predict": True, "max_steps": None}
     options |= {"num_train_epochs": 2, "save_steps": 5, "v0_init": "data_driven"}
     options |= {"learning_rate": "1e-3", "block_size": 20, "vary_block_size": True}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     run_clm.main(awd_flags(**options | batches, output_dir=one))
     halves = {name: 2 for name in batches}
-    result = start(*launcher, SCRIPT, *awd_flags(**options | halves, output_dir=two))
+    result = start(*TORCHRUN, SCRIPT, *awd_flags(**options | halves, output_dir=two))
     assert result.returncode == 0, result.stderr
     for name in ("eval_loss", "test_loss"):
         assert read_results(two)[name] == pytest.approx(read_results(one)[name], rel=1e-4)
@@ -201,7 +187,7 @@ def test_two_processes_with_half_the_streams_each_are_one_with_all(awd_flags, tm
             joined = torch.cat([of_rank[layer][part] for of_rank in parts])
             torch.testing.assert_close(joined, ours[layer][part], rtol=1e-3, atol=1e-5)
     shutil.copytree(checkpoint, tmp_path / "again" / "checkpoint-5")
-    result = start(*launcher, SCRIPT, *awd_flags(**options | halves, output_dir=tmp_path / "again"))
+    result = start(*TORCHRUN, SCRIPT, *awd_flags(**options | halves, output_dir=tmp_path / "again"))
     assert result.returncode == 0, result.stderr
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
@@ -226,10 +212,7 @@ def test_a_pushed_model_is_read_back_where_this_package_is_missing(awd_flags, tm
             "push": [SCRIPT, *awd_flags(push_to_hub=True, hub_model_id="someone/awd-lstm", v0_init="random")],
             "load": ["-c", LOAD_WITHOUT_PACKAGE, "someone/awd-lstm", tmp_path / "read.pt"],
         }.items():
-            environment = hub.make_environment(tmp_path / step) | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
-            )
+            done = start(*command, **hub.make_environment(tmp_path / step))
             assert done.returncode == 0, done.stderr
         pushed = set(hub.repositories["someone/awd-lstm"].head.files)
     assert {"awd_lstm.py", "config.json", "model.safetensors", "tokenizer.json", "v0_init.json", "README.md"} <= pushed

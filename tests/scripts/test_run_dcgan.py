@@ -1,12 +1,7 @@
 """scripts/run_dcgan.py from end to end on small images: training, figures, resume, processes, and what it refuses."""
 
-import importlib
 import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
+from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, start, to_argv  # noqa: F401
 
 from hf_v0init.compare.outcome import judge_output
 from hf_v0init.errors import InputError
@@ -24,27 +19,8 @@ from hf_v0init.tasks.gan.dcgan import Generator
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_dcgan.py"
-
-
-def load_script():
-    return importlib.import_module("hf_v0init.tasks.gan.script")
-
-
-run_dcgan = load_script()
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """The script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    transformers_logging.set_verbosity_warning()
-    datasets.enable_progress_bars()
+run_dcgan = load_script("dcgan")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +54,7 @@ def make_flags(images, output_dir, **options) -> list[str]:
     flags |= {"do_train": True, "do_eval": True, "logging_steps": 2, "save_strategy": "no", "disable_tqdm": True}
     if options.get("v0_init", "zeros") != "zeros":
         flags["v0_decay"] = "beta2"
-    return [f"--{name}={value}" for name, value in (flags | options).items()]
+    return to_argv(flags | options)
 
 
 def run(images, output_dir, **options) -> Path:
@@ -179,17 +155,20 @@ def test_checkpoints_are_whole(finished):
     for step in (4, 6):
         folder = finished["data_driven"] / f"checkpoint-{step}"
         assert find_defect(folder) is None
-        (folder / "scheduler.pt").rename(folder / "gone")
-        assert "scheduler.pt is missing" in find_defect(folder)
-        (folder / "gone").rename(folder / "scheduler.pt")
+        (folder / "scheduler.bin").rename(folder / "gone")
+        assert "scheduler.bin is missing" in find_defect(folder)
+        (folder / "gone").rename(folder / "scheduler.bin")
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(images, tmp_path, capsys):
-    """Cut after step 4, within a logging interval and an epoch, with other v0 flags at the second start."""
+@pytest.mark.parametrize("v0", [{}, {"v0_decay": "linear", "v0_decay_steps": 6, "v0_estimation_steps": 2}])
+def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(images, tmp_path, capsys, v0):
+    """Cut after step 4, within a logging interval and an epoch and, where it is linear, v0's decay; with other flags afterwards."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    options |= v0
+    changed = {"v0_seed": 8} if v0 else {"v0_scale": 7.0}
     whole = run(images, tmp_path / "whole", v0_init="data_driven", v0_record_run=True, **options)
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
@@ -197,11 +176,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(imag
         shutil.rmtree(cut / name)
     (cut / "train_results.json").unlink()
     capsys.readouterr()
-    run(images, cut, v0_init="data_driven", v0_scale=7.0, v0_record_run=True, **options)
+    run(images, cut, v0_init="data_driven", v0_record_run=True, **options | changed)
     said = capsys.readouterr().out
     for name, value in read_weights(whole).items():
         assert torch.equal(value, read_weights(cut)[name]), name
-    assert "v0 settings differ" in said and "v0_scale: None -> 7.0" in said
+    (name,) = changed
+    assert "v0 settings differ" in said and f"{name}: None -> {changed[name]}" in said
     assert (cut / "v0_init.json").read_text() == (whole / "v0_init.json").read_text()
     assert (cut / "fingerprint.json").read_text() == (whole / "fingerprint.json").read_text()
 
@@ -311,15 +291,11 @@ def test_a_data_set_by_name(images, tmp_path, labelled):
 @pytest.mark.slow
 def test_two_processes_train_one_model_with_one_v0(images, tmp_path):
     """Each network's v0 is that of one process for the same images, but for the batches they are dealt in."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    options = {"v0_init": "data_driven", "v0_record_run": True}
+    options = {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 4, "v0_record_run": True}
     options |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
 
     def launch(folder, **more):
-        return subprocess.run(
-            [*torchrun, *make_flags(images, folder, **(options | more))],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+        return start(*TORCHRUN, SCRIPT, *make_flags(images, folder, **(options | more)))
 
     done = launch(tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -451,9 +427,6 @@ def test_a_diverging_run_says_so_and_ends_with_status_1(images, tmp_path, capsys
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(images, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *make_flags(images, tmp_path / "out", image_size=30)],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = start(SCRIPT, *make_flags(images, tmp_path / "out", image_size=30))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: image_size=30")

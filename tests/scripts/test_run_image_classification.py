@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +12,12 @@ import yaml
 from image_sets import CLASSES, write_image, write_image_folder
 from PIL import Image
 from safetensors.torch import load_file
+from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_v0init.tasks import run as run_of_tasks
 from hf_v0init.tasks.images.folders import load_image_folder
-from hf_v0init.tasks.script_support import run_script
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "run_image_classification.py"
 CONFIGS = ROOT / "configs" / "image_classification"
 
@@ -50,13 +45,7 @@ VIT = {"model_type": "vit", "patch_size": 4, "hidden_size": 16, "num_hidden_laye
 
 @pytest.fixture(scope="module")
 def script():
-    return importlib.import_module("hf_v0init.tasks.images.script")
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
+    return load_script("images")
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +66,6 @@ def data(tmp_path_factory) -> dict:
 def tiny(data, tmp_path) -> dict:
     common = {name: value for name, value in TINY.items() if name not in ("model_type", "config_overrides")}
     return {**common, **data, "do_train": True, "max_steps": 6, "save_strategy": "no", "output_dir": tmp_path / "out"}
-
-
-def to_argv(flags: dict) -> list[str]:
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return argv
-
-
-def read_results(folder) -> dict:
-    return json.loads((Path(folder) / "all_results.json").read_text())
 
 
 def score_by_hand(folder: Path, images_folder: str) -> dict:
@@ -215,7 +193,7 @@ def test_a_data_set_by_name_a_split_off_and_a_vit(script, tiny, tmp_path):
     assert json.loads((tmp_path / "out" / "v0_init.json").read_text())["stats_batch_size"] == 1  # no BatchNorm
 
 
-def test_a_pretrained_model_gets_a_new_head_or_keeps_its_numbering(script, tiny, tmp_path):
+def test_a_pretrained_model_gets_a_new_head_or_keeps_its_numbering(script, tiny, tmp_path, capsys, monkeypatch):
     names = {0: "bee", 1: "cat", 2: "ant"}
     for folder, labels in (("same", names), ("other", {0: "dog", 1: "eel"})):
         config = ViTConfig(**{**VIT, "intermediate_size": 16}, image_size=8, num_channels=1, id2label=labels)
@@ -241,7 +219,7 @@ def test_a_pretrained_model_gets_a_new_head_or_keeps_its_numbering(script, tiny,
     assert head["classifier.weight"].shape == (3, 16)
     assert all(torch.equal(other[name], head[name]) for name in other if not name.startswith("classifier"))
     flags = {**tiny, "do_train": False, "do_eval": True, "model_name_or_path": tmp_path / "other"}
-    assert "does not know class 'ant'" in refuse(script, flags)
+    refuse(script, to_argv(flags), ["does not know class 'ant'"], capsys, monkeypatch)
 
 
 @pytest.mark.slow
@@ -252,11 +230,7 @@ def test_two_processes_count_each_image_once(script, tiny, tmp_path):
         del flags[name]
     script.main(to_argv({**flags, "output_dir": tmp_path / "one"}))
     flags |= {"per_device_eval_batch_size": 2, "output_dir": tmp_path / "two"}  # 12 = 3 x 4, 9 leaves a rest
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(SCRIPT), *to_argv(flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = start(*TORCHRUN, SCRIPT, *to_argv(flags))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
     for name in (
@@ -271,23 +245,6 @@ def test_two_processes_count_each_image_once(script, tiny, tmp_path):
 
 
 # ---- bad input
-
-
-def refuse(script, flags: dict) -> str:
-    """The one line that the script ends with, in status 2."""
-    argv, capture = sys.argv, pytest.MonkeyPatch()
-    lines = []
-    with capture.context() as patch:
-        patch.setattr(sys, "argv", ["run_image_classification", *to_argv(flags)])
-        patch.setattr(run_of_tasks, "start_logging", lambda *_: None)
-        patch.setattr("builtins.print", lambda *line, **_: lines.append(" ".join(map(str, line))))
-        with pytest.raises(SystemExit) as caught:
-            run_script(script.main)
-    sys.argv = argv
-    assert caught.value.code == 2
-    (line,) = [line for line in lines if line.startswith("error: ")]
-    assert "\n" not in line
-    return line
 
 
 def break_image(folder: Path) -> dict:
@@ -354,7 +311,7 @@ def write_config(folder: Path, settings: dict) -> Path:
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_before_training(script, tiny, tmp_path, name):
+def test_bad_input_is_one_line_before_training(script, tiny, tmp_path, capsys, monkeypatch, name):
     changes, words = BAD_INPUT[name]
     flags = dict(tiny)
     for key, value in (changes(tmp_path) if callable(changes) else changes).items():
@@ -362,8 +319,7 @@ def test_bad_input_is_one_line_before_training(script, tiny, tmp_path, name):
             del flags[key[1:]]
         else:
             flags[key] = value
-    line = refuse(script, flags)
-    assert all(word in line for word in words), line
+    refuse(script, to_argv(flags), words, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 

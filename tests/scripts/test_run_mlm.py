@@ -1,28 +1,23 @@
 """scripts/run_mlm.py from end to end on generated sentences, and what it refuses."""
 
 import gzip
-import importlib
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run_clm import cache, data, quiet_logging, read_results, start  # noqa: F401 (fixtures)
+from script_runs import ROOT, SMALL_RUN, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
+from test_run_clm import cache, data  # noqa: F401 (fixtures)
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_v0init.tasks.language_modeling.masking import Masking, compose_seed
-from hf_v0init.tasks.script_support import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_mlm.py"
-
-
-run_mlm = importlib.import_module("hf_v0init.tasks.language_modeling.masked_script")
+run_mlm = load_script("mlm")
 
 
 @pytest.fixture
@@ -44,17 +39,8 @@ def flags(data, cache, tmp_path):  # noqa: F811
         "save_steps": 2,
         "learning_rate": "1e-2",
         "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "seed": 3,
     }
-
-    def make(**changes) -> list[str]:
-        merged = {**base, **changes}
-        return [f"--{name}={value}" for name, value in merged.items() if value is not None]
-
-    return make
+    return lambda **changes: to_argv(SMALL_RUN | base | changes)
 
 
 PRETRAINED = {"model_type": None, "config_overrides": None}
@@ -216,10 +202,8 @@ def test_words_json_and_a_validation_split(flags, data, tmp_path):  # noqa: F811
 def test_positions_that_begin_behind_the_padding_are_counted(flags, tmp_path, monkeypatch, capsys):
     """RoBERTa with 16 positions and padding 0 takes 15 tokens: 16 would end in an IndexError while training."""
     run_mlm.main(flags(model_type="roberta", block_size=None, max_steps=1))
-    monkeypatch.setattr(sys, "argv", ["run_mlm.py", *flags(model_type="roberta", output_dir=tmp_path / "other")])
-    with pytest.raises(SystemExit):
-        run_script(run_mlm.main)
-    assert "--block_size=16" in (error := capsys.readouterr().err) and "take 15 tokens" in error
+    argv = flags(model_type="roberta", output_dir=tmp_path / "other")
+    refuse(run_mlm, argv, ["--block_size=16", "take 15 tokens"], capsys, monkeypatch)
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -283,18 +267,9 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
         for key, value in changes.items()
     }
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["run_mlm.py", *flags(**changes)])
-    with pytest.raises(SystemExit) as caught:
-        run_script(run_mlm.main)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    for part in expected:
-        assert part in error, error
+    refuse(run_mlm, flags(**changes), expected, capsys, monkeypatch, with_log=True)
     assert list(tmp_path.iterdir()) == []
 
-
-# ------------------------------------------------------------------------------------------------------ configs
 
 # ------------------------------------------------------------------------------------------------ own processes
 
@@ -302,13 +277,12 @@ def test_bad_input_ends_with_one_line_and_status_2_and_nothing_written(
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(flags, tmp_path):
     """Over two epochs and a half, without dropout: the same batches, and the masks of the same samples in the same epochs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {**NO_DROPOUT, "do_eval": True, "line_by_line": True, "max_steps": 12, "save_strategy": "no"}
     options |= {"optim": "sgd", "learning_rate": "0.5"}
     one, two = tmp_path / "one", tmp_path / "two"
     run_mlm.main(flags(**options, per_device_train_batch_size=12, output_dir=one))
     options |= {"per_device_eval_batch_size": 4, "sample_text": "the <mask>"}
-    result = start(*launcher, SCRIPT, *flags(**options, per_device_train_batch_size=6, output_dir=two))
+    result = start(*TORCHRUN, SCRIPT, *flags(**options, per_device_train_batch_size=6, output_dir=two))
     assert result.returncode == 0, result.stderr
     state = json.loads((two / "trainer_state.json").read_text())
     assert state["epoch"] > 2

@@ -1,13 +1,8 @@
 """scripts/run_translation.py from end to end on number words, and that bad input ends in one line and status 2."""
 
 import gzip
-import importlib
 import json
-import logging
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,12 +12,12 @@ import yaml
 from huggingface_hub import RepoCard
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
+from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
 from hf_v0init.tasks.checkpoint_averaging import average_checkpoints
-from hf_v0init.tasks.script_support import run_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_translation.py"
+SCRIPT = ROOT / "scripts" / "run_translation.py"
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -43,13 +38,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def run_translation():
-    return importlib.import_module("hf_v0init.tasks.translation.script")
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
+    return load_script("translate")
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +54,6 @@ def data(tmp_path_factory) -> dict:
             path.write_bytes(gzip.compress(text) if side == "source" else text)
             flags[f"{role}_{side}_file"] = str(path)
     return flags
-
-
-def to_argv(flags: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def read_results(folder) -> dict:
-    return json.loads((Path(folder) / "all_results.json").read_text())
 
 
 def test_trains_translates_averages_and_saves(run_translation, data, tmp_path, capsys):
@@ -132,7 +113,7 @@ def test_the_second_start_reads_the_tokenized_data_from_the_cache(run_translatio
 
     first = run("a")
     assert len(first) == 1
-    assert run("b", pad_to_max_length=False) == first
+    assert run("b") == first
     overwritten = run("c", overwrite_cache=True)
     assert overwritten.keys() == first.keys()
     assert overwritten != first
@@ -206,15 +187,6 @@ def test_a_pretrained_model_with_a_prefix_goes_on_and_can_be_evaluated_alone(run
     flags |= {"model_name_or_path": tmp_path / "b", "output_dir": tmp_path / "c"}
     run_translation.main(to_argv(flags))
     assert read_results(tmp_path / "c")["eval_loss"] == pytest.approx(read_results(tmp_path / "b")["eval_loss"])
-
-
-def test_padding_everything_to_the_maximum_changes_no_loss(run_translation, data, tmp_path):
-    flags = {**TINY, **data, "do_train": True, "do_eval": True, "max_steps": 2, "save_strategy": "no"}
-    flags |= {"cache_dir": tmp_path / "cache"}
-    for name in ("False", "True"):
-        run_translation.main(to_argv({**flags, "pad_to_max_length": name, "output_dir": tmp_path / name}))
-    losses = [read_results(tmp_path / name)["eval_loss"] for name in ("False", "True")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_multilingual_tokenizer_is_told_its_languages(run_translation, data, tmp_path):
@@ -332,14 +304,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run_translation, data, tmp_path
             del flags[name[1:]]
         else:
             flags[name] = names.get(str(value).strip("{}"), value)
-    monkeypatch.setattr(sys, "argv", ["run_translation.py", *to_argv(flags)])
-    with pytest.raises(SystemExit) as ended:
-        run_script(run_translation.main)
-    assert ended.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    for word in words:
-        assert word in errors[0]
+    refuse(run_translation, to_argv(flags), words, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
@@ -347,23 +312,16 @@ def test_a_full_output_folder_is_left_alone(run_translation, data, tmp_path, cap
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     flags = {**TINY, **data, "do_train": True, "max_steps": 2, "output_dir": tmp_path / "out"}
-    monkeypatch.setattr(sys, "argv", ["run_translation.py", *to_argv(flags)])
-    with pytest.raises(SystemExit) as ended:
-        run_script(run_translation.main)
-    assert ended.value.code == 2
-    assert "--overwrite_output_dir" in capsys.readouterr().err
+    refuse(run_translation, to_argv(flags), ["--overwrite_output_dir"], capsys, monkeypatch)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_old_checkpoints_go_only_when_the_new_run_begins(run_translation, data, tmp_path, monkeypatch):
+def test_old_checkpoints_go_only_when_the_new_run_begins(run_translation, data, tmp_path, capsys, monkeypatch):
     old = tmp_path / "out" / "checkpoint-77"
     old.mkdir(parents=True)
     flags = {**TINY, **data, "do_train": True, "max_steps": 2, "save_steps": 2, "v0_init": "random"}
     flags |= {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "overwrite_output_dir": True}
-    monkeypatch.setattr(sys, "argv", ["run_translation.py", *to_argv({**flags, "optim": "sgd"})])
-    with pytest.raises(SystemExit) as ended:
-        run_script(run_translation.main)
-    assert ended.value.code == 2
+    refuse(run_translation, to_argv({**flags, "optim": "sgd"}), [], capsys, monkeypatch)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-77"]
     run_translation.main(to_argv(flags))
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -371,8 +329,8 @@ def test_old_checkpoints_go_only_when_the_new_run_begins(run_translation, data, 
 
 @pytest.mark.slow
 def test_as_a_command_stderr_holds_the_line_and_no_traceback(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--do_train", "--output_dir", str(tmp_path / "out"), "--train_file", "x"]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [SCRIPT, "--do_train", "--output_dir", tmp_path / "out", "--train_file", "x"]
+    ended = start(*command, HF_HUB_OFFLINE="1")
     assert ended.returncode == 2
     assert ended.stderr.strip().splitlines()[-1].startswith("error: x: no such file")
     assert "Traceback" not in ended.stderr
@@ -386,8 +344,7 @@ def test_push_sends_model_tokenizer_card_and_v0(data, tmp_path):
         "cache_dir": tmp_path / "cache", "push_to_hub": True, "hub_model_id": "someone/words",
     }  # fmt: skip
     with LoopbackHub() as hub:
-        environment = hub.make_environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, str(SCRIPT), *to_argv(flags)], check=True, env=environment, timeout=300)
+        start(SCRIPT, *to_argv(flags), **hub.make_environment(tmp_path / "home")).check_returncode()
         files = hub.repositories["someone/words"].head.files
     assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "v0_init.json"} <= set(
         files
@@ -407,14 +364,11 @@ def test_two_processes_give_the_run_of_one(data, tmp_path):
         "cache_dir": tmp_path / "cache", "v0_init": "data_driven",
         "learning_rate": 3e-3, "predict_with_generate": True, "train_sampling_strategy": "sequential",
     }  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "localhost:0"]
     results = {}
-    for num_processes, launcher in ((1, []), (2, torchrun)):
+    for num_processes, launcher in ((1, []), (2, TORCHRUN)):
         out = tmp_path / str(num_processes)
         own = {"output_dir": out, "per_device_train_batch_size": 16 // num_processes}
-        command = [sys.executable, *launcher, str(SCRIPT), *to_argv({**flags, **own})]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400)
+        start(*launcher, SCRIPT, *to_argv({**flags, **own})).check_returncode()
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         results[num_processes] = read_results(out), [entry["loss"] for entry in history if "loss" in entry]
         assert len((out / "generated_predictions.txt").read_text().splitlines()) == 21

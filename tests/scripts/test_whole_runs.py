@@ -1,13 +1,12 @@
 """What a run goes on from is the whole of it, and what a folder says is of the model that is in it."""
 
-import importlib
 import json
 
 import pytest
 import torch
 from image_sets import write_image_folder
 from safetensors.torch import load_file, save_file
-from test_golden_runs import quiet_logging  # noqa: F401 (a fixture)
+from script_runs import load_script, quiet_logging  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 
 from hf_v0init import InputError
@@ -68,7 +67,7 @@ def test_families_that_are_saved_under_other_names_are_loaded_whole(family, tmp_
 
 @pytest.fixture(scope="module")
 def script():
-    return importlib.import_module("hf_v0init.tasks.images.script")
+    return load_script("images")
 
 
 @pytest.fixture

@@ -115,4 +115,7 @@ def test_settings_that_cannot_leave_five_checkpoints(tmp_path, settings, num_ste
 )
 def test_settings_that_can(tmp_path, settings, num_steps):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    require_enough_checkpoints(arguments, 5, num_steps)
+    assert require_enough_checkpoints(arguments, 5, num_steps) is None
+    if num_steps is not None:  # and of one checkpoint more it says that there are too few
+        with pytest.raises(InputError, match="average_checkpoints=6"):
+            require_enough_checkpoints(arguments, 6, num_steps)

@@ -8,8 +8,9 @@ import datasets
 import pytest
 import sacrebleu
 import torch
+from script_runs import quiet_logging, to_argv  # noqa: F401
 from test_right_results import LONG
-from test_run_translation import TINY, to_argv
+from test_run_translation import TINY
 from transformers import (
     AutoTokenizer,
     M2M100Config,
@@ -30,15 +31,8 @@ from hf_v0init.tasks.translation.metrics import SacreBleu, make_bleu
 from hf_v0init.tasks.translation.pairs import (
     PairCollator,
     leave_out_empty_pairs,
-    leave_out_unlike_lengths,
     load_pair_files,
 )
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was():
-    yield
-    logging.getLogger().handlers.clear()
 
 
 @pytest.fixture(scope="module")
@@ -192,22 +186,13 @@ def test_sacrebleu_chooses_by_the_target_language():
 # ---- training pairs -----------------------------------------------------------------------------------------------------------
 
 
-def test_empty_pairs_and_unlike_lengths_are_left_out_and_counted(caplog):
+def test_empty_pairs_are_left_out_and_counted(caplog):
     pairs = datasets.Dataset.from_dict({"source": ["a", " ", "b", ""], "target": ["x", "y", "", ""]})
     with caplog.at_level(logging.INFO, logger="hf_v0init"):
         assert leave_out_empty_pairs(pairs).to_dict() == {"source": ["a"], "target": ["x"]}
     assert "3 of 4 pairs have an empty side (the first: 2)" in caplog.text
-    rows = {"input_ids": [[1] * 2, [1] * 4, [1] * 9, [1] * 3], "labels": [[1] * 4, [1] * 9, [1] * 4, [1] * 3]}
-    tokenized = datasets.Dataset.from_dict(rows)
-    with caplog.at_level(logging.INFO, logger="hf_v0init"):
-        kept = leave_out_unlike_lengths(tokenized, 2.0)
-    assert [len(ids) for ids in kept["input_ids"]] == [2, 3]
-    assert "2 of 4 pairs" in caplog.text
-    assert leave_out_unlike_lengths(tokenized, None) is tokenized
-    with pytest.raises(
-        InputError, match=r"all pairs differ by more than 1.5 times in tokens; raise --max_length_ratio"
-    ):
-        leave_out_unlike_lengths(tokenized.select([1]), 1.5)
+    with pytest.raises(InputError, match="all pairs have an empty side"):
+        leave_out_empty_pairs(pairs.select([1, 2]))
 
 
 def test_a_stream_gives_the_run_of_the_same_data_in_order(tmp_path):
@@ -215,7 +200,7 @@ def test_a_stream_gives_the_run_of_the_same_data_in_order(tmp_path):
         (tmp_path / name).write_text("".join(f"{line}\n" for line in [*LONG[:5], "", *LONG[5:]]))
     flags = {
         **TINY, "train_source_file": tmp_path / "source", "train_target_file": tmp_path / "target", "do_train": True, "max_steps": 6,
-        "per_device_train_batch_size": 4, "cache_dir": tmp_path / "cache", "save_strategy": "no", "max_length_ratio": 3,
+        "per_device_train_batch_size": 4, "cache_dir": tmp_path / "cache", "save_strategy": "no",
     }  # fmt: skip
     losses = {}
     for name, changes in (("whole", {"train_sampling_strategy": "sequential"}), ("stream", {"streaming": True})):

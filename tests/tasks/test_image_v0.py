@@ -16,19 +16,12 @@ from hf_v0init.tasks.images.augmentation import Augmentation
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.images.format import choose_format, measure_mean_and_std
-from hf_v0init.tasks.images.samples import ImageDrawsMixin, ImageSamples, stack_samples
+from hf_v0init.tasks.images.samples import ImageSamples, stack_samples
+from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
 
 SEED, SMOOTHING, BATCH = 11, 0.1, 6
 CROP = Augmentation("pad", 1, True)
-
-
-class StockTrainer(ImageDrawsMixin, Trainer):
-    """The stock Trainer, with augmentation by epoch."""
-
-
-class ImageTrainer(ImageDrawsMixin, V0InitTrainer):
-    """The same with a v0."""
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +43,14 @@ def make_network():
 
 def make_trainer(folder, images, callbacks=(), stock=False, **overrides):
     options = {"max_steps": 8, "per_device_train_batch_size": BATCH, "seed": SEED} | overrides
-    return (StockTrainer if stock else ImageTrainer)(
+    samples = make_samples(images)
+    return (Trainer if stock else V0InitTrainer)(
         model=make_network(),
         args=make_arguments(folder, v0=not stock, **options),
-        train_dataset=make_samples(images),
+        train_dataset=samples,
         data_collator=stack_samples,
         compute_loss_func=TokenCrossEntropy(SMOOTHING),
-        callbacks=list(callbacks),
+        callbacks=[AnnounceEpoch(samples.begin_epoch), *callbacks],
     )
 
 

@@ -11,10 +11,9 @@ from hf_v0init.tasks.language_modeling.masked_samples import (
     Frame,
     FramedTexts,
     StreamedTexts,
-    find_word_starts,
     require_words,
-    tokenize_words,
 )
+from hf_v0init.tasks.language_modeling.samples import find_word_starts, tokenize_texts
 from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 
 TEXTS = ["the cat sat", "", "on the very big mat , said the dog", "   ", "yes"]
@@ -44,7 +43,7 @@ def pieces():
 def tokenize(tmp_path):
     def run(tokenizer, texts=TEXTS, **options):
         options = {"separator": [], **options}
-        return tokenize_words(
+        return tokenize_texts(
             datasets.Dataset.from_dict({"text": texts}), tokenizer, "text", cache_dir=str(tmp_path), **options
         )
 
@@ -114,7 +113,7 @@ def test_a_stream_gives_the_same_samples(tokenize, pieces, line_by_line, mark_wo
     cut = FramedTexts.take_lines if line_by_line else FramedTexts.cut_blocks
     expected = list_samples(cut(tokenize(pieces, separator=separator, mark_words=mark_words), length, frame))
     texts = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    rows = tokenize_words(texts, pieces, "text", separator=separator, mark_words=mark_words)
+    rows = tokenize_texts(texts, pieces, "text", separator=separator, mark_words=mark_words)
     stream = StreamedTexts(rows, length, frame, line_by_line)
     for _ in range(2):
         samples = list(stream)

@@ -6,7 +6,8 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking, compose_seed
+from hf_v0init.tasks.language_modeling.masking import MaskedSamples, MaskedStream, Masking, compose_seed
+from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 
 MASK, KEPT, ORDINARY = 4, np.array([0, 1, 2, 4]), np.arange(5, 40)
@@ -187,7 +188,7 @@ def test_loader_workers_that_live_on_see_the_epoch():
 @pytest.mark.parametrize("steps_an_epoch", [3, 7, 49, 915])
 def test_the_epoch_is_told_from_what_the_trainer_counts(steps_an_epoch):
     dataset = MaskedSamples(make_samples(), make_masking(), seed=3)
-    callback, state = AnnounceEpoch(dataset), TrainerState()
+    callback, state = AnnounceEpoch(dataset.set_epoch), TrainerState()
     for epoch in range(40):
         # what the Trainer has after the last step of the epoch before, and after a stop within this one
         for state.epoch in ((epoch - 1) + steps_an_epoch / steps_an_epoch, epoch + 1 / steps_an_epoch):

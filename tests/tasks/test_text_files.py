@@ -10,7 +10,7 @@ import pytest
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.text_files import LONGEST_WORD, load_local_files, open_stream, read_lines
-from hf_v0init.tasks.translation.pairs import load_pair_files, load_parallel_files, select_pairs
+from hf_v0init.tasks.translation.pairs import load_pair_files, select_pairs
 
 LINES = ["Ein Hund läuft.", "", "zwei\u2028Zeilen, doch eine", "drei"]
 
@@ -155,9 +155,12 @@ def test_broken_tables_are_named(tmp_path, name, text, words):
 
 def test_parallel_files_pair_line_by_line(tmp_path):
     source, target = write(tmp_path / "a.de.gz", "eins\nzwei\n"), write(tmp_path / "a.en", "one\ntwo\n")
-    assert load_parallel_files(source, target).to_dict() == {"source": ["eins", "zwei"], "target": ["one", "two"]}
+    assert load_pair_files("train", None, source, target).to_dict() == {
+        "source": ["eins", "zwei"],
+        "target": ["one", "two"],
+    }
     with pytest.raises(InputError, match=r"has 2 lines but .* has 3"):
-        load_parallel_files(source, write(tmp_path / "b.en", "one\ntwo\nthree\n"))
+        load_pair_files("train", None, source, write(tmp_path / "b.en", "one\ntwo\nthree\n"))
 
 
 def test_pairs_are_found_in_every_usual_layout(tmp_path):

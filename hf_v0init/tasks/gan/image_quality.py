@@ -165,9 +165,9 @@ class ImageQuality:
             raise InputError(f"{len(real)} real images have no covariance; a Frechet distance needs two or more")
         self.extractor = extractor.to(device).eval()
         self.batch_size, self.device = batch_size, device
-        self.frechet = self._make_metric(
-            "FrechetInceptionDistance", _Given(extractor.num_features), reset_real_features=False
-        )
+        distance, self._score = import_metrics()
+        features = _Given(extractor.num_features)
+        self.frechet = distance(features, reset_real_features=False, sync_on_compute=False)
         # Sums are fp64, which Apple's GPUs do not have.
         self.metric_device = "cpu" if torch.device(device).type == "mps" else device
         self.frechet.to(self.metric_device)
@@ -192,7 +192,9 @@ class ImageQuality:
             The figures under the keys of `names`: a distance >= 0 in units of features squared, and a score from 1 to the
             number of classes with, under `..._std`, its standard deviation over ten parts of the images. Random states are as before.
         """
-        score = self._make_metric("InceptionScore", _Given(self.extractor.num_features), splits=NUM_SPLITS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the score keeps its inputs
+            score = self._score(_Given(self.extractor.num_features), splits=NUM_SPLITS, sync_on_compute=False)
         self.frechet.reset()
         num = 0
         for images in generated:
@@ -218,18 +220,20 @@ class ImageQuality:
         features, logits = self.extractor(images.to(self.device))
         return features.to(self.metric_device).double(), logits.to(self.metric_device).double()
 
-    @staticmethod
-    def _make_metric(name: str, *args, **options):
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-            from torchmetrics.image.inception import InceptionScore
-        except Exception as error:  # beside torch-fidelity it imports torchvision, which may not fit this torch
-            problem = f"measuring images needs torchmetrics, which cannot be imported ({error})"
-            raise InputError(describe_missing("images", problem)) from error
-        classes = {"FrechetInceptionDistance": FrechetInceptionDistance, "InceptionScore": InceptionScore}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the score keeps its inputs
-            return classes[name](*args, sync_on_compute=False, **options)
+
+def import_metrics() -> tuple[type, type]:
+    """Import torchmetrics' Frechet distance and score.
+
+    Raises:
+        InputError: they cannot be imported.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+    except Exception as error:  # beside torch-fidelity it imports torchvision, which may not fit this torch
+        problem = f"measuring images needs torchmetrics, which cannot be imported ({error})"
+        raise InputError(describe_missing("images", problem)) from error
+    return FrechetInceptionDistance, InceptionScore
 
 
 class _Given(nn.Identity):

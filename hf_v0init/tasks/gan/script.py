@@ -12,7 +12,6 @@ the training images. Only in the features of Inception v3 is it called FID.
 
 import json
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,20 +22,13 @@ from transformers import set_seed
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..data import DatasetArguments
-from ..images.folders import LabelledImages, choose_some
+from ..images.folders import NO_CLASSES, LabelledImages, choose_some, load_image_folder, select_images
 from ..images.format import IMAGE_MODES, choose_format
-from ..images.tensors import NO_CLASSES, load_any_image_folder, read_pixels, select_any_images
+from ..images.tensors import read_pixels
 from ..models import HubArguments
-from ..output_folder import (
-    find_checkpoint_to_resume,
-    remove_what_is_stale,
-    require_stages_left,
-    require_writable_output,
-)
-from ..run_identity import describe_run, find_finished_step, require_same_run
-from ..script_support import flag, parse_arguments, run_script, start_logging
-from ..summary import say
-from ..value_checks import require_positive_counts
+from ..output_folder import find_place_to_start, remove_what_is_stale
+from ..run_identity import describe_run
+from ..script_support import exit_with_line, flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
 from .training import DivergedError, GanRun
@@ -74,9 +66,6 @@ class ModelArguments:
     latent_size: int = flag(100, "Elements of the generator's noise.")
     base_channels: int = flag(64, "Channels of both networks at half the image's size; they double with each halving.")
 
-    def __post_init__(self):
-        require_positive_counts(self)
-
 
 @dataclass
 class DataArguments(DatasetArguments, HubArguments):
@@ -104,11 +93,6 @@ class DataArguments(DatasetArguments, HubArguments):
         None, "Train on so many of the images, chosen at random, the same in every run."
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.image_size is not None:
-            count_doublings(self.image_size)
-
 
 @dataclass
 class QualityArguments:
@@ -126,13 +110,11 @@ class QualityArguments:
     num_eval_images: int = flag(
         10_000, "Images generated for a measurement, and training images they are measured against."
     )
-    per_pass_images: int = flag(256, "Images that the measuring network gets at a time.")
     overwrite_output_dir: bool = flag(
         False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
     )
 
     def __post_init__(self):
-        require_positive_counts(self)
         if self.num_eval_images < SMALLEST_EVAL:
             raise InputError(f"--num_eval_images={self.num_eval_images}: one image has no covariance; give 2 or more")
         if self.inception_weights is not None and self.feature_extractor != "inception":
@@ -173,38 +155,23 @@ def require_possible(training: GanTrainingArguments) -> None:
         )
     if not (training.do_train or training.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
-
-
-def find_place_to_start(training: GanTrainingArguments, overwrite: bool, identity: dict) -> str | None:
-    """Find the checkpoint to go on from, if any; a finished run is left as it is."""
-    if not training.do_train:
-        if not Path(training.output_dir, "generator", "config.json").is_file():
-            raise InputError(
-                f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
-                "--do_train, or the output folder of a finished run"
-            )
-        require_writable_output(training.output_dir, overwrite=True)
-        return None
-    step = None if overwrite or training.resume_from_checkpoint else find_finished_step(training)
-    if step is not None:
-        require_stages_left(training, step, identity, trains_only=True)
-    checkpoint = find_checkpoint_to_resume(training, overwrite)
-    if checkpoint is not None:
-        require_same_run(checkpoint, identity)
-    return checkpoint
+    if not training.do_train and not Path(training.output_dir, "generator", "config.json").is_file():
+        raise InputError(
+            f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
+            "--do_train, or the output folder of a finished run"
+        )
 
 
 def load_images(data: DataArguments) -> LabelledImages:
     """Load the images to learn from."""
     if data.train_dir is not None:
-        images = load_any_image_folder(data.train_dir, role="train")
+        images = load_image_folder(data.train_dir, role="train", needs_classes=False)
     else:
         splits = data.load_dataset(data)
         if data.dataset_split not in splits:
             raise InputError(f"--dataset_split={data.dataset_split}: {data.dataset_name} has only {', '.join(splits)}")
-        images = select_any_images(
-            splits[data.dataset_split], role="train", image_column=data.image_column, label_column=data.label_column
-        )
+        columns = {"image_column": data.image_column, "label_column": data.label_column}
+        images = select_images(splits[data.dataset_split], role="train", needs_classes=False, **columns)
     return choose_some(images, data.max_train_samples)
 
 
@@ -229,7 +196,7 @@ def make_quality(
             )
         extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], quality.per_pass_images, device)
+    return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)
 
 
 def load_generator(folder: Path, sizes: dict) -> Generator:
@@ -271,7 +238,7 @@ def train_and_measure(argv: list[str]) -> None:
     require_possible(training)
     identity = describe_run(training, model_args, data_args, quality_args)
     overwrite = quality_args.overwrite_output_dir
-    checkpoint = find_place_to_start(training, overwrite, identity)
+    checkpoint = find_place_to_start(training, overwrite, identity, evaluates_anew=True)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start
@@ -319,8 +286,7 @@ def main(argv: list[str]) -> None:
     try:
         train_and_measure(argv)
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_DIVERGED) from None
+        exit_with_line(f"error: {error}", EXIT_DIVERGED)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ...errors import InputError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LABEL_COLUMNS = ("label", "labels")
+NO_CLASSES = ["images"]  # of images without labels
 FIXED_CHOICE_SEED = 0  # of the samples that a limit or a split leaves: the same in runs of any seed
 
 
@@ -47,39 +48,57 @@ class LabelledImages:
         return str(path) if path else f"row {position} of the {self.role} data"
 
 
-def load_image_folder(path, *, role: str) -> LabelledImages:
+def load_image_folder(path, *, role: str, needs_classes: bool = True) -> LabelledImages:
     """List `path/CLASS/IMAGE`. Classes are the subfolders in alphabetical order; hidden and other files are passed over.
 
+    Args:
+        needs_classes: if not, the images may lie directly in `path`, and are then all of one class.
+
     Raises:
-        InputError: there is no such folder, it has no subfolders, or one of these has no image directly in it.
+        InputError: there is no such folder, it has no subfolders, one of these has no image directly in it, or there are images
+            beside subfolders.
     """
     path = Path(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such folder"
         raise InputError(f"--{role}_dir={path}: {what}; give a folder with one subfolder per class")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if not folders:
+    loose = [] if needs_classes else _list_images(path)
+    if loose and folders:
+        raise InputError(
+            f"--{role}_dir={path}: holds images ({loose[0].name}) beside folders ({folders[0].name}); give a folder of images, or of "
+            "one subfolder per class"
+        )
+    if not loose and not folders:
         raise InputError(f"--{role}_dir={path}: has no subfolders; put the images into one subfolder per class")
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        files = sorted(file for file in folder.iterdir() if _is_image_name(file))
+    classes = {folder.name: _list_images(folder) for folder in folders} or {NO_CLASSES[0]: loose}
+    for name, files in classes.items():
         if not files:
             raise InputError(
-                f"--{role}_dir={path}: the class folder {folder} has no image directly in it "
+                f"--{role}_dir={path}: the class folder {path / name} has no image directly in it "
                 f"({', '.join(IMAGE_SUFFIXES)}); add images, or remove the folder"
             )
-        paths += [str(file) for file in files]
-        labels += [label] * len(files)
+    paths = [str(file) for files in classes.values() for file in files]
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
     rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
-    return LabelledImages(rows, np.array(labels, dtype=np.int64), [folder.name for folder in folders], role)
+    return LabelledImages(rows, labels, list(classes), role)
 
 
-def _is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _list_images(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
 
 
 def select_images(
-    rows: datasets.Dataset, *, role: str, image_column: str | None = None, label_column: str | None = None
+    rows: datasets.Dataset,
+    *,
+    role: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    needs_classes: bool = True,
 ) -> LabelledImages:
     """Take images and labels out of a loaded data set.
 
@@ -87,6 +106,7 @@ def select_images(
         image_column: default, the only column of images.
         label_column: default, the only column of class labels, else "label" or "labels". Without class names, the
             values that occur are the classes, sorted.
+        needs_classes: if not, and no column of labels is named or found, the images are all of one class.
 
     Raises:
         InputError: no or several such columns, a column of another kind, no rows, a sample without a label.
@@ -95,28 +115,36 @@ def select_images(
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     classes = classes or [name for name in LABEL_COLUMNS if name in rows.features][:1]
     image_column = _choose_column(rows, role, "image_column", image_column, images)
-    label_column = _choose_column(rows, role, "label_column", label_column, classes)
     if image_column not in images:
         raise InputError(f"--image_column={image_column}: that column of the {role} data holds no images")
     if len(rows) == 0:
-        raise InputError(f"the {role} data has no rows; give a split with at least one image a class")
-    values, feature = np.array(rows[label_column]), rows.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        names, labels = list(feature.names), values
-        if not (values.min() >= 0 and values.max() < len(names)):
-            where = int(np.argmax((values < 0) | (values >= len(names))))
-            raise InputError(
-                f"row {where} of the {role} data has no label ({values[where]}); give a split whose labels are published"
-            )
-    elif values.dtype.kind in "biuU":
-        found, labels = np.unique(values, return_inverse=True)
-        names = [str(value) for value in found]
+        raise InputError(f"the {role} data has no rows; give a split with at least one image per class")
+    if label_column is None and not classes and not needs_classes:
+        names, labels = list(NO_CLASSES), np.zeros(len(rows))
     else:
-        raise InputError(f"--label_column={label_column}: that column of the {role} data holds no classes")
+        label_column = _choose_column(rows, role, "label_column", label_column, classes)
+        names, labels = _read_labels(rows, label_column, role)
     rows = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     if image_column != "image":
         rows = rows.rename_column(image_column, "image")
     return LabelledImages(rows, labels.astype(np.int64), names, role)
+
+
+def _read_labels(rows: datasets.Dataset, column: str, role: str) -> tuple[list[str], np.ndarray]:
+    """Read the names of the classes and each image's number among them."""
+    values, feature = np.array(rows[column]), rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        is_unknown = (values < 0) | (values >= len(feature.names))
+        if is_unknown.any():
+            where = int(np.argmax(is_unknown))
+            raise InputError(
+                f"row {where} of the {role} data has no label ({values[where]}); give a split whose labels are published"
+            )
+        return list(feature.names), values
+    if values.dtype.kind not in "biuU":
+        raise InputError(f"--label_column={column}: that column of the {role} data holds no classes")
+    found, labels = np.unique(values, return_inverse=True)
+    return [str(value) for value in found], labels
 
 
 def _choose_column(rows, role: str, flag: str, given: str | None, candidates: list[str]) -> str:
@@ -199,16 +227,12 @@ def number_classes(images: LabelledImages, class_names: list[str]) -> LabelledIm
     Raises:
         InputError: an image's class is not among them.
     """
-    number = {name: position for position, name in enumerate(class_names)}
-    unknown = [name for name in images.class_names if name not in number]
-    if unknown:
+    unknown = next((name for name in images.class_names if name not in class_names), None)
+    if unknown is not None:
+        more = f" and {len(class_names) - 5} more" if len(class_names) > 5 else ""
         raise InputError(
-            f"the model does not know class {unknown[0]!r} of the {images.role} data, only {_shorten(class_names)}; give data "
+            f"the model does not know class {unknown!r} of the {images.role} data, only {', '.join(class_names[:5])}{more}; give data "
             "of its classes, or train it on yours with --do_train"
         )
-    numbers = np.array([number[name] for name in images.class_names], dtype=np.int64)
+    numbers = np.array([class_names.index(name) for name in images.class_names], dtype=np.int64)
     return LabelledImages(images.rows, numbers[images.labels], list(class_names), images.role)
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

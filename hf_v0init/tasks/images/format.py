@@ -5,7 +5,7 @@ What can be wrong with an image is found here, before anything is trained.
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,34 +144,33 @@ def choose_format(
             a mode other than L and RGB.
     """
     seen = [found for images in splits.values() for found in look_through(images)]
-    first = seen[0]
     mode = image_mode or (of_model and of_model.mode)
     if mode is None:
-        for other in seen:
-            if other.mode != first.mode:
-                raise InputError(
-                    f"the images differ in colour mode ({first.where} is {first.mode}, {other.where} is {other.mode}); give "
-                    "--image_mode RGB or --image_mode L to convert them all"
-                )
-        if first.mode not in IMAGE_MODES:
+        mode = _find_common(seen, "colour mode", lambda one: one.mode, "--image_mode RGB or --image_mode L to convert")
+        if mode not in IMAGE_MODES:
             raise InputError(
-                f"{first.where}: its colour mode is {first.mode}; give --image_mode RGB or L to convert the images"
+                f"{seen[0].where}: its colour mode is {mode}; give --image_mode RGB or L to convert the images"
             )
-        mode = first.mode
     size = (image_size, image_size) if image_size is not None else of_model and of_model.size
     if size is None:
-        for other in seen:
-            if other.size != first.size:
-                raise InputError(
-                    f"the images differ in size ({first.where} is {first.size[1]}x{first.size[0]}, {other.where} is "
-                    f"{other.size[1]}x{other.size[0]}); give --image_size to resize them all"
-                )
-        size = first.size
+        _find_common(seen, "size", lambda one: f"{one.size[1]}x{one.size[0]}", "--image_size to resize")
+        size = seen[0].size
     chosen = of_model or ImageFormat(mode, *size)
     if mode != chosen.mode:
         chosen = replace(chosen, mean=(), std=())
     fraction = chosen.crop_fraction if crop_fraction is None else crop_fraction
     return replace(chosen, mode=mode, height=size[0], width=size[1], crop_fraction=fraction)
+
+
+def _find_common(seen: list[_Seen], what: str, describe: Callable[[_Seen], str], remedy: str) -> str:
+    """Return what all images have, in words; raise `InputError` with two that differ."""
+    first = describe(seen[0])
+    other = next((one for one in seen if describe(one) != first), None)
+    if other is not None:
+        raise InputError(
+            f"the images differ in {what} ({seen[0].where} is {first}, {other.where} is {describe(other)}); give {remedy} them all"
+        )
+    return first
 
 
 def measure_mean_and_std(images: LabelledImages, image_format: ImageFormat) -> ImageFormat:

@@ -9,7 +9,6 @@ import logging
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from .augmentation import Augmentation, to_pixels
 from .folders import LabelledImages
@@ -93,20 +92,3 @@ def stack_samples(samples: list[dict]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
     }
-
-
-class _BeginEpoch(TrainerCallback):
-    def __init__(self, trainer: "ImageDrawsMixin") -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if isinstance(self.trainer.train_dataset, ImageSamples):
-            self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
-
-
-class ImageDrawsMixin:
-    """Put before a Trainer that trains on `ImageSamples`: tells them the epoch."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(_BeginEpoch(self))

@@ -39,7 +39,7 @@ from .folders import (
     split_off_validation,
 )
 from .format import IMAGE_MODES, ImageFormat, build_processor, choose_format, load_format, measure_mean_and_std
-from .samples import ImageDrawsMixin, ImageSamples, stack_samples
+from .samples import ImageSamples, stack_samples
 from .top_k_accuracy import ExactAccuracyMixin
 
 logger = logging.getLogger("hf_v0init")
@@ -124,27 +124,21 @@ class DataArguments(SplitDataArguments):
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
-        percentage = self.validation_split_percentage
-        if percentage is not None and not 0 < percentage < 100:
-            raise InputError(f"--validation_split_percentage={percentage}: must lie between 0 and 100")
-        if percentage is not None and self.validation_dir:
+        if self.validation_split_percentage is not None and self.validation_dir:
             raise InputError("--validation_split_percentage and --validation_dir: give one of them")
-        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            raise InputError(f"--crop_fraction={self.crop_fraction}: must be above 0 and at most 1")
         if self.crop_padding is not None and self.random_crop != "pad":
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
-        if self.crop_padding is not None and self.crop_padding < 1:
-            raise InputError(f"--crop_padding={self.crop_padding}: must be 1 or more")
 
 
-class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, ImageDrawsMixin, V0InitTrainer):
-    """With exact evaluation and reproducible augmentation."""
+class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, V0InitTrainer):
+    """With exact evaluation."""
 
 
 class ImageTask(Task):
     """Image classification: folders or the Hub, any classifier of transformers, accuracy."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
+    trainer_class = ImageTrainer
     examples = EXAMPLES
     metrics = ("loss", "accuracy", "top5_accuracy", "num_images")
     card_task = "image-classification"
@@ -213,17 +207,11 @@ class ImageTask(Task):
         """Return what joins samples to a batch."""
         return stack_samples
 
-    def make_trainer(self, samples: dict[str, Any], **common) -> ImageTrainer:
-        """Make the Trainer."""
-        return ImageTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=build_processor(self.image_format),
-            # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
-            compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
-            **common,
-        )
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose processor and loss."""
+        # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
+        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
+        return {"processing_class": build_processor(self.image_format), "compute_loss_func": loss}
 
     def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
         """Say the accuracy."""
@@ -279,11 +267,11 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
             f"{len(samples)} training images are too few for a batch of {batch_size} on each of {training.world_size} "
             "process(es); lower --per_device_train_batch_size, or give more images"
         )
-    reason = find_defect(network, samples, 2)
+    reason = find_refusal(network, samples, 2)
     if reason is not None:
         shape = "x".join(map(str, samples[0]["pixel_values"].shape))
         raise InputError(f"the model cannot take images of {shape} (channels, height, width): {reason}")
-    reason = find_defect(network, samples, 1)
+    reason = find_refusal(network, samples, 1)
     if reason is None:
         return
     if batch_size == 1 or (len(samples) % batch_size == 1 and not training.dataloader_drop_last):
@@ -298,8 +286,8 @@ def require_trainable(network, samples: ImageSamples, training) -> None:
         )
 
 
-def find_defect(network, samples: ImageSamples, batch_size: int) -> str | None:
-    """What the model says to a batch of this size, in training; None if it takes it. Everything is as before."""
+def find_refusal(network, samples: ImageSamples, batch_size: int) -> str | None:
+    """Find out how the model refuses a batch of this size in training; None if it accepts it. Everything is as before."""
     batch = stack_samples([samples[position] for position in range(batch_size)])
     with torch.random.fork_rng(), torch.no_grad():
         copied = copy.deepcopy(network).train()  # batch norms would keep what they see

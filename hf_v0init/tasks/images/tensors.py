@@ -1,59 +1,16 @@
-"""Images of any kind of folder or data set, labelled or not, as one tensor in memory; and tensors as a picture.
-
-For image generation, where all training images are wanted at once and labels serve for measuring alone.
-"""
+"""Images as one tensor in memory, for image generation, where all of them are wanted at once; and tensors as a picture."""
 
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
 from PIL import Image
 
-from ...errors import InputError
-from .folders import IMAGE_SUFFIXES, LABEL_COLUMNS, LabelledImages, load_image_folder, select_images
+from .augmentation import to_image
+from .folders import LabelledImages
 from .format import ImageFormat, decode_image
 
-NO_CLASSES = ["images"]  # of images without labels
 GRID_PADDING = 2
 SMALLEST_TILE = 32  # pixels a side; smaller images are enlarged, their pixels kept
-
-
-def load_any_image_folder(path, *, role: str) -> LabelledImages:
-    """List `path/CLASS/IMAGE`, or the images directly in `path`, which are then all of one class.
-
-    Raises:
-        InputError: there is no such folder, it holds no images, or images beside folders.
-    """
-    path = Path(path)
-    files, folders = [], []
-    if path.is_dir():
-        visible = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        files = [entry for entry in visible if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
-        folders = [entry for entry in visible if entry.is_dir()]
-    if not files:
-        return load_image_folder(path, role=role)
-    if folders:
-        raise InputError(
-            f"--{role}_dir={path}: holds images ({files[0].name}) beside folders ({folders[0].name}); give a folder of images, or of "
-            "one subfolder per class"
-        )
-    rows = datasets.Dataset.from_dict({"image": [str(file) for file in files]})
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    return LabelledImages(rows, np.zeros(len(rows), dtype=np.int64), list(NO_CLASSES), role)
-
-
-def select_any_images(
-    rows: datasets.Dataset, *, role: str, image_column: str | None = None, label_column: str | None = None
-) -> LabelledImages:
-    """Take images, and labels where there are some, out of a loaded data set; as `select_images` otherwise."""
-    has_labels = any(isinstance(feature, datasets.ClassLabel) for feature in rows.features.values())
-    if label_column is None and not has_labels and not any(name in rows.features for name in LABEL_COLUMNS):
-        label_column = "no label"
-        while label_column in rows.features:
-            label_column += " "
-        rows = rows.add_column(label_column, NO_CLASSES * len(rows))
-    return select_images(rows, role=role, image_column=image_column, label_column=label_column)
 
 
 def read_pixels(images: LabelledImages, image_format: ImageFormat) -> torch.Tensor:
@@ -84,17 +41,17 @@ def write_image_grid(pixels: torch.Tensor, path, num_columns: int = 8) -> None:
     """Write uint8 images of shape (n, 1 or 3, height, width) as one PNG, row by row, whole or not at all."""
     num, channels, height, width = pixels.shape
     factor = max(1, -(-SMALLEST_TILE // max(height, width)))
-    tiles = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    tiles = tiles.permute(0, 2, 3, 1).numpy()
-    step_y, step_x = height * factor + GRID_PADDING, width * factor + GRID_PADDING
+    size = width * factor, height * factor
+    step_x, step_y = size[0] + GRID_PADDING, size[1] + GRID_PADDING
     num_columns = min(num_columns, num)
-    num_rows = -(-num // num_columns)
-    canvas = np.full((num_rows * step_y + GRID_PADDING, num_columns * step_x + GRID_PADDING, channels), 255, np.uint8)
-    for number, tile in enumerate(tiles):
-        y, x = GRID_PADDING + number // num_columns * step_y, GRID_PADDING + number % num_columns * step_x
-        canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+    whole = num_columns * step_x + GRID_PADDING, -(-num // num_columns) * step_y + GRID_PADDING
+    canvas = Image.new("L" if channels == 1 else "RGB", whole, "white")
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(number, num_columns)
+        tile = to_image(image).resize(size, Image.Resampling.NEAREST)
+        canvas.paste(tile, (GRID_PADDING + column * step_x, GRID_PADDING + row * step_y))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(aside, format="PNG")
+    canvas.save(aside, format="PNG")
     aside.replace(path)

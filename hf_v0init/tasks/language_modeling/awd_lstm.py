@@ -181,6 +181,7 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = AwdLstmConfig
     base_model_prefix = ""
+    _input_embed_layer = "embedding"
     accepts_loss_kwargs = (
         True  # the loss is divided by `num_items_in_batch`, so accumulated batches weigh by their tokens
     )
@@ -199,14 +200,6 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.decoder = nn.Linear(sizes[-1], config.vocab_size)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, as transformers asks for it."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
         """The decoder, as transformers asks for it."""
@@ -239,9 +232,8 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         state: State | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -252,7 +244,7 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
         """Forecast each next token.
 
         Args:
-            input_ids: (samples, positions), or `inputs_embeds` (samples, positions, embedding_size) instead of it.
+            input_ids: (samples, positions).
             attention_mask: 0 where a position is padding, at the left or right; the state passes over it unchanged. Of a mask
                 longer than the inputs (while generating) the end counts.
             state: what an earlier call returned; default: zeros. It is not changed.
@@ -266,7 +258,7 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a state of other sizes, such as of another number of samples.
         """
-        inputs = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        inputs = self._embed(input_ids)
         if state is None:
             state = self.make_zero_state(inputs.shape[0])
         self._require_fitting_state(state, inputs.shape[0])

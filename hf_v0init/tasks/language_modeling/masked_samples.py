@@ -6,9 +6,9 @@ A sample is framed as the tokenizer frames a text, with BERT's `[CLS]` before an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import numpy as np
@@ -17,10 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_v0init import InputError
 
-from ..data import map_with_cache
-from .samples import TokenRows, require_strings
-
-WORD_STARTS = "word_starts"
+from .samples import WORD_STARTS, TokenRows, cut_stream
 
 
 @dataclass(frozen=True)
@@ -55,54 +52,6 @@ class Frame:
         return sample
 
 
-def tokenize_words(
-    rows: datasets.Dataset | datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    *,
-    separator: list[int],
-    mark_words: bool = False,
-    **map_options: Any,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Tokenize one text column without a frame.
-
-    Args:
-        separator: token ids put after every row that has tokens, [] for none.
-        mark_words: say which tokens begin a word, by the tokenizer's own division of a text into words.
-        map_options: `num_proc`, `cache_dir`, `overwrite_cache`. Not for a stream.
-
-    Returns:
-        The rows with the column `input_ids` (int32) and, with `mark_words`, `word_starts` (bool).
-
-    Raises:
-        InputError: a row without text (None or not a string).
-    """
-
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = require_strings(batch[column], column)
-        # verbose=False: rows longer than the model's positions are cut later
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        token_ids = encoded["input_ids"]
-        result = {"input_ids": [ids + separator if ids else [] for ids in token_ids]}
-        if mark_words:
-            result[WORD_STARTS] = [
-                find_word_starts(encoded.word_ids(row)) + [True] * (len(separator) if ids else 0)
-                for row, ids in enumerate(token_ids)
-            ]
-        return result
-
-    features = {"input_ids": datasets.List(datasets.Value("int32"))}
-    if mark_words:
-        features[WORD_STARTS] = datasets.List(datasets.Value("bool"))
-    key = ("words", column, tuple(separator), mark_words)
-    return map_with_cache(rows, tokenize, tokenizer, datasets.Features(features), key, **map_options)
-
-
-def find_word_starts(word_ids: list[int | None]) -> list[bool]:
-    """Say of each token whether it is of another word than the one before; None, a token of no word, stands alone."""
-    return [number is None or number != before for number, before in zip(word_ids, [None, *word_ids], strict=False)]
-
-
 def require_words(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that does not tell words apart."""
     remedy = "drop --whole_word_mask, or give another --tokenizer_name"
@@ -116,7 +65,7 @@ class FramedTexts(torch.utils.data.Dataset):
     """Ranges of the rows' tokens, each in its frame.
 
     Args:
-        rows: from `tokenize_words`.
+        rows: from `tokenize_texts`, without a frame.
         starts, stops: positions in the stream of all rows' tokens where each sample begins and ends.
         frame: put around each.
     """
@@ -165,7 +114,7 @@ class StreamedTexts:
     """`FramedTexts` of a stream of rows, with the same samples in the same order: blocks, or lines.
 
     Args:
-        rows: from `tokenize_words`; read again in every iteration.
+        rows: from `tokenize_texts`, without a frame; read again in every iteration.
         length: tokens of a sample, at most, the frame included.
         line_by_line: a row is a sample.
     """
@@ -180,20 +129,8 @@ class StreamedTexts:
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        kept: list[np.ndarray] | None = None
-        for row in self.rows:
-            columns = [np.asarray(row[name]) for name in ("input_ids", WORD_STARTS) if name in row]
-            if len(columns[0]) == 0:
-                continue
-            if self.line_by_line:
-                yield self._frame([column[: self._room] for column in columns])
-                continue
-            kept = columns if kept is None else [np.concatenate(pair) for pair in zip(kept, columns, strict=True)]
-            while len(kept[0]) >= self._room:
-                yield self._frame([column[: self._room] for column in kept])
-                kept = [column[self._room :] for column in kept]
-        if kept is not None and len(kept[0]):
-            yield self._frame(kept)
-
-    def _frame(self, columns: list[np.ndarray]) -> dict[str, np.ndarray]:
-        return self.frame.put_around(columns[0], columns[1] if len(columns) > 1 else None)
+        one_by_one = ([row] for row in self.rows) if self.line_by_line else [self.rows]
+        for rows in one_by_one:
+            samples = cut_stream(rows, self._room, self._room)
+            for sample in itertools.islice(samples, 1 if self.line_by_line else None):
+                yield self.frame.put_around(sample["input_ids"], sample.get(WORD_STARTS))

@@ -21,15 +21,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script
+from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
-from ..summary import say
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words, tokenize_words
-from .masking import AnnounceEpoch, MaskedSamples, MaskedStream, Masking
+from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words
+from .masking import MaskedSamples, MaskedStream, Masking
 from .perplexity import MaskedPerplexityMixin
-from .samples import PaddingCollator
+from .samples import tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
 NUM_GUESSES = 5
@@ -87,11 +86,6 @@ class DataArguments(LanguageDataArguments):
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
-        if not 0 < self.mlm_probability < 1:
-            raise InputError(f"--mlm_probability={self.mlm_probability}: must lie between 0 and 1, such as 0.15")
-        for name in ("mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name}={getattr(self, name)}: must be at least 0 and at most 1")
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise InputError(
                 f"--mask_replace_prob={self.mask_replace_prob} and --random_replace_prob={self.random_replace_prob}: together "
@@ -118,6 +112,7 @@ class MaskedTask(LanguageTask):
     """Masked language modelling: blocks or lines, with masks that depend on seed, epoch and number alone."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SampleArguments)
+    trainer_class = MaskedTrainer
     examples = EXAMPLES
     metrics = ("loss", MaskedPerplexityMixin.perplexity_name, "accuracy", "num_tokens")
     card_task = "fill-mask"
@@ -153,7 +148,7 @@ class MaskedTask(LanguageTask):
         """Make the samples of one role: what the Trainer indexes or iterates."""
         data, training, tokenizer = self.data, self.training, self.tokenizer
         has_separator = not data.line_by_line and tokenizer.sep_token_id is not None
-        tokenized = tokenize_words(
+        tokenized = tokenize_texts(
             rows,
             tokenizer,
             *data.choose_text_columns(rows),
@@ -171,25 +166,10 @@ class MaskedTask(LanguageTask):
         cut = FramedTexts.take_lines if data.line_by_line else FramedTexts.cut_blocks
         return MaskedSamples(cut(tokenized, self.block_size, self.frame, limit), self.masking, seed)
 
-    def make_collator(self) -> PaddingCollator:
-        """Make what joins samples to a batch."""
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
-
-    def make_trainer(self, samples: dict[str, Any], **common) -> MaskedTrainer:
-        """Make the Trainer."""
-        trainer = MaskedTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=self.tokenizer,
-            compute_loss_func=TokenCrossEntropy(self.training.label_smoothing_factor),
-            max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
-            **common,
-        )
-        if isinstance(samples.get("train"), MaskedSamples):
-            trainer.add_callback(AnnounceEpoch(samples["train"]))
-        return trainer
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose tokenizer, token budget and loss."""
+        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
+        return super().choose_trainer_options(samples) | {"compute_loss_func": loss}
 
     @torch.no_grad()
     def finish(self, trainer: MaskedTrainer) -> None:

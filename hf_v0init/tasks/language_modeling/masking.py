@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from ...errors import InputError
 
@@ -115,6 +115,8 @@ class MaskedSamples(torch.utils.data.Dataset):
         """Choose the masks of an epoch of training; evaluation stays as it is."""
         self._epoch.fill_(epoch)
 
+    begin_epoch = set_epoch
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -151,14 +153,3 @@ class MaskedStream(torch.utils.data.IterableDataset):
 def compose_seed(seed: int | None, epoch: int, index: int) -> tuple[int, int, int, int]:
     """Compose the seed of one sample's masks; `seed` None is evaluation, in which the epoch counts for nothing."""
     return (EVALUATION, 0, 0, index) if seed is None else (TRAINING, seed, epoch, index)
-
-
-class AnnounceEpoch(TrainerCallback):
-    """Tells `MaskedSamples` the epoch. accelerate does not where its own sampler takes the epoch, as on several processes."""
-
-    def __init__(self, samples: MaskedSamples) -> None:
-        self.samples = samples
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Tell the number of the epoch that begins; it is complete steps of the one before, so whole up to rounding."""
-        self.samples.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,15 +1,11 @@
-"""Perplexity of a causal language model, exactly: every target token counts once and counts the same.
-
-The Trainer averages the means of batches, which weighs a token by the batch that it happens to be in, and with
-several processes the last batch is filled up with samples that have already been counted. Here the sums of the
-rows are gathered without the fill-up and divided at the end.
-"""
+"""Perplexity of a causal or masked language model, exactly: every target token counts once and counts the same."""
 
 import math
 
 import torch
 from torch.nn import functional
-from transformers.trainer_utils import EvalLoopOutput
+
+from ..token_loss import ExactSumsMixin
 
 
 def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor, is_shifted: bool = False) -> torch.Tensor:
@@ -47,45 +43,32 @@ def compute_perplexity(total_nll: float, num_tokens: float) -> float:
         return math.inf
 
 
-class ExactPerplexityMixin:
+class ExactPerplexityMixin(ExactSumsMixin):
     """Put before a Trainer of a causal language model: its evaluations report exact numbers.
 
     `eval_loss` (nats per target token, without label smoothing), `eval_perplexity`, `eval_accuracy` (the share
-    of target tokens that were the most likely one) and `eval_num_tokens`, over the whole set and all
-    processes. The logits are not kept, so `compute_metrics` gets nothing and is not called.
+    of target tokens that were the most likely one) and `eval_num_tokens`, over the whole set and all processes.
     """
 
     perplexity_name = "perplexity"
     labels_are_shifted = False  # whether position i of the labels is what position i of the logits forecasts
 
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """Evaluate as the Trainer does, with sums over target tokens in place of means over batches."""
-        self._evaluation_sums = torch.zeros(3, dtype=torch.float64)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total_nll, num_tokens, num_correct = self._evaluation_sums.tolist()
-        figures = {
+    def score(self, logits, labels, inputs) -> torch.Tensor:
+        """Score each row by `sum_token_losses`; of contiguous streams the last position has a target, too."""
+        shift_labels = inputs.get("shift_labels")
+        if shift_labels is not None:
+            return sum_token_losses(logits, shift_labels, is_shifted=True)
+        return sum_token_losses(logits, labels, self.labels_are_shifted)
+
+    def compute_figures(self, sums: list[float]) -> dict[str, float]:
+        """Compute loss, perplexity, accuracy and the number of target tokens."""
+        total_nll, num_tokens, num_correct = sums
+        return {
             "loss": total_nll / num_tokens if num_tokens else math.nan,
             self.perplexity_name: compute_perplexity(total_nll, num_tokens),
             "accuracy": num_correct / num_tokens if num_tokens else math.nan,
             "num_tokens": int(num_tokens),
         }
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Add a batch's loss and target tokens to the sums."""
-        # of contiguous streams, where the last position has a target, too
-        shift_labels = inputs.get("shift_labels")
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        logits = logits[0] if isinstance(logits, tuple | list) else logits
-        if shift_labels is not None:
-            labels = shift_labels
-        sums = sum_token_losses(logits, labels, shift_labels is not None or self.labels_are_shifted)
-        sums = self.accelerator.gather_for_metrics(sums)
-        self._evaluation_sums += sums.double().sum(dim=0).cpu()
-        return loss, None, None
 
 
 class MaskedPerplexityMixin(ExactPerplexityMixin):

@@ -21,6 +21,7 @@ from hf_v0init import InputError
 from ..data import map_with_cache
 
 NO_TARGET = -100
+WORD_STARTS = "word_starts"
 
 # ------------------------------------------------------------------------------------------------ tokenizing
 
@@ -32,18 +33,22 @@ def tokenize_texts(
     *,
     text_suffix: str = "",
     append_eos: bool = False,
+    separator: list[int] | None = None,
+    mark_words: bool = False,
     **map_options: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Tokenize one text column.
+    """Tokenize one text column: as the tokenizer frames a text, or without its frame where a `separator` is given.
 
     Args:
         rows: a data set, or a stream, with the text column `column`.
         text_suffix: added to every text, such as the line end that reading lines took away.
         append_eos: end every row with the tokenizer's end-of-text token.
+        separator: token ids put after every row that has tokens, [] for none.
+        mark_words: say which tokens begin a word, by the tokenizer's own division of a text into words.
         map_options: `num_proc`, `cache_dir`, `overwrite_cache`; see `map_with_cache`. Not for a stream.
 
     Returns:
-        The rows with the single column `input_ids` (int32).
+        The rows with the column `input_ids` (int32) and, with `mark_words`, `word_starts` (bool).
 
     Raises:
         InputError: a row without text (None or not a string), or `append_eos` without such a token.
@@ -51,16 +56,29 @@ def tokenize_texts(
     if append_eos and tokenizer.eos_token_id is None:
         raise InputError("--append_eos: the tokenizer has no end-of-text token; leave the flag out")
     last_token = [tokenizer.eos_token_id] if append_eos else []
+    options = {"add_special_tokens": separator is None, "return_attention_mask": False}
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = require_strings(batch[column], column)
-        # verbose=False: rows longer than the model's positions are cut into windows later
-        encoded = tokenizer([text + text_suffix for text in texts], return_attention_mask=False, verbose=False)
-        return {"input_ids": [ids + last_token for ids in encoded["input_ids"]]}
+        texts = [text + text_suffix for text in require_strings(batch[column], column)]
+        encoded = tokenizer(texts, verbose=False, **options)  # no warning of rows that are cut later
+        ends = [last_token + ((separator or []) if ids else []) for ids in encoded["input_ids"]]
+        result = {"input_ids": [ids + end for ids, end in zip(encoded["input_ids"], ends, strict=True)]}
+        if mark_words:
+            result[WORD_STARTS] = [
+                find_word_starts(encoded.word_ids(row)) + [True] * len(end) for row, end in enumerate(ends)
+            ]
+        return result
 
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    key = ("texts", column, text_suffix, append_eos)
-    return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+    features = {"input_ids": datasets.List(datasets.Value("int32"))}
+    if mark_words:
+        features[WORD_STARTS] = datasets.List(datasets.Value("bool"))
+    key = ("texts", column, text_suffix, append_eos, separator, mark_words)
+    return map_with_cache(rows, tokenize, tokenizer, datasets.Features(features), key, **map_options)
+
+
+def find_word_starts(word_ids: list[int | None]) -> list[bool]:
+    """Say of each token whether it is of another word than the one before; None, a token of no word, stands alone."""
+    return [number is None or number != before for number, before in zip(word_ids, [None, *word_ids], strict=False)]
 
 
 def tokenize_completions(
@@ -185,6 +203,10 @@ class TokenRows:
         )
         return [values[offset : offset + stop - start] for values in whole]
 
+    def read_all(self) -> np.ndarray:
+        """Return all tokens."""
+        return self.read(0, self.num_tokens)[0] if self.num_tokens else np.zeros(0, dtype=np.int64)
+
 
 class TokenWindows(torch.utils.data.Dataset):
     """All rows' tokens as one stream, cut into windows in which every token is a target exactly once.
@@ -236,6 +258,31 @@ class TokenWindows(torch.utils.data.Dataset):
         return self.rows.read(start, stop)[0].tolist()
 
 
+def cut_stream(
+    rows: Iterable[dict[str, list]], length: int, step: int, before: dict[str, list] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Join the rows of a stream and cut them: every `step` values a window of `length` begins; the last holds what is left.
+
+    Args:
+        before: what comes before the first row that is not empty, by column.
+    """
+    kept: dict[str, np.ndarray] | None = None
+    for row in rows:
+        columns = {name: np.asarray(row[name]) for name in ("input_ids", WORD_STARTS) if name in row}
+        if len(columns["input_ids"]) == 0:
+            continue
+        if kept is None:
+            kept = {name: np.asarray((before or {}).get(name, values[:0])) for name, values in columns.items()}
+            if len(kept["input_ids"]) and kept["input_ids"][0] == columns["input_ids"][0]:
+                kept = {name: values[:0] for name, values in columns.items()}  # it is there already
+        kept = {name: np.concatenate([kept[name], values]) for name, values in columns.items()}
+        while len(kept["input_ids"]) >= length:
+            yield {name: values[:length] for name, values in kept.items()}
+            kept = {name: values[step:] for name, values in kept.items()}
+    if kept is not None and len(kept["input_ids"]) > length - step:
+        yield kept
+
+
 class StreamedTokenWindows(torch.utils.data.IterableDataset):
     """`TokenWindows` over a stream of rows: read again in every epoch, its length unknown."""
 
@@ -255,23 +302,10 @@ class StreamedTokenWindows(torch.utils.data.IterableDataset):
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        for tokens in itertools.islice(self._cut(), self.max_windows):
+        windows = cut_stream(self.rows, self.window_length, self.window_length - 1, {"input_ids": self.first_token})
+        for window in itertools.islice(windows, self.max_windows):
+            tokens = window["input_ids"].tolist()
             yield {"input_ids": tokens, "labels": list(tokens)}
-
-    def _cut(self) -> Iterator[list[int]]:
-        tokens = None
-        for row in self.rows:
-            ids = list(row["input_ids"])
-            if tokens is None and ids:
-                tokens = [] if ids[:1] == self.first_token else list(self.first_token)
-            tokens = (tokens or []) + ids
-            start = 0
-            while len(tokens) - start >= self.window_length:
-                yield tokens[start : start + self.window_length]
-                start += self.window_length - 1
-            tokens = tokens[start:] if tokens else None
-        if tokens is not None and len(tokens) > 1:
-            yield tokens
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -294,17 +328,25 @@ class PaddingCollator:
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (samples, length)."""
-        length = self.length or max(len(sample["input_ids"]) for sample in samples)
-        multiple = self.pad_to_multiple_of or 1
-        shape = (len(samples), -(-length // multiple) * multiple)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, NO_TARGET),
-        }
-        for row, sample in enumerate(samples):
-            num_tokens = len(sample["input_ids"])
-            batch["input_ids"][row, :num_tokens] = torch.as_tensor(sample["input_ids"])
-            batch["attention_mask"][row, :num_tokens] = 1
-            batch["labels"][row, :num_tokens] = torch.as_tensor(sample["labels"])
-        return batch
+        length, multiple = (
+            self.length or max(len(sample["input_ids"]) for sample in samples),
+            self.pad_to_multiple_of or 1,
+        )
+        length = -(-length // multiple) * multiple
+        input_ids, mask = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, length)
+        labels, _ = pad_rows([sample["labels"] for sample in samples], NO_TARGET, length)
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_rows(
+    rows: list, filling: int, length: int | None = None, at_left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join rows of token ids to int64 (rows, longest or `length`), and return its mask, too (1: no padding)."""
+    length = length or max(len(row) for row in rows)
+    values = torch.full((len(rows), length), filling)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(length - len(row), length) if at_left else slice(0, len(row))
+        values[number, place] = torch.as_tensor(row, dtype=torch.long)
+        mask[number, place] = 1
+    return values, mask

@@ -22,9 +22,9 @@ from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..data import limit_rows
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script
+from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
-from ..summary import say
+from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
 from .awd_lstm import AwdLstmConfig
 from .completions import generate_completions
@@ -38,7 +38,7 @@ from .samples import (
     tokenize_completions,
     tokenize_texts,
 )
-from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask, is_text_file
+from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 from .stream_training import ContiguousStreamsMixin, require_possible_streams
 from .token_streams import SegmentCollator, TokenStreams
 
@@ -124,7 +124,8 @@ class DataArguments(LanguageDataArguments):
 
     def choose_text_suffix(self, role: str) -> str:
         """Return the line break that reading a text file by lines took away, or nothing."""
-        is_text = is_text_file(getattr(self, f"{role}_file") or self.train_file)
+        path = getattr(self, f"{role}_file") or self.train_file
+        is_text = path is not None and get_format(path) not in TABLES
         return "\n" if is_text and self.keep_linebreaks and self.prompt_column is None else ""
 
 
@@ -137,11 +138,6 @@ class SamplingArguments:
     )
     max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        if self.max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens={self.max_new_tokens}: must be 1 or more")
-
 
 class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
     """With exact evaluation and, where asked, contiguous streams and token-budget batches."""
@@ -151,6 +147,7 @@ class CausalTask(LanguageTask):
     """Causal language modelling: blocks, contiguous streams, or prompts with completions."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SamplingArguments)
+    trainer_class = CausalTrainer
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
     card_task = "text-generation"
@@ -203,21 +200,7 @@ class CausalTask(LanguageTask):
 
     def make_collator(self) -> PaddingCollator | SegmentCollator:
         """Make what joins samples to a batch."""
-        if self.reads_streams:
-            return SegmentCollator(self.tokenizer.pad_token_id)
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
-
-    def make_trainer(self, samples: dict[str, Any], **common) -> CausalTrainer:
-        """Make the Trainer."""
-        return CausalTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=self.tokenizer,
-            max_tokens_per_batch=self.options.max_tokens_per_batch if self.training.do_train else None,
-            **common,
-        )
+        return SegmentCollator(self.tokenizer.pad_token_id) if self.reads_streams else super().make_collator()
 
     # ---- after training ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,8 +18,8 @@ from ..run import Task
 from ..script_support import flag
 from ..text_files import load_local_files, open_stream
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
+from .samples import PaddingCollator
 
-TABLE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
 
@@ -28,13 +27,6 @@ MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, b
 class LanguageModelArguments(TextModelArguments):
     """model: which model, which tokenizer"""
 
-    config_may_join: ClassVar[bool] = True
-
-    config_name: str | None = flag(
-        None,
-        "From scratch: a configuration, by Hub name, folder or JSON file. With --model_name_or_path: what differs from the "
-        "model's own without changing its weights, such as dropout.",
-    )
     tokenizer_kind: str = flag(
         "bpe",
         "From scratch without a tokenizer, one is trained on the training text and saved: 'bpe' (byte-level BPE), or "
@@ -60,14 +52,6 @@ class LanguageDataArguments(TextDataArguments):
     )
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if not 0 < self.validation_split_percentage < 100:
-            raise InputError(
-                f"--validation_split_percentage={self.validation_split_percentage}: must lie between 0 and 100"
-            )
 
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: the one named, else 'text', else the first."""
@@ -99,6 +83,16 @@ class LanguageTask(Task):
     def make_samples(self) -> dict[str, Any]:
         """Make the samples of each role."""
         raise NotImplementedError
+
+    def make_collator(self) -> Any:
+        """Make what joins samples to a batch."""
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
+
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose tokenizer and token budget."""
+        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
     def refuse(self) -> None:
         """Refuse a token budget where all samples have one length."""
@@ -231,8 +225,3 @@ def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
             if not isinstance(row[column], str):
                 raise InputError(f"column {column!r} holds {row[column]!r} in some row; every row must hold text there")
             yield row[column] + suffix
-
-
-def is_text_file(path: str | None) -> bool:
-    """Whether a file is read line by line."""
-    return path is not None and not any(suffix.lower() in TABLE_SUFFIXES for suffix in Path(path).suffixes)

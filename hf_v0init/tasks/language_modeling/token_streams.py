@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ...errors import InputError
+from .samples import NO_TARGET, TokenRows, pad_rows
 
-NO_TARGET = -100
 # How AWD-LSTM draws lengths: around the base length, or around half of it; see `draw_boundaries`.
 SHARE_OF_FULL_LENGTH, STANDARD_DEVIATION, SHORTEST = 0.95, 5.0, 5
 MEAN_LENGTH = (1 + SHARE_OF_FULL_LENGTH) / 2  # in base lengths
@@ -74,8 +74,7 @@ class TokenStreams(torch.utils.data.Dataset):
             raise InputError(
                 f"segments of {segment_length} tokens are too short to vary in length; make them at least {SHORTEST_BASE}"
             )
-        columns = [table["input_ids"].combine_chunks().flatten().to_numpy() for table in _iterate_tables(rows)]
-        tokens = np.concatenate([np.zeros(0, dtype=np.int32), *columns]).astype(np.int32, copy=False)
+        tokens = TokenRows(rows).read_all().astype(np.int32, copy=False)
         if first_token and tokens[:1].tolist() != list(first_token):
             tokens = np.concatenate([np.asarray(first_token, dtype=np.int32), tokens])
         if max_segments is not None:
@@ -159,8 +158,8 @@ class SegmentCollator:
 
     def __call__(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch; tensors but for `begins_stream`, a bool."""
-        inputs, mask = _pad([segment["input_ids"] for segment in segments], self.pad_token_id)
-        targets, _ = _pad([segment["shift_labels"] for segment in segments], NO_TARGET)
+        inputs, mask = pad_rows([segment["input_ids"] for segment in segments], self.pad_token_id)
+        targets, _ = pad_rows([segment["shift_labels"] for segment in segments], NO_TARGET)
         batch = {
             "input_ids": inputs,
             "labels": inputs.masked_fill(mask == 0, NO_TARGET),
@@ -171,21 +170,5 @@ class SegmentCollator:
             batch["attention_mask"] = mask
         if "context_ids" in segments[0]:
             context = [segment["context_ids"] for segment in segments]
-            batch["context_ids"], batch["context_mask"] = _pad(context, self.pad_token_id, at_left=True)
+            batch["context_ids"], batch["context_mask"] = pad_rows(context, self.pad_token_id, at_left=True)
         return batch
-
-
-def _iterate_tables(rows: datasets.Dataset):
-    return rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-
-
-def _pad(arrays: list[np.ndarray], filling: int, at_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join arrays to (arrays, longest), int64, and its mask (1: no padding)."""
-    length = max(len(array) for array in arrays)
-    values = torch.full((len(arrays), length), filling)
-    mask = torch.zeros(len(arrays), length, dtype=torch.long)
-    for row, array in enumerate(arrays):
-        place = slice(length - len(array), length) if at_left else slice(0, len(array))
-        values[row, place] = torch.as_tensor(array, dtype=torch.long)
-        mask[row, place] = 1
-    return values, mask

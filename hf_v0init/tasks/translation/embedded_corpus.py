@@ -44,8 +44,3 @@ def load_embedded_corpus(num_pairs: int = NUM_SMALL, large: bool = False) -> Dat
             for name, part in parts.items()
         }
     )
-
-
-def generate_embedded_corpus(num_pairs: int = NUM_LARGE, seed: int = 0) -> DatasetDict:
-    """Return what the generator of earlier versions made: of seed 0 up to 2,000 pairs, else of the demo's seed 1."""
-    return load_embedded_corpus(num_pairs, large=seed == 1 or num_pairs > NUM_SMALL)

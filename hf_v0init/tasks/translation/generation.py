@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +11,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from hf_v0init import InputError
 
 from ..script_support import flag
-from ..value_checks import require_positive_counts
 
 logger = logging.getLogger("hf_v0init")
 
 
 @dataclass
 class GenerationArguments:
-    """generation: how text is generated
-
-    Raises:
-        InputError: numbers out of range, or flags that need another one.
-    """
+    """generation: how text is generated"""
 
     num_beams: int | None = flag(None, "Beams of the search when generating. Default: the model's (1 from scratch).")
     length_penalty: float | None = flag(None, "Exponent of the length by which beam scores are divided.")
@@ -50,17 +44,8 @@ class GenerationArguments:
         False, "sacrebleu's --lowercase: BLEU and chrF without regard to case.", aliases=["--lowercase"]
     )
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        if self.num_sample_translations < 0:
-            raise InputError(f"--num_sample_translations={self.num_sample_translations}: must be 0 (none) or more")
-        if self.max_length_b is not None and self.max_length_b < 0:
-            raise InputError(f"--max_length_b={self.max_length_b}: must be 0 or more")
-        require_positive_counts(self, "num_sample_translations", "max_length_b")
-        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
-            raise InputError(f"--length_penalty={self.length_penalty}: must be a finite number")
-        if self.max_length_a is not None and not (math.isfinite(self.max_length_a) and self.max_length_a >= 0):
-            raise InputError(f"--max_length_a={self.max_length_a}: must be a finite number, 0 or more, such as 1.5")
+    def require_room(self) -> None:
+        """Refuse a limit that leaves no token for a translation."""
         if (self.max_length_a is not None or self.max_length_b is not None) and self.limit_length(1) < 1:
             raise InputError(
                 f"--max_length_a={self.max_length_a or 0} and --max_length_b={self.max_length_b or 0} leave no token for a "

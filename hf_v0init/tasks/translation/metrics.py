@@ -1,6 +1,8 @@
 """BLEU and chrF as an `evaluate` metric that is a class here and therefore needs no network."""
 
+import json
 import logging
+from pathlib import Path
 
 import datasets
 import evaluate
@@ -139,3 +141,16 @@ class TranslationMetrics:
             logger.info(
                 "sample " + str(number + 1) + ": " + " | ".join(f"{name}: {text}" for name, text in sample.items())
             )
+
+
+def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:
+    """Write the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
+    their source to a line of generated_nbest.jsonl. In the order of the test set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(best[0].split()) + "\n" for best in texts]
+    (folder / "generated_predictions.txt").write_text("".join(lines), encoding="utf-8")
+    if texts and len(texts[0]) > 1:
+        rows = [{"source": source, "translations": best} for source, best in zip(sources, texts, strict=True)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "generated_nbest.jsonl").write_text(text, encoding="utf-8")

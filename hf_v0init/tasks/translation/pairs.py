@@ -1,5 +1,6 @@
 """Sentence pairs: found in whatever columns a data set has, tokenized, and padded to batches."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq
 from hf_v0init import InputError
 
 from ..data import is_stream, list_columns, map_with_cache
-from ..text_files import find_kind, iterate_lines, load_local_files, open_stream, read_lines
+from ..text_files import find_kind, get_format, iterate_lines, load_local_files, open_stream, read_lines
 
 logger = logging.getLogger("hf_v0init")
 
@@ -38,65 +39,35 @@ def load_pair_files(
     if source_file is not None and file is not None:
         raise InputError(f"--{role}_file and --{role}_source_file: give one way of reading, not both")
     if source_file is not None:
-        return (
-            _stream(_iterate_parallel, source_file, target_file)
-            if streaming
-            else load_parallel_files(source_file, target_file)
-        )
-    if file is None:
+        read, paths = _iterate_parallel, (str(source_file), str(target_file))
+    elif file is None:
         return None
-    is_tabs = find_kind(file) is None or str(file).lower().removesuffix(".gz").endswith(".tsv")
-    if not is_tabs:
+    elif find_kind(file) is None or get_format(file) == ".tsv":
+        read, paths = _iterate_tabs, (str(file),)
+    else:
         return open_stream(file) if streaming else load_local_files(file, role=role)
-    if streaming:
-        return _stream(_iterate_tabs, file)
-    rows = list(_split_tabs(read_lines(file), file))
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("source", "target")})
-
-
-def load_parallel_files(source_path, target_path) -> datasets.Dataset:
-    """Load two text files whose lines belong together: the columns "source" and "target", one row a line.
-
-    Raises:
-        InputError: as `read_lines`; or the two files have different numbers of lines.
-    """
-    sources, targets = read_lines(source_path), read_lines(target_path)
-    if len(sources) != len(targets):
-        raise InputError(
-            f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}; "
-            "parallel files need the same number of lines, line n of one translating line n of the other"
-        )
-    return datasets.Dataset.from_dict({"source": sources, "target": targets})
-
-
-def _stream(generator, *paths) -> datasets.IterableDataset:
-    stream = datasets.IterableDataset.from_generator(generator, gen_kwargs={"paths": tuple(map(str, paths))})
+    if not streaming:
+        return datasets.Dataset.from_list(list(read(paths)))
+    stream = datasets.IterableDataset.from_generator(read, gen_kwargs={"paths": paths})
     next(iter(stream), None)  # a file that cannot be read is an error now
     return stream.cast(datasets.Features({name: datasets.Value("string") for name in ("source", "target")}))
 
 
 def _iterate_parallel(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    iterators, number = [iterate_lines(path) for path in paths], 0
-    while True:
-        source, target = (next(lines, None) for lines in iterators)
-        if source is None and target is None:
-            return
+    for number, (source, target) in enumerate(itertools.zip_longest(*map(iterate_lines, paths))):
         if source is None or target is None:
-            shorter = paths[0] if source is None else paths[1]
+            counts = [sum(1 for _ in iterate_lines(path)) for path in paths]
             raise InputError(
-                f"{shorter}: ends after line {number}, before the file beside it; both need the same number of lines"
+                f"{paths[0]} has {counts[0]} lines but {paths[1]} has {counts[1]}: one ends after line {number}; parallel files need "
+                "the same number of lines, line n of one translating line n of the other"
             )
-        number += 1
         yield {"source": source, "target": target}
 
 
 def _iterate_tabs(paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    return _split_tabs(iterate_lines(paths[0]), paths[0])
-
-
-def _split_tabs(lines, path) -> Iterator[dict[str, str]]:
     """Split lines `source<TAB>target`; a first line that names the two sides is left out, and that is logged."""
-    for number, line in enumerate(lines, start=1):
+    (path,) = paths
+    for number, line in enumerate(iterate_lines(path), start=1):
         source, tab, target = line.partition("\t")
         if line.strip() and (not tab or "\t" in target):
             raise InputError(f"{path}: line {number} is not 'source<TAB>target'; repair it, or give two parallel files")
@@ -209,56 +180,27 @@ def _require_text(pairs: datasets.Dataset | datasets.IterableDataset, role: str)
     return pairs
 
 
-def leave_out(dataset, is_kept, what: str, remedy: str):
-    """Leave training pairs out, and say how many in one line.
-
-    Args:
-        is_kept: maps a batch of rows to a list of booleans.
-        what: what is wrong with those left out, after "pairs".
+def leave_out_empty_pairs(pairs):
+    """Leave training pairs out of which a side is empty or white space; say how many, but of a stream.
 
     Raises:
-        InputError: all are, with `remedy`.
+        InputError: all are.
     """
-    if is_stream(dataset):
-        return dataset.filter(is_kept, batched=True)
-    kept, start, first = [], 0, None
-    for rows in dataset.iter(batch_size=1000):
-        flags = is_kept(rows)
-        kept += [start + index for index, keep in enumerate(flags) if keep]
-        first = start + flags.index(False) + 1 if first is None and False in flags else first
-        start += len(flags)
-    if first is None:
-        return dataset
-    if not kept:
-        raise InputError(f"the train set: all pairs {what}; {remedy}")
+
+    def has_text(rows) -> list[bool]:
+        return [bool(s.strip() and t.strip()) for s, t in zip(rows["source"], rows["target"], strict=True)]
+
+    if is_stream(pairs):
+        return pairs.filter(has_text, batched=True)
+    kept = [keep for rows in pairs.iter(batch_size=1000) for keep in has_text(rows)]
+    if all(kept):
+        return pairs
+    if not any(kept):
+        raise InputError("the train set: all pairs have an empty side; give pairs of sentences")
     logger.info(
-        f"train: {len(dataset) - len(kept)} of {len(dataset)} pairs {what} (the first: {first}) and are left out"
+        f"train: {kept.count(False)} of {len(kept)} pairs have an empty side (the first: {kept.index(False) + 1}) and are left out"
     )
-    return dataset.select(kept)
-
-
-def leave_out_empty_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
-    """Leave training pairs out of which a side is empty or white space."""
-    return leave_out(
-        pairs,
-        lambda rows: [bool(s.strip() and t.strip()) for s, t in zip(rows["source"], rows["target"], strict=True)],
-        "have an empty side",
-        "give pairs of sentences",
-    )
-
-
-def leave_out_unlike_lengths(tokenized: datasets.Dataset, max_ratio: float | None) -> datasets.Dataset:
-    """Leave training pairs out whose one side has more than `max_ratio` times the tokens of the other; None: none."""
-    if max_ratio is None:
-        return tokenized
-
-    def is_alike(rows) -> list[bool]:
-        lengths = [(len(s), len(t)) for s, t in zip(rows["input_ids"], rows["labels"], strict=True)]
-        return [max(pair) <= max_ratio * min(pair) for pair in lengths]
-
-    return leave_out(
-        tokenized, is_alike, f"differ by more than {max_ratio} times in tokens", "raise --max_length_ratio"
-    )
+    return pairs.select([index for index, keep in enumerate(kept) if keep])
 
 
 def tokenize_pairs(
@@ -268,8 +210,6 @@ def tokenize_pairs(
     max_source_length: int,
     max_target_length: int,
     source_prefix: str = "",
-    pad_to_max_length: bool = False,
-    label_pad_token_id: int = -100,
     **map_options,
 ) -> datasets.Dataset:
     """Tokenize the columns "source" and "target".
@@ -279,31 +219,23 @@ def tokenize_pairs(
 
     Returns:
         A data set with "input_ids", "attention_mask" and, where there are targets, "labels", truncated to the
-        lengths given, padded only if asked to (labels with `label_pad_token_id`). Of a stream, a stream.
+        lengths given. Of a stream, a stream.
     """
-    padding = "max_length" if pad_to_max_length else False
 
     def tokenize(rows):
         inputs = tokenizer(
             [source_prefix + text for text in rows["source"]],
             max_length=max_source_length,
-            padding=padding,
             truncation=True,
             return_token_type_ids=False,
         )
         tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if "target" not in rows:
             return tokens
-        targets = tokenizer(text_target=rows["target"], max_length=max_target_length, padding=padding, truncation=True)
-        labels = targets["input_ids"]
-        if pad_to_max_length:
-            labels = [
-                [token if real else label_pad_token_id for token, real in zip(row, mask, strict=True)]
-                for row, mask in zip(labels, targets["attention_mask"], strict=True)
-            ]
-        return {**tokens, "labels": labels}
+        targets = tokenizer(text_target=rows["target"], max_length=max_target_length, truncation=True)
+        return {**tokens, "labels": targets["input_ids"]}
 
-    key = ("pairs", source_prefix, max_source_length, max_target_length, pad_to_max_length, label_pad_token_id)
+    key = ("pairs", source_prefix, max_source_length, max_target_length)
     return map_with_cache(pairs, tokenize, tokenizer, None, key, **map_options)
 
 

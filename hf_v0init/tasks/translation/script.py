@@ -6,7 +6,6 @@
 FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ..data import TextDataArguments, find_needed_roles, is_stream, limit_rows
+from ..data import ROLES, TextDataArguments, find_needed_roles, is_stream, limit_rows
 from ..models import TextModelArguments, override_config, require_buildable
 from ..run import RunArguments, Task, run, tokenize_first_on_main
 from ..script_support import flag, run_script
@@ -29,15 +28,8 @@ from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, GenerationMixin, choose_generation, require_effect
 from .languages import choose_languages, get_language
-from .metrics import TranslationMetrics, make_bleu
-from .pairs import (
-    PairCollator,
-    leave_out_empty_pairs,
-    leave_out_unlike_lengths,
-    load_pair_files,
-    select_pairs,
-    tokenize_pairs,
-)
+from .metrics import TranslationMetrics, make_bleu, write_predictions
+from .pairs import PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
 from .sorted_evaluation import LengthSortedEvaluationMixin
 
@@ -106,10 +98,9 @@ class ModelArguments(TextModelArguments):
 class DataArguments(TextDataArguments):
     """data: what it is trained and measured on"""
 
-    local_flags: ClassVar[tuple[str, ...]] = (
-        "train_file", "validation_file", "test_file", "train_source_file", "train_target_file", "validation_source_file",
-        "validation_target_file", "test_source_file", "test_target_file",
-    )  # fmt: skip
+    local_flags: ClassVar[tuple[str, ...]] = tuple(
+        f"{role}_{kind}" for kind in ("file", "source_file", "target_file") for role in ROLES
+    )
 
     dataset_name: str | None = flag(
         None,
@@ -142,18 +133,11 @@ class DataArguments(TextDataArguments):
         "Longest generated sentence in tokens, and longest evaluation target for eval_loss (BLEU and chrF take the whole "
         "references). Default: --max_target_length.",
     )
-    max_length_ratio: float | None = flag(
-        None, "Leave training pairs out whose one side has more than so many times the tokens of the other, such as 2."
-    )
-    pad_to_max_length: bool = flag(False, "Pad everything to the maximum lengths, not to the longest of the batch.")
-    ignore_pad_token_for_loss: bool = flag(True, "Leave padding out of the loss. Default: True.")
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
-        if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
-            raise InputError(f"--max_length_ratio={self.max_length_ratio}: must be 1 or more, such as 2")
         if self.source_lang is not None and self.source_lang == self.target_lang:
             raise InputError(
                 f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
@@ -181,6 +165,7 @@ class TranslationTask(Task):
     """Translation: pairs of sentences, beam search, BLEU and chrF."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitSeq2SeqTrainingArguments, GenerationArguments)
+    trainer_class = TranslationTrainer
     examples = EXAMPLES
     card_task = "translation"
     missing_metrics: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -198,6 +183,7 @@ class TranslationTask(Task):
         data, training = self.data, self.training
         if training.batch_eval_metrics:
             raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
+        self.generation.require_room()
         if self.model.model_name_or_path is None:  # or the model has generation settings of its own
             beams = self.generation.num_beams or training.generation_num_beams or 1
             require_effect(self.generation, beams, data.val_max_target_length)
@@ -289,7 +275,7 @@ class TranslationTask(Task):
         return network
 
     def tokenize(self, rows, role: str):
-        """Tokenize the pairs of a role; say how many are cut off, and leave training pairs of unlike lengths out."""
+        """Tokenize the pairs of a role; say how many are cut off."""
         data = self.data
         max_target_length = data.max_target_length if role == "train" else data.val_max_target_length
         tokenized = tokenize_pairs(
@@ -298,13 +284,11 @@ class TranslationTask(Task):
             max_source_length=data.max_source_length,
             max_target_length=max_target_length,
             source_prefix=data.source_prefix,
-            pad_to_max_length=data.pad_to_max_length,
-            label_pad_token_id=self.label_padding,
             **data.choose_map_options(self.training, self.model.cache_dir),
         )
         limits = {"input_ids": ("sources", data.max_source_length), "labels": ("targets", max_target_length)}
         for column, (name, limit) in limits.items():
-            if is_stream(tokenized) or data.pad_to_max_length or column not in tokenized.column_names:
+            if is_stream(tokenized) or column not in tokenized.column_names:
                 continue
             full = sum(
                 len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column]
@@ -313,44 +297,33 @@ class TranslationTask(Task):
                 logger.info(
                     f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off"
                 )
-        return leave_out_unlike_lengths(tokenized, data.max_length_ratio) if role == "train" else tokenized
-
-    @property
-    def label_padding(self) -> int:
-        """What fills up the labels of a batch."""
-        return -100 if self.data.ignore_pad_token_for_loss else self.tokenizer.pad_token_id
+        return tokenized
 
     def make_collator(self) -> PairCollator:
         """Make what pads pairs to a batch."""
         data, training = self.data, self.training
-        joins_batches = (
-            data.streaming and training.world_size > 1
-        )  # across processes, so they must all be of one length
+        # a stream's batches are cut and joined across processes, so they must all be of one length
+        joins_batches = data.streaming and training.world_size > 1
         return PairCollator(
             self.tokenizer,
             model=self.network,
-            label_pad_token_id=self.label_padding,
             padding="max_length" if joins_batches else True,
             max_length=max(data.max_source_length, data.max_target_length) if joins_batches else None,
             pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
         )
 
-    def make_trainer(self, samples: dict, **common) -> TranslationTrainer:
-        """Make the Trainer."""
+    def choose_trainer_options(self, samples: dict) -> dict:
+        """Choose tokenizer, loss, metrics and how translations are generated."""
         training = self.training
         measures = "validation" in samples and training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
-        return TranslationTrainer(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            processing_class=self.tokenizer,
-            compute_metrics=self.validation_metrics,
-            compute_loss_func=TokenCrossEntropy(training.label_smoothing_factor),
-            max_tokens_per_batch=self.options.max_tokens_per_batch if training.do_train else None,
-            generation=self.generation,
-            **common,
-        )
+        return {
+            "processing_class": self.tokenizer,
+            "compute_metrics": self.validation_metrics,
+            "compute_loss_func": TokenCrossEntropy(training.label_smoothing_factor),
+            "max_tokens_per_batch": self.options.max_tokens_per_batch if training.do_train else None,
+            "generation": self.generation,
+        }
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
         """Make what measures and keeps the translations of a role's pairs."""
@@ -405,19 +378,6 @@ class TranslationTask(Task):
             card.pop("dataset_tags")
         languages = [lang.split("_")[0] for lang in (data.source_lang, data.target_lang) if lang]
         return card | ({"language": languages} if languages else {})
-
-
-def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:
-    """Write the best translation of each sentence to a line of generated_predictions.txt; if there are more, all of them beside
-    their source to a line of generated_nbest.jsonl. In the order of the test set.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [" ".join(best[0].split()) + "\n" for best in texts]
-    (folder / "generated_predictions.txt").write_text("".join(lines), encoding="utf-8")
-    if texts and len(texts[0]) > 1:
-        rows = [{"source": source, "translations": best} for source, best in zip(sources, texts, strict=True)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "generated_nbest.jsonl").write_text(text, encoding="utf-8")
 
 
 ARGUMENTS = TranslationTask.arguments

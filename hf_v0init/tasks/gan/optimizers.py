@@ -1,0 +1,55 @@
+"""The optimizer and the schedule of one of a GAN's networks, by the Trainer's flags."""
+
+import copy
+import tempfile
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_v0init import InputError, V0InitArguments, V0InitTrainer
+
+
+def make_optimizer(network: nn.Module, training, max_steps: int):
+    """Make the optimizer and the schedule of one network: those of a Trainer with these flags, and nothing decays but matrices.
+
+    Raises:
+        InputError: there is no such optimizer or schedule, or the loop here cannot use it.
+    """
+    name = training.v0_optimizer or getattr(training.optim, "value", training.optim)
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    if training.get_warmup_steps(max_steps) and schedule == "constant":
+        raise InputError(
+            f"warmup_steps={training.warmup_steps} with lr_scheduler_type=constant does nothing; use constant_with_warmup"
+        )
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise InputError(
+            f"lr_scheduler_type={schedule} follows a validation loss, which a GAN has none of; use another"
+        )
+    options = copy.copy(training)
+    for setting, field in V0InitArguments.__dataclass_fields__.items():
+        if setting not in ("v0_optimizer", "untuned_warmup"):  # which choose optimizer and schedule
+            setattr(options, setting, field.default)
+    options.report_to = []
+    options.eval_strategy, options.save_strategy, options.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
+    options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    try:
+        trainer = V0InitTrainer(model=network, args=options)
+        chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(options, network)
+        trainer.optimizer = chosen[0](groups, **chosen[1])
+        scheduler = trainer.create_scheduler(max_steps, trainer.optimizer)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AssertionError, ImportError, NotImplementedError) as error:
+        raise InputError(f"optimizer {name} with schedule {schedule} cannot be built: {error}") from error
+    if callable(getattr(trainer.optimizer, "train", None)):
+        raise InputError(
+            f"optimizer {name} keeps two sets of weights, for training and evaluation, which this loop does not switch; use "
+            "another, such as adamw_torch"
+        )
+    return trainer.optimizer, scheduler

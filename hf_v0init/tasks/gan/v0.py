@@ -1,0 +1,102 @@
+"""v0 for the two networks of a GAN: which way it comes, the paper's estimation of both losses, and one record of the two."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import nn
+
+from hf_v0init import attach_v0, initialize_v0
+
+from .dcgan import compute_discriminator_loss, compute_generator_loss
+
+V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
+SUMMED = (
+    "num_samples", "num_batches", "num_skipped", "seconds", "num_zero_elements", "num_parameters_with_v0",
+    "num_parameters_without_v0", "num_elements_with_v0", "num_elements_without_v0",
+)  # fmt: skip
+
+
+def choose_seed(training) -> int:
+    """Return the seed of v0: its own, else the run's."""
+    return training.seed if training.v0_seed is None else training.v0_seed
+
+
+def attach_to_both(run) -> dict:
+    """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
+    options = {name: getattr(run.training, name) for name in V0_OPTIONS}
+    options |= {"v0_seed": choose_seed(run.training), "max_steps": run.max_steps}
+    hooks = {
+        name: attach_v0(run.optimizers[name], network, run.training.v0_init, **options)
+        for name, network in run.networks.items()
+    }
+    return {name: hook for name, hook in hooks.items() if hook is not None}
+
+
+def estimate_v0(run) -> dict[str, dict]:
+    """Give both second moments the paper's data-driven v0, each from its own network's loss as it is before any step (eq. 10).
+
+    The discriminator's loss is that of pairs of a real and a generated image; the generator's goes through the discriminator,
+    whose gradients are not kept.
+
+    Returns:
+        The report of each network.
+    """
+    training, accelerator, networks = run.training, run.accelerator, run.networks
+    plan, seed = training.resolve(run.max_steps), choose_seed(training)
+    num_samples, step_size = min(plan.num_samples, len(run.pixels)), run.order.batch_size
+    # With batch norms the gradient of an image depends on its batch: by default they are training's size.
+    size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
+    samples = torch.tensor(random.Random(seed).sample(range(len(run.pixels)), num_samples))
+    batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
+
+    def compute_generators(_: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+        return compute_generator_loss(networks["discriminator"], networks["generator"](run.draw(len(numbers))))
+
+    def compute_discriminators(discriminator: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+        real = run.take_images(numbers)
+        with torch.no_grad():
+            generated = networks["generator"](run.draw(len(numbers)))
+        return compute_discriminator_loss(discriminator, real, generated)[0]
+
+    reports = {}
+    for name, loss_fn in (("generator", compute_generators), ("discriminator", compute_discriminators)):
+        report = initialize_v0(
+            run.optimizers[name],
+            model=run.wrapped[name],
+            batches=batches,
+            loss_fn=loss_fn,
+            accelerator=accelerator,
+            v0_scale=plan.scale,
+            v0_decay_steps=plan.decay_steps,
+            v0_include_bias_and_norm=plan.include_bias_and_norm,
+            v0_seed=seed,
+            effective_batch_size=float(step_size * accelerator.num_processes),
+            other_modules=[network for other, network in networks.items() if other != name],
+            max_steps=run.max_steps,
+        )
+        report.num_samples_requested = plan.num_samples
+        reports[name] = report.to_dict()
+    return reports
+
+
+def join_reports(reports: dict[str, dict]) -> dict:
+    """Join the networks' reports into one of the usual form, with each whole one under `networks`.
+
+    What is the same in both is kept; counts and seconds are sums, v0 figures over the elements of both, `measured_ratio` the
+    geometric mean.
+    """
+    first, *others = reports.values()
+    joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    for key in SUMMED:
+        joined[key] = sum(report.get(key) or 0 for report in reports.values())
+    weights = [report["num_elements_with_v0"] for report in reports.values()]
+    means = [report["v0_mean"] for report in reports.values()]
+    joined["v0_mean"] = sum(w * m for w, m in zip(weights, means, strict=True)) / max(1, sum(weights))
+    joined["v0_min"] = min(report["v0_min"] for report in reports.values())
+    joined["v0_max"] = max(report["v0_max"] for report in reports.values())
+    ratios = [report.get("measured_ratio") for report in reports.values()]
+    joined["measured_ratio"] = None if None in ratios else math.prod(ratios) ** (1 / len(ratios))
+    return joined | {"networks": reports}
