@@ -43,7 +43,7 @@ from ..hook import find_hook
 from ..method.decay import compute_linear_factor
 from ..method.defaults import SCALED_BY_GRADIENTS
 from ..method.multiplier import compute_multiplier
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..settings import read_v0_arguments
 from .element_samples import MAX_PER_TENSOR, ElementSamples, compute_weighted_quantiles
 
@@ -215,7 +215,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         groups = self._moment_samples.optimizer.param_groups
         try:
             v0 = self._moment_samples.read_second_moments()
-            moments = SecondMoments(self._moment_samples.optimizer)
+            moments = SecondMoment(self._moment_samples.optimizer)
             betas = [moments.read_beta2(group) for group in groups]
         except InputError as error:
             logger.info(f"{self.file_name} holds no second moments: {error}")

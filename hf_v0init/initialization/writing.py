@@ -16,7 +16,7 @@ import torch
 from ..errors import InputError
 from ..estimation.per_sample import GradSqMean
 from ..records.report import V0Report, collect_versions
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..sharding.processes import get_rank_and_world_size
 from .plan import V0Plan
 from .summary import add_parameters
@@ -69,14 +69,13 @@ def write_v0(
         versions=collect_versions(),
         **described,
     )
-    factors = [find_scale(moments.read_beta2(stored.group)) for stored in plan.chosen]
-    for stored, factor in zip(plan.chosen, factors, strict=True):
-        (part,) = stored.parts
-        add_parameters(report, [(part.name, part.full_shape, estimate.tensors[part.name])], False, [factor])
+    factors = [find_scale(moments.read_beta2(shard.group)) for shard in plan.chosen]
+    named = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in plan.chosen]
+    add_parameters(report, named, False, factors)
     with _undo_on_failure(moments), torch.no_grad():
-        for stored, factor in zip(plan.chosen, factors, strict=True):
-            grad_sq_mean = estimate.tensors[stored.parts[0].name]
-            moments.change(stored, stored.parts, lambda _, v0, s=grad_sq_mean, f=factor: v0.copy_(s * f))
+        moments.prime(plan.chosen)
+        for shard, factor in zip(plan.chosen, factors, strict=True):
+            moments.change(shard, lambda v0, s=estimate.tensors[shard.name], f=factor: v0.copy_(s * f))
     report.without_gradient = [name for name, figures in report.parameters.items() if figures["max"] == 0.0]
     if estimate.measured_ratio is not None:
         report.measured_ratio = estimate.measured_ratio * report.scale
@@ -96,7 +95,7 @@ def _require_fit(plan: V0Plan, estimate: GradSqMean) -> None:
 
 
 @contextlib.contextmanager
-def _undo_on_failure(moments: SecondMoments) -> Iterator[None]:
+def _undo_on_failure(moments: SecondMoment) -> Iterator[None]:
     """Take out again what was put into an optimizer without state, if an exception or an interrupt passes."""
     places = [moments.inner.state, *(group["state"] for group in moments.list_groups() if "state" in group)]
     before = [dict(place) for place in places]

@@ -34,6 +34,34 @@ class Fragment:
         return math.prod(self.full_shape)
 
 
+@dataclass(frozen=True, eq=False)
+class ParamShard:
+    """What an optimizer steps of one parameter on this process.
+
+    Attributes:
+        name: the parameter's name in the model, or its group and place in the optimizer.
+        full_shape: the shape of the whole parameter.
+        param: the tensor that is stepped, whose `grad` the optimizer sees: the parameter itself, whole or a DTensor, or under ZeRO a
+            flat partition in which shards of many parameters lie.
+        group: the parameter group that it is in.
+        offset: in a flat partition: which element of the flattened parameter the shard begins with; None elsewhere.
+        place: in a flat partition: (its first element, number of elements), which may be none.
+    """
+
+    name: str
+    full_shape: tuple[int, ...]
+    param: torch.Tensor
+    group: dict
+    offset: int | None = None
+    place: tuple[int, int] = (0, 0)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor | Fragment:
+        """Cut the shard out of a tensor that lies like `param`, such as a state or a gradient: a view, or the tensor itself."""
+        if self.offset is None:
+            return tensor
+        return Fragment(tensor.narrow(0, *self.place), self.full_shape, self.offset)
+
+
 def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of the whole parameter, also where ZeRO-3 left an empty tensor in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -33,7 +33,7 @@ from ..records.report import (
     write_decay_state,
     write_report,
 )
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
@@ -136,7 +136,7 @@ class V0InitCallback(TrainerCallback):
         """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
         plan = self.get_settings().resolve(self._trainer.args.max_steps)
         if plan.estimator == "per_sample":
-            SecondMoments(optimizer)
+            SecondMoment(optimizer)
             return
         self._attach(optimizer, model, plan, None)
 
@@ -169,7 +169,7 @@ class V0InitCallback(TrainerCallback):
             return
         if plan.init != "zeros":
             require_supported_run(trainer)
-            moments = SecondMoments(optimizer)
+            moments = SecondMoment(optimizer)
             situation = (state.global_step > 0, moments.is_untouched())
         else:
             require_measurable(optimizer)
@@ -248,7 +248,7 @@ class V0InitCallback(TrainerCallback):
 
     def _keep_state(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
         """State is there without a checkpoint."""
-        has_stepped = any(moments.count_steps(one) for one in moments.list_tensors({}))
+        has_stepped = any(moments.count_steps(one) for one in moments.list_shards({}))
         if self.hook is not None and self.hook.is_waiting and not has_stepped:
             self._begin(optimizer, moments, model, args, state, settings, plan)
             return
@@ -334,7 +334,7 @@ class V0InitCallback(TrainerCallback):
 
     def _attach(self, optimizer, model, plan: V0Plan, max_steps: int | None) -> None:
         hook = self.hook
-        if hook is not None and hook.moments.inner is SecondMoments(optimizer).inner:
+        if hook is not None and hook.moments.inner is SecondMoment(optimizer).inner:
             hook.model = model
             if hook.is_attached:
                 hook.bind(optimizer)
