@@ -70,3 +70,15 @@ class StepHooks:
             before.remove()
             if next(reversed(optimizer._optimizer_step_post_hooks)) == after.id:
                 self.remove()
+
+
+def read_inverse_scale(optimizer) -> float | None:
+    """Return what a gradient must be multiplied by; None if this step will not be made.
+
+    A GradScaler leaves unscaling to optimizers that can do it inside their kernel (fused Adam): then `grad_scale` holds the factor
+    and `found_inf` whether a gradient has overflowed.
+    """
+    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found_inf is not None and float(found_inf) > 0:
+        return None
+    return 1.0 if scale is None else 1.0 / float(scale)

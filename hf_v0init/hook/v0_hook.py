@@ -35,23 +35,20 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..method.decay import DEFAULT_ESTIMATION_STEPS
 from ..method.length import WarmupLength
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from .beta2_decay import Beta2Decay
+from .estimation_steps import choose_estimation_steps, fit_estimation_steps
 from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
-from .step_hooks import StepHooks
+from .step_hooks import StepHooks, read_inverse_scale
 from .v0_report import add_written, begin_report, require_possible
 
 logger = logging.getLogger("hf_v0init")
-
-MAX_ESTIMATION_STEPS = 32  # of the default with beta2
-ESTIMATION_FRACTION = 0.01  # of training, by default with beta2
 
 # innermost optimizer -> weak reference to its V0Hook
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -61,29 +58,6 @@ def find_hook(optimizer) -> "V0Hook | None":
     """Return what `attach_v0` has attached to an optimizer, also when it has done its work; None if nothing."""
     reference = _attached.get(unwrap_optimizer(optimizer))
     return None if reference is None else reference()
-
-
-def choose_estimation_steps(plan: V0Plan, max_steps: int | None) -> int:
-    """Return K, the optimizer steps over which E[g^2] is estimated; 1 for strategies that take one gradient or none.
-
-    Raises:
-        InputError: as many as the run or the decay has steps, or more.
-    """
-    if plan.init != "data_driven":
-        return 1
-    asked, length = plan.estimation_steps, plan.decay_steps if plan.decay == "linear" else None
-    if asked is None:
-        return (
-            DEFAULT_ESTIMATION_STEPS
-            if plan.decay == "linear"
-            else min(MAX_ESTIMATION_STEPS, max(1, math.floor(ESTIMATION_FRACTION * (max_steps or 0))))
-        )
-    for limit, name in ((max_steps, "max_steps"), (length if isinstance(length, int) else None, "v0_decay_steps")):
-        if limit and asked > 1 and asked >= limit:
-            raise InputError(
-                f"v0_estimation_steps={asked} with {name}={limit}: give fewer, or leave it out for the default"
-            )
-    return asked
 
 
 class V0Hook:
@@ -213,17 +187,17 @@ class V0Hook:
                 f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
                 "--v0_decay_steps 0.33, or leave it out to have it measured"
             )
-        self.estimation_steps = choose_estimation_steps(self.plan, self.max_steps)
+        chosen = choose_estimation_steps(self.plan, self.max_steps)
         if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
-            self.estimation_steps = 1
-        self._fit_estimation_steps()
+            chosen = 1
+        self.estimation_steps = fit_estimation_steps(chosen, self.plan)
 
     # ---- around each step --------------------------------------------------------------------------------------------
 
     def _prepare(self, optimizer) -> None:
         """Do what this step needs, its gradients in hand."""
         self._give_back()  # of a step that was cut off
-        inverse_scale = _read_inverse_scale(optimizer)
+        inverse_scale = read_inverse_scale(optimizer)
         if inverse_scale is None:
             return  # a gradient has overflowed: the kernel will skip this step
         start = time.perf_counter()
@@ -271,7 +245,7 @@ class V0Hook:
             self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
         steps = self.length.steps
         self.plan = replace(self.plan, decay_steps=steps) if steps else V0Plan()
-        self._fit_estimation_steps()
+        self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
         if self.on_length is not None:
             self.on_length(self.length)
         else:
@@ -317,10 +291,6 @@ class V0Hook:
         self.shards = SteppedShards(self.moments, self.model, self.plan.include_bias_and_norm, self.seed)
         self.decay: LinearDecay | Beta2Decay | None = None
 
-    def _fit_estimation_steps(self) -> None:
-        if self.plan.decay == "linear" and isinstance(self.plan.decay_steps, int):
-            self.estimation_steps = max(1, min(self.estimation_steps, self.plan.decay_steps - 1))
-
     def _lend(self, group: dict, key: str, value: Any) -> None:
         """Set a value of a parameter group for this step."""
         self._lent.append((group, key, group[key]))
@@ -330,15 +300,3 @@ class V0Hook:
         for group, key, value in self._lent:
             group[key] = value
         self._lent = []
-
-
-def _read_inverse_scale(optimizer) -> float | None:
-    """Return what a gradient must be multiplied by; None if this step will not be made.
-
-    A GradScaler leaves unscaling to optimizers that can do it inside their kernel (fused Adam): then `grad_scale` holds the factor
-    and `found_inf` whether a gradient has overflowed.
-    """
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    if found_inf is not None and float(found_inf) > 0:
-        return None
-    return 1.0 if scale is None else 1.0 / float(scale)
