@@ -298,7 +298,7 @@ class V0InitCallback(TrainerCallback):
                 "--untuned_warmup trust_radius, or start a new run"
             )
         if self.length["steps"]:
-            warm_up(self._trainer, self._trainer.lr_scheduler, self.length["steps"], "untuned_warmup=trust_radius")
+            self._warm_up(self.length["steps"])
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 
@@ -345,14 +345,13 @@ class V0InitCallback(TrainerCallback):
     def _take_length(self, length: WarmupLength) -> None:
         """Let the schedule follow what was measured, before the first update."""
         self.length = length.to_dict()
-        if self.get_settings().untuned_warmup == TRUST_RADIUS:
-            length.log("the schedule warms up over")
-            if length.steps:
-                warm_up(self._trainer, self._trainer.lr_scheduler, length.steps, "untuned_warmup=trust_radius")
-        else:
-            length.log("v0 decays over")
-            if length.steps:
-                self._keep_plateau(length.steps)
+        is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
+        length.log("the schedule warms up over" if is_warmup else "v0 decays over")
+        if length.steps:
+            (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
+
+    def _warm_up(self, steps: int) -> None:
+        warm_up(self._trainer, self._trainer.lr_scheduler, steps, "untuned_warmup=trust_radius")
 
     def _keep_plateau(self, steps: int) -> None:
         if self._has_own_schedule:

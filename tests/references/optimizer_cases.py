@@ -57,33 +57,33 @@ BETAS = {"betas": (0.9, 0.98)}
 B2 = {"b2": 0.98}
 BNB, AO, PO = "bitsandbytes", "torchao", "pytorch-optimizer"
 
+KINDS = ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
+
 CASES = [
     *cases_of(
         ("AdamW", "torch"),
         "torch.optim:AdamW",
         slow.adam,
-        *[
-            ({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1})
-            for kind in ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
-        ],
+        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1}) for kind in KINDS],
     ),
     *cases_of(
-        ("Adam", "torch"), "torch.optim:Adam", slow.adam, ({}, {}), ({**BETAS, "weight_decay": 0.1}, {**B2, "l2": 0.1})
-    ),
-    *cases_of(
-        ("AMSGrad", "torch"),
+        ("Adam", "torch"),
         "torch.optim:Adam",
         slow.adam,
-        ({**BETAS, "amsgrad": True}, {**B2, "amsgrad": True}),
-        num_steps=4,
+        ({}, {}),
+        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "l2": 0.1}) for kind in KINDS],
     ),
-    *cases_of(
-        ("AMSGrad", "torch"),
-        "torch.optim:AdamW",
-        slow.adam,
-        ({**BETAS, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}),
-        num_steps=4,
-    ),
+    *[
+        case
+        for name in ("Adam", "AdamW")
+        for case in cases_of(
+            ("AMSGrad", "torch"),
+            f"torch.optim:{name}",
+            slow.adam,
+            *[({**BETAS, **kind, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}) for kind in KINDS],
+            num_steps=4,
+        )
+    ],
     *cases_of(("NAdam", "torch"), "torch.optim:NAdam", slow.nadam, (BETAS, B2)),
     *cases_of(("RAdam", "torch"), "torch.optim:RAdam", slow.radam, (BETAS, B2), num_steps=8),
     *cases_of(("Adamax", "torch"), "torch.optim:Adamax", slow.adamax, (BETAS, B2)),
