@@ -14,7 +14,7 @@ import torch
 from ..estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
 from ..method.decay import compute_addend
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part, is_dtensor
+from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part, with_local_part
 from ..sharding.tensor_statistics import compute_figures
 from .shards import SteppedShards
 
@@ -127,7 +127,7 @@ class LinearDecay:
         self.moments.prime([shard])  # its state stays zero
         gradient = self.shards.read_gradient(shard)
         square = get_local_part(gradient).float().square().mul_(inverse_scale**2)
-        (spread,) = self._spread([shard], [_with_local(gradient, square)], [1.0])
+        (spread,) = self._spread([shard], [with_local_part(gradient, square)], [1.0])
         self._held[shard] = spread, self.moments.count_steps(shard) or 0, 0.0
 
     def _spread(
@@ -153,14 +153,3 @@ class LinearDecay:
         for piece, own in zip(find_pieces(moment), drawn, strict=True):
             self.shards.draw(shard, replace(piece, local=own), mean)
         return Elements([own.to(torch.bfloat16) for own in drawn], mean)
-
-
-def _with_local(held: torch.Tensor | Fragment, local: torch.Tensor) -> torch.Tensor | Fragment:
-    """Return other values that lie as `held` does: whole, a DTensor or a fragment."""
-    if isinstance(held, Fragment):
-        return replace(held, local=local)
-    if not is_dtensor(held):
-        return local
-    return type(held).from_local(
-        local, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride()
-    )

@@ -23,7 +23,7 @@ def name_parameters(model: nn.Module | None) -> dict[int, str]:
 
 
 @dataclass
-class V0Plan:
+class PerSamplePlan:
     """What a pass before training will write.
 
     Attributes:
@@ -48,7 +48,7 @@ class V0Plan:
         return self.moments.read_beta2(self.chosen[0].group)
 
 
-def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) -> V0Plan:
+def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) -> PerSamplePlan:
     """Decide which of a model's parameters, held by an optimizer, get a v0.
 
     Raises:
@@ -61,14 +61,10 @@ def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) ->
         raise InputError(
             f"v0_estimator=per_sample under {kind} is not supported, since no process has whole gradients there: {USE_MINIBATCH}"
         )
-    if not moments.is_untouched():
-        raise InputError(
-            "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
-            "stands; build a new optimizer to start again"
-        )
+    require_untouched(moments)
     require_materialised(model)
     names = name_parameters(model)
-    plan = V0Plan(moments)
+    plan = PerSamplePlan(moments)
     for shard in moments.list_shards(names):
         if id(shard.param) not in names or not shard.param.requires_grad:
             continue
@@ -80,6 +76,15 @@ def plan_v0(optimizer, model: nn.Module, include_bias_and_norm: bool = False) ->
     if not plan.chosen:
         raise InputError(NOTHING_TO_WRITE)
     return plan
+
+
+def require_untouched(moments: SecondMoment) -> None:
+    """Raise `InputError` if an optimizer has state already."""
+    if not moments.is_untouched():
+        raise InputError(
+            "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
+            "stands; build a new optimizer to start again"
+        )
 
 
 def require_materialised(model: nn.Module) -> None:

@@ -18,12 +18,17 @@ from ..estimation.per_sample import GradSqMean
 from ..records.report import V0Report, collect_versions
 from ..second_moment.state import SecondMoment
 from ..sharding.processes import get_rank_and_world_size
-from .plan import V0Plan
+from .plan import PerSamplePlan, require_untouched
 from .summary import add_parameters
 
 
 def write_v0(
-    plan: V0Plan, estimate: GradSqMean, scale: float | Callable[[float | None], float], *, seed: int = 0, **described
+    plan: PerSamplePlan,
+    estimate: GradSqMean,
+    scale: float | Callable[[float | None], float],
+    *,
+    seed: int = 0,
+    **described,
 ) -> V0Report:
     """Write v0 = scale * E[g^2] into the optimizer's second moments, all of them or none.
 
@@ -44,10 +49,7 @@ def write_v0(
     start = time.perf_counter()
     moments = plan.moments
     _require_fit(plan, estimate)
-    if not moments.is_untouched():
-        raise InputError(
-            "parameters already have optimizer state: v0 is written only before the first step; build a new optimizer to start again"
-        )
+    require_untouched(moments)
 
     def find_scale(beta2: float | None) -> float:
         return scale(beta2) if callable(scale) else scale
@@ -83,7 +85,7 @@ def write_v0(
     return report
 
 
-def _require_fit(plan: V0Plan, estimate: GradSqMean) -> None:
+def _require_fit(plan: PerSamplePlan, estimate: GradSqMean) -> None:
     """Raise `InputError` unless the estimate has a tensor for each parameter."""
     for name, parameter in plan.named_parameters:
         found = estimate.tensors.get(name)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.parts import get_local_part, is_dtensor
+from ..sharding.parts import get_local_part, is_dtensor, with_local_part
 from ..state_guard import preserve_rng
 from .table import OptimizerRow
 
@@ -199,14 +199,7 @@ class TorchAOFormat(StateFormat):
         """Return the second moment in fp32 (a DTensor where the state is one); the live tensor where it is plain."""
         own = state[self.row.key]
         local = get_local_part(own)
-        if type(local) is torch.Tensor:
-            return own
-        values = local.dequantize(torch.float32)
-        if not is_dtensor(own):
-            return values
-        return type(own).from_local(
-            values, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-        )
+        return own if type(local) is torch.Tensor else with_local_part(own, local.dequantize(torch.float32))
 
     def write_(self, state: State, v0: torch.Tensor) -> None:
         """Write v0, quantised as the optimizer quantises its second moment after each step."""

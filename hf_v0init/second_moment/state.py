@@ -178,8 +178,10 @@ class SecondMoment:
             change: gets the second moment in units of gradient squared: the live tensor, or a copy in fp32 that is stored
                 afterwards where the state is quantised or a root.
         """
-        self.prime([shard])
-        state = self.format.get_state(self.inner, shard.param, shard.group)
+        state = self.find_state(shard.param, shard.group)
+        if state is None:
+            self.prime([shard])
+            state = self.format.get_state(self.inner, shard.param, shard.group)
         moment = self.format.read(state)
         change(shard.cut(moment))
         if moment is not state[self.key]:

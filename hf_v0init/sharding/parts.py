@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -72,6 +72,17 @@ def get_local_part(tensor: torch.Tensor | Fragment) -> torch.Tensor:
     if isinstance(tensor, Fragment):
         return tensor.local
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def with_local_part(tensor: torch.Tensor | Fragment, local: torch.Tensor) -> torch.Tensor | Fragment:
+    """Return other values that lie as `tensor` does: whole, a DTensor or a `Fragment`."""
+    if isinstance(tensor, Fragment):
+        return replace(tensor, local=local)
+    if not is_dtensor(tensor):
+        return local
+    return type(tensor).from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 @dataclass(frozen=True)
