@@ -76,20 +76,22 @@ class Beta2Decay:
 
     def _write(self, shards: list[ParamShard], inverse_scale: float) -> None:
         """Write v0 = scale * g^2, or draws, into second moments, from the gradients of this step."""
+        scales = [
+            self.find_scale(shard.group) for shard in shards
+        ]  # one that is too large is refused before any state is made
         self.moments.prime(shards)
         if self.plan.init == "random":
-            self._draw(shards, inverse_scale)
+            self._draw(shards, scales, inverse_scale)
             return
-        for shard in shards:
-            square = get_local_part(self.shards.read_gradient(shard))
-            size = self.find_scale(shard.group) * inverse_scale**2
-            self.moments.change(shard, lambda v, g=square, s=size: _add_square_(get_local_part(v).zero_(), g, s))
+        for shard, scale in zip(shards, scales, strict=True):
+            gradient, size = get_local_part(self.shards.read_gradient(shard)), scale * inverse_scale**2
+            self.moments.change(shard, lambda v, g=gradient, s=size: _add_square_(get_local_part(v).zero_(), g, s))
 
-    def _draw(self, shards: list[ParamShard], inverse_scale: float) -> None:
+    def _draw(self, shards: list[ParamShard], scales: list[float], inverse_scale: float) -> None:
         """Write draws of eq. 11, and measure v0 / g^2 of the first, the median over elements; with `decay_steps`, size them by it."""
         ratios: dict[float | None, list[torch.Tensor]] = {}  # of v0 to g^2, by beta2
-        for shard in shards:
-            mean = compute_random_v0_mean(shard.full_shape, self.find_scale(shard.group))
+        for shard, scale in zip(shards, scales, strict=True):
+            mean = compute_random_v0_mean(shard.full_shape, scale)
             self.moments.change(shard, lambda v, shard=shard, mean=mean: self._draw_all(shard, v, mean))
             ratio = sample_ratio(self.moments.read(shard), self.shards.read_gradient(shard)) / inverse_scale**2
             ratios.setdefault(self.moments.read_beta2(shard.group), []).append(ratio)
@@ -124,9 +126,9 @@ class Beta2Decay:
             beta2, scale = self.moments.read_beta2(shard.group), self.find_scale(shard.group)
             ratio, before = (scale * beta2**t / (1.0 - beta2**t) for t in (step, step - 1))
             of_square = scale * beta2 ** (step - 1) * (1.0 - beta2) / (1.0 - beta2**step) * inverse_scale**2
-            factor, square = (1.0 + ratio) / (1.0 + before), get_local_part(self.shards.read_gradient(shard))
+            factor, gradient = (1.0 + ratio) / (1.0 + before), get_local_part(self.shards.read_gradient(shard))
             self.moments.change(
-                shard, lambda v, f=factor, g=square, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
+                shard, lambda v, f=factor, g=gradient, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
             )
 
 
