@@ -92,13 +92,10 @@ def make_flags() -> str:
 
 def make_linear() -> str:
     """Which optimizers a v0 with the linear decay can be used with, and why not with the others."""
-    from hf_v0init.second_moment.layouts import LAYOUTS
-
     lines = ["| optimizer | `--v0_decay linear` |", "| --- | --- |"]
     for row in SUPPORTED_ROWS:
-        layout = LAYOUTS[row.layout]
         group = {"betas": (0.9, 0.999), "amsgrad": row.name == "AMSGrad"}
-        reason = layout.explain_no_linear_decay(group)
+        reason = row.explain_no_linear_decay(group)
         if not reason and row.stored_error:
             reason = "its second moment is kept in few bits, in which g^2 is lost beside v0"
         package = "" if row.package == TORCH else f" ({row.package})"

@@ -97,28 +97,39 @@ def raise_if_interrupted() -> None:
 MAX_COPIED_BYTES = 1 << 30  # of weights that are not trained, which a forward may update (momentum encoders)
 
 
+_REGISTRIES = frozenset(vars(nn.Module()))  # of every module: its parameters, buffers, hooks and mode
+
+
 @contextlib.contextmanager
 def preserve_attributes(*owners: Any) -> Iterator[None]:
-    """Restore the tensors, numbers and plain containers that objects hold as attributes of their own (an EMA, a counter, a store).
+    """Restore what objects hold as attributes of their own: tensors, numbers and plain containers (an EMA, a counter, logs).
 
-    Parameters, buffers and submodules of a module are no such attributes; `preserve_model` has them. Tensors are restored in place.
+    Parameters, buffers and submodules of a module are no such attributes; `preserve_model` has them. Tensors and containers are
+    restored in place.
     """
-    tensors = [
-        (owner, name, value, value.detach().clone())
-        for owner in owners
-        for name, value in vars(owner).items()
-        if isinstance(value, torch.Tensor)
-    ]
-    with contextlib.ExitStack() as stack:
-        for owner in owners:
-            stack.enter_context(preserve_bookkeeping(owner))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for owner, name, value, saved in tensors:
-                    value.copy_(saved)
-                    setattr(owner, name, value)
+    tensors, numbers, containers = [], [], []
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                tensors.append((owner, name, value, value.detach().clone()))
+            elif name in _REGISTRIES:
+                continue
+            elif isinstance(value, (int, float, str, type(None))):
+                numbers.append((owner, name, value))
+            elif isinstance(value, (dict, list, set, collections.deque)) and _is_plain(value):
+                containers.append((value, copy.deepcopy(value)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, value, saved in tensors:
+                value.copy_(saved)
+                setattr(owner, name, value)
+        for owner, name, value in numbers:
+            setattr(owner, name, value)
+        for container, saved in containers:
+            container.clear()
+            getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(saved)
 
 
 @contextlib.contextmanager
@@ -198,28 +209,6 @@ def preserve_generators(*owners: Any) -> Iterator[None]:
                 generator.bit_generator.state = state
             else:
                 generator.set_state(state)
-
-
-_REGISTRIES = frozenset(vars(nn.Module()))  # of every module: its parameters, buffers, hooks and mode
-
-
-@contextlib.contextmanager
-def preserve_bookkeeping(owner: Any) -> Iterator[None]:
-    """Restore the numbers and the plain containers (counters, metric stores, logs) among an object's attributes, in place."""
-    own = {k: v for k, v in vars(owner).items() if k not in _REGISTRIES}
-    numbers = {k: v for k, v in own.items() if isinstance(v, (int, float, str, type(None)))}
-    containers = []
-    for value in own.values():
-        if isinstance(value, (dict, list, set, collections.deque)) and _is_plain(value):
-            containers.append((value, copy.deepcopy(value)))
-    try:
-        yield
-    finally:
-        for name, value in numbers.items():
-            setattr(owner, name, value)
-        for container, saved in containers:
-            container.clear()
-            getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(saved)
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

@@ -41,6 +41,22 @@ def sequences():
     return make_sequences()
 
 
+@pytest.fixture
+def make_accelerator():
+    """Accelerate keeps its state for the process: a test must not leave it to the next."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    def make(**options) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, **options)
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def find_data():
     """A function that returns the folder of a data set, "multi30k" or "ptb", or skips the test that asks for it."""

@@ -27,10 +27,11 @@ gradients would have made from 0. Elements in which that remainder is within rou
 A resumed run is not watched: the file has the run's start, and stays as it was when the checkpoint was saved or later.
 """
 
+import contextlib
 import json
 import math
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ from ..hook import find_hook
 from ..method.decay import compute_linear_factor
 from ..method.defaults import SCALED_BY_GRADIENTS
 from ..method.multiplier import compute_multiplier
-from ..second_moment.state import SecondMoments
+from ..records.run_files import write_whole
+from ..second_moment.state import SecondMoment
 from ..settings import read_v0_arguments
 from .element_samples import MAX_PER_TENSOR, ElementSamples, compute_weighted_quantiles
 
@@ -92,7 +94,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         """Return what has been recorded so far, as in the file; plain JSON types."""
         return {
             "settings": self._settings,
-            "updates": self._compose_updates(),
+            "updates": self._compose_updates(self._rows),
             "second_moment": self._compose_drift(),
             "multiplier": self._multiplier,
             "cost": self._compose_cost(),
@@ -121,63 +123,55 @@ class V0DiagnosticsCallback(TrainerCallback):
         """Read weights, and the first time v0, before the optimizer's step."""
         if not self._watches:
             return
-        begin = time.perf_counter()
-        if self._first_began is None:
-            self._first_began = begin
-        step = state.global_step + 1
-        if self._moment_samples is None:
-            self._choose_elements(optimizer)
-            self._hook = find_hook(optimizer)
-            if self._hook is not None and self._hook.is_waiting and self._hook.plan.decay == "beta2":
-                self._hook.observers.append(self._read_v0)
-            else:
-                self._read_v0()
-        if step <= self.num_update_steps:
-            self._before = self._update_samples.read_parameters()
-        self._spend(begin)
+        with self._timing():
+            if self._moment_samples is None:
+                self._choose_elements(optimizer)
+                self._hook = find_hook(optimizer)
+                if self._hook is not None and self._hook.is_waiting and self._hook.plan.decay == "beta2":
+                    self._hook.observers.append(self._read_v0)
+                else:
+                    self._read_v0()
+            if state.global_step < self.num_update_steps:
+                self._before = self._update_samples.read_parameters()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Record what the optimizer's step did."""
         if not self._watches or self._moment_samples is None:
             return
-        begin = time.perf_counter()
-        step = state.global_step + 1
-        # fp16: the gradients had overflowed; or they were measured, for a v0
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        skipped = skipped or (self._hook is not None and self._hook.is_waiting)
-        self._num_steps_taken += not skipped
-        if self._before is not None:
-            self._record_update(step)
-        if _is_moment_step(step) and not skipped:
-            self._record_moments(step)
-        self._spend(begin)
+        with self._timing():
+            step = state.global_step + 1
+            # fp16: the gradients had overflowed; or they were measured, for a v0
+            skipped = bool(getattr(optimizer, "step_was_skipped", False))
+            skipped = skipped or (self._hook is not None and self._hook.is_waiting)
+            self._num_steps_taken += not skipped
+            if self._before is not None:
+                self._record_update(step)
+            if _is_moment_step(step) and not skipped:
+                self._record_moments(step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Give the trackers the newest numbers, and write the file now and then."""
         if not self._watches or logs is None or "loss" not in logs:
             return
-        begin = time.perf_counter()
-        if self._trainer is not None:
-            logs.update(self._compose_log())
-        if begin - self._written_at > SECONDS_BETWEEN_WRITES:
-            self._write(args.output_dir)
-        self._spend(begin)
+        with self._timing():
+            if self._trainer is not None:
+                logs.update(self._compose_log())
+            if time.perf_counter() - self._written_at > SECONDS_BETWEEN_WRITES:
+                self._write(args.output_dir)
 
     def on_save(self, args, state, control, **kwargs):
         """Write the file beside a checkpoint's time."""
         if self._watches:
-            begin = time.perf_counter()
-            self._write(args.output_dir)
-            self._spend(begin)
+            with self._timing():
+                self._write(args.output_dir)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Record the last step and write the file."""
         if not self._watches or self._moment_samples is None:
             return
-        begin = time.perf_counter()
-        if state.global_step > 0 and (not self._moments or state.global_step != self._moments[-1][0]):
-            self._record_moments(state.global_step)
-        self._spend(begin)
+        with self._timing():
+            if state.global_step > 0 and (not self._moments or state.global_step != self._moments[-1][0]):
+                self._record_moments(state.global_step)
         self._write(args.output_dir)
         self._update_samples = self._before = None  # views that would keep the model's memory alive
 
@@ -215,7 +209,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         groups = self._moment_samples.optimizer.param_groups
         try:
             v0 = self._moment_samples.read_second_moments()
-            moments = SecondMoments(self._moment_samples.optimizer)
+            moments = SecondMoment(self._moment_samples.optimizer)
             betas = [moments.read_beta2(group) for group in groups]
         except InputError as error:
             logger.info(f"{self.file_name} holds no second moments: {error}")
@@ -285,9 +279,9 @@ class V0DiagnosticsCallback(TrainerCallback):
 
     # ---- putting it together -----------------------------------------------------------------------------------------
 
-    def _compose_updates(self) -> dict[str, list]:
+    def _compose_updates(self, rows: list[tuple[int, list[float], list[torch.Tensor]]]) -> dict[str, list]:
         columns: dict[str, list] = {name: [] for name in ("step", "learning_rate", "norm", "rms", "rms_over_lr")}
-        for step, rates, sums in self._rows:
+        for step, rates, sums in rows:
             squares = np.sum([one.cpu().double().numpy() for one in sums], axis=0)  # by group
             relative = sum(square / rate**2 for square, rate in zip(squares, rates, strict=True) if rate > 0)
             known = all(rate > 0 or square == 0 for square, rate in zip(squares, rates, strict=True)) and any(rates)
@@ -325,8 +319,7 @@ class V0DiagnosticsCallback(TrainerCallback):
         """The newest figures that no log has carried yet."""
         logs, now = {}, (len(self._rows), len(self._multiplier.get("step", [])))
         if now[0] > self._num_logged[0]:
-            every, self._rows = self._rows, self._rows[-1:]
-            last, self._rows = self._compose_updates(), every
+            last = self._compose_updates(self._rows[-1:])
             logs |= {f"v0/update_{name}": last[name][0] for name in ("norm", "rms", "rms_over_lr")}
         if now[1] > self._num_logged[1]:
             logs["v0/multiplier"] = self._multiplier.get("quantile_0.5", [None])[-1]
@@ -338,20 +331,25 @@ class V0DiagnosticsCallback(TrainerCallback):
         watched = None if self._last_ended is None else self._last_ended - self._first_began
         return {"seconds": self._seconds, "share_of_time": self._seconds / watched if watched else None}
 
-    def _spend(self, begin: float) -> None:
-        self._last_ended = time.perf_counter()
-        self._seconds += self._last_ended - begin
+    @contextlib.contextmanager
+    def _timing(self) -> Iterator[None]:
+        """Count the time that is spent inside."""
+        begin = time.perf_counter()
+        self._first_began = begin if self._first_began is None else self._first_began
+        try:
+            yield
+        finally:
+            self._last_ended = time.perf_counter()
+            self._seconds += self._last_ended - begin
 
     def _write(self, folder: str) -> None:
         """Write the file whole or not at all; a full disk costs the file, not the run."""
         if self._moment_samples is None:
             return
         path = Path(folder) / self.file_name
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(self.get_diagnostics()) + "\n", encoding="utf-8")
-            os.replace(aside, path)
+            write_whole(path, json.dumps(self.get_diagnostics()) + "\n")
         except OSError as error:
             logger.warning(f"{path} cannot be written: {error.strerror}")
         self._written_at = time.perf_counter()

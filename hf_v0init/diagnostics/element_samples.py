@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..second_moment.state import SecondMoments, unwrap_optimizer
-from ..sharding.parts import get_local_part, order_of_memory, view_flat
+from ..second_moment.state import SecondMoment, unwrap_optimizer
+from ..sharding.parts import ParamShard, get_local_part, order_of_memory, view_flat
 
 MAX_PER_TENSOR = 4096
 
@@ -122,17 +122,17 @@ class ElementSamples:
         Raises:
             InputError: the optimizer keeps no second moment that is known.
         """
-        parts, moments = [], SecondMoments(self.optimizer)
+        parts, moments = [], SecondMoment(self.optimizer)
         for key, device in self._devices.items():
             values = [self._read_second_moment(moments, one, key) for one in device.sampled]
             parts.append(_widen(torch.cat(values)).cpu().double().numpy())
         return np.concatenate(parts)
 
-    def _read_second_moment(self, moments: SecondMoments, one: _Sampled, device: torch.device) -> torch.Tensor:
-        state = moments.find_state(one.parameter, self.optimizer.param_groups[one.group])
-        if state is None:
+    def _read_second_moment(self, moments: SecondMoment, one: _Sampled, device: torch.device) -> torch.Tensor:
+        group = self.optimizer.param_groups[one.group]
+        moment = moments.read(ParamShard("", tuple(one.parameter.shape), one.parameter, group))
+        if moment is None:
             return torch.zeros(one.count, device=device)
-        moment = moments.layout.read(state)
         local = get_local_part(one.parameter)
         return get_local_part(moment).detach().permute(order_of_memory(local)).reshape(-1)[:: one.spacing].to(device)
 

@@ -16,14 +16,19 @@ import torch
 from ..errors import InputError
 from ..estimation.per_sample import GradSqMean
 from ..records.report import V0Report, collect_versions
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..sharding.processes import get_rank_and_world_size
-from .plan import V0Plan
+from .plan import PerSamplePlan, require_untouched
 from .summary import add_parameters
 
 
 def write_v0(
-    plan: V0Plan, estimate: GradSqMean, scale: float | Callable[[float | None], float], *, seed: int = 0, **described
+    plan: PerSamplePlan,
+    estimate: GradSqMean,
+    scale: float | Callable[[float | None], float],
+    *,
+    seed: int = 0,
+    **described,
 ) -> V0Report:
     """Write v0 = scale * E[g^2] into the optimizer's second moments, all of them or none.
 
@@ -44,10 +49,7 @@ def write_v0(
     start = time.perf_counter()
     moments = plan.moments
     _require_fit(plan, estimate)
-    if not moments.is_untouched():
-        raise InputError(
-            "parameters already have optimizer state: v0 is written only before the first step; build a new optimizer to start again"
-        )
+    require_untouched(moments)
 
     def find_scale(beta2: float | None) -> float:
         return scale(beta2) if callable(scale) else scale
@@ -69,14 +71,13 @@ def write_v0(
         versions=collect_versions(),
         **described,
     )
-    factors = [find_scale(moments.read_beta2(stored.group)) for stored in plan.chosen]
-    for stored, factor in zip(plan.chosen, factors, strict=True):
-        (part,) = stored.parts
-        add_parameters(report, [(part.name, part.full_shape, estimate.tensors[part.name])], False, [factor])
+    factors = [find_scale(moments.read_beta2(shard.group)) for shard in plan.chosen]
+    named = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in plan.chosen]
+    add_parameters(report, named, False, factors)
     with _undo_on_failure(moments), torch.no_grad():
-        for stored, factor in zip(plan.chosen, factors, strict=True):
-            grad_sq_mean = estimate.tensors[stored.parts[0].name]
-            moments.change(stored, stored.parts, lambda _, v0, s=grad_sq_mean, f=factor: v0.copy_(s * f))
+        moments.prime(plan.chosen)
+        for shard, factor in zip(plan.chosen, factors, strict=True):
+            moments.change(shard, lambda v0, s=estimate.tensors[shard.name], f=factor: v0.copy_(s * f))
     report.without_gradient = [name for name, figures in report.parameters.items() if figures["max"] == 0.0]
     if estimate.measured_ratio is not None:
         report.measured_ratio = estimate.measured_ratio * report.scale
@@ -84,7 +85,7 @@ def write_v0(
     return report
 
 
-def _require_fit(plan: V0Plan, estimate: GradSqMean) -> None:
+def _require_fit(plan: PerSamplePlan, estimate: GradSqMean) -> None:
     """Raise `InputError` unless the estimate has a tensor for each parameter."""
     for name, parameter in plan.named_parameters:
         found = estimate.tensors.get(name)
@@ -96,7 +97,7 @@ def _require_fit(plan: V0Plan, estimate: GradSqMean) -> None:
 
 
 @contextlib.contextmanager
-def _undo_on_failure(moments: SecondMoments) -> Iterator[None]:
+def _undo_on_failure(moments: SecondMoment) -> Iterator[None]:
     """Take out again what was put into an optimizer without state, if an exception or an interrupt passes."""
     places = [moments.inner.state, *(group["state"] for group in moments.list_groups() if "state" in group)]
     before = [dict(place) for place in places]

@@ -32,7 +32,7 @@ from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
 from ..initialization.plan import USE_MINIBATCH, plan_v0
 from ..initialization.writing import write_v0
 from ..records.report import V0Report
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments, V0Plan
 from ..sharding.processes import fail_together, gather_objects, get_rank_and_world_size
 from ..state_guard import defer_interrupts, preserve_model, preserve_rng
@@ -284,7 +284,7 @@ def _require_one_model_per_process(model: nn.Module, accelerator) -> None:
         )
 
 
-def _require_scale_known(wanted: V0Plan, moments: SecondMoments) -> None:
+def _require_scale_known(wanted: V0Plan, moments: SecondMoment) -> None:
     for group in moments.list_groups():
         beta2 = moments.read_beta2(group)
         if beta2 is not None:

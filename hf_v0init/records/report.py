@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
+from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
 DECAY_FILE = "v0_decay.safetensors"  # in checkpoints that are saved while v0 decays linearly
@@ -26,9 +27,9 @@ class V0Report:
     """What was written, and from what.
 
     v0's statistics are in units of gradient squared and taken over all elements that got a v0; `seconds` is wall-clock time of
-    measuring and writing; `num_samples`, `num_batches` and `num_skipped` (samples without a loss) are of the pass before training,
-    over all processes. `measured_ratio` is v0 over the g^2 of an optimizer step, the median over elements; `multiplier` is m(t) of
-    that ratio, by step.
+    measuring and writing, after a resume that of this call alone; `num_samples`, `num_batches` and `num_skipped` (samples without
+    a loss) are of the pass before training, over all processes. `measured_ratio` is v0 over the g^2 of an optimizer step, the median
+    over elements; `multiplier` is m(t) of that ratio, by step.
     """
 
     strategy: str
@@ -165,11 +166,9 @@ class V0Report:
 
 
 def write_report(report: dict, folder: str | os.PathLike) -> Path:
-    """Write `v0_init.json` into `folder`, whole or not at all (written aside, then renamed)."""
+    """Write `v0_init.json` into `folder`, whole or not at all."""
     path = Path(folder) / REPORT_FILE
-    aside = path.with_name(f"_{REPORT_FILE}.{os.getpid()}")  # a push leaves out names that begin with _
-    aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(report, indent=1) + "\n")
     return path
 
 

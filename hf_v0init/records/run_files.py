@@ -1,4 +1,14 @@
-"""Names of the files that a finished run leaves in its output folder, as transformers' Trainer writes them."""
+"""The files of an output folder: their names, as transformers' Trainer writes them, and how ours are written."""
+
+import os
+from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: aside, then renamed."""
+    aside = path.with_name(f"_{path.name}.{os.getpid()}")  # a push leaves out names that begin with _
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -16,7 +16,6 @@ not touched: no random number is drawn, nothing is added to `log_history`.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from .report import write_report
+from .run_files import write_whole
 
 LOG_FILE = "run_log.jsonl"
 FINGERPRINT_FILE = "fingerprint.json"
@@ -112,10 +112,7 @@ class RunRecordCallback(TrainerCallback):
             self._v0_report = report
 
     def _write_fingerprint(self) -> None:
-        path = self._folder / FINGERPRINT_FILE
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(self._fingerprint, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(self._folder / FINGERPRINT_FILE, json.dumps(self._fingerprint, indent=1) + "\n")
 
 
 def hash_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

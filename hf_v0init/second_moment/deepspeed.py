@@ -7,21 +7,22 @@ ZeRO steps an inner optimizer over flat fp32 tensors, one or more a parameter gr
 | 1, 2 | `single_partition_of_fp32_groups[i]` | the fragment that `parameter._hp_mapping` links, if any lies on this process |
 | 3 | `fp32_partitioned_groups_flat[i]` | elements rank * n to (rank + 1) * n of the flattened parameter, n = its partition |
 
-Contract. `ZeroPartitions` says which flat tensors there are, and which part of which parameter lies where in them. The state
-that is written is the one that the inner optimizer would create for its flat tensors at its first step.
+Contract. `ZeroPartitions` says which shard of which parameter lies where in which flat tensor. The state that is written is the
+one that the inner optimizer would create for its flat tensors at its first step.
 
 At the inner optimizer's step the flat tensors' own gradients are those that its Adam sees.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.parts import Fragment, get_full_shape
-from .layouts import PlainLayout, State
+from ..sharding.parts import ParamShard, get_full_shape
+from .formats import StateFormat
+from .table import find_row
 
 STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
@@ -84,7 +85,8 @@ class ZeroPartitions:
 
     Attributes:
         inner: that optimizer.
-        layout: how it keeps the state of a flat tensor.
+        format: how it keeps the state of a flat tensor.
+        shards: of each parameter what lies in a flat tensor of this process, which may be nothing.
         param_groups: its groups with the model's own parameters in them.
     """
 
@@ -93,17 +95,16 @@ class ZeroPartitions:
         self.stage = 3 if _name_of(zero) == STAGE_3 else 2
         name = _name_of(self.inner)
         if name in TORCH_ADAMS:
-            self.layout: PlainLayout = PlainLayout(scalars={"step": 0.0}, conditional=(("amsgrad", "max_exp_avg_sq"),))
+            self.format = StateFormat(find_row(name))
         elif name in DEEPSPEED_ADAMS:
-            self.layout = _DeepSpeedAdamLayout()
+            self.format = _DeepSpeedAdamFormat(find_row(TORCH_ADAMS[0]))
         else:
             raise InputError(f"v0_init under DeepSpeed with the optimizer {name} is not supported; {_REMEDY}")
         if getattr(zero, "_leaf_module_hooks", None):
             raise InputError(
                 "v0_init under ZeRO-3 with leaf modules (mixture of experts) is not supported; use v0_init=zeros"
             )
-        self._inner_groups = list(self.inner.param_groups)  # in the middle of a step ZeRO shows only some of them
-        self._slots = self._find_slots()
+        self.shards = self._find_shards()
         self.param_groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": parameters}
             for group, parameters in zip(self.inner.param_groups, self._list_parameters(), strict=True)
@@ -111,27 +112,12 @@ class ZeroPartitions:
         if dist.get_world_size(zero.dp_process_group) != dist.get_world_size():
             raise InputError("v0_init under DeepSpeed with model, sequence or expert parallelism is not supported")
 
-    def list_flat(self) -> list[tuple[torch.Tensor, dict, list[nn.Parameter]]]:
-        """List the flat tensors, each with the inner optimizer's group it belongs to and the parameters in it.
+    def list_shards(self, names: dict[int, str]) -> list[ParamShard]:
+        """List the shards under the names of their parameters, by id.
 
-        Between steps stage 3 takes the tensors out of the groups, so they are listed by the slots and not from there.
+        Between steps stage 3 takes the flat tensors out of the inner optimizer's groups, so these are not asked.
         """
-        inside: dict[torch.Tensor, list[nn.Parameter]] = {flat: [] for flat in self._group_numbers}
-        for parameter, slot in self._slots.items():
-            inside[slot.flat].append(parameter)
-        return [(flat, self._inner_groups[self._group_numbers[flat]], held) for flat, held in inside.items()]
-
-    def cut(self, tensor: torch.Tensor, parameter: nn.Parameter) -> Fragment:
-        """Cut the parameter's fragment out of a tensor that lies like its flat one; its length may be 0."""
-        slot = self._slots[parameter]
-        return Fragment(tensor.narrow(0, slot.place, slot.numel), get_full_shape(parameter), slot.start)
-
-    def read(self, parameter: nn.Parameter) -> Fragment | None:
-        """Return this process's part of the parameter's second moment; None before its flat tensor has state."""
-        if parameter not in self._slots:
-            return None
-        state = self.inner.state.get(self._slots[parameter].flat)
-        return None if not state else self.cut(state[self.layout.second_moment], parameter)
+        return [replace(shard, name=names.get(id(parameter), "?")) for parameter, shard in self.shards.items()]
 
     def _list_parameters(self) -> list[list[nn.Parameter]]:
         """List the model's parameters of each group."""
@@ -142,53 +128,40 @@ class ZeroPartitions:
             return groups
         return [list(group) for group in self.zero.bit16_groups]
 
-    def _find_slots(self) -> dict[nn.Parameter, "_Slot"]:
-        slots = {}
-        self._group_numbers: dict[torch.Tensor, int] = {}
+    def _find_shards(self) -> dict[nn.Parameter, ParamShard]:
+        zero, groups, shards = self.zero, list(self.inner.param_groups), {}
         if self.stage == 3:
             for number, (sub_group, flat) in enumerate(
-                zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True)
+                zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
             ):
-                self._group_numbers[flat] = self.zero.sub_group_to_group_id[number]
+                group = groups[zero.sub_group_to_group_id[number]]
                 for parameter in sub_group:
-                    _, place, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-                    start = min(dist.get_rank(self.zero.dp_process_group) * length, parameter.ds_numel)
-                    slots[parameter] = _Slot(flat, place, min(length, parameter.ds_numel - start), start)
-            return slots
-        for number, (group, flat) in enumerate(
-            zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True)
+                    _, first, length = zero.grad_position[zero.get_param_id(parameter)]
+                    offset = min(dist.get_rank(zero.dp_process_group) * length, parameter.ds_numel)
+                    place = (first, min(length, parameter.ds_numel - offset))
+                    shards[parameter] = ParamShard("?", get_full_shape(parameter), flat, group, offset, place)
+            return shards
+        for group, parameters, flat in zip(
+            groups, zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
         ):
-            self._group_numbers[flat] = number
-            for parameter in group:
-                mapping = getattr(parameter, "_hp_mapping", None)
-                if mapping is None:
-                    slots[parameter] = _Slot(flat, 0, 0, 0)
-                else:
-                    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    slots[parameter] = _Slot(flat, here.start, here.numel, there.start)
-        return slots
+            for parameter in parameters:
+                offset, place, mapping = 0, (0, 0), getattr(parameter, "_hp_mapping", None)
+                if mapping is not None:
+                    offset, here = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+                    place = (here.start, here.numel)
+                shards[parameter] = ParamShard("?", get_full_shape(parameter), flat, group, offset, place)
+        return shards
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Where a parameter's part lies: `numel` elements from `place` on in `flat`, from `start` on in the parameter."""
+class _DeepSpeedAdamFormat(StateFormat):
+    """DeepSpeed's FusedAdam and DeepSpeedCPUAdam, of whose kernels no copy may be made; their `step` is a Python number."""
 
-    flat: torch.Tensor
-    place: int
-    numel: int
-    start: int
-
-
-class _DeepSpeedAdamLayout(PlainLayout):
-    """DeepSpeed's FusedAdam and DeepSpeedCPUAdam, whose `step` is a Python number."""
-
-    def create_state(self, optimizer, parameter: torch.Tensor, group: dict) -> State:
+    def prime(self, optimizer, tensors: list[torch.Tensor], group: dict) -> None:
         """Create the state as the optimizer does at its first step."""
-        dtype = parameter.dtype
-        if getattr(optimizer, "fp32_optimizer_states", False):
-            dtype = torch.float32
-        moments = ("exp_avg", "exp_avg_sq")
-        return {"step": 0} | {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in moments}
+        for flat in tensors:
+            dtype = torch.float32 if getattr(optimizer, "fp32_optimizer_states", False) else flat.dtype
+            moments = {key: torch.zeros_like(flat, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[flat] = {"step": 0} | {key: moment.detach() for key, moment in moments.items()}
 
 
 def _name_of(instance) -> str:

@@ -1,24 +1,19 @@
-"""Where an optimizer keeps its second moments, resolved once: created, written, read. Knows no Trainer and no maths of v0.
+"""The second moment of an optimizer: where it is, what it starts from, how it is read and changed. Knows no Trainer and no maths of v0.
 
-Which optimizer keeps it where is in `table`, how it is created and written in `layouts`; an optimizer that nobody listed is
-looked at by `probe`, DeepSpeed's partitions by `deepspeed`. A state is written whole, exactly as the optimizer itself would
-create it before its first step.
-
-What the optimizer steps is called a *stored tensor*: a parameter, or under ZeRO a flat partition in which parts of many
-parameters lie. `StoredTensor.parts` are these parts, with the names and shapes of the whole parameters.
+Which optimizer keeps it where is in `table`, in what form in `formats`; an optimizer that nobody listed is looked at by `probe`,
+DeepSpeed's partitions by `deepspeed`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.parts import Fragment, get_full_shape
-from .deepspeed import ZeroPartitions, find_partitions
-from .layouts import LAYOUTS, PlainLayout, State
-from .probe import probe_layout
+from ..sharding.parts import Fragment, ParamShard, get_full_shape
+from .deepspeed import find_partitions
+from .formats import FORMATS, State, StateFormat
+from .probe import probe_optimizer
 from .table import find_row
 
 _REMEDY = "use an optimizer that `hf-v0init optimizers` lists as supported, such as optim=adamw_torch, or v0_init=zeros"
@@ -35,7 +30,7 @@ def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def find_layout(optimizer) -> PlainLayout:
+def find_format(optimizer) -> StateFormat:
     """Find how an innermost optimizer keeps its second moment: by the table, or by a dry run on a copy.
 
     Raises:
@@ -46,171 +41,83 @@ def find_layout(optimizer) -> PlainLayout:
     row = find_row(name)
     if row is not None and row.refusal:
         raise InputError(f"optimizer {name}: {row.refusal}; {_REMEDY}")
-    if row is not None and row.layout is not None:
-        return LAYOUTS[row.layout]
-    layout, reason = probe_layout(optimizer)
-    if layout is None:
-        raise InputError(f"optimizer {name} is not listed, and a dry run on a copy refused it: {reason}; {_REMEDY}")
-    return layout
+    if row is None or row.is_probed:
+        row, reason = probe_optimizer(optimizer)
+        if row is None:
+            raise InputError(f"optimizer {name} is not listed, and a dry run on a copy refused it: {reason}; {_REMEDY}")
+    return FORMATS[row.format](row)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What of one parameter lies in a stored tensor.
-
-    Attributes:
-        name: the parameter's name in the model, or its group and place in the optimizer.
-        full_shape: the shape of the whole parameter.
-        cut: maps a tensor that lies like the stored one (a state, a gradient) to the parameter's part of it: the tensor itself,
-            or a `Fragment`.
-    """
-
-    name: str
-    full_shape: tuple[int, ...]
-    cut: Callable[[torch.Tensor], torch.Tensor | Fragment] = lambda tensor: tensor
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor that the innermost optimizer steps.
-
-    Attributes:
-        tensor: it itself; `tensor.grad` is what the optimizer sees.
-        group: the parameter group it is in.
-        parts: the parameters in it.
-    """
-
-    tensor: torch.Tensor
-    group: dict
-    parts: tuple[Part, ...]
-
-
-@dataclass
-class SecondMoments:
-    """The second moments of an optimizer, plain, prepared by accelerate, or partitioned by ZeRO. Made once, cheap to keep.
+class SecondMoment:
+    """The second moment of an optimizer, plain, prepared by accelerate, or partitioned by ZeRO. Made once, cheap to keep.
 
     Attributes:
         inner: the optimizer that makes the steps and holds the states.
-        layout: how it keeps the state of one tensor.
-        zero: where parts of parameters lie, under ZeRO, else None.
+        format: how it keeps the state of one tensor.
+        zero: where shards of parameters lie, under ZeRO, else None.
 
     Raises:
-        InputError: as `find_layout`; a kind of DeepSpeed optimizer that is not known here.
+        InputError: as `find_format`; a kind of DeepSpeed optimizer that is not known here.
     """
-
-    inner: torch.optim.Optimizer = field(init=False)
-    layout: PlainLayout = field(init=False)
-    zero: ZeroPartitions | None = field(init=False)
 
     def __init__(self, optimizer) -> None:
         self.zero = find_partitions(optimizer)
         self.inner = unwrap_optimizer(optimizer)
-        self.layout = find_layout(self.inner) if self.zero is None else self.zero.layout
+        self.format = find_format(self.inner) if self.zero is None else self.zero.format
 
     @property
     def name(self) -> str:
         """The class name of the optimizer that makes the steps, such as "AdamW"."""
         return type(self.inner).__name__
 
+    @property
+    def key(self) -> str:
+        """The second moment's key in the state of a tensor, such as "exp_avg_sq"."""
+        return self.format.row.key
+
+    # ---- what there is -----------------------------------------------------------------------------------------------
+
     def list_groups(self) -> list[dict]:
         """List the parameter groups with the model's own parameters in them."""
         return self.inner.param_groups if self.zero is None else self.zero.param_groups
 
-    def list_tensors(self, names: dict[int, str]) -> list[StoredTensor]:
-        """List the tensors that the optimizer steps now, with what lies in them.
+    def list_shards(self, names: dict[int, str]) -> list[ParamShard]:
+        """List what the optimizer steps now, parameter by parameter.
 
         Args:
             names: id of a parameter -> its name. A parameter without one, of a loss module for example, gets the name that its
                 group gives it, or "group 0, parameter 3".
         """
         if self.zero is not None:
-            return [
-                StoredTensor(
-                    flat,
-                    group,
-                    tuple(
-                        Part(names.get(id(p), "?"), get_full_shape(p), lambda t, p=p: self.zero.cut(t, p))
-                        for p in parameters
-                    ),
-                )
-                for flat, group, parameters in self.zero.list_flat()
-            ]
-        tensors = []
+            return self.zero.list_shards(names)
+        shards = []
         for number, group in enumerate(self.inner.param_groups):
             given = group.get("param_names") or [None] * len(group["params"])
             for place, (parameter, own) in enumerate(zip(group["params"], given, strict=True)):
                 name = names.get(id(parameter)) or own or f"group {number}, parameter {place}"
-                tensors.append(StoredTensor(parameter, group, (Part(name, get_full_shape(parameter)),)))
-        return tensors
+                shards.append(ParamShard(name, get_full_shape(parameter), parameter, group))
+        return shards
 
     def read_beta2(self, group: dict | None = None) -> float | None:
         """Read the decay of the second moment that the closed form m(t) takes, of one group (default: the first).
 
         None for optimizers that m(t) does not describe, such as Adagrad, whose sum never decays.
         """
-        return self.layout.read_beta2(self.inner.param_groups[0] if group is None else group)
+        return self.format.row.read_beta2(self.inner.param_groups[0] if group is None else group)
 
-    def find_state(self, tensor: torch.Tensor, group: dict) -> State | None:
-        """Return the state that steps, a checkpoint or a v0 have left for a stored tensor, or None; creates nothing."""
-        return self.layout.find_state(self.inner, tensor, group)
-
-    def create_state(self, tensor: torch.Tensor, group: dict) -> State:
-        """Create the state that the optimizer itself would create for a stored tensor before its first step.
-
-        Returns:
-            For torch's Adam: `step` (fp32 scalar; on the parameter's device for fused and capturable groups, else on the CPU),
-            `exp_avg`, `exp_avg_sq` and, under amsgrad, `max_exp_avg_sq`, each zero, of the parameter's shape, dtype and device;
-            for other optimizers what they keep. The dict is not yet part of the optimizer.
-        """
-        with torch.no_grad():
-            return self.layout.create_state(self.inner, tensor, group)
-
-    def put_state(self, tensor: torch.Tensor, group: dict, state: State) -> None:
-        """Make a finished state part of the optimizer.
-
-        Raises:
-            InputError: there is state already (a resumed or running optimizer), which is never overwritten.
-        """
-        if self.find_state(tensor, group) is not None:
-            raise InputError(
-                "parameters already have optimizer state: v0 is written only before the first step; build a new optimizer to "
-                "start again"
-            )
-        self.layout.put_state(self.inner, tensor, group, state)
-
-    def change(
-        self, stored: StoredTensor, parts: Iterable[Part], change: Callable[[Part, torch.Tensor | Fragment], None]
-    ) -> None:
-        """Let `change` act on the second moment, part by part, in place; the state is created where there is none.
-
-        Args:
-            stored: one of `list_tensors`.
-            parts: those of `stored.parts` that change.
-            change: gets a part and its second moment in units of gradient squared: the live tensor, or a copy in fp32 that is stored
-                afterwards where the state is quantised or a root.
-        """
-        state = self.find_state(stored.tensor, stored.group)
-        is_new = state is None
-        if is_new:
-            state = self.create_state(stored.tensor, stored.group)
-        own = state[self.layout.second_moment]
-        moment = self.layout.read(state)
-        for part in parts:
-            change(part, part.cut(moment))
-        if moment is not own:
-            self.layout.write_(state, moment)
-        if is_new:
-            self.put_state(stored.tensor, stored.group, state)
-
-    def count_steps(self, stored: StoredTensor) -> int | None:
-        """Return how many steps the optimizer has made on a stored tensor; None where it keeps no such count."""
-        state = self.find_state(stored.tensor, stored.group)
+    def count_steps(self, shard: ParamShard) -> int | None:
+        """Return how many steps the optimizer has made on a shard's tensor; None where it keeps no such count."""
+        state = self.find_state(shard.param, shard.group)
         if state is None:
             return 0
-        for place, key in ((state, "step"), (stored.group, "step"), (stored.group, "k")):
+        for place, key in ((state, "step"), (shard.group, "step"), (shard.group, "k")):
             if key in place:
                 return int(place[key])
         return None
+
+    def is_untouched(self) -> bool:
+        """Whether the optimizer has made no step, loaded no state and got no v0."""
+        return all(self.find_state(shard.param, shard.group) is None for shard in self.list_shards({}))
 
     def require_linear_decay(self) -> None:
         """Raise `InputError` if a v0 cannot decay linearly in every group, naming what to use."""
@@ -220,43 +127,79 @@ class SecondMoments:
                 "v0_decay=beta2, or optim=adamw_torch"
             )
         for group in self.inner.param_groups:
-            reason = self.layout.explain_no_linear_decay(group)
+            reason = self.format.row.explain_no_linear_decay(group)
             if reason:
                 raise InputError(
                     f"v0_decay=linear with {self.name}: {reason}; use v0_decay=beta2, or optim=adamw_torch"
                 )
 
-    def is_untouched(self) -> bool:
-        """Whether the optimizer has made no step, loaded no state and got no v0."""
-        return not any(self.find_state(stored.tensor, stored.group) is not None for stored in self.list_tensors({}))
+    # ---- states ------------------------------------------------------------------------------------------------------
 
-    def read(self, parameter: nn.Parameter) -> torch.Tensor | Fragment | None:
-        """Return the second moment of a parameter in units of gradient squared, or None before it has state.
+    def find_state(self, param: torch.Tensor, group: dict) -> State | None:
+        """Return the state that steps, a checkpoint or a v0 have left for a stepped tensor, or None; creates nothing."""
+        state = self.format.get_state(self.inner, param, group)
+        return state if state is not None and self.format.is_touched(self.inner, state) else None
+
+    def prime(self, shards: Iterable[ParamShard]) -> None:
+        """Let the optimizer have the state that it would make before its first step, for tensors that have none.
+
+        For torch's Adam that is `step` (fp32 scalar; on the parameter's device for fused and capturable groups, else on the CPU),
+        `exp_avg`, `exp_avg_sq` and, under amsgrad, `max_exp_avg_sq`, each zero, of the parameter's shape, dtype and device; for other
+        optimizers what they keep. State that is there is never replaced.
+        """
+        by_group: dict[int, tuple[dict, dict[torch.Tensor, None]]] = {}
+        for shard in shards:
+            if self.find_state(shard.param, shard.group) is None:
+                by_group.setdefault(id(shard.group), (shard.group, {}))[1][shard.param] = None
+        with torch.no_grad():
+            for group, params in by_group.values():
+                self.format.prime(self.inner, list(params), group)
+
+    def read(self, shard: ParamShard) -> torch.Tensor | Fragment | None:
+        """Return the second moment of a shard in units of gradient squared, or None before it has state.
 
         The live tensor in the parameter's dtype; a new one, in fp32, where the state is quantised or stores the root; under ZeRO
         the `Fragment` that this process holds.
         """
+        state = self.find_state(shard.param, shard.group)
+        return None if state is None else shard.cut(self.format.read(state))
+
+    def read_parameter(self, parameter: nn.Parameter) -> torch.Tensor | Fragment | None:
+        """Return the second moment of one of the model's parameters, as `read`; None also for one that is not stepped."""
         if self.zero is not None:
-            return self.zero.read(parameter)
-        for group in self.inner.param_groups:
-            if any(parameter is other for other in group["params"]):
-                state = self.find_state(parameter, group)
-                return None if state is None else self.layout.read(state)
-        return None
+            shard = self.zero.shards.get(parameter)
+            return None if shard is None else self.read(shard)
+        return next((self.read(shard) for shard in self.list_shards({}) if shard.param is parameter), None)
+
+    def change(self, shard: ParamShard, change: Callable[[torch.Tensor | Fragment], object]) -> None:
+        """Let `change` act in place on the second moment of a shard; the state is created where there is none.
+
+        Args:
+            change: gets the second moment in units of gradient squared: the live tensor, or a copy in fp32 that is stored
+                afterwards where the state is quantised or a root.
+        """
+        state = self.find_state(shard.param, shard.group)
+        if state is None:
+            self.prime([shard])
+            state = self.format.get_state(self.inner, shard.param, shard.group)
+        moment = self.format.read(state)
+        change(shard.cut(moment))
+        if moment is not state[self.key]:
+            self.format.write_(state, moment)
 
 
 def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | Fragment | None:
-    """Return the second moment that `optimizer` keeps of `parameter`; see `SecondMoments.read`.
+    """Return the second moment that `optimizer` keeps of `parameter`; see `SecondMoment.read`.
 
     Raises:
-        InputError: as `SecondMoments`.
+        InputError: as `SecondMoment`.
     """
-    return SecondMoments(optimizer).read(parameter)
+    return SecondMoment(optimizer).read_parameter(parameter)
 
 
 def is_untouched(optimizer) -> bool:
     """Whether the optimizer has made no step, loaded no state and got no v0; also of one that could not get a v0."""
     try:
-        return SecondMoments(optimizer).is_untouched()
+        return SecondMoment(optimizer).is_untouched()
     except InputError:  # refused for a v0: what lies in `optimizer.state` is its state all the same
         return not any(unwrap_optimizer(optimizer).state.values())

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -34,6 +34,34 @@ class Fragment:
         return math.prod(self.full_shape)
 
 
+@dataclass(frozen=True, eq=False)
+class ParamShard:
+    """What an optimizer steps of one parameter on this process.
+
+    Attributes:
+        name: the parameter's name in the model, or its group and place in the optimizer.
+        full_shape: the shape of the whole parameter.
+        param: the tensor that is stepped, whose `grad` the optimizer sees: the parameter itself, whole or a DTensor, or under ZeRO a
+            flat partition in which shards of many parameters lie.
+        group: the parameter group that it is in.
+        offset: in a flat partition: which element of the flattened parameter the shard begins with; None elsewhere.
+        place: in a flat partition: (its first element, number of elements), which may be none.
+    """
+
+    name: str
+    full_shape: tuple[int, ...]
+    param: torch.Tensor
+    group: dict
+    offset: int | None = None
+    place: tuple[int, int] = (0, 0)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor | Fragment:
+        """Cut the shard out of a tensor that lies like `param`, such as a state or a gradient: a view, or the tensor itself."""
+        if self.offset is None:
+            return tensor
+        return Fragment(tensor.narrow(0, *self.place), self.full_shape, self.offset)
+
+
 def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of the whole parameter, also where ZeRO-3 left an empty tensor in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -44,6 +72,17 @@ def get_local_part(tensor: torch.Tensor | Fragment) -> torch.Tensor:
     if isinstance(tensor, Fragment):
         return tensor.local
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def with_local_part(tensor: torch.Tensor | Fragment, local: torch.Tensor) -> torch.Tensor | Fragment:
+    """Return other values that lie as `tensor` does: whole, a DTensor or a `Fragment`."""
+    if isinstance(tensor, Fragment):
+        return replace(tensor, local=local)
+    if not is_dtensor(tensor):
+        return local
+    return type(tensor).from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 @dataclass(frozen=True)

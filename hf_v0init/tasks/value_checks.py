@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from hf_v0init import InputError
 
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..settings import V0InitArguments, V0Plan
 
 LARGEST_SEED = 2**32 - 1  # of numpy's generator
@@ -165,7 +165,7 @@ def _require_usable_optimizer(training: TrainingArguments) -> None:
         return
     plan = training.resolve() if isinstance(training, V0InitArguments) else V0Plan()
     if plan.init != "zeros":
-        moments = SecondMoments(optimizer)
+        moments = SecondMoment(optimizer)
         if plan.decay == "linear":
             moments.require_linear_decay()
 

@@ -17,6 +17,8 @@
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -25,20 +27,14 @@ from ..estimation.trust_radius import LossNotComputed
 from ..hook import LengthHook, V0Hook
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
-from ..records.report import (
-    DECAY_FILE,
-    V0Report,
-    read_decay_state,
-    read_report,
-    write_decay_state,
-    write_report,
-)
-from ..second_moment.state import SecondMoments
+from ..records.report import V0Report, read_report, write_decay_state, write_report
+from ..second_moment.state import SecondMoment
 from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_per_sample_v0
-from .schedule import keep_plateau, require_no_warmup, warm_up
+from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
+from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
 from .supported_runs import require_measurable, require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -89,7 +85,7 @@ class V0InitCallback(TrainerCallback):
         settings = self.get_settings()
         if settings.untuned_warmup is not None and self._has_own_schedule:
             raise InputError(f"untuned_warmup={settings.untuned_warmup} and a schedule that was passed in: give one")
-        what = _find_what_warms_up(settings, settings.resolve())
+        what = find_what_warms_up(settings, settings.resolve())
         if what is not None:
             require_no_warmup(what, trainer)
         trainer.add_callback(self)
@@ -116,17 +112,7 @@ class V0InitCallback(TrainerCallback):
             return self.report | length
         hook = self.hook
         if hook is not None and hook.num_steps and hook.plan.init != "zeros":
-            plan = hook.plan
-            return {
-                "strategy": plan.init,
-                "decay": plan.decay,
-                "decay_steps": plan.decay_steps,
-                "scale": plan.scale,
-                "estimator": plan.estimator,
-                "estimation_steps": hook.estimation_steps,
-                "include_bias_and_norm": plan.include_bias_and_norm,
-                "is_written": False,
-            } | length
+            return describe_under_way(hook.plan, hook.estimation_steps) | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
@@ -136,7 +122,7 @@ class V0InitCallback(TrainerCallback):
         """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
         plan = self.get_settings().resolve(self._trainer.args.max_steps)
         if plan.estimator == "per_sample":
-            SecondMoments(optimizer)
+            SecondMoment(optimizer)
             return
         self._attach(optimizer, model, plan, None)
 
@@ -148,39 +134,42 @@ class V0InitCallback(TrainerCallback):
             raise InputError(
                 "V0InitCallback does not know its Trainer: write V0InitCallback(...).attach(trainer) in place of add_callback"
             )
-        trainer = self._trainer
-        args, model, state = trainer.args, trainer.model, trainer.state
+        state = self._trainer.state
         settings = self.get_settings()
-        plan = settings.resolve(state.max_steps)
-        self._began_at = state.global_step
-        if settings.untuned_warmup in UNTUNED_WARMUPS and not hasattr(trainer, "_v0_callback"):
-            raise InputError(
-                f"untuned_warmup={settings.untuned_warmup} changes the schedule, which is V0InitTrainer's or V0InitMixin's to make: use "
-                "one of these, untuned_warmup=trust_radius, or warmup_steps"
-            )
-        what = _find_what_warms_up(settings, plan)
-        if state.global_step == 0 and what is not None:
-            is_joined = settings.untuned_warmup in UNTUNED_WARMUPS  # the Trainer classes have looked at it before that
-            require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
-        if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
+        start = _Start(optimizer, settings, settings.resolve(state.max_steps), state.global_step, state.max_steps)
+        self._began_at = start.step
+        self._require_one_warmup(start)
+        if optimizer is None or not start.wants_anything:
             self._let_go()
-            if state.global_step > 0:
-                self._keep_record_of_another_start(args, state)
+            if start.step > 0:
+                self._keep_record_of_another_start(start)
             return
-        if plan.init != "zeros":
-            require_supported_run(trainer)
-            moments = SecondMoments(optimizer)
-            situation = (state.global_step > 0, moments.is_untouched())
-        else:
+        if start.plan.init == "zeros":
             require_measurable(optimizer)
-            moments, situation = None, (state.global_step > 0, state.global_step == 0)
-        action = {
+            is_untouched = start.step == 0
+        else:
+            require_supported_run(self._trainer)
+            is_untouched = SecondMoment(optimizer).is_untouched()
+        actions = {  # whether it is resumed, whether the optimizer is without state
             (False, True): self._begin,
             (False, False): self._keep_state,
             (True, True): self._begin_anew,
             (True, False): self._go_on,
-        }[situation]
-        action(optimizer, moments, model, args, state, settings, plan)
+        }
+        actions[start.step > 0, is_untouched](start)
+
+    def _require_one_warmup(self, start: "_Start") -> None:
+        """Refuse a warmup of the schedule beside what stands for one, and one that this Trainer cannot make."""
+        untuned, trainer = start.settings.untuned_warmup, self._trainer
+        if untuned in UNTUNED_WARMUPS and not hasattr(trainer, "_v0_callback"):
+            raise InputError(
+                f"untuned_warmup={untuned} changes the schedule, which is V0InitTrainer's or V0InitMixin's to make: use "
+                "one of these, untuned_warmup=trust_radius, or warmup_steps"
+            )
+        what = find_what_warms_up(start.settings, start.plan)
+        if start.step == 0 and what is not None:
+            is_joined = untuned in UNTUNED_WARMUPS  # the Trainer classes have looked at it before that
+            require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Let the recorder of losses begin anew."""
@@ -196,9 +185,7 @@ class V0InitCallback(TrainerCallback):
         """Give the Trainer its `compute_loss` back, whatever became of the first step."""
         self._remove_recorder()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Give the Trainer its `compute_loss` back."""
-        self._remove_recorder()
+    on_train_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         """Write `v0_init.json` into the checkpoint that was just saved."""
@@ -219,48 +206,50 @@ class V0InitCallback(TrainerCallback):
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
 
-    def _begin(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
+    def _begin(self, start: "_Start") -> None:
         """A new run."""
         self.report = self.length = None
+        plan = start.plan
         if plan.estimator == "per_sample":
             if isinstance(plan.decay_steps, int):
                 keep_plateau(self._trainer, self._trainer.lr_scheduler, plan.decay_steps)
             with defer_interrupts():
-                self._finish(self._run_pass(args, state, settings, plan, moments, model))
+                self._finish(self._run_pass(start))
             return
         self._remove_recorder()
-        if settings.wants_length:
+        if start.settings.wants_length:
             self._recorder = LossRecorder(self._trainer)
         if plan.init != "zeros":
-            self._attach(optimizer, model, plan, state.max_steps)
+            self._attach(start.optimizer, self._trainer.model, plan, start.max_steps)
         else:
-            self._measure_warmup(optimizer, model, state.max_steps)
+            self._measure_warmup(start)
         if isinstance(plan.decay_steps, int):
             self._keep_plateau(plan.decay_steps)
 
-    def _begin_anew(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
+    def _begin_anew(self, start: "_Start") -> None:
         """A checkpoint without optimizer state."""
         logger.warning(
-            f"the checkpoint at step {state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
+            f"the checkpoint at step {start.step} holds no optimizer state (save_only_model?), so Adam starts "
             "anew: v0 is written at the loaded weights"
         )
-        self._begin(optimizer, moments, model, args, state, settings, plan)
+        self._begin(start)
 
-    def _keep_state(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
+    def _keep_state(self, start: "_Start") -> None:
         """State is there without a checkpoint."""
-        has_stepped = any(moments.count_steps(one) for one in moments.list_tensors({}))
+        moments = SecondMoment(start.optimizer)
+        has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
         if self.hook is not None and self.hook.is_waiting and not has_stepped:
-            self._begin(optimizer, moments, model, args, state, settings, plan)
+            self._begin(start)
             return
         self._let_go()
         logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
 
-    def _go_on(self, optimizer, moments, model, args, state, settings: V0InitArguments, plan: V0Plan) -> None:
+    def _go_on(self, start: "_Start") -> None:
         """Keep the loaded state and its record; name the settings that differ."""
-        folder = self._find_checkpoint(args, state)
+        folder, plan = self._find_checkpoint(start), start.plan
         stored = read_report(folder)
         if plan.init == "zeros":
-            self._warm_up_as_before(stored, state)
+            self._warm_up_as_before(stored, start.step)
             return
         if stored is None or stored["strategy"] == "zeros":
             self._let_go()
@@ -269,49 +258,30 @@ class V0InitCallback(TrainerCallback):
                 return  # no warmup was needed when the run began
             logger.warning(
                 f"the checkpoint {folder} was trained without a v0 (v0_init.json): its optimizer state stands as it is, "
-                f"and v0_init={settings.v0_init} has no effect on this resumed run"
+                f"and v0_init={plan.init} has no effect on this resumed run"
             )
             return
         self.length, self._began_at = stored.get("length"), stored.get("global_step", 0)
         if stored.get("is_written", True):
             self.report = {key: value for key, value in stored.items() if key != "length"}
-        differences = _find_differences(stored, plan, args.seed if plan.seed is None else plan.seed)
+        differences = find_differences(stored, plan, self._trainer.args.seed if plan.seed is None else plan.seed)
         if differences:
             logger.warning("v0 settings differ from the checkpoint's, which stand: " + "; ".join(differences))
         if stored.get("decay_steps") is not None:
             self._keep_plateau(stored["decay_steps"])
-        if stored.get("estimator") == "per_sample":
-            return
-        stored_plan = V0Plan(
-            init=stored["strategy"],
-            decay=stored.get("decay"),
-            decay_steps=stored.get("decay_steps"),
-            scale=None if stored.get("decay_steps") is not None else stored.get("scale"),
-            estimator=stored.get("estimator"),
-            include_bias_and_norm=stored.get("include_bias_and_norm", stored.get("decay") == "linear"),
-        )
-        decays = stored.get("decay") == "linear" and state.global_step < stored["decay_steps"]
-        if stored.get("decay") == "linear" and not decays:
-            return
-        first = stored.get("estimation_steps") or 1
-        held = read_decay_state(folder) if decays else None
-        if decays and held is None and state.global_step > first:
-            raise InputError(
-                f"the checkpoint {folder} was saved while v0 decayed and lacks {DECAY_FILE}, without which its second moment cannot be "
-                "gone on with: resume from another checkpoint"
-            )
-        self._attach(optimizer, model, stored_plan, state.max_steps)
-        numbers = {"decay_steps": stored.get("decay_steps"), "estimation_steps": first, "held": {}}
-        self.hook.load_state_dict((held or numbers) | {"num_steps": state.global_step})
+        hook_state = read_hook_state(folder, stored, start.step)
+        if hook_state is not None:
+            self._attach(start.optimizer, self._trainer.model, read_plan(stored), start.max_steps)
+            self.hook.load_state_dict(hook_state)
 
-    def _find_checkpoint(self, args, state) -> str:
-        return self.resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+    def _find_checkpoint(self, start: "_Start") -> str:
+        return self.resumed_from or os.path.join(self._trainer.args.output_dir, f"checkpoint-{start.step}")
 
-    def _keep_record_of_another_start(self, args, state) -> None:
+    def _keep_record_of_another_start(self, start: "_Start") -> None:
         """Resumed with `v0_init=zeros` a run that was begun with a v0: say so, and let the record go along."""
         stored = None
         with contextlib.suppress(InputError):  # a damaged record is no reason not to resume the stock run
-            stored = read_report(self._find_checkpoint(args, state))
+            stored = read_report(self._find_checkpoint(start))
         if stored is not None and stored["strategy"] != "zeros":
             self.length, self.report = stored.get("length"), {k: v for k, v in stored.items() if k != "length"}
             logger.warning(
@@ -319,22 +289,22 @@ class V0InitCallback(TrainerCallback):
                 "forgotten by beta2; give the same v0 flags to go on as it was begun"
             )
 
-    def _warm_up_as_before(self, stored: dict | None, state) -> None:
+    def _warm_up_as_before(self, stored: dict | None, step: int) -> None:
         """Give the schedule of a resumed run the warmup that was measured when it began."""
         self.length = (stored or {}).get("length")
         if self.length is None:
             raise InputError(
-                f"the checkpoint at step {state.global_step} was trained without a measured warmup: go on without "
+                f"the checkpoint at step {step} was trained without a measured warmup: go on without "
                 "--untuned_warmup trust_radius, or start a new run"
             )
         if self.length["steps"]:
-            warm_up(self._trainer, self._trainer.lr_scheduler, self.length["steps"], "untuned_warmup=trust_radius")
+            self._warm_up(self.length["steps"])
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 
     def _attach(self, optimizer, model, plan: V0Plan, max_steps: int | None) -> None:
         hook = self.hook
-        if hook is not None and hook.moments.inner is SecondMoments(optimizer).inner:
+        if hook is not None and hook.moments.inner is SecondMoment(optimizer).inner:
             hook.model = model
             if hook.is_attached:
                 hook.bind(optimizer)
@@ -355,13 +325,13 @@ class V0InitCallback(TrainerCallback):
             on_written=self._finish,
         )
 
-    def _measure_warmup(self, optimizer, model, max_steps: int) -> None:
+    def _measure_warmup(self, start: "_Start") -> None:
         """Measure the length of a warmup in the first step, without a v0."""
         self._let_go()
         self._length_hook = LengthHook(
-            optimizer,
-            model,
-            max_steps=max_steps,
+            start.optimizer,
+            self._trainer.model,
+            max_steps=start.max_steps,
             loss_fn=self._compute_first_loss,
             on_length=self._take_length,
             on_failed=self._remove_recorder,
@@ -375,14 +345,13 @@ class V0InitCallback(TrainerCallback):
     def _take_length(self, length: WarmupLength) -> None:
         """Let the schedule follow what was measured, before the first update."""
         self.length = length.to_dict()
-        if self.get_settings().untuned_warmup == TRUST_RADIUS:
-            length.log("the schedule warms up over")
-            if length.steps:
-                warm_up(self._trainer, self._trainer.lr_scheduler, length.steps, "untuned_warmup=trust_radius")
-        else:
-            length.log("v0 decays over")
-            if length.steps:
-                self._keep_plateau(length.steps)
+        is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
+        length.log("the schedule warms up over" if is_warmup else "v0 decays over")
+        if length.steps:
+            (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
+
+    def _warm_up(self, steps: int) -> None:
+        warm_up(self._trainer, self._trainer.lr_scheduler, steps, "untuned_warmup=trust_radius")
 
     def _keep_plateau(self, steps: int) -> None:
         if self._has_own_schedule:
@@ -407,35 +376,24 @@ class V0InitCallback(TrainerCallback):
             self._recorder.remove()
             self._recorder = None
 
-    def _run_pass(self, args, state, settings: V0InitArguments, plan: V0Plan, moments, model) -> V0Report:
+    def _run_pass(self, start: "_Start") -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        report = write_per_sample_v0(self._trainer, plan, moments)
-        report.add_expectation(state.max_steps)
+        report = write_per_sample_v0(self._trainer, start.plan, SecondMoment(start.optimizer))
+        report.add_expectation(start.max_steps)
         return report
 
 
-def _find_what_warms_up(settings: V0InitArguments, plan: V0Plan) -> str | None:
-    """Name the flag that asks for a plateau or a warmup, beside which there may be no other warmup; None if none does."""
-    if settings.untuned_warmup is not None:
-        return f"untuned_warmup={settings.untuned_warmup}"
-    if plan.decay == "linear":
-        return f"v0_init={plan.init} (v0_decay=linear)"
-    return None if plan.decay_steps is None else f"v0_decay_steps={plan.decay_steps}"
+@dataclass(frozen=True)
+class _Start:
+    """What `on_train_begin` finds: the optimizer, what is wanted of it, and the step that the run is at."""
 
+    optimizer: Any
+    settings: V0InitArguments
+    plan: V0Plan
+    step: int
+    max_steps: int
 
-def _find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
-    """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
-    now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
-    if plan.decay_steps not in (None, AUTO):
-        now["decay_steps"] = plan.decay_steps
-    if plan.decay_steps is None and plan.scale is not None:
-        now["scale"] = plan.scale
-    if plan.estimation_steps is not None:
-        now["estimation_steps"] = plan.estimation_steps
-    if plan.estimator == "per_sample":
-        now["num_samples_requested"] = plan.num_samples
-        if plan.stats_batch_size is not None:
-            now["stats_batch_size"] = plan.stats_batch_size
-    if stored.get("is_written", True):
-        now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
-    return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
+    @property
+    def wants_anything(self) -> bool:
+        """Whether a v0 or a measured warmup is asked for."""
+        return self.plan.init != "zeros" or self.settings.untuned_warmup == TRUST_RADIUS

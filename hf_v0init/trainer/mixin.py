@@ -20,7 +20,7 @@ from ..records.model_card import add_task_and_metrics, add_v0_section, infer_met
 from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ..second_moment.state import SecondMoments, unwrap_optimizer
+from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments
 from .callback import V0InitCallback
 from .schedule import add_untuned_warmup, require_no_warmup
@@ -47,7 +47,7 @@ class V0InitMixin:
         self._v0_callback._trainer = self
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
-            SecondMoments(self.optimizer)  # a resume would fill its state before it is looked at
+            SecondMoment(self.optimizer)  # a resume would fill its state before it is looked at
         _show_messages(self.args)
         self._v0_callback.attach(self)
         self._run_record = None
@@ -101,7 +101,7 @@ class V0InitMixin:
         if shape not in (None, TRUST_RADIUS) and not exists:
             beta2 = None
             with contextlib.suppress(InputError):
-                beta2 = SecondMoments(self.optimizer).read_beta2()
+                beta2 = SecondMoment(self.optimizer).read_beta2()
             if beta2 is None:
                 name = type(unwrap_optimizer(self.optimizer)).__name__
                 raise InputError(

@@ -22,7 +22,7 @@ from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
 from ..initialization.plan import USE_MINIBATCH, plan_v0
 from ..initialization.writing import write_v0
 from ..records.report import V0Report
-from ..second_moment.state import SecondMoments
+from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.processes import fail_together
 from ..state_guard import preserve_model, preserve_rng
@@ -35,7 +35,7 @@ NUM_COMPARED = 3  # samples whose loss together is compared with theirs one by o
 TOLERANCE, TOLERANCE_NARROW = 1e-3, 3e-2  # relative, of that comparison
 
 
-def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoments) -> V0Report:
+def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoment) -> V0Report:
     """Estimate E[g^2] over training samples of a Trainer and write v0 from it (eq. 10). Nothing else of the run changes.
 
     Args:
@@ -164,7 +164,7 @@ def _count_items_locally(args) -> Iterator[None]:
         args.average_tokens_across_devices = before
 
 
-def _list_parameters_outside(trainer, moments: SecondMoments) -> list[nn.Parameter]:
+def _list_parameters_outside(trainer, moments: SecondMoment) -> list[nn.Parameter]:
     """List what the loss may use outside of the model: the optimizer's parameters, and those of modules that the Trainer holds."""
     held = [parameter for group in moments.list_groups() for parameter in group["params"]]
     modules = [value for value in vars(trainer).values() if isinstance(value, nn.Module) and value is not trainer.model]

@@ -17,10 +17,20 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from ..errors import InputError
 from ..method.untuned_warmup import compute_untuned_factor
 from ..second_moment.state import unwrap_optimizer
+from ..settings import V0InitArguments, V0Plan
 
 logger = logging.getLogger("hf_v0init")
 
 NUM_POINTS_LOOKED_AT = 200  # of a schedule, to find whether it rises
+
+
+def find_what_warms_up(settings: V0InitArguments, plan: V0Plan) -> str | None:
+    """Name the flag that asks for a plateau or a warmup, beside which there may be no other warmup; None if none does."""
+    if settings.untuned_warmup is not None:
+        return f"untuned_warmup={settings.untuned_warmup}"
+    if plan.decay == "linear":
+        return f"v0_init={plan.init} (v0_decay=linear)"
+    return None if plan.decay_steps is None else f"v0_decay_steps={plan.decay_steps}"
 
 
 def find_warmup(scheduler: LRScheduler | None, max_steps: int) -> str | None:
@@ -137,9 +147,9 @@ def _make_with_warmup(trainer, scheduler: LRScheduler, num_steps: int) -> Lambda
     """
     if not isinstance(scheduler, LambdaLR):
         return None
-    inner = unwrap_optimizer(scheduler.optimizer)  # ZeRO's has no defaults of its own
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
-    stand_in = torch.optim.SGD(groups, lr=inner.defaults.get("lr", trainer.args.learning_rate))
+    defaults = unwrap_optimizer(scheduler.optimizer).defaults  # ZeRO's own has none
+    stand_in = torch.optim.SGD(groups, lr=defaults.get("lr", trainer.args.learning_rate))
     given = trainer.args.warmup_steps, trainer.lr_scheduler
     try:
         trainer.args.warmup_steps, trainer.lr_scheduler = num_steps, None

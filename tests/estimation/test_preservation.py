@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.state_guard import preserve_bookkeeping, preserve_generators, preserve_model
+from hf_v0init.state_guard import preserve_attributes, preserve_generators, preserve_model
 
 
 class Failure(Exception):
@@ -123,7 +123,7 @@ def test_metric_stores_and_counters_are_restored_in_place(fails):
         owner.last.extend([6, 7])
         owner.ids.add(8)
 
-    run_in(preserve_bookkeeping(owner), change, fails)
+    run_in(preserve_attributes(owner), change, fails)
     for name, place in places.items():
         assert id(getattr(owner, name)) == place, name
     for name in ("seen", "name", "nothing", "metrics", "logs", "last", "ids"):

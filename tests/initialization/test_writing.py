@@ -9,7 +9,7 @@ from hf_v0init.estimation.batches import SampleBatch
 from hf_v0init.estimation.per_sample import GradSqMean, estimate_grad_sq_mean
 from hf_v0init.initialization.plan import plan_v0
 from hf_v0init.initialization.writing import write_v0
-from hf_v0init.second_moment.state import SecondMoments
+from hf_v0init.second_moment.state import SecondMoment
 
 
 def make_model(width: int = 4) -> nn.Module:
@@ -133,7 +133,7 @@ def test_what_fails_halfway_leaves_the_optimizer_as_it_was(monkeypatch, error, o
     optimizer = optimizer_class(model.parameters())
     plan = plan_v0(optimizer, model)
     before = {p: dict(state) for p, state in optimizer.state.items()}
-    original, calls = SecondMoments.change, []
+    original, calls = SecondMoment.change, []
 
     def failing(*args):
         calls.append(args)
@@ -141,7 +141,7 @@ def test_what_fails_halfway_leaves_the_optimizer_as_it_was(monkeypatch, error, o
             raise error("no memory")
         original(*args)
 
-    monkeypatch.setattr(SecondMoments, "change", failing)
+    monkeypatch.setattr(SecondMoment, "change", failing)
     with pytest.raises(error, match="no memory"):
         write_v0(plan, GradSqMean(compute_expected(model), 9, 9), 1.0)
     assert plan.moments.is_untouched()
@@ -152,7 +152,7 @@ def test_what_fails_halfway_leaves_the_optimizer_as_it_was(monkeypatch, error, o
 
 
 def test_a_model_in_shards_is_refused():
-    moments = SecondMoments(torch.optim.AdamW(make_model().parameters()))
+    moments = SecondMoment(torch.optim.AdamW(make_model().parameters()))
     moments.zero = object()
     with pytest.raises(InputError, match=r"under DeepSpeed ZeRO is not supported.*v0_estimator=minibatch"):
         plan_v0(moments, make_model())

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.hook import find_hook
-from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
 from hf_v0init.sharding.parts import Fragment
 
 # `DistributedConfig` of a mode; -n stands for the number of processes / n.
@@ -48,8 +48,8 @@ class GatheringRecorder(TrainerCallback):
         self.local: dict = {}
 
     def gather_moments(self):
-        reader = SecondMoments(self.trainer.optimizer)
-        moments = {name: reader.read(p) for name, p in self.trainer.model.named_parameters()}
+        reader = SecondMoment(self.trainer.optimizer)
+        moments = {name: reader.read_parameter(p) for name, p in self.trainer.model.named_parameters()}
         return {name: gather(v) for name, v in moments.items() if v is not None}
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -67,9 +67,9 @@ class GatheringRecorder(TrainerCallback):
         if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
         # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
-        reader = SecondMoments(self.trainer.optimizer) if steps is None else steps.moments
+        reader = SecondMoment(self.trainer.optimizer) if steps is None else steps.moments
         for name, parameter in self.trainer.model.named_parameters():
-            moment = reader.read(parameter)
+            moment = reader.read_parameter(parameter)
             if moment is not None and name not in self.local:
                 if isinstance(moment, Fragment):
                     moment = Fragment(moment.local.clone(), moment.full_shape, moment.start)

@@ -6,8 +6,6 @@ import logging
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -132,20 +130,6 @@ def test_zeros_attaches_nothing_and_takes_any_optimizer():
     optimizer = torch.optim.SGD(make_network().parameters(), lr=0.1)
     assert attach_v0(optimizer, None, "zeros") is None
     assert not optimizer._optimizer_step_pre_hooks
-
-
-@pytest.fixture
-def make_accelerator():
-    """Accelerate keeps its state for the process: a test must not leave it to the next."""
-
-    def make(**options) -> Accelerator:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return Accelerator(cpu=True, **options)
-
-    yield make
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerator):

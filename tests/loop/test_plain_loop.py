@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_gpt2, make_sequences
 from launched import initialize_plainly
 from reference import adamw_steps, per_sample_gradients
@@ -24,20 +22,6 @@ from hf_v0init import InputError, initialize_v0, read_second_moment
 from hf_v0init.estimation.batches import choose_samples
 
 SCRIPT = Path(initialize_plainly.__file__)
-
-
-@pytest.fixture
-def make_accelerator():
-    """Accelerate keeps its state for the process: a test must not leave it to the next."""
-
-    def make(**options) -> Accelerator:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return Accelerator(cpu=True, **options)
-
-    yield make
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 class Network(nn.Module):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_v0init.second_moment.state import SecondMoments, StoredTensor, read_second_moment
+from hf_v0init import read_second_moment
+from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.second_moment.table import SUPPORTED_ROWS
-from hf_v0init.sharding.parts import get_local_part
+from hf_v0init.sharding.parts import ParamShard, get_local_part
 
 LR = 1e-2
 SHAPE = (64, 128)  # 8,192 elements: 8-bit optimizers quantise from 4,096 on
@@ -56,33 +57,33 @@ BETAS = {"betas": (0.9, 0.98)}
 B2 = {"b2": 0.98}
 BNB, AO, PO = "bitsandbytes", "torchao", "pytorch-optimizer"
 
+KINDS = ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
+
 CASES = [
     *cases_of(
         ("AdamW", "torch"),
         "torch.optim:AdamW",
         slow.adam,
-        *[
-            ({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1})
-            for kind in ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
-        ],
+        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1}) for kind in KINDS],
     ),
     *cases_of(
-        ("Adam", "torch"), "torch.optim:Adam", slow.adam, ({}, {}), ({**BETAS, "weight_decay": 0.1}, {**B2, "l2": 0.1})
-    ),
-    *cases_of(
-        ("AMSGrad", "torch"),
+        ("Adam", "torch"),
         "torch.optim:Adam",
         slow.adam,
-        ({**BETAS, "amsgrad": True}, {**B2, "amsgrad": True}),
-        num_steps=4,
+        ({}, {}),
+        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "l2": 0.1}) for kind in KINDS],
     ),
-    *cases_of(
-        ("AMSGrad", "torch"),
-        "torch.optim:AdamW",
-        slow.adam,
-        ({**BETAS, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}),
-        num_steps=4,
-    ),
+    *[
+        case
+        for name in ("Adam", "AdamW")
+        for case in cases_of(
+            ("AMSGrad", "torch"),
+            f"torch.optim:{name}",
+            slow.adam,
+            *[({**BETAS, **kind, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}) for kind in KINDS],
+            num_steps=4,
+        )
+    ],
     *cases_of(("NAdam", "torch"), "torch.optim:NAdam", slow.nadam, (BETAS, B2)),
     *cases_of(("RAdam", "torch"), "torch.optim:RAdam", slow.radam, (BETAS, B2), num_steps=8),
     *cases_of(("Adamax", "torch"), "torch.optim:Adamax", slow.adamax, (BETAS, B2)),
@@ -204,31 +205,33 @@ def make_v0(shape=SHAPE) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(3)) * 0.9 + 0.1
 
 
-def find_stored(optimizer, parameter) -> tuple[SecondMoments, StoredTensor]:
-    """The second moments of an optimizer, and where this parameter is in them."""
-    moments = SecondMoments(optimizer)
-    return moments, next(stored for stored in moments.list_tensors({}) if stored.tensor is parameter)
+def find_shard(optimizer, parameter) -> tuple[SecondMoment, ParamShard]:
+    """The second moment of an optimizer, and what of this parameter is in it."""
+    moments = SecondMoment(optimizer)
+    return moments, next(shard for shard in moments.list_shards({}) if shard.param is parameter)
 
 
-def create(optimizer, parameter) -> dict:
-    moments, stored = find_stored(optimizer, parameter)
-    return moments.create_state(stored.tensor, stored.group)
+def prime(optimizer, parameter) -> dict:
+    """The state that the optimizer has made of a parameter without any, or the one that was there."""
+    moments, shard = find_shard(optimizer, parameter)
+    moments.prime([shard])
+    return get_state(optimizer, parameter)
 
 
-def put(optimizer, parameter, state) -> None:
-    moments, stored = find_stored(optimizer, parameter)
-    moments.put_state(stored.tensor, stored.group, state)
+def get_state(optimizer, parameter) -> dict | None:
+    moments, shard = find_shard(optimizer, parameter)
+    return moments.format.get_state(moments.inner, shard.param, shard.group)
 
 
 def has_state(optimizer, parameter) -> bool:
-    moments, stored = find_stored(optimizer, parameter)
-    return moments.find_state(stored.tensor, stored.group) is not None
+    moments, shard = find_shard(optimizer, parameter)
+    return moments.find_state(shard.param, shard.group) is not None
 
 
 def write(optimizer, parameter, v0) -> None:
-    moments, stored = find_stored(optimizer, parameter)
+    moments, shard = find_shard(optimizer, parameter)
     with torch.no_grad():
-        moments.change(stored, stored.parts, lambda _, moment: get_local_part(moment).copy_(get_local_part(v0)))
+        moments.change(shard, lambda moment: get_local_part(moment).copy_(get_local_part(v0)))
 
 
 def step(optimizer, parameter, gradient) -> None:

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 from hf_v0init.hook import find_hook
-from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
 
 
 class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):
@@ -64,8 +64,8 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 
 def second_moments_of(trainer) -> dict[str, torch.Tensor]:
-    reader = SecondMoments(trainer.optimizer)
-    moments = {name: reader.read(p) for name, p in trainer.model.named_parameters()}
+    reader = SecondMoment(trainer.optimizer)
+    moments = {name: reader.read_parameter(p) for name, p in trainer.model.named_parameters()}
     return {name: v.detach().clone() for name, v in moments.items() if v is not None}
 
 

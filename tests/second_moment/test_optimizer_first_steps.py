@@ -7,9 +7,9 @@ import torch
 from linear_decay import factor
 from optimizer_cases import CASES, make_gradients, make_parameter, name_of, quiet_and_eager, write
 
-from hf_v0init import InputError, attach_v0
+from hf_v0init import InputError, attach_v0, read_second_moment
 from hf_v0init.initialization.strategies import compute_random_v0_
-from hf_v0init.second_moment.state import SecondMoments, read_second_moment
+from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import draw_standard_normal_
 
 K = 4
@@ -35,7 +35,7 @@ def set_training(optimizer) -> None:
 
 def takes_linear_decay(optimizer) -> bool:
     try:
-        SecondMoments(optimizer).require_linear_decay()
+        SecondMoment(optimizer).require_linear_decay()
     except InputError:
         return False
     return True
@@ -69,7 +69,7 @@ def test_linear_decay_holds_or_is_refused(case):
         hook = attach_v0(optimizer, None, v0_decay_steps=length, v0_estimation_steps=K)
         set_training(optimizer)
         set_training(plain)
-        beta2, spread = SecondMoments(optimizer).read_beta2(), 0.0
+        beta2, spread = SecondMoment(optimizer).read_beta2(), 0.0
         for t, gradient in enumerate(gradients, 1):
             rate = 1e-3 * t
             step_at(optimizer, parameter, gradient, rate)
@@ -93,7 +93,7 @@ def test_several_first_steps_by_beta2_hold_or_are_refused(case):
     gradients = make_gradients(K + 2)
     with quiet_and_eager():
         optimizer, plain = case.make([parameter]), case.make([other])
-        beta2 = SecondMoments(optimizer).read_beta2()
+        beta2 = SecondMoment(optimizer).read_beta2()
         if beta2 is None:
             with pytest.raises(InputError, match="no decaying mean of g\\^2"):
                 attach_v0(optimizer, None, v0_estimation_steps=K, v0_scale=0.5)

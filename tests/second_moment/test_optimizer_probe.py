@@ -9,9 +9,9 @@ import torch
 from optimizer_cases import load, make_gradients, make_parameter, make_v0, step, write
 from torch import nn
 
-from hf_v0init.errors import InputError
-from hf_v0init.second_moment.probe import probe_layout
-from hf_v0init.second_moment.state import SecondMoments, find_layout, is_untouched, read_second_moment
+from hf_v0init import InputError, read_second_moment
+from hf_v0init.second_moment.probe import probe_optimizer
+from hf_v0init.second_moment.state import SecondMoment, find_format, is_untouched
 
 # What the dry run finds in pytorch_optimizer 4.1 beyond the rows of the table.
 FOUND_IN_PYTORCH_OPTIMIZER = [
@@ -82,7 +82,7 @@ class Mine(torch.optim.Optimizer):
 def test_state_of_any_name_is_found_and_written():
     parameter, v0 = make_parameter(), make_v0()
     optimizer = Mine([parameter], weight_decay=0.1)
-    assert find_layout(optimizer).second_moment == "energy" and SecondMoments(optimizer).read_beta2() == 0.99
+    assert find_format(optimizer).row.key == "energy" and SecondMoment(optimizer).read_beta2() == 0.99
     write(optimizer, parameter, v0)
     assert set(optimizer.state[parameter]) == {"m", "energy"} and torch.equal(
         read_second_moment(optimizer, parameter), v0
@@ -112,16 +112,16 @@ def test_state_of_any_name_is_found_and_written():
 )
 def test_what_does_not_obey_is_refused_with_its_reason(twist, reason):
     with pytest.raises(InputError, match=reason) as caught:
-        find_layout(Mine([make_parameter()], twist=twist))
+        find_format(Mine([make_parameter()], twist=twist))
     assert "Mine is not listed" in str(caught.value) and "v0_init=zeros" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_every_group_is_looked_at():
     groups = [{"params": [make_parameter()]}, {"params": [make_parameter()], "twist": "reset"}]
-    assert probe_layout(Mine(groups))[1] == "energy: its first step wipes a written v0 out"
+    assert probe_optimizer(Mine(groups))[1] == "energy: its first step wipes a written v0 out"
     groups = [{"params": [make_parameter()]}, {"params": [make_parameter()], "betas": (0.9, 0.9)}]
-    assert "name no decay" in probe_layout(Mine(groups))[1]
+    assert "name no decay" in probe_optimizer(Mine(groups))[1]
 
 
 def test_every_number_of_dimensions_is_looked_at():
@@ -130,13 +130,13 @@ def test_every_number_of_dimensions_is_looked_at():
             super().update(group | {"twist": "reset" if p.dim() == 1 else ""}, p, state, g)
 
     matrix, vector = make_parameter(), nn.Parameter(torch.zeros(7))
-    assert probe_layout(VectorsOnly([matrix]))[0] is not None
-    assert probe_layout(VectorsOnly([matrix, vector]))[0] is None
+    assert probe_optimizer(VectorsOnly([matrix]))[0] is not None
+    assert probe_optimizer(VectorsOnly([matrix, vector]))[0] is None
 
 
 def test_a_subclass_of_a_listed_optimizer_is_looked_at_too():
     kept = type("Kept", (torch.optim.AdamW,), {})
-    assert find_layout(kept([make_parameter()])).second_moment == "exp_avg_sq"
+    assert find_format(kept([make_parameter()])).row.key == "exp_avg_sq"
 
     class Discards(torch.optim.AdamW):
         def step(self, closure=None):
@@ -145,7 +145,7 @@ def test_a_subclass_of_a_listed_optimizer_is_looked_at_too():
             return super().step(closure)
 
     with pytest.raises(InputError, match="wipes a written v0 out"):
-        find_layout(Discards([make_parameter()]))
+        find_format(Discards([make_parameter()]))
 
 
 class Untouchable:
@@ -165,8 +165,8 @@ def test_users_optimizer_parameters_hooks_and_random_states_stay_as_they_are():
     before, grad = parameter.detach().clone(), parameter.grad
     groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    layout, reason = probe_layout(optimizer)
-    assert layout is not None and reason == ""
+    row, reason = probe_optimizer(optimizer)
+    assert row is not None and reason == ""
     assert calls == [] and scheduler.last_epoch == 0
     assert torch.equal(parameter, before) and parameter.grad is grad and torch.equal(grad, torch.ones_like(grad))
     assert len(optimizer.state) == 0 and is_untouched(optimizer)
@@ -178,10 +178,10 @@ def test_users_optimizer_parameters_hooks_and_random_states_stay_as_they_are():
 def test_what_cannot_be_copied_is_refused_and_models_are_never_copied():
     optimizer = Mine([make_parameter()])
     optimizer.thing = Untouchable()
-    assert probe_layout(optimizer) == (None, "it raised RuntimeError: copied")
+    assert probe_optimizer(optimizer) == (None, "it raised RuntimeError: copied")
     optimizer = Mine([make_parameter()])
     optimizer.model = nn.Linear(2, 2)
-    assert "it holds a model" in probe_layout(optimizer)[1]
+    assert "it holds a model" in probe_optimizer(optimizer)[1]
 
 
 def test_no_copy_of_the_users_parameters_is_made(monkeypatch):
@@ -193,13 +193,13 @@ def test_no_copy_of_the_users_parameters_is_made(monkeypatch):
     monkeypatch.setattr(
         nn.Parameter, "__deepcopy__", lambda self, memo: copies.append(self.shape) or nn.Parameter(self.data)
     )
-    assert probe_layout(optimizer)[0] is not None
+    assert probe_optimizer(optimizer)[0] is not None
     assert copies == []
 
 
 def test_the_verdict_is_found_once_an_optimizer():
     optimizer = Mine([make_parameter()])
-    assert probe_layout(optimizer)[0] is probe_layout(optimizer)[0]
+    assert probe_optimizer(optimizer)[0] is probe_optimizer(optimizer)[0]
 
 
 @pytest.mark.parametrize("name", FOUND_IN_PYTORCH_OPTIMIZER)
@@ -208,13 +208,13 @@ def test_found_in_pytorch_optimizer_and_v0_acts(name):
     parameters = [make_parameter(), make_parameter()]
     optimizers = [optimizer_class([p], lr=1e-3) for p in parameters]
     for optimizer in optimizers:
-        find_layout(optimizer)
+        find_format(optimizer)
     write(optimizers[0], parameters[0], make_v0())
     for number, gradient in enumerate(make_gradients(8)):
         for optimizer, parameter in zip(optimizers, parameters, strict=True):
             step(optimizer, parameter, gradient)
         moments = [read_second_moment(o, p).double() for o, p in zip(optimizers, parameters, strict=True)]
-        expected = SecondMoments(optimizers[0]).read_beta2() ** (number + 1) * make_v0().double()  # what is left of v0
+        expected = SecondMoment(optimizers[0]).read_beta2() ** (number + 1) * make_v0().double()  # what is left of v0
         if number == 0:
             torch.testing.assert_close(moments[0] - moments[1], expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(*parameters) and all(p.isfinite().all() for p in parameters)
@@ -224,19 +224,19 @@ def test_found_in_pytorch_optimizer_and_v0_acts(name):
 def test_refused_in_pytorch_optimizer(name):
     optimizer = load(f"pytorch_optimizer:{name}")([make_parameter()])
     with pytest.raises(InputError, match=REFUSED_IN_PYTORCH_OPTIMIZER[name]):
-        find_layout(optimizer)
+        find_format(optimizer)
 
 
 @pytest.mark.parametrize("name", ["ASGD", "Rprop", "LBFGS", "SparseAdam"])
 def test_torchs_others_are_refused(name):
     optimizer = getattr(torch.optim, name)([make_parameter()], lr=1e-3)
     with pytest.raises(InputError, match="dry run on a copy refused it"):
-        find_layout(optimizer)
+        find_format(optimizer)
 
 
 @pytest.mark.parametrize(("name", "key"), [("AdamW", "exp_avg_sq"), ("RAdam", "exp_avg_sq"), ("RMSprop", "square_avg")])
 def test_the_dry_run_agrees_with_the_table(name, key):
-    assert probe_layout(getattr(torch.optim, name)([make_parameter()]))[0].second_moment == key
+    assert probe_optimizer(getattr(torch.optim, name)([make_parameter()]))[0].key == key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -11,10 +11,9 @@ from torch import nn
 from trainers import make_arguments
 from transformers.training_args import OptimizerNames
 
-from hf_v0init import V0InitTrainer
-from hf_v0init.errors import InputError
-from hf_v0init.second_moment.layouts import LAYOUTS
-from hf_v0init.second_moment.state import find_layout
+from hf_v0init import InputError, V0InitTrainer
+from hf_v0init.second_moment.formats import FORMATS
+from hf_v0init.second_moment.state import find_format
 from hf_v0init.second_moment.table import (
     REFUSED_ROWS,
     ROWS,
@@ -44,9 +43,14 @@ def test_every_optimizer_of_the_paper_has_a_row():
 
 def test_every_supported_row_has_a_case_and_a_layout():
     assert {(row.name, row.package) for row in SUPPORTED_ROWS} == {case.row for case in CASES}
-    assert all(row.layout in LAYOUTS for row in SUPPORTED_ROWS)
+    assert all(row.format in FORMATS for row in SUPPORTED_ROWS)
     for name in {name for row in ROWS for name in row.classes}:
-        assert len({(row.layout, bool(row.refusal)) for row in ROWS if name in row.classes}) == 1, name
+        assert (
+            len(
+                {(row.format, row.key, row.beta2, row.starts, bool(row.refusal)) for row in ROWS if name in row.classes}
+            )
+            == 1
+        ), name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_probed], ids=lambda row: f"{row.name}-{row.package}")
@@ -113,7 +117,7 @@ def test_refused_rows_raise_their_reason(path, options, words):
         warnings.simplefilter("ignore")
         optimizer = optimizer_class([make_parameter()], lr=LR, **options)
     with pytest.raises(InputError, match=words) as caught:
-        find_layout(optimizer)
+        find_format(optimizer)
     row = find_row(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
     assert row.refusal in str(caught.value) and "adamw_torch" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -125,7 +129,7 @@ def test_refused_rows_raise_their_reason(path, options, words):
 def test_lomo_is_refused(path, words):
     optimizer_class = load(path)  # whose constructor needs a GPU
     with pytest.raises(InputError, match=words):
-        find_layout(optimizer_class.__new__(optimizer_class))
+        find_format(optimizer_class.__new__(optimizer_class))
 
 
 def test_every_refused_row_is_tried():

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_v0init import V0InitArguments
 from hf_v0init.hook import beta2_decay
 from hf_v0init.hook.beta2_decay import Beta2Decay
-from hf_v0init.hook.tensors import SteppedTensors
+from hf_v0init.hook.shards import SteppedShards
 from hf_v0init.initialization import summary
-from hf_v0init.second_moment.state import SecondMoments
+from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import BLOCK_NUMEL
 
 # As published: Llama 3 of 8 and of 70 billion parameters.
@@ -128,9 +128,9 @@ def shard_parameters(mesh, shapes, device="meta"):
 
 def draw(optimizer) -> None:
     """Write a random v0 as the first step does, into the states of parameters that have gradients."""
-    tensors = SteppedTensors(SecondMoments(optimizer), None, False, 0)
+    shards = SteppedShards(SecondMoment(optimizer), None, False, 0)
     plan = V0InitArguments(v0_init="random", v0_decay="beta2").resolve()
-    Beta2Decay(tensors, plan, 1, lambda _: None)._write(tensors.list_stored(), 1.0)
+    Beta2Decay(shards, plan, 1, lambda _: None)._write(shards.list_all(), 1.0)
 
 
 def count_local(parameters) -> int:

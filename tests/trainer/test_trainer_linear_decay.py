@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainers import assert_equal_weights, make_trainer, second_moments_of, trai
 from transformers import TrainerCallback
 
 from hf_v0init import InputError, V0InitCallback, V0InitTrainer
+from hf_v0init.trainer.schedule import keep_plateau
 
 STRATEGIES = ("data_driven", "random", "first_gradient")
 
@@ -233,3 +235,14 @@ def test_v0_stands_for_the_warmup_of_that_length(tmp_path):
         return math.sqrt(sum((a[name] - b[name]).square().sum().item() for name in a))
 
     assert measure(ours, warmup) < 0.5 * measure(plain, warmup)
+
+
+def test_the_plateau_needs_no_defaults_of_the_optimizer_that_the_schedule_has(tmp_path):
+    """DeepSpeed's ZeRO optimizer has groups and an optimizer inside, and no `defaults`."""
+    trainer = make_trainer(tmp_path, learning_rate=0.5, max_steps=10)
+    trainer.create_optimizer_and_scheduler(10)
+    scheduler = trainer.lr_scheduler
+    scheduler.optimizer = SimpleNamespace(optimizer=trainer.optimizer, param_groups=trainer.optimizer.param_groups)
+    trainer.state.max_steps = 10
+    keep_plateau(trainer, scheduler, 4)
+    assert [factor(t) for factor in scheduler.lr_lambdas[:1] for t in (0, 4, 7)] == [1.0, 1.0, 0.5]

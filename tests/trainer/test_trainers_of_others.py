@@ -18,7 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from hf_v0init import V0InitCallback
 from hf_v0init.hook import find_hook
-from hf_v0init.second_moment.state import SecondMoments, unwrap_optimizer
+from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
 
 WORDS = "the a cat dog owl sees eats small old mouse fish runs".split()
 STRATEGIES = ["data_driven", "random", "first_gradient"]
@@ -223,9 +223,11 @@ def test_sentence_transformers_train_with_default_arguments(kind, strategy, bert
         entry = next(e for e in trainer.state.log_history if "loss" in e)
         logs.append({k: entry[k] for k in ("loss", "base", "extra", "grad_norm") if k in entry})
     assert logs[0] == logs[1]
-    moments = SecondMoments(trainer.optimizer)
+    moments = SecondMoment(trainer.optimizer)
     stored = [p for group in unwrap_optimizer(trainer.optimizer).param_groups for p in group["params"]]
-    with_gradient = [p for p in stored if p.dim() >= 2 and moments.read(p) is not None and moments.read(p).any()]
+    with_gradient = [
+        p for p in stored if p.dim() >= 2 and moments.read_parameter(p) is not None and moments.read_parameter(p).any()
+    ]
     assert len(callback.report["parameters"]) == len(with_gradient) > 10
     if kind == "softmax":  # its classifier is no part of the model
         assert any(name.startswith("group ") for name in callback.report["parameters"])

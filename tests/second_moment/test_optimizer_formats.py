@@ -7,7 +7,7 @@ from optimizer_cases import (
     CASES,
     LR,
     SHAPE,
-    create,
+    get_state,
     has_state,
     load,
     make_gradients,
@@ -15,7 +15,7 @@ from optimizer_cases import (
     make_v0,
     measure,
     name_of,
-    put,
+    prime,
     quiet_and_eager,
     row_of,
     step,
@@ -23,8 +23,8 @@ from optimizer_cases import (
 )
 from torch import nn
 
-from hf_v0init.errors import InputError
-from hf_v0init.second_moment.state import SecondMoments, find_layout, is_untouched, read_second_moment
+from hf_v0init import read_second_moment
+from hf_v0init.second_moment.state import SecondMoment, is_untouched
 from hf_v0init.second_moment.table import EXACT
 
 
@@ -43,12 +43,12 @@ def test_created_state_is_the_optimizers_own(case):
     ours, theirs = make_parameter(), make_parameter()
     with quiet_and_eager():
         a, b = case.make([ours]), case.make([theirs])
-        put(a, ours, create(a, ours))
+        prime(a, ours)
         for gradient in make_gradients(2):
             step(a, ours, gradient)
             step(b, theirs, gradient)
             assert torch.equal(ours, theirs)
-        mine, own = (find_layout(o).find_state(o, p, o.param_groups[0]) for o, p in ((a, ours), (b, theirs)))
+        mine, own = get_state(a, ours), get_state(b, theirs)
     assert set(mine) == set(own)
     for key, value in own.items():
         assert type(mine[key]) is type(value), key
@@ -67,8 +67,9 @@ def test_states_that_are_there_are_never_replaced(case):
         write(optimizer, parameter, v0)
         stored = read_second_moment(optimizer, parameter).clone()
         assert has_state(optimizer, parameter) and not is_untouched(optimizer)
-        with pytest.raises(InputError, match="parameters already have optimizer state"):
-            put(optimizer, parameter, create(optimizer, parameter))
+        before = dict(get_state(optimizer, parameter))
+        after = prime(optimizer, parameter)
+        assert after.keys() == before.keys() and all(after[key] is value for key, value in before.items())
         assert torch.equal(read_second_moment(optimizer, parameter), stored)
 
 
@@ -166,7 +167,7 @@ def test_beta2_of_the_closed_form():
         (torch.optim.Adadelta([p]), None),
     ]
     for optimizer, beta2 in expected:
-        assert SecondMoments(optimizer).read_beta2() == beta2
+        assert SecondMoment(optimizer).read_beta2() == beta2
 
 
 def test_adagrad_is_untouched_until_something_was_written_or_stepped():
@@ -221,10 +222,14 @@ def test_adabelief_settles_where_the_table_says(beta1):
     torch.testing.assert_close(first, 0.05 * beta1**2 * gradients[0].double() ** 2)
 
 
-def test_adabelief_with_state_that_is_not_known_is_refused():
-    optimizer = load("pytorch_optimizer:AdaBelief")([make_parameter()], lr=LR, adanorm=True)
-    with pytest.raises(InputError, match="adanorm=True"):
-        create(optimizer, optimizer.param_groups[0]["params"][0])
+def test_state_that_only_an_option_adds_is_made_too():
+    ours, theirs = make_parameter(), make_parameter()
+    a, b = (load("pytorch_optimizer:AdaBelief")([p], lr=LR, adanorm=True) for p in (ours, theirs))
+    assert set(prime(a, ours)) >= {"exp_avg_var", "exp_grad_adanorm"}
+    for gradient in make_gradients(3):
+        step(a, ours, gradient)
+        step(b, theirs, gradient)
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -234,10 +239,9 @@ def test_adabelief_with_state_that_is_not_known_is_refused():
 def test_state_of_other_dtypes_is_the_optimizers_own(case, dtype):
     ours, theirs = make_parameter(dtype=dtype), make_parameter(dtype=dtype)
     a, b = case.make([ours]), case.make([theirs])
-    put(a, ours, create(a, ours))
+    prime(a, ours)
     step(a, ours, torch.ones(SHAPE, dtype=dtype))
     step(b, theirs, torch.ones(SHAPE, dtype=dtype))
     assert torch.equal(ours, theirs)
-    layout = find_layout(a)
-    mine, own = (layout.find_state(o, p, o.param_groups[0]) for o, p in ((a, ours), (b, theirs)))
+    mine, own = get_state(a, ours), get_state(b, theirs)
     assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in own.items()}

@@ -1,0 +1,75 @@
+"""`attach_v0`: the hook for a training loop of one's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+from ..settings import AUTO, V0InitArguments
+from .v0_hook import V0Hook
+
+
+def attach_v0(
+    optimizer,
+    model: nn.Module | None = None,
+    v0_init: str = "data_driven",
+    *,
+    v0_decay: str | None = None,
+    v0_decay_steps: int | float | str | None = None,
+    v0_scale: float | None = None,
+    v0_estimation_steps: int | None = None,
+    v0_seed: int = 0,
+    v0_include_bias_and_norm: bool | None = None,
+    max_steps: int | None = None,
+    loss_fn: Callable[[], Any] | None = None,
+) -> V0Hook | None:
+    """Give an optimizer's second moment a v0 in the run's own first steps. One call, before them, in any loop.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        attach_v0(optimizer, model, v0_decay_steps=1_000)
+        ...                                          # the loop as it was, prepared by accelerate, Fabric or nobody
+
+    Keep the learning rate at its peak for `v0_decay_steps` (`keep_plateau` does it to a schedule): v0 is the warmup.
+    What happens when: the table at the top of `hook.v0_hook`.
+
+    Args:
+        optimizer: torch's or another's with a second moment, plain, prepared by accelerate, or ZeRO's.
+        model: whose names the parameters have in the report, and by which a random v0 is drawn; without it they are named by
+            their place in the optimizer. Plain, compiled, inside DDP, or sharded by FSDP2 or tensor parallelism.
+        v0_init: "data_driven", "random" or "first_gradient"; "zeros" attaches nothing.
+        v0_decay, v0_decay_steps, v0_scale, v0_estimation_steps, v0_include_bias_and_norm: as the flags of these names.
+        v0_seed: of a random v0.
+        max_steps: optimizer steps of the whole run, which fractions of training, a measured length and the log's outlook need.
+        loss_fn: takes nothing and returns the loss (a scalar tensor) of the batch of the first step; with it
+            `v0_decay_steps` may be left out, and is measured in that step: some ten forward passes, which leave everything as it was.
+
+    Returns:
+        The hook: `report` says what was done once it is, `plan.decay_steps` for how long, `remove()` takes it off; `state_dict()`
+        and `load_state_dict()` let a run resume before v0 has gone. None for "zeros".
+
+    Raises:
+        InputError: (a ValueError) bad settings; an optimizer without a second moment.
+    """
+    settings = V0InitArguments(
+        v0_init=v0_init,
+        v0_decay=v0_decay,
+        v0_decay_steps=v0_decay_steps,
+        v0_scale=v0_scale,
+        v0_estimation_steps=v0_estimation_steps,
+        v0_include_bias_and_norm=v0_include_bias_and_norm,
+        v0_seed=v0_seed,
+    )
+    plan = settings.resolve(max_steps)
+    if plan.init == "zeros":
+        return None
+    if plan.decay_steps == AUTO and (loss_fn is None or not max_steps):
+        raise InputError(
+            f"v0_decay_steps=auto needs {'loss_fn' if loss_fn is None else 'max_steps'}: give attach_v0 loss_fn=lambda: LOSS of the first "
+            "batch and max_steps, or v0_decay_steps as a number of optimizer steps"
+        )
+    if isinstance(plan.decay_steps, float):
+        raise InputError(
+            f"v0_decay_steps={plan.decay_steps} is a fraction of training: give max_steps too, or a number of steps"
+        )
+    return V0Hook(optimizer, model, plan, seed=v0_seed, max_steps=max_steps, loss_fn=loss_fn)

@@ -1,0 +1,156 @@
+"""What an optimizer steps, as the decays of v0 see it: which shards get one, their second moments and their gradients."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import InputError
+from ..initialization.plan import name_parameters
+from ..initialization.strategies import is_eligible
+from ..initialization.summary import describe_not_finite
+from ..second_moment.state import SecondMoment
+from ..sharding.draws import draw_standard_normal_
+from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor
+from ..sharding.tensor_statistics import compute_figures
+
+logger = logging.getLogger("hf_v0init")
+
+MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
+ZERO, USABLE, NOT_FINITE = 0, 1, 2
+
+
+class SteppedShards:
+    """The shards that one optimizer steps, and which of them still wait for a v0.
+
+    Args:
+        moments: of the optimizer; replaced by `V0Hook.bind`.
+        model: whose names the parameters have; None: they are named by their place in the optimizer.
+        include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
+        seed: of draws.
+
+    Attributes:
+        pending: what is still to get a v0.
+    """
+
+    def __init__(self, moments: SecondMoment, model: nn.Module | None, include_bias_and_norm: bool, seed: int) -> None:
+        self.moments, self.model, self.seed = moments, model, seed
+        self.include_bias_and_norm = include_bias_and_norm
+        self.pending: list[ParamShard] = []
+        self._known: dict[tuple, ParamShard] = {}  # by tensor and name
+        self._num_parameters = 0
+        self._num_zero_gradients: dict[ParamShard, int] = {}
+
+    def list_all(self) -> list[ParamShard]:
+        """List what the optimizer steps; what was added since the last call waits for its first gradient."""
+        num_parameters = sum(len(group["params"]) for group in self.moments.list_groups())
+        if num_parameters != self._num_parameters:
+            self._num_parameters, known = num_parameters, self._known
+            found = self.moments.list_shards(name_parameters(self.model))
+            self._known = {key: known.get(key, shard) for shard in found for key in [(shard.param, shard.name)]}
+            if known:
+                added = [shard for key, shard in self._known.items() if key not in known]
+                self.pending += [shard for shard in added if self.is_eligible(shard)]
+        return list(self._known.values())
+
+    def list_eligible(self) -> list[ParamShard]:
+        """List the shards that get a v0."""
+        return [shard for shard in self.list_all() if self.is_eligible(shard)]
+
+    def is_eligible(self, shard: ParamShard) -> bool:
+        """Whether a shard gets a v0."""
+        return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
+
+    def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
+        """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
+        gradient = shard.param.grad.detach()
+        if is_dtensor(gradient) and gradient.placements != shard.param.placements:
+            gradient = gradient.redistribute(placements=shard.param.placements)
+        return shard.cut(gradient)
+
+    def is_sharded(self) -> bool:
+        """Whether this process holds parts of tensors alone."""
+        return self.moments.zero is not None or any(is_dtensor(shard.param) for shard in self.list_all())
+
+    def classify(self, gradients: list[torch.Tensor]) -> list[int]:
+        """Say of each gradient, over all processes, whether it is zero, usable or not finite."""
+        if any(gradient.is_sparse for gradient in gradients):
+            raise InputError(
+                "a parameter has a sparse gradient, of which no v0 is taken; build the embedding with sparse=False"
+            )
+        local = [get_local_part(gradient.detach()) for gradient in gradients]
+        kinds = torch.zeros(len(gradients), dtype=torch.int64)
+        by_device: dict[torch.device, list[int]] = {}
+        for place, part in enumerate(local):
+            if part.numel():
+                by_device.setdefault(part.device, []).append(place)
+        for places in by_device.values():
+            extremes = [torch.stack(torch.aminmax(local[place])).float() for place in places]
+            values = torch.stack(extremes).abs().amax(1).cpu()  # one wait per device
+            kinds[places] = torch.where(values.isfinite(), (values > 0).long() * USABLE, NOT_FINITE)
+        if self.is_sharded() and dist.is_initialized() and dist.get_world_size() > 1:
+            on_device = kinds.to(local[0].device) if local else kinds
+            dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+            kinds = on_device.cpu()
+        return kinds.tolist()
+
+    def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has a gradient that is not zero; refuse one that is not finite."""
+        names: dict[torch.Tensor, str] = {}
+        for shard in shards:
+            if shard.param.grad is not None:
+                names.setdefault(shard.param, shard.name)
+        if not names:
+            return []
+        kinds = dict(zip(names, self.classify([param.grad for param in names]), strict=True))
+        for param, kind in kinds.items():
+            if kind == NOT_FINITE:
+                raise InputError(describe_not_finite(names[param]))
+        return [shard for shard in shards if kinds.get(shard.param) == USABLE]
+
+    def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
+        moments = [self.moments.read(shard) for shard in shards]
+        largest: dict[torch.Tensor, float] = {}
+        for shard, values in zip(shards, compute_figures(moments, self.is_sharded()), strict=True):
+            if not all(math.isfinite(value) for value in values[:3]):
+                raise InputError(describe_not_finite(shard.name))
+            largest[shard.param] = max(largest.get(shard.param, 0.0), values[2])
+        return [shard for shard in shards if largest[shard.param] > 0.0]
+
+    def draw(self, shard: ParamShard, piece: Piece, mean: float) -> None:
+        """Fill a piece of a shard's second moment with mean * chi^2_1, drawn by the parameter's name."""
+        draw_standard_normal_(
+            piece.local,
+            name=shard.name,
+            seed=self.seed,
+            full_shape=piece.full_shape,
+            offset=piece.offset,
+            transform=lambda z: z.square_().mul_(mean),
+        )
+
+    def write_late(self, write: Callable[[ParamShard], None]) -> list[str]:
+        """Give a v0, by `write`, to what has its first gradient now; returns the parameters' names."""
+        with_gradient = [shard for shard in self.pending if shard.param.grad is not None]
+        ready = self.find_ready(with_gradient)
+        are_ready = set(ready)
+        for shard in with_gradient:
+            if shard in are_ready:
+                write(shard)
+            else:
+                self._num_zero_gradients[shard] = self._num_zero_gradients.get(shard, 0) + 1
+        given_up = [shard for shard, number in self._num_zero_gradients.items() if number >= MAX_ZERO_GRADIENTS]
+        self.take_off_pending(ready + given_up)
+        names = [shard.name for shard in ready]
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            logger.info(f"v0 written at the first gradient of {len(names)} further tensors: {shown}")
+        return names
+
+    def take_off_pending(self, shards: list[ParamShard]) -> None:
+        """These have got a v0, or never will."""
+        done = set(shards)
+        self.pending = [shard for shard in self.pending if shard not in done]

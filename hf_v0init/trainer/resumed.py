@@ -1,0 +1,72 @@
+"""What a checkpoint's record says of the run that is resumed from it."""
+
+from ..errors import InputError
+from ..records.report import DECAY_FILE, read_decay_state
+from ..settings import AUTO, V0Plan
+
+
+def describe_under_way(plan: V0Plan, estimation_steps: int) -> dict:
+    """Say in a record what is under way before v0 stands; `read_plan` reads it back."""
+    return {
+        "strategy": plan.init,
+        "decay": plan.decay,
+        "decay_steps": plan.decay_steps,
+        "scale": plan.scale,
+        "estimator": plan.estimator,
+        "estimation_steps": estimation_steps,
+        "include_bias_and_norm": plan.include_bias_and_norm,
+        "is_written": False,
+    }
+
+
+def read_plan(stored: dict) -> V0Plan:
+    """Read from a record the plan that the run was begun with."""
+    is_sized_by_steps = stored.get("decay_steps") is not None
+    return V0Plan(
+        init=stored["strategy"],
+        decay=stored.get("decay"),
+        decay_steps=stored.get("decay_steps"),
+        scale=None if is_sized_by_steps else stored.get("scale"),
+        estimator=stored.get("estimator"),
+        include_bias_and_norm=stored.get("include_bias_and_norm", stored.get("decay") == "linear"),
+    )
+
+
+def read_hook_state(folder: str, stored: dict, step: int) -> dict | None:
+    """Read what the hook needs to go on from a checkpoint at `step` (`V0Hook.load_state_dict`); None if its work is done.
+
+    Raises:
+        InputError: v0 was decaying linearly, and what the decay keeps is not there or damaged.
+    """
+    if stored.get("estimator") == "per_sample":
+        return None
+    first, held = stored.get("estimation_steps") or 1, None
+    if stored.get("decay") == "linear":
+        if step >= stored["decay_steps"]:
+            return None
+        held = read_decay_state(folder)
+        if held is None and step > first:
+            raise InputError(
+                f"the checkpoint {folder} was saved while v0 decayed and lacks {DECAY_FILE}, without which its second moment cannot be "
+                "gone on with: resume from another checkpoint"
+            )
+    numbers = {"decay_steps": stored.get("decay_steps"), "estimation_steps": first, "held": {}}
+    return (held or numbers) | {"num_steps": step}
+
+
+def find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
+    """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
+    now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
+    if plan.decay_steps not in (None, AUTO):
+        now["decay_steps"] = plan.decay_steps
+    if plan.decay_steps is None and plan.scale is not None:
+        now["scale"] = plan.scale
+    if plan.estimation_steps is not None:
+        now["estimation_steps"] = plan.estimation_steps
+    if plan.estimator == "per_sample":
+        now["num_samples_requested"] = plan.num_samples
+        if plan.stats_batch_size is not None:
+            now["stats_batch_size"] = plan.stats_batch_size
+    if stored.get("is_written", True):
+        now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
+    return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
