@@ -96,6 +96,7 @@ class V0Hook:
         self.observers: list[Callable[[], None]] = []
         self._hooks: StepHooks | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
+        self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
         self._lent: list[tuple[dict, str, Any]] = []
         self._makes_step = False
         self._seconds = 0.0
@@ -148,6 +149,7 @@ class V0Hook:
         eligible = self.shards.list_eligible()
         written = [shard for shard in eligible if self.moments.read(shard) is not None]
         self.shards.pending = [shard for shard in eligible if shard not in written]
+        self._unreported = written
         self.decay = self._make_decay()
         if isinstance(self.decay, LinearDecay):
             self.decay.load_state_dict(state["held"])
@@ -268,7 +270,8 @@ class V0Hook:
         report = begin_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
         add_written(report, written, self.shards, self.decay)
         self._draft = report
-        if self.moments.zero is not None and self.shards.pending:
+        self._unreported = [shard for shard in self._unreported if shard not in written]
+        if self.moments.zero is not None and (self.shards.pending or self._unreported):
             return
         self.report, self._draft = report, None
         report.seconds = self._seconds
