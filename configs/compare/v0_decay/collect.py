@@ -1,7 +1,7 @@
-"""Collects the finished runs of a comparison in this folder into results/TASK.csv; from the repository's root:
+"""Collects the finished runs of comparisons into results/TASK.csv; from the repository's root:
 
     hf-v0init compare configs/compare/v0_decay/llama.yaml --output_dir outputs/v0_decay/llama
-    python configs/compare/v0_decay/collect.py llama outputs/v0_decay/llama
+    python configs/compare/v0_decay/collect.py llama outputs/v0_decay/llama    # more folders may follow
 
 Columns: configuration, learning_rate, seed, eval_loss (nats), decay_steps (L) and x (learning rate / d50) of runs with a v0.
 """
@@ -25,15 +25,16 @@ def read_run(record: Path) -> dict | None:
     row["eval_loss"] = json.loads((output / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"]
     if run["family"] == "v0":
         report = json.loads((output / "v0_init.json").read_text(encoding="utf-8"))
-        row["decay_steps"] = report["decay_steps"]
+        row["decay_steps"] = report.get("decay_steps", 0)  # none: no warmup was needed
         row["x"] = (report["length"] or {}).get("x")
     return row
 
 
-def main(task: str, folder: str) -> None:
-    """Write the task's file."""
-    rows = [read_run(record) for record in Path(folder).glob("runs/*/record.json")]
+def main(task: str, *folders: str) -> None:
+    """Write the task's file; of a run that several folders have, the first folder's."""
+    rows = [read_run(record) for folder in folders for record in Path(folder).glob("runs/*/record.json")]
     table = pd.DataFrame([row for row in rows if row], columns=[*ORDER, "eval_loss", "decay_steps", "x"])
+    table = table.drop_duplicates(ORDER)
     table["decay_steps"] = table["decay_steps"].astype("Int64")
     file = Path(__file__).parent / "results" / f"{task}.csv"
     table.round({"eval_loss": 6, "x": 3}).sort_values(ORDER).to_csv(file, index=False)
