@@ -13,6 +13,9 @@ runs of 500 to 680 steps on two tasks, judged on seven others, and `configs/comp
 | x < `NEEDED_FROM`, or a network with BatchNorm | none needed |
 | else | `STEPS_PER_X` * x steps, at most `LONGEST_FRACTION` of the run |
 
+It sees the first step alone. A network that becomes unstable later (a post-norm OPT, an LSTM: `results/opt.csv` and `awd_lstm.csv` in that folder) has a
+small x and needs a warmup all the same.
+
 Plain Python, so that the command line can use it without importing torch.
 """
 
@@ -129,7 +132,10 @@ class WarmupLength:
             )
         found = f"trust radius d50 {self.d50:.3g}, learning rate / d50 = {self.x:.3g}"
         if self.steps == 0:
-            return f"{found}: no warmup needed, so this run is stock Adam's"
+            return (
+                f"{found}: no warmup needed at the first step, so this run is stock Adam's; if its loss gets stuck, give "
+                "--v0_decay_steps 0.66"
+            )
         cut = f", cut from {round(STEPS_PER_X * self.x):,} to two thirds of the run" if self.is_capped else ""
         return f"{found}: {what} {self.steps:,} steps{cut}"
 

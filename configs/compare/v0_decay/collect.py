@@ -26,7 +26,7 @@ def read_run(record: Path) -> dict | None:
     if run["family"] == "v0":
         report = json.loads((output / "v0_init.json").read_text(encoding="utf-8"))
         row["decay_steps"] = report.get("decay_steps", 0)  # none: no warmup was needed
-        row["x"] = (report["length"] or {}).get("x")
+        row["x"] = (report.get("length") or {}).get("x")
     return row
 
 
