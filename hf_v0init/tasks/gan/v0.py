@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import random
 
@@ -11,6 +13,8 @@ from torch import nn
 from hf_v0init import attach_v0, initialize_v0
 
 from .dcgan import compute_discriminator_loss, compute_generator_loss
+
+logger = logging.getLogger("hf_v0init")
 
 V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
 SUMMED = (
@@ -32,7 +36,15 @@ def attach_to_both(run) -> dict:
         name: attach_v0(run.optimizers[name], network, run.training.v0_init, **options)
         for name, network in run.networks.items()
     }
-    return {name: hook for name, hook in hooks.items() if hook is not None}
+    hooks = {name: hook for name, hook in hooks.items() if hook is not None}
+    for name, hook in hooks.items():
+        hook.on_written = functools.partial(_log_report, name)
+    return hooks
+
+
+def _log_report(name: str, report) -> None:
+    logger.info(f"of the {name}:")
+    report.log()
 
 
 def estimate_v0(run) -> dict[str, dict]:
