@@ -28,7 +28,10 @@ def _time_children() -> float:
 def measure_commands(conditions: Conditions) -> list[Row]:
     """`hf-v0init --help` and `explain`, beside `import torch`."""
     rows, num_pairs = [], conditions.choose(3, 15)
-    for name, flags in (("--help", ["--help"]), ("explain", ["explain", "--max_steps", "5000"])):
+    for name, flags in (
+        ("--help", ["--help"]),
+        ("explain", ["explain", "--v0_decay_steps", "500", "--max_steps", "5000"]),
+    ):
         ratios = measure_pairs(
             lambda flags=flags: _run("-m", "hf_v0init.cli.main", *flags),
             lambda: _run("-c", "import torch"),
