@@ -76,9 +76,8 @@ class Beta2Decay:
 
     def _write(self, shards: list[ParamShard], inverse_scale: float) -> None:
         """Write v0 = scale * g^2, or draws, into second moments, from the gradients of this step."""
-        scales = [
-            self.find_scale(shard.group) for shard in shards
-        ]  # one that is too large is refused before any state is made
+        # A scale that is too large is refused here, before any state is made.
+        scales = [self.find_scale(shard.group) for shard in shards]
         self.moments.prime(shards)
         if self.plan.init == "random":
             self._draw(shards, scales, inverse_scale)

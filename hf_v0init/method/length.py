@@ -13,8 +13,8 @@ runs of 500 to 680 steps on two tasks, judged on seven others, and `configs/comp
 | x < `NEEDED_FROM`, or a network with BatchNorm | none needed |
 | else | `STEPS_PER_X` * x steps, at most `LONGEST_FRACTION` of the run |
 
-It sees the first step alone. A network that becomes unstable later has a small x and needs a warmup all the same: a post-norm OPT, an
-LSTM (`opt.csv` in that folder's results, `tuning.csv`).
+It sees the first step alone. A post-norm OPT and an LSTM had a small x and were better with a warmup all the same (`opt.csv` in that
+folder's results, `tuning.csv`).
 
 Plain Python, so that the command line can use it without importing torch.
 """

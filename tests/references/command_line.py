@@ -34,7 +34,7 @@ def run_command(*flags) -> Done:
     return Done(stop.value.code, out.getvalue(), err.getvalue())
 
 
-def require_light_imports(*flags: str) -> None:
+def assert_light_imports(*flags: str) -> None:
     """Run `hf-v0init` in a process of its own, and see that it imported nothing that takes its time."""
     code = (
         "import sys, hf_v0init.cli.main as cli\n"

@@ -202,6 +202,7 @@ def test_words_json_and_a_validation_split(flags, data, tmp_path):  # noqa: F811
 def test_positions_that_begin_behind_the_padding_are_counted(flags, tmp_path, monkeypatch, capsys):
     """RoBERTa with 16 positions and padding 0 takes 15 tokens: 16 would end in an IndexError while training."""
     run_mlm.main(flags(model_type="roberta", block_size=None, max_steps=1))
+    assert read_results(tmp_path / "out")["train_loss"] > 0  # it was trained
     argv = flags(model_type="roberta", output_dir=tmp_path / "other")
     refuse(run_mlm, argv, ["--block_size=16", "take 15 tokens"], capsys, monkeypatch)
 
