@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
-import torch.distributed as dist
+from processes import leave
 from runs import TASKS
 
 
@@ -34,10 +34,9 @@ def main(path: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     TASKS[request["task"]](request, report)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1])
+    leave()

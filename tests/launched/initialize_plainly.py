@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 from accelerate import Accelerator
+from processes import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -183,9 +184,9 @@ def main(output_dir: str) -> None:
     if accelerator.num_processes > 1:
         saved["errors"] = collect_errors(accelerator)
     torch.save(saved, Path(output_dir) / f"rank{accelerator.process_index}.pt")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

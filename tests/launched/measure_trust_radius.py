@@ -8,8 +8,11 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
+
 import torch
 import torch.distributed as dist
+from processes import leave
 from torch import nn
 
 from hf_v0init import measure_trust_radius
@@ -72,9 +75,8 @@ def main(folder: str, *kinds: str) -> None:
         dist.init_process_group("gloo")
     results = {kind: measure(kind, rank, num_processes) for kind in kinds}
     Path(folder, f"{num_processes}_{rank}.json").write_text(json.dumps(results))
-    if num_processes > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

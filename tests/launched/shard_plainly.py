@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import make_sequences
+from processes import leave
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -215,9 +216,9 @@ def main(output_dir: str, model_dir: str) -> None:
     saved["checkpoint"] = save_and_load(model_dir, folder / "checkpoint")
     saved |= {f"large_{kind}": draw_large(make_large(kind)) for kind in ("fsdp2", "rows", "columns")}
     torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

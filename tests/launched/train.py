@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 import torch
 import torch.distributed as dist
 from conftest import make_gpt2, make_sequences
+from processes import leave
 from trainers import Recorder, make_trainer, weights_of
 
 from hf_v0init import V0InitTrainer
@@ -112,10 +113,9 @@ def main(runs_file: str, output_dir: str) -> None:
             },
             Path(output_dir) / f"{name}.rank{rank}.pt",
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

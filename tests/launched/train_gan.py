@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tasks"))
 
 import torch
 import torch.distributed as dist
+from processes import leave
 from test_dcgan import make_trainer
 
 from hf_v0init.tasks.gan.dcgan import compute_discriminator_loss, compute_generator_loss
@@ -64,9 +65,9 @@ def main(output_dir: str) -> None:
     weights = {name: list(network.parameters()) for name, network in trainer.networks.items()}
     saved = {"seen": {name: seen[name] for name in expected}, "expected": expected, "weights": weights, "real": real}
     torch.save(saved, Path(output_dir, f"rank{rank}.pt"))
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

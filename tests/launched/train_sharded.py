@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 import torch
 import torch.distributed as dist
 from conftest import make_sequences
+from processes import leave
 from torch.distributed.tensor import DTensor
 from trainers import call_before_update, make_arguments, make_trainer
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -208,11 +209,9 @@ def main(runs_file: str, output_dir: str, model_dir: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     for name, run in json.loads(Path(runs_file).read_text()).items():
         torch.save(train(run, Path(output_dir) / name, model_dir), Path(output_dir) / f"{name}.rank{rank}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-    os._exit(0)  # all is saved; tearing down several DeepSpeed engines in one process may abort
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()
