@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,17 +24,6 @@ from hf_v0init.second_moment.table import SUPPORTED_ROWS, TORCH, make_markdown_t
 from hf_v0init.settings import V0InitArguments  # noqa: E402
 
 NUM_SEEDS = 5
-SHORT_TITLES = {
-    "vit": "digits, ViT",
-    "multi30k": "Multi30k",
-    "ptb": "PTB, GPT-2",
-    "llama": "Multi30k English, Llama",
-    "opt": "PTB subwords, OPT",
-    "german": "Multi30k German, GPT-2",
-    "demo": "demo",
-    "mlm": "PTB, BERT",
-    "resnet": "digits, ResNet",
-}
 
 
 def make_results() -> str:
@@ -44,31 +32,30 @@ def make_results() -> str:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     lines = [
-        "| task | no warmup | best tuned warmup | v0, length measured | difference (95% CI) |",
+        "| task | no warmup | best tuned warmup | v0 | difference (95% CI) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for task in tables.TASKS:
+    for task, (title, _, _) in tables.TASKS.items():
         if not (tables.FOLDER / "results" / f"{task}.csv").is_file():
             continue
         runs = tables.read_runs(task)
         fresh = runs[runs["seed"] != tables.TUNING_SEED]
-        none = find_best(fresh, lambda name: name == "no warmup")
-        warmup = find_best(fresh, lambda name: name.startswith("warmup"))
-        v0 = find_best(fresh, lambda name: name == tables.V0)
+        none = find_best(fresh[fresh["configuration"] == "no warmup"])
+        warmup = find_best(fresh[fresh["configuration"].str.startswith("warmup")])
+        v0 = find_best(fresh[tables.is_default_v0(fresh, task)])
         if v0 is None or warmup is None:
             continue
         difference = tables.compare(v0, warmup).partition(":")[0]
-        cells = [SHORT_TITLES[task], *map(write_estimate, (none, warmup, v0)), difference]
+        cells = [title, *map(write_estimate, (none, warmup, v0)), difference]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def find_best(runs, is_wanted: Callable[[str], bool]):
-    """Losses by seed of the configuration with the lowest mean among those that are wanted; None without any."""
-    wanted = runs[[is_wanted(name) for name in runs["configuration"]]]
-    if wanted.empty:
+def find_best(runs):
+    """Losses by seed of the configuration and rate with the lowest mean; None without any."""
+    if runs.empty:
         return None
-    by_seed = wanted.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
+    by_seed = runs.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
     return by_seed[by_seed.mean().idxmin()].dropna()
 
 

@@ -118,9 +118,9 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "For how many optimizer steps v0 acts; below 1, as with --warmup_steps, a fraction of training. 'auto': measured "
-            "in the first step (`hf-v0init probe` prints it), and no v0 where no warmup is needed. With --v0_decay beta2: v0 is sized so "
-            "that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with linear, "
-            "none with beta2."
+            "in the first step, between a third and two thirds of training (`hf-v0init probe` prints it). With --v0_decay beta2: v0 is "
+            "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with "
+            "linear, none with beta2."
         },
     )
     v0_scale: float | None = field(
@@ -196,7 +196,7 @@ class V0InitArguments:
         metadata={
             "help": "A learning-rate warmup without a length to tune, a baseline for v0. By beta2 (Ma & Yarats, 2021): 'linear', "
             "min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t), times the schedule. 'trust_radius': "
-            "--warmup_steps of the length that is measured in the first step, none where none is needed. Excludes --warmup_steps. "
+            "--warmup_steps of the length that is measured in the first step, as --v0_decay_steps auto. Excludes --warmup_steps. "
             "Default: none.",
             "choices": [*UNTUNED_WARMUPS, TRUST_RADIUS],
         },

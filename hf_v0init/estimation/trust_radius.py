@@ -74,7 +74,6 @@ class TrustRadius:
         num_elements: parameter elements moved, over all processes.
         num_forwards: computations of the step's loss.
         seconds: wall-clock time.
-        has_batch_norm: whether the network normalises over the batch.
         reason: why d50 is None.
     """
 
@@ -86,7 +85,6 @@ class TrustRadius:
     num_elements: int = 0
     num_forwards: int = 0
     seconds: float = 0.0
-    has_batch_norm: bool = False
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +197,6 @@ class _StepWalk:
         self.is_sharded = any(is_dtensor(p) for p in self.weights)
         self.decreases: dict[float, float] = {}
         self.result = TrustRadius(
-            has_batch_norm=model is not None and has_batch_norm(model),
             num_elements=sum(p.numel() for p in self.weights),
         )
 
@@ -332,11 +329,6 @@ def _average(gradients: list[torch.Tensor]) -> None:
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= num_processes
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any module normalises over the batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def walk_grid(measure: Callable[[float], float], smallest: float = SMALLEST_DISPLACEMENT) -> dict[float, float]:

@@ -91,14 +91,10 @@ def measure_length(
 ) -> WarmupLength:
     """Measure how long a warmup this run needs, at the gradients in hand; arguments as of `measure_radius`."""
     radius = measure_radius(optimizer, model, loss_fn)
-    groups = unwrap_optimizer(optimizer).param_groups
-    betas = groups[0].get("betas") if groups else None
     return choose_length(
         radius.d50,
         find_largest_rate(optimizer),
         max_steps,
-        beta2=float(betas[1]) if betas else 0.999,
-        has_batch_norm=radius.has_batch_norm,
         reason=radius.reason,
         num_forwards=radius.num_forwards,
         seconds=radius.seconds,

@@ -205,9 +205,8 @@ class V0Hook:
         start = time.perf_counter()
         if self.num_steps is None and not self._begin():
             return
-        if self.plan.decay_steps == AUTO and not self._set_measured_length():
-            self._hooks.retire()
-            return
+        if self.plan.decay_steps == AUTO:
+            self._set_measured_length()
         if self.decay is None:
             self.decay = self._make_decay()
         inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -241,18 +240,16 @@ class V0Hook:
         self.shards.pending = self.shards.list_eligible()
         return True
 
-    def _set_measured_length(self) -> bool:
-        """Measure L at the gradients in hand; returns whether a v0 is needed."""
+    def _set_measured_length(self) -> None:
+        """Measure L at the gradients in hand."""
         with call_if_cut_off(self.on_failed):
             self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
-        steps = self.length.steps
-        self.plan = replace(self.plan, decay_steps=steps) if steps else V0Plan()
+        self.plan = replace(self.plan, decay_steps=self.length.steps)
         self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
         if self.on_length is not None:
             self.on_length(self.length)
         else:
             self.length.log("v0 decays over")
-        return steps > 0
 
     def _make_decay(self) -> LinearDecay | Beta2Decay:
         if self.plan.decay == "linear":

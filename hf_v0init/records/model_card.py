@@ -209,14 +209,13 @@ def _describe_length(length: Mapping[str, Any]) -> str:
     """Say what was measured for the length of the warmup, and what followed."""
     if length.get("x") is None:
         return (
-            f"The trust radius could not be measured ({length.get('reason')}): 2 / (1 - beta2) steps were taken, "
-            f"{_format_count(length['steps'])}"
+            f"The trust radius could not be measured ({length.get('reason')}): a third of training was taken, "
+            f"{_format_count(length['steps'])} steps"
         )
-    then = f"{_format_count(length['steps'])} steps" if length["steps"] else "no warmup needed"
     cut = ", cut to two thirds of the run" if length.get("is_capped") else ""
     return (
         f"Learning rate over the trust radius, measured in the first step: {_format_short(length['x'])} (d50 "
-        f"{_format_short(length['d50'])}): {then}{cut}"
+        f"{_format_short(length['d50'])}): {_format_count(length['steps'])} steps{cut}"
     )
 
 

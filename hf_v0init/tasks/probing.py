@@ -17,10 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_v0init import InputError, TrustRadius
 
 from ..method.length import (
-    NEEDED_FROM,
     STEPS_PER_X,
     compute_largest_rate_with_room,
-    compute_largest_rate_without_warmup,
     compute_relative_rate,
     compute_warmup_length,
     is_cut_short,
@@ -110,30 +108,20 @@ def describe_length(
 ) -> list[str]:
     """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
     x = compute_relative_rate(learning_rate, radius.d50)
-    options = {"has_batch_norm": radius.has_batch_norm}
-    length = compute_warmup_length(x, num_steps, **options)
+    length = compute_warmup_length(x, num_steps)
     lines = [f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
-    if length == 0:
-        why = (
-            "the network has BatchNorm, and none needed one at any learning rate"
-            if radius.has_batch_norm
-            else f"the relative learning rate is below {NEEDED_FROM:g}"
-        )
-        lines.append(f"No warmup needed: {why}.")
-    elif is_cut_short(x, num_steps, **options):
+    if is_cut_short(x, num_steps):
         lines.append(
             f"Warm up for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} times it would be "
             f"{STEPS_PER_X * x:,.0f}, more than this run has room for: lower the learning rate or train longer."
         )
     else:
-        lines.append(
-            f"Warm up for {length:,} of {num_steps:,} steps ({STEPS_PER_X:g} times it): --warmup_steps {length}"
-        )
+        why = f"{STEPS_PER_X:g} times it" if length == round(STEPS_PER_X * x) else "a third, the least"
+        lines.append(f"Warm up for {length:,} of {num_steps:,} steps ({why}): --warmup_steps {length}")
     if warmup_steps is not None:
         lines.append(f"This run as configured: a warmup of {warmup_steps:,} steps.")
-    if not radius.has_batch_norm:
-        lines.append(
-            f"Largest learning rate that needs none: {compute_largest_rate_without_warmup(radius.d50):.3g}; that {num_steps:,} "
-            f"steps leave room for: {compute_largest_rate_with_room(radius.d50, num_steps):.3g}"
-        )
+    lines.append(
+        f"Largest learning rate that {num_steps:,} steps leave room for: "
+        f"{compute_largest_rate_with_room(radius.d50, num_steps):.3g}"
+    )
     return lines

@@ -94,9 +94,7 @@ def _describe_v0(report: Mapping[str, Any] | None) -> str:
     if length.get("is_capped"):
         measured = measured[:-1] + ", cut to two thirds of the run)"
     if report.get("strategy") == "zeros":
-        if report.get("warmup_steps"):
-            return f"zero, as in torch, beside a warmup of {report['warmup_steps']:,} steps{measured}"
-        return f"zero, as in torch: no warmup needed{measured}"
+        return f"zero, as in torch, beside a warmup of {report.get('warmup_steps', 0):,} steps{measured}"
     words = [str(report["strategy"])]
     if report.get("decay") == "linear":
         words.append(f"linear decay over {report['decay_steps']:,} steps{measured}")

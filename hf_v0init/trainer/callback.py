@@ -29,7 +29,7 @@ from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import V0Report, read_report, write_decay_state, write_report
 from ..second_moment.state import SecondMoment
-from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
+from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_per_sample_v0
@@ -253,9 +253,6 @@ class V0InitCallback(TrainerCallback):
             return
         if stored is None or stored["strategy"] == "zeros":
             self._let_go()
-            self.length = (stored or {}).get("length")
-            if self.length is not None and plan.decay_steps == AUTO:
-                return  # no warmup was needed when the run began
             logger.warning(
                 f"the checkpoint {folder} was trained without a v0 (v0_init.json): its optimizer state stands as it is, "
                 f"and v0_init={plan.init} has no effect on this resumed run"
@@ -297,8 +294,7 @@ class V0InitCallback(TrainerCallback):
                 f"the checkpoint at step {step} was trained without a measured warmup: go on without "
                 "--untuned_warmup trust_radius, or start a new run"
             )
-        if self.length["steps"]:
-            self._warm_up(self.length["steps"])
+        self._warm_up(self.length["steps"])
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 
@@ -347,8 +343,7 @@ class V0InitCallback(TrainerCallback):
         self.length = length.to_dict()
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         length.log("the schedule warms up over" if is_warmup else "v0 decays over")
-        if length.steps:
-            (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
+        (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
 
     def _warm_up(self, steps: int) -> None:
         warm_up(self._trainer, self._trainer.lr_scheduler, steps, "untuned_warmup=trust_radius")

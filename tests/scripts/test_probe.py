@@ -61,20 +61,13 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
     monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
     output = run_probe(capsys, config, "--learning_rate", "0.002", "--figure", tmp_path / "curve.svg")
     ((radius, _),) = measured
-    assert radius.has_batch_norm == (task == "run_image_classification")
     printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", output))
     assert {float(d): float(rho) for d, rho in printed.items()} == {
         float(f"{d:.3g}"): float(f"{rho:.3f}") for d, rho in zip(radius.displacements, radius.rho, strict=True)
     }
-    if radius.has_batch_norm:
-        assert "No warmup needed: the network has BatchNorm" in output
-    else:
-        assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
-        length = compute_warmup_length(0.002 / radius.d50, 300)
-        assert (
-            f"--warmup_steps {length}" if length else "No warmup needed: the relative learning rate is below"
-        ) in output
-        assert f"a warmup of {7 if task == 'run_translation' else 0} steps" in output
+    assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
+    assert f"--warmup_steps {compute_warmup_length(0.002 / radius.d50, 300)}" in output
+    assert f"a warmup of {7 if task == 'run_translation' else 0} steps" in output
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "curve.svg"])
     assert "rho" in (tmp_path / "curve.svg").read_text()
 

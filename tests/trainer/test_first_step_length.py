@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from trainers import make_trainer
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 
 from hf_v0init import InputError, V0InitCallback, V0InitMixin, attach_v0, compute_warmup_length, measure_trust_radius
 
@@ -81,8 +81,8 @@ def make_rows(num: int = 400) -> list[dict]:
     return [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 4)} for i in range(num)]
 
 
-def make_optimizer(model) -> torch.optim.Optimizer:
-    groups = [{"params": model.net[0].parameters(), "lr": 0.15}, {"params": model.net[3].parameters(), "lr": 0.05}]
+def make_optimizer(model, rate: float = 0.15) -> torch.optim.Optimizer:
+    groups = [{"params": model.net[0].parameters(), "lr": rate}, {"params": model.net[3].parameters(), "lr": rate / 3}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
@@ -94,7 +94,7 @@ class OwnSampler:
         return torch.utils.data.RandomSampler(self.train_dataset, generator=self.sampler_generator)
 
 
-def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = False, **options):
+def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = False, rate: float = 0.15, **options):
     torch.manual_seed(7)
     model = Network(batch_norm)
     rows = Stream(make_rows()) if data == "stream" else make_rows()
@@ -102,7 +102,7 @@ def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = Fals
     cls = type("Sampled", (OwnSampler, base), {}) if data == "sampler" else base
     trainer = make_trainer(
         folder, stock=stock, model=model, data=rows, trainer_class=cls,
-        kwargs={"optimizers": (make_optimizer(model), None)},
+        kwargs={"optimizers": (make_optimizer(model, rate), None)},
         **{"max_steps": STEPS, "per_device_train_batch_size": 8, "remove_unused_columns": False, "logging_steps": 3} | options,
     )  # fmt: skip
     trainer.train()
@@ -167,23 +167,14 @@ def test_a_measured_warmup_is_warmup_steps_of_that_length_bit_for_bit(case, tmp_
 
 
 @pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
-@pytest.mark.parametrize("case", ["no need", "batch norm"])
-def test_where_none_is_needed_the_run_is_stock_bit_for_bit(settings, case, tmp_path):
-    options = {"batch_norm": True} if case == "batch norm" else {}
-
-    class Slow(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-            if case == "no need":
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] = 1e-6
-                lr_scheduler.base_lrs = [1e-6, 1e-6]
-
-    stock = run(tmp_path / "a", stock=True, callbacks=[Slow()], **options)
-    ours = run(tmp_path / "b", callbacks=[Slow()], **settings, **options)
-    assert_same_run(stock, ours)
-    record = ours.get_v0_report()
-    assert record["strategy"] == "zeros" and record["length"]["steps"] == 0
-    assert record["length"]["has_batch_norm"] == (case == "batch norm")
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_small_rate_gets_a_third_of_training(settings, batch_norm, tmp_path):
+    options = {"rate": 1e-6, "batch_norm": batch_norm}
+    ours = run(tmp_path / "a", **settings, **options)
+    length = ours.get_v0_report()["length"]
+    assert length["steps"] == STEPS / 3 > round(260 * length["x"]) and not length["is_capped"]
+    given = {"v0_init": "data_driven", "v0_decay_steps": 6} if "v0_init" in settings else {"warmup_steps": 6}
+    assert_same_run(run(tmp_path / "b", stock="v0_init" not in settings, **given, **options), ours)
 
 
 def test_a_callback_on_a_stock_trainer_measures_the_same(tmp_path):
@@ -284,7 +275,7 @@ def test_a_step_of_ones_own_falls_back_and_says_why(settings, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer.train()
     length = trainer.get_v0_report()["length"]
-    assert (length["steps"], length["d50"], length["x"]) == (20, None, None)  # 2 / (1 - beta2)
+    assert (length["steps"], length["d50"], length["x"]) == (20, None, None)  # a third of 60
     assert length["reason"] == "compute_loss was not called in the first step"
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
     assert len(warnings) == 1 and length["reason"] in warnings[0] and "\n" not in warnings[0]

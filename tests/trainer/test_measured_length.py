@@ -84,7 +84,7 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
-def test_what_cannot_be_measured_falls_back_to_two_over_one_minus_beta2(settings, tmp_path, caplog):
+def test_what_cannot_be_measured_falls_back_to_a_third_of_training(settings, tmp_path, caplog):
     data = [{"x": torch.ones(3), "labels": torch.tensor(0.0)}] * 8
     options = {"data": data, "max_steps": 60, "remove_unused_columns": False, "adam_beta2": 0.9, "learning_rate": 1.0}
     rates = Rates()

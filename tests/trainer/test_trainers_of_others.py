@@ -146,8 +146,7 @@ def test_trl_measures_its_length_in_the_first_step(kind, tokenizer, tmp_path):
     assert callback.length["num_forwards"] >= 3
     # TRL's GRPO divides the policy by itself where it samples anew at each step: its loss has a gradient, and one value for all weights.
     assert (callback.length["reason"] is None) == (kind != "grpo")
-    given = None if steps == 0 else {"v0_init": "data_driven", "v0_decay_steps": steps}
-    expected, _, _ = run(kind, tokenizer, tmp_path / "b", given)
+    expected, _, _ = run(kind, tokenizer, tmp_path / "b", {"v0_init": "data_driven", "v0_decay_steps": steps})
     assert ours == expected
 
 
