@@ -6,7 +6,7 @@ A tensor of more than two dimensions is a matrix of its first dimension by the r
 hold shards the means are of the whole tensor, and every process keeps both vectors whole, which is next to no memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,10 @@ class RowsAndColumns:
 
     rows: torch.Tensor
     columns: torch.Tensor
+    _moment: Held | None = field(default=None, repr=False, compare=False)  # the tensor that `_parts` belong to
+    _parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=list, repr=False, compare=False
+    )
 
     def state_dict(self) -> dict:
         """Return both vectors."""
@@ -35,16 +39,22 @@ class RowsAndColumns:
 
     def add_(self, moment: Held, factor: float) -> None:
         """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
-        for piece in find_pieces(moment):
-            rows, columns = _cut(self, piece)
-            flat = _view_as_matrix(piece.local)
-            if flat is None:
-                shape = (rows.numel(), *piece.local.shape[1:])
-                piece.local.add_(torch.outer(rows, columns).view(shape), alpha=factor)
+        if moment is not self._moment:  # the optimizer's own tensor stays the same one from step to step
+            self._moment, self._parts = moment, [self._cut(piece) for piece in find_pieces(moment)]
+        for local, rows, columns in self._parts:
+            if local.dim() == 2:
+                local.addr_(rows, columns, alpha=factor)
             else:
-                flat.addr_(rows.to(flat.dtype), columns.to(flat.dtype), alpha=factor)
+                local.add_(torch.outer(rows, columns).view(local.shape), alpha=factor)
             if factor < 0.0:
-                piece.local.clamp_min_(0.0)
+                local.clamp_min_(0.0)
+
+    def _cut(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """View a piece as a matrix, or as it is where its memory does not allow that, and cut what it needs of both vectors."""
+        matrix = _view_as_matrix(piece.local)
+        local = piece.local if matrix is None else matrix
+        vectors = (_cut_rows(self.rows, piece), _slice_columns(self.columns, piece).reshape(-1))
+        return local, *(vector.to(local.dtype) for vector in vectors)
 
 
 @dataclass
@@ -114,11 +124,6 @@ def factor_into_rows_and_columns(
 def _shape_as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     num_rows = shape[0] if shape else 1
     return num_rows, max(1, int(torch.Size(shape[1:]).numel()))
-
-
-def _cut(spread: RowsAndColumns, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the parts of both vectors that a piece needs."""
-    return _cut_rows(spread.rows, piece), _slice_columns(spread.columns, piece).reshape(-1)
 
 
 def _cut_rows(rows: torch.Tensor, piece: Piece) -> torch.Tensor:
