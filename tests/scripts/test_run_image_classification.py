@@ -138,10 +138,10 @@ def test_training_loss_is_the_smoothed_one_and_that_of_the_pass(script, tiny, tm
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     images = load_image_folder(flags["train_dir"], role="train")
-    pixels = [processor(Image.open(row["image"]["path"]), return_tensors="pt")["pixel_values"] for row in images.rows]
+    pixels = [processor(Image.open(row["image"]["path"]), return_tensors="pt")["pixel_values"] for row in images]
     with torch.no_grad():
         logits = network(pixel_values=torch.cat(pixels)).logits
-    expected = functional.cross_entropy(logits, torch.from_numpy(images.labels), label_smoothing=0.3)
+    expected = functional.cross_entropy(logits, torch.tensor(images["label"]), label_smoothing=0.3)
     assert report["mean_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_a_pretrained_model_gets_a_new_head_or_keeps_its_numbering(script, tiny,
     assert head["classifier.weight"].shape == (3, 16)
     assert all(torch.equal(other[name], head[name]) for name in other if not name.startswith("classifier"))
     flags = {**tiny, "do_train": False, "do_eval": True, "model_name_or_path": tmp_path / "other"}
-    refuse(script, to_argv(flags), ["does not know class 'ant'"], capsys, monkeypatch)
+    refuse(script, to_argv(flags), ["class 'ant'", "none that the model knows"], capsys, monkeypatch)
 
 
 @pytest.mark.slow
@@ -275,23 +275,10 @@ BAD_INPUT = {
     "one class": (lambda folder: {"train_dir": write_image_folder(folder / "one", 9, classes=("ant",))}, ["one class only"]),
     "other classes": (
         lambda folder: {"validation_dir": write_image_folder(folder / "v", 3, classes=("ant", "bee", "dog")), "do_eval": True},
-        ["'cat'", "no class of the validation data"],
+        ["'dog'", "validation data"],
     ),
     "other sizes": (lambda folder: mix(folder, np.zeros((9, 8), np.uint8)), ["zz.png is 8x9", "--image_size"]),
     "other modes": (lambda folder: mix(folder, np.zeros((8, 8, 3), np.uint8)), ["zz.png is RGB", "--image_mode"]),
-    "too few images": ({"per_device_train_batch_size": 31}, ["30 training images", "31", "lower"]),
-    "a last batch of one image": (
-        {"per_device_train_batch_size": 29, "image_size": 2},
-        ["--per_device_train_batch_size=29", "batch of one", "--dataloader_drop_last"],
-    ),
-    "a batch of one image for v0": (
-        {"image_size": 2, "v0_init": "data_driven", "v0_estimator": "per_sample", "v0_stats_batch_size": 1},
-        ["--v0_stats_batch_size=1", "batch of one", "--v0_estimator minibatch"],
-    ),
-    "images that the model cannot take": (
-        lambda folder: {"image_size": 2, "config_name": write_config(folder, {**VIT, "intermediate_size": 16})},
-        ["cannot take images of 1x2x2"],
-    ),
     "no model": ({"-config_name": 0}, ["no model", "--model_name_or_path"]),
     "two models": ({"model_type": "resnet"}, ["not both"]),
     "no classifier": ({"-config_name": 0, "model_type": "gpt2"}, ["--model_type=gpt2", "no image classifier"]),
@@ -303,11 +290,6 @@ BAD_INPUT = {
     "nothing left of an image": ({"crop_fraction": 0}, ["--crop_fraction=0", "above 0"]),
     "a count of zero": ({"max_train_samples": 0}, ["--max_train_samples=0"]),
 }  # fmt: skip
-
-
-def write_config(folder: Path, settings: dict) -> Path:
-    (folder / "model.json").write_text(json.dumps(settings))
-    return folder / "model.json"
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
