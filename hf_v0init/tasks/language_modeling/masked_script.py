@@ -11,6 +11,7 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from ..script_support import flag, run_script, say
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words
+from .masked_samples import Frame, FramedTexts, cut_framed_texts, require_words
 from .masking import MaskedSamples, MaskedStream, Masking
 from .perplexity import MaskedPerplexityMixin
 from .samples import tokenize_texts
@@ -159,12 +160,11 @@ class MaskedTask(LanguageTask):
         seed = None  # of evaluation
         if role == "train":
             seed = training.seed if training.data_seed is None else training.data_seed
-        limit = data.get_limit(role)
+        limit, options = data.get_limit(role), {"length": self.block_size, "frame": self.frame}
+        options["line_by_line"] = data.line_by_line
         if data.streaming:
-            texts = StreamedTexts(tokenized, self.block_size, self.frame, data.line_by_line)
-            return MaskedStream(texts, self.masking, seed, limit)
-        cut = FramedTexts.take_lines if data.line_by_line else FramedTexts.cut_blocks
-        return MaskedSamples(cut(tokenized, self.block_size, self.frame, limit), self.masking, seed)
+            return MaskedStream(tokenized, partial(cut_framed_texts, **options), self.masking, seed, limit)
+        return MaskedSamples(FramedTexts(tokenized, **options, max_samples=limit), self.masking, seed)
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer, token budget and loss."""

@@ -17,10 +17,9 @@ With varying segment lengths the learning rate of each step is multiplied by (to
 AWD-LSTM (Merity et al., section 5).
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -83,46 +82,42 @@ class ContiguousStreamsMixin:
         if "begins_stream" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        begins_stream, context_ids = inputs.pop("begins_stream"), inputs.pop("context_ids", None)
-        if context_ids is not None:
-            state = self._compute_state(model, context_ids, inputs.pop("context_mask"))
+        begins_stream, contexts = inputs.pop("begins_stream"), inputs.pop("context_ids", None)
+        if contexts is not None:
+            state = self._compute_states(model, contexts)
         else:
             if self._state is None and not begins_stream:
                 logger.warning("the state at this point of the streams is not known: it is taken to be zero")
             state = None if begins_stream else self._state
-        loss, outputs = super().compute_loss(
-            model, inputs | {"state": state, "use_cache": True}, True, num_items_in_batch
-        )
-        if context_ids is None:
+        loss, outputs = super().compute_loss(model, inputs | {"state": state}, True, num_items_in_batch)
+        if contexts is None:
             state = outputs["state"] if isinstance(outputs, dict) else outputs[-1]
             self._state = tuple(tuple(part.detach() for part in layer) for layer in state)
             self._segment_lengths.append(inputs["input_ids"].shape[1])
         return (loss, outputs) if return_outputs else loss
 
-    def _compute_state(self, model, context_ids: torch.Tensor, context_mask: torch.Tensor) -> tuple | None:
-        """The state after the context, with the dropout of training but without a graph; None where there is no context."""
-        if context_ids.shape[1] == 0:
-            return None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return model(context_ids, attention_mask=context_mask, use_cache=True, logits_to_keep=1).state
+    @torch.no_grad()
+    def _compute_states(self, model, contexts: list[torch.Tensor]) -> tuple:
+        """The state after each context, with the dropout of training but without a graph; zeros where there is no context."""
+        with self.compute_loss_context_manager():
+            make_zeros = self.accelerator.unwrap_model(model).make_zero_state
+            states = [model(context).state if context.numel() else make_zeros(1) for context in contexts]
+        return tuple(
+            tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) for layers in zip(*states, strict=True)
+        )
 
     def _compute_length_factor(self) -> float:
         lengths, self._segment_lengths = self._segment_lengths, []
         return sum(lengths) / len(lengths) / self.train_dataset.segment_length
 
-    @contextlib.contextmanager
-    def _set_state_aside(self) -> Iterator[None]:
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate as the Trainer does; training's state is set aside, and put back."""
         before = self._state, self._segment_lengths
         self._state, self._segment_lengths = None, []
         try:
-            yield
+            return super().evaluation_loop(*args, **kwargs)
         finally:
             self._state, self._segment_lengths = before
-
-    def evaluation_loop(self, *args, **kwargs):
-        """Evaluate as the Trainer does; training's state is untouched."""
-        with self._set_state_aside():
-            return super().evaluation_loop(*args, **kwargs)
 
     # ---- what v0 looks at --------------------------------------------------------------------------------------------
 
@@ -146,8 +141,7 @@ class ContiguousStreamsMixin:
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the loader of an evaluation; its streams must be those of the evaluation batch size."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        _require_matching_streams(self.args, dataset, "eval")
+        _require_matching_streams(self.args, self.eval_dataset if eval_dataset is None else eval_dataset, "eval")
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
@@ -167,21 +161,17 @@ class ContiguousStreamsMixin:
         if checkpoint is None or not isinstance(self.train_dataset, TokenStreams):
             return
         path = self._name_state_file(checkpoint)
-        if not path.is_file():
-            if any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
-                raise InputError(
-                    f"{checkpoint}: has no {path.name}; it was saved by another number of processes, whose streams were others. "
-                    "Resume with as many"
-                )
+        num_rows = 0  # also of a checkpoint of another number of processes, which has other files
+        if path.is_file():
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._state, num_rows = state, len(state[0][0])
+        elif not any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
             return  # saved without optimizer and random states; `compute_loss` says what follows
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        num_rows, expected = state[0][0].shape[0], self.args.train_batch_size
-        if num_rows != expected:
+        if num_rows != self.args.train_batch_size:
             raise InputError(
-                f"{checkpoint}: was saved with {num_rows} streams a process, and this run has {expected}; resume with "
-                f"per_device_train_batch_size={num_rows}"
+                f"{checkpoint}: was saved with other streams than this run's {self.args.train_batch_size} on each of "
+                f"{self.args.world_size} process(es); resume with its number of processes and per_device_train_batch_size"
             )
-        self._state = tuple(tuple(part.to(self.args.device) for part in layer) for layer in state)
 
     def _name_state_file(self, folder: str) -> Path:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
