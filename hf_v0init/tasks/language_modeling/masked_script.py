@@ -12,17 +12,15 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script, say
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
@@ -32,7 +30,6 @@ from .perplexity import MaskedPerplexityMixin
 from .samples import tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
-NUM_GUESSES = 5
 ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
 EXAMPLES = """
 # BERT's architecture from scratch on a text file, with its data-driven v0
@@ -66,8 +63,6 @@ class ModelArguments(LanguageModelArguments):
 class DataArguments(LanguageDataArguments):
     """data: what it is trained and measured on"""
 
-    uneven_flag: ClassVar[str] = "line_by_line"
-
     block_size: int | None = flag(
         None,
         "Tokens of a sample, its first and last special token included. Default: what model and tokenizer take, at most 512.",
@@ -94,17 +89,6 @@ class DataArguments(LanguageDataArguments):
             )
 
 
-@dataclass
-class SampleArguments:
-    """generation: what is written at the end"""
-
-    sample_text: str | None = flag(
-        None,
-        "At the end, list the likeliest tokens for each mask token in this text, such as 'the [MASK] rose' (of a tokenizer "
-        "trained here the token is <mask>); printed and saved to filled_sample.txt.",
-    )
-
-
 class MaskedTrainer(ScriptTrainerMixin, MaskedPerplexityMixin, TokenBudgetMixin, V0InitTrainer):
     """With exact evaluation over the masked tokens and, where asked, token-budget batches."""
 
@@ -112,7 +96,7 @@ class MaskedTrainer(ScriptTrainerMixin, MaskedPerplexityMixin, TokenBudgetMixin,
 class MaskedTask(LanguageTask):
     """Masked language modelling: blocks or lines, with masks that depend on seed, epoch and number alone."""
 
-    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SampleArguments)
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
     trainer_class = MaskedTrainer
     examples = EXAMPLES
     metrics = ("loss", MaskedPerplexityMixin.perplexity_name, "accuracy", "num_tokens")
@@ -123,7 +107,7 @@ class MaskedTask(LanguageTask):
 
     def make_samples(self) -> dict[str, Any]:
         """Make blocks or lines with their masks, and refuse tokenizers and sizes with which that cannot be."""
-        data, tokenizer, text = self.data, self.tokenizer, self.others[0].sample_text
+        data, tokenizer = self.data, self.tokenizer
         if data.whole_word_mask:
             require_words(tokenizer)
         self.masking = Masking.for_tokenizer(
@@ -133,10 +117,6 @@ class MaskedTask(LanguageTask):
             random_share=data.random_replace_prob,
             whole_words=data.whole_word_mask,
         )
-        if text is not None and tokenizer.mask_token_id not in tokenizer(text)["input_ids"]:
-            raise InputError(
-                f"--sample_text={text!r}: has no mask token; write {tokenizer.mask_token} where one is wanted"
-            )
         self.frame = Frame.of_tokenizer(tokenizer)
         if self.block_size <= len(self.frame):
             raise InputError(
@@ -170,28 +150,6 @@ class MaskedTask(LanguageTask):
         """Choose tokenizer, token budget and loss."""
         loss = TokenCrossEntropy(self.training.label_smoothing_factor)
         return super().choose_trainer_options(samples) | {"compute_loss_func": loss}
-
-    @torch.no_grad()
-    def finish(self, trainer: MaskedTrainer) -> None:
-        """Write the likeliest tokens for each mask token of `sample_text`, with their probabilities."""
-        text, tokenizer = self.others[0].sample_text, self.tokenizer
-        if text is None:
-            return
-        network = trainer.accelerator.unwrap_model(trainer.model).eval()
-        input_ids = tokenizer(text, return_tensors="pt")["input_ids"].to(network.device)
-        logits = network(input_ids=input_ids).logits[input_ids == tokenizer.mask_token_id].float()
-        lines = []
-        for number, probabilities in enumerate(logits.softmax(dim=-1), start=1):
-            best = probabilities.topk(min(NUM_GUESSES, len(probabilities)))
-            guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            words = ", ".join(
-                f"{tokenizer.decode([token]).strip()} {probability:.3f}" for token, probability in guesses
-            )
-            lines.append(f"mask {number} of {text!r}: {words}")
-        if trainer.is_world_process_zero():
-            say("\n".join(lines))
-            path = Path(trainer.args.output_dir, "filled_sample.txt")
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 ARGUMENTS = MaskedTask.arguments
