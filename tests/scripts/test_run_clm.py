@@ -127,7 +127,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_and_tests(flags, data, tmp
         and "hf_v0init" in card
         and "data_driven" in card
     )
-    assert "eval: perplexity" in capsys.readouterr().out
+    assert f"perplexity {results['eval_perplexity']:.3f}" in capsys.readouterr().out
 
 
 def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):

@@ -103,7 +103,7 @@ def test_trains_evaluates_and_saves(script, tiny, tmp_path, capsys):
         expected = score_by_hand(out, folder)
         assert results[f"{role}_loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert results[f"{role}_accuracy"] == pytest.approx(expected["accuracy"])
-    assert f"predict: accuracy {results['predict_accuracy']:.2%} over 9 images" in capsys.readouterr().out
+    assert f"accuracy {results['predict_accuracy']:.4f}" in capsys.readouterr().out
 
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]

@@ -104,7 +104,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_and_tests(flags, data, tmp
 
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "fill-mask" in card and "arxiv:2412.02153" in card and "data_driven" in card
-    assert "eval: pseudo-perplexity" in capsys.readouterr().out
+    assert f"pseudo perplexity {results['eval_pseudo_perplexity']:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["blocks", "lines", "token_budget"])

@@ -41,8 +41,6 @@ EXAMPLES = """
 {} --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
 # flags from a file, the distance to the training images measured every 1,000 steps
 {} FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
-# measure the generator of a finished run
-{} FILE.yaml --do_train False --do_eval --output_dir out
 # two processes
 torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
 """
@@ -150,13 +148,8 @@ def require_possible(training: GanTrainingArguments) -> None:
             "how long to warm up is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
             "as a number, or --v0_decay beta2"
         )
-    if not (training.do_train or training.do_eval):
-        raise InputError("nothing to do: give --do_train or --do_eval")
-    if not training.do_train and not Path(training.output_dir, "generator", "config.json").is_file():
-        raise InputError(
-            f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
-            "--do_train, or the output folder of a finished run"
-        )
+    if not training.do_train:
+        raise InputError("nothing to do: give --do_train; with --do_eval a finished run is measured that has not been")
 
 
 def load_images(data: DataArguments) -> datasets.Dataset:
@@ -178,18 +171,6 @@ def make_quality(rows: datasets.Dataset, pixels: torch.Tensor, quality: QualityA
         extractor = train_classifier(pixels, labels, device)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)
-
-
-def load_generator(folder: Path, sizes: dict) -> Generator:
-    """Load a generator that was trained before."""
-    generator = Generator.from_pretrained(folder)
-    for name, size in sizes.items():
-        if getattr(generator, name) != size:
-            raise InputError(
-                f"{folder} makes images of {name} {getattr(generator, name)}, and those to measure against have {size}; give "
-                "--image_size and --image_mode, or the images it was trained on"
-            )
-    return generator
 
 
 def save_results(run: GanRun, role: str, metrics: dict) -> None:
@@ -215,7 +196,7 @@ def main(argv: list[str]) -> None:
     require_possible(training)
     identity = describe_run(training, model_args, data_args, quality_args)
     overwrite = quality_args.overwrite_output_dir
-    checkpoint = find_place_to_start(training, overwrite, identity, evaluates_anew=True)
+    checkpoint = find_place_to_start(training, overwrite, identity)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start
@@ -231,13 +212,14 @@ def main(argv: list[str]) -> None:
     sizes = {"image_size": height, "num_channels": image_format.num_channels}
     generator = Generator(**sizes, latent_size=model_args.latent_size, base_channels=model_args.base_channels)
     discriminator = Discriminator(**sizes, base_channels=model_args.base_channels)
-    if not training.do_train:
-        generator = load_generator(Path(training.output_dir, "generator"), sizes)
+    is_trained = checkpoint is not None and Path(checkpoint) == Path(training.output_dir)
+    if is_trained:
+        generator = Generator.from_pretrained(Path(checkpoint, "generator"))
     run = GanRun(generator, discriminator, pixels, training, None, quality_args.num_eval_images, identity)
     if evaluates and run.accelerator.is_main_process:
         run.quality = make_quality(rows, pixels, quality_args, run.accelerator.device)
 
-    if training.do_train:
+    if not is_trained:
 
         def clear() -> None:
             if run.accelerator.is_main_process:

@@ -200,15 +200,6 @@ class ImageTask(Task):
         loss = TokenCrossEntropy(self.training.label_smoothing_factor)
         return {"processing_class": self.image_format.processor, "compute_loss_func": loss}
 
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say the accuracy."""
-        if f"{stage}_accuracy" not in metrics:
-            return []
-        top5 = f", top-5 {metrics[f'{stage}_top5_accuracy']:.2%}" if f"{stage}_top5_accuracy" in metrics else ""
-        return [
-            f"{stage}: accuracy {metrics[f'{stage}_accuracy']:.2%}{top5} over {metrics[f'{stage}_num_images']:,} images"
-        ]
-
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run; a folder that is called by its role says nothing."""
         card = super().describe_for_card()

@@ -101,7 +101,6 @@ class MaskedTask(LanguageTask):
     examples = EXAMPLES
     metrics = ("loss", MaskedPerplexityMixin.perplexity_name, "accuracy", "num_tokens")
     card_task = "fill-mask"
-    perplexity_name = MaskedPerplexityMixin.perplexity_name
     longest_default_block = 512
     for_masking = True
 

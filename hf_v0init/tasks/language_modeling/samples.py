@@ -150,8 +150,7 @@ def require_strings(values: list, column: str) -> list[str]:
     """Return `values`; raise `InputError` if one is no text."""
     for value in values:
         if not isinstance(value, str):
-            kind = "empty" if value is None else f"a {type(value).__name__}"
-            raise InputError(f"column {column!r} is {kind} in some row; every row must hold text there")
+            raise InputError(f"column {column!r} holds {value!r} in some row; every row must hold text there")
     return values
 
 

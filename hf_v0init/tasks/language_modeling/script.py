@@ -39,7 +39,7 @@ from .samples import (
     tokenize_texts,
 )
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
-from .stream_training import ContiguousStreamsMixin, require_possible_streams
+from .stream_training import ContiguousStreamsMixin
 from .token_streams import SegmentCollator, TokenStreams
 
 DEFAULT_SEGMENT = 70  # tokens through which AWD-LSTM's paper back-propagates
@@ -100,7 +100,6 @@ class DataArguments(LanguageDataArguments):
         "awd_lstm: draw the segments' lengths anew in every epoch, around --block_size or, 5 in 100, half of it, and scale the "
         "learning rate of each step by its length (Merity et al., section 5). Depends on --seed alone.",
     )
-    keep_linebreaks: bool = flag(True, "Text files: keep the line break at the end of every line.")
     append_eos: bool = flag(False, "End every line or row with the tokenizer's end-of-text token.")
 
     def __post_init__(self) -> None:
@@ -126,7 +125,7 @@ class DataArguments(LanguageDataArguments):
         """Return the line break that reading a text file by lines took away, or nothing."""
         path = getattr(self, f"{role}_file") or self.train_file
         is_text = path is not None and get_format(path) not in TABLES
-        return "\n" if is_text and self.keep_linebreaks and self.prompt_column is None else ""
+        return "\n" if is_text and self.prompt_column is None else ""
 
 
 class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
@@ -141,7 +140,6 @@ class CausalTask(LanguageTask):
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
     card_task = "text-generation"
-    perplexity_name = "perplexity"
     longest_default_block = 1024
 
     def load_config(self) -> PreTrainedConfig:
@@ -168,9 +166,7 @@ class CausalTask(LanguageTask):
 
     def make_samples(self) -> dict[str, Any]:
         """Make blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
-        samples = tokenize_first_on_main(self, self.rows, self.make_samples_of)
-        require_possible_streams(self.training, samples.get("train"), [samples.get("validation"), samples.get("test")])
-        return samples
+        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
 
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role."""

@@ -68,7 +68,6 @@ class LanguageTask(Task):
     test_name = "test"
     longest_default_block: ClassVar[int]
     for_masking: ClassVar[bool] = False
-    perplexity_name: ClassVar[str]
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
@@ -115,16 +114,6 @@ class LanguageTask(Task):
                 "positions with --config_overrides"
             )
         return requested
-
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say perplexity and accuracy."""
-        name = self.perplexity_name
-        if f"{stage}_{name}" not in metrics:
-            return []
-        words = (
-            f"{name.replace('_', '-')} {metrics[f'{stage}_{name}']:.3f}, accuracy {metrics[f'{stage}_accuracy']:.4f}"
-        )
-        return [f"{stage}: {words} over {metrics[f'{stage}_num_tokens']:,} tokens"]
 
 
 def count_positions(network: PreTrainedModel) -> int | None:

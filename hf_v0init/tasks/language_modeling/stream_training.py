@@ -19,7 +19,6 @@ AWD-LSTM (Merity et al., section 5).
 
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -55,13 +54,12 @@ class _ScaleLearningRate(TrainerCallback):
 class ContiguousStreamsMixin:
     """Put before a Trainer of a model that takes and returns `state`: `TokenStreams` are read in order, with the state carried.
 
-    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`. The loss of training, and so of v0's
-    statistics, is the model's with its regularisers; that of evaluation is the model's without.
+    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`, and streams that are as many as a batch of all
+    processes has rows. The loss of training, and so of v0's statistics, is the model's with its regularisers; that of evaluation
+    is the model's without.
 
     Raises:
-        InputError: before any training, for settings under which batches would not be continuations of each other: another
-            batch size than the streams were cut for, `auto_find_batch_size`, DataParallel, split or dispatched batches; and for
-            label smoothing, which would replace the model's own loss.
+        InputError: before any training, for settings under which batches would not be continuations of each other.
     """
 
     _state: tuple | None = None
@@ -69,11 +67,12 @@ class ContiguousStreamsMixin:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._segment_lengths: list[int] = []  # of the micro-batches of the current step
-        is_several = isinstance(self.eval_dataset, dict)
-        evaluation = self.eval_dataset.values() if is_several else [self.eval_dataset]
-        require_possible_streams(self.args, self.train_dataset, evaluation)
-        if isinstance(self.train_dataset, TokenStreams) and self.train_dataset.varies:
-            self.add_callback(_ScaleLearningRate(self))
+        streams = [data for data in (self.train_dataset, self.eval_dataset) if isinstance(data, TokenStreams)]
+        if streams:
+            varies = streams[0].varies
+            _require_possible_streams(self.args, varies)
+            if varies:
+                self.add_callback(_ScaleLearningRate(self))
 
     # ---- the loss, from the state and to the state -------------------------------------------------------------------
 
@@ -139,16 +138,6 @@ class ContiguousStreamsMixin:
             return data_collator  # what it adds for this class is no input of the model
         return super()._get_collator_with_removed_columns(data_collator, description)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Return the loader of an evaluation; its streams must be those of the evaluation batch size."""
-        _require_matching_streams(self.args, self.eval_dataset if eval_dataset is None else eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """Return the loader of a test set; its streams must be those of the evaluation batch size."""
-        _require_matching_streams(self.args, test_dataset, "eval")
-        return super().get_test_dataloader(test_dataset)
-
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -178,39 +167,21 @@ class ContiguousStreamsMixin:
         return Path(os.path.join(folder, f"{STATE_FILE}{rank}.pt"))
 
 
-def require_possible_streams(args: TrainingArguments, train_dataset, eval_datasets: Iterable) -> None:
-    """Raise `InputError` for settings under which batches of `TokenStreams` would not be continuations of each other.
-
-    Nothing happens for other data sets. A Trainer with the mixin asks by itself; ask earlier to have the error earlier.
-    """
-    datasets = [train_dataset, *eval_datasets]
-    if not any(isinstance(dataset, TokenStreams) for dataset in datasets):
-        return
+def _require_possible_streams(args: TrainingArguments, varies: bool) -> None:
+    """Raise `InputError` for settings under which batches of `TokenStreams` would not be continuations of each other."""
     config = args.accelerator_config
-    varies = isinstance(train_dataset, TokenStreams) and train_dataset.varies
-    persistent = varies and args.dataloader_persistent_workers
     for is_set, name, remedy in (
         (args.auto_find_batch_size, "auto_find_batch_size", "set the batch size"),
-        (args.n_gpu > 1, f"DataParallel over {args.n_gpu} GPUs", "start one process a GPU with torchrun"),
+        (args.n_gpu > 1, f"DataParallel over {args.n_gpu} GPUs", "start one process per GPU with torchrun"),
         (config.split_batches, "split_batches", "leave it out"),
         (config.dispatch_batches, "dispatch_batches", "leave it out"),
         (not args.dataloader_in_order, "dataloader_in_order=False", "leave it out"),
-        (args.label_smoothing_factor, f"label_smoothing_factor={args.label_smoothing_factor}", "set it to 0"),
-        (persistent, "dataloader_persistent_workers with segments of varying length", "leave one of the two out"),
-        (varies and args.deepspeed_plugin, "DeepSpeed with segments of varying length", "leave one of the two out"),
+        (
+            varies and args.dataloader_persistent_workers,
+            "dataloader_persistent_workers",
+            "it needs segments of one length",
+        ),
+        (varies and args.deepspeed_plugin, "DeepSpeed", "it needs segments of one length"),
     ):
         if is_set:
             raise InputError(f"{name}: not with contiguous streams; {remedy}")
-    for dataset in datasets:
-        _require_matching_streams(args, dataset, "train" if dataset is train_dataset else "eval")
-
-
-def _require_matching_streams(args: TrainingArguments, dataset, role: str) -> None:
-    if not isinstance(dataset, TokenStreams):
-        return
-    rows = (args.train_batch_size if role == "train" else args.eval_batch_size) * args.world_size
-    if dataset.num_streams != rows:
-        raise InputError(
-            f"the {role} data is cut into {dataset.num_streams} streams, but a batch has {rows} rows over all processes "
-            f"(per_device_{role}_batch_size x processes); make them equal"
-        )
