@@ -27,7 +27,7 @@ logger = logging.getLogger("hf_v0init")
 RESULT_NAMES = {"eval": ("eval",), "predict": ("predict", "test")}  # of the files in which scripts keep them
 # What a run writes at its end, and a new training makes untrue.
 OF_THE_LAST_MODEL = (
-    "*_results.json", "generated_*", "filled_sample.txt", "v0_init.json", "README.md", "trainer_state.json",
+    "*_results.json", "generated_*", "v0_init.json", "README.md", "trainer_state.json",
 )  # fmt: skip
 IS_TRUE = ("true", "True", True)
 

@@ -282,40 +282,22 @@ def test_flags_from_a_yaml_file(flags, tmp_path):
 # --------------------------------------------------------------------------------------------------- bad input
 
 BAD_INPUT = {
-    "unknown flag": ({"v0_inti": "zeros"}, ["--v0_inti", "--v0_init"]),
-    "unknown strategy": ({"v0_init": "ones"}, ["v0_init", "ones", "zeros"]),
-    "negative scale": ({"v0_init": "random", "v0_scale": "-1"}, ["v0_scale", "-1"]),
-    "scale and warmup": (
-        {"v0_init": "data_driven", "v0_scale": "1", "v0_decay_steps": "5"},
-        ["v0_scale", "v0_decay_steps"],
-    ),
     "no task": ({"do_train": None}, ["--do_train", "--do_eval"]),
     "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),
     "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
-    "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
     "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
-    "unknown override": ({"config_overrides": "n_layers=3"}, ["no n_layers", "did you mean n_layer?"]),
-    "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
-    "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
-    "missing model": (
-        {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
-        ["no such file or folder"],
-    ),
-    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such file or folder"]),
     "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
     "vocabulary override": (
         {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},
         ["vocab_size=50", "280"],
     ),
     "no data": ({"train_file": None, "validation_file": None, "test_file": None}, ["--dataset_name", "--train_file"]),
-    "two sources": ({"dataset_name": "wikitext"}, ["--dataset_name", "--train_file"]),
     "unknown data set": (
         {"train_file": None, "validation_file": None, "test_file": None, "dataset_name": "./no_such_folder"},
         ["./no_such_folder"],
     ),
     "no training data": ({"train_file": None}, ["--train_file"]),
     "missing file": ({"train_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
-    "missing stream": ({"train_file": "nowhere.txt", "streaming": True}, ["nowhere.txt", "no such file"]),
     "not UTF-8": ({"train_file": "DATA/latin.txt"}, ["latin.txt", "UTF-8"]),
     "corrupt gzip": ({"train_file": "DATA/broken.txt.gz"}, ["broken.txt.gz", "gzip"]),
     "empty file": ({"train_file": "DATA/empty.txt"}, ["empty.txt", "empty"]),
@@ -347,17 +329,13 @@ BAD_INPUT = {
     ),
     "impatience": ({**EARLY, "early_stopping_patience": 0}, ["--early_stopping_patience=0", "1 or more"]),
     "threshold without patience": ({"early_stopping_threshold": 1}, ["--early_stopping_threshold=1", "patience"]),
-    "negative threshold": ({**EARLY, "early_stopping_threshold": "-1"}, ["--early_stopping_threshold=-1"]),
     "patience without evaluation": ({"early_stopping_patience": 2}, ["--early_stopping_patience=2", "--eval_strategy"]),
     "patience without the best model": (
         {**EARLY, "load_best_model_at_end": None},
         ["--early_stopping_patience=2", "--load_best_model_at_end"],
     ),
-    "split percentage": ({"validation_split_percentage": "120"}, ["120", "100"]),
     "block too long": ({"block_size": 17}, ["17", "16"]),
     "block too short": ({"block_size": 1}, ["--block_size=1", "2"]),
-    "no samples": ({"max_train_samples": 0}, ["--max_train_samples=0"]),
-    "stream of unknown length": ({"streaming": True, "max_steps": None}, ["--streaming", "--max_steps"]),
     "sample beyond the budget": (
         {
             "train_file": "DATA/train.jsonl",
@@ -370,8 +348,6 @@ BAD_INPUT = {
     "too few checkpoints": ({"average_checkpoints": 9}, ["average_checkpoints=9", "3"]),
     "average without saving": ({"average_checkpoints": 2, "save_strategy": "no"}, ["average_checkpoints=2", "save_strategy"]),
     "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
-    "missing checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "--resume_from_checkpoint"]),
-    "unknown tracker": ({"report_to": "wanbd"}, ["--report_to=wanbd", "wandb"]),
     "tracker not installed": ({"report_to": "neptune"}, ["--report_to=neptune", "pip install neptune"]),
     "Hub out of reach": ({"push_to_hub": True}, ["--push_to_hub", "hf auth login"]),
     "best model": ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),

@@ -129,10 +129,6 @@ BAD_INPUT = {
     ),
     "prompts": ({"prompt_column": "q", "completion_column": "a"}, ["--prompt_column=q", "awd_lstm", "leave it out"]),
     "token budget": ({"max_tokens_per_batch": 64}, ["--max_tokens_per_batch=64", "awd_lstm", "leave it out"]),
-    "no probability": ({"config_overrides": "weight_drop=1.5"}, ["weight_drop=1.5", "less than 1"]),
-    "unknown override": ({"config_overrides": "wdrop=0.5"}, ["wdrop"]),
-    "epochs in disorder": ({"lr_decay_epochs": "0"}, ["--lr_decay_epochs", "increasing order"]),
-    "decay factor": ({"lr_decay_epochs": "2", "lr_decay_factor": "1.5"}, ["--lr_decay_factor=1.5"]),
     "batch size finder": ({"auto_find_batch_size": True}, ["auto_find_batch_size"]),
 }
 

@@ -261,15 +261,8 @@ def mix(folder: Path, pixels: np.ndarray) -> dict:
 
 
 BAD_INPUT = {
-    "nothing to do": ({"do_train": False}, ["nothing to do"]),
-    "no data": ({"-train_dir": 0, "-validation_dir": 0, "-test_dir": 0}, ["no data", "--train_dir"]),
     "no training data": ({"-train_dir": 0}, ["no train data", "--train_dir"]),
     "no validation data": ({"-validation_dir": 0, "do_eval": True}, ["no validation data", "--validation_split_percentage"]),
-    "two sources of data": ({"dataset_name": "cifar10"}, ["--dataset_name", "not both"]),
-    "data set that is not there": (
-        {"-train_dir": 0, "-validation_dir": 0, "-test_dir": 0, "dataset_name": "nobody/nothing"},
-        ["--dataset_name=nobody/nothing", "check name and network"],
-    ),
     "no folder": ({"train_dir": "/no/such"}, ["--train_dir=/no/such", "no such folder"]),
     "broken image": (break_image, ["bee/03.png", "cannot be read"]),
     "one class": (lambda folder: {"train_dir": write_image_folder(folder / "one", 9, classes=("ant",))}, ["one class only"]),
@@ -279,16 +272,10 @@ BAD_INPUT = {
     ),
     "other sizes": (lambda folder: mix(folder, np.zeros((9, 8), np.uint8)), ["zz.png is 8x9", "--image_size"]),
     "other modes": (lambda folder: mix(folder, np.zeros((8, 8, 3), np.uint8)), ["zz.png is RGB", "--image_mode"]),
-    "no model": ({"-config_name": 0}, ["no model", "--model_name_or_path"]),
-    "two models": ({"model_type": "resnet"}, ["not both"]),
-    "no classifier": ({"-config_name": 0, "model_type": "gpt2"}, ["--model_type=gpt2", "no image classifier"]),
-    "no configuration": ({"config_name": "/no/such.json"}, ["/no/such.json", "no such file"]),
-    "bad override": ({"config_overrides": "embeding_size=3"}, ["--config_overrides", "embeding_size"]),
     "falling epochs": ({"lr_decay_epochs": [3, 2]}, ["--lr_decay_epochs", "increasing"]),
     "no factor": ({"lr_decay_epochs": [3], "lr_decay_factor": 1.5}, ["--lr_decay_factor=1.5"]),
     "whole validation": ({"-validation_dir": 0, "validation_split_percentage": 100}, ["--validation_split_percentage=100"]),
     "nothing left of an image": ({"crop_fraction": 0}, ["--crop_fraction=0", "above 0"]),
-    "a count of zero": ({"max_train_samples": 0}, ["--max_train_samples=0"]),
 }  # fmt: skip
 
 

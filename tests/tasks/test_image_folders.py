@@ -332,5 +332,3 @@ def test_digits_are_written_whole_and_by_seed(tmp_path):
     assert read_pixels(load_image_folder(tmp_path / "b" / "test", role="test"), 0).shape == (16, 16)
     with pytest.raises(InputError, match="not an empty folder"):
         write_digits_folder(tmp_path / "a")
-    with pytest.raises(InputError, match="size=7"):
-        write_digits_folder(tmp_path / "d", size=7)

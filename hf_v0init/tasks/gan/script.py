@@ -167,7 +167,7 @@ def make_quality(rows: datasets.Dataset, pixels: torch.Tensor, quality: QualityA
     if quality.feature_extractor == "inception":
         extractor = InceptionFeatures(quality.inception_weights).to(device)
     else:
-        labels = torch.tensor(rows["label"] if "label" in rows.features else [0] * len(rows))
+        labels = torch.tensor(rows["label"][:] if "label" in rows.features else [0] * len(rows))
         extractor = train_classifier(pixels, labels, device)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)

@@ -332,11 +332,9 @@ class GanRun:
         if self.accelerator.is_main_process:
             start, generator = time.perf_counter(), self.networks["generator"]
             was_training = generator.training
-            try:
-                with torch.random.fork_rng(), torch.no_grad():
-                    metrics = self._measure(generator.eval())
-            finally:
-                generator.train(was_training)
+            with torch.random.fork_rng(), torch.no_grad():
+                metrics = self._measure(generator.eval())
+            generator.train(was_training)
             metrics["eval_runtime"] = time.perf_counter() - start
         self.accelerator.wait_for_everyone()
         self._measured = (self.state.global_step, metrics)

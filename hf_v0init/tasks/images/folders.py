@@ -79,10 +79,16 @@ def select_images(
     if len(rows) == 0:
         raise InputError(f"the {role} data has no rows; give a split with at least one image per class")
     rows = rows.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
-    if "label" in rows.features and not isinstance(rows.features["label"], datasets.ClassLabel):
-        rows = rows.class_encode_column("label")
-    if min(rows["label"] if "label" in rows.features else [0]) < 0:
-        raise InputError(f"the {role} data has images without a label (-1); give a split whose labels are published")
+    if "label" in rows.features:
+        values = np.array(rows["label"][:])
+        if not isinstance(rows.features["label"], datasets.ClassLabel):
+            names, numbers = np.unique(values, return_inverse=True)
+            feature = datasets.ClassLabel(names=[str(name) for name in names])
+            rows = rows.remove_columns("label").add_column("label", numbers, feature=feature)
+        elif values.min() < 0:
+            raise InputError(
+                f"the {role} data has images without a label (-1); give a split whose labels are published"
+            )
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -124,4 +130,4 @@ def number_labels(rows: datasets.Dataset, class_names: list[str], role: str) -> 
             f"class {unknown[0]!r} of the {role} data is none that the model knows ({', '.join(class_names[:5])}, ...); give data of "
             "the same classes as in training"
         )
-    return np.array([class_names.index(name) for name in names], dtype=np.int64)[rows["label"]]
+    return np.array([class_names.index(name) for name in names], dtype=np.int64)[rows["label"][:]]
