@@ -308,7 +308,6 @@ BAD_INPUT = {
         ["query", "question, answer"],
     ),
     "half a pair": ({"prompt_column": "question"}, ["--prompt_column", "--completion_column"]),
-    "prefix without prompts": ({"prompt_prefix": "Q:"}, ["--prompt_prefix", "Q:"]),
     "numbers for text": ({"train_file": "DATA/numbers.jsonl"}, ["value", "text"]),
     "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
     "no validation": (

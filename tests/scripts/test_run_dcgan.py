@@ -379,7 +379,6 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"gradient_accumulation_steps": 4}, ["--gradient_accumulation_steps=4", "no effect"]),
         ({"fp16": True}, ["--fp16=True", "no effect"]),
         ({"image_size": 30}, ["image_size=30"]),
-        ({"inception_weights": "w.pth"}, ["--feature_extractor inception"]),
         ({"do_train": False}, ["nothing to do"]),
     ],
     ids=str,

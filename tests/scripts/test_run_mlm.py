@@ -209,8 +209,6 @@ def test_positions_that_begin_behind_the_padding_are_counted(flags, tmp_path, mo
 
 BAD_INPUT = {
     "nothing to guess": ({"mlm_probability": "0"}, ["--mlm_probability=0", "0.15"]),
-    "negative share": ({"random_replace_prob": "-0.1"}, ["--random_replace_prob=-0.1"]),
-    "shares above 1": ({"mask_replace_prob": "0.95"}, ["--mask_replace_prob=0.95", "--random_replace_prob=0.1"]),
     "causal model": ({"model_type": "gpt2", "config_overrides": None}, ["gpt2", "masked", "run_clm"]),
     "encoder-decoder": ({"model_type": "bart", "config_overrides": None}, ["bart", "masked", "bert"]),
     "causal tokenizer": ({"tokenizer_name": "CAUSAL"}, ["mask token", "--tokenizer_name"]),

@@ -102,7 +102,8 @@ class QualityArguments:
         choices=["inception", "classifier"],
     )
     inception_weights: str | None = flag(
-        None, "torch-fidelity's file of Inception weights. Default: its cache, filled from the network if need be."
+        None,
+        "With inception: torch-fidelity's file of its weights. Default: its cache, filled from the network if need be.",
     )
     num_eval_images: int = flag(
         10_000, "Images generated for a measurement, and training images they are measured against."
@@ -110,12 +111,6 @@ class QualityArguments:
     overwrite_output_dir: bool = flag(
         False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
     )
-
-    def __post_init__(self):
-        if self.inception_weights is not None and self.feature_extractor != "inception":
-            raise InputError(
-                f"--inception_weights={self.inception_weights}: is for --feature_extractor inception; drop one of the two"
-            )
 
 
 @dataclass

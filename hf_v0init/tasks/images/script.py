@@ -65,9 +65,6 @@ class ModelArguments(AnyModelArguments):
         "From scratch: a transformers model type with its default configuration, such as resnet or vit, or cifar_resnet (a "
         "ResNet with a 3x3 stem of stride 1 and no pooling, for small images).",
     )
-    config_overrides: str | None = flag(
-        None, "From scratch: changes to the configuration, for example layer_type=basic,embedding_size=16."
-    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
@@ -73,20 +73,9 @@ class DataArguments(LanguageDataArguments):
         "tokenizer's separator, and cut them into blocks.",
     )
     mlm_probability: float = flag(0.15, "Share of the tokens that are to be guessed.")
-    mask_replace_prob: float = flag(0.8, "Share of those that become the mask token.")
-    random_replace_prob: float = flag(0.1, "Share of those that become a random token; the rest stays as it is.")
     whole_word_mask: bool = flag(
         False, "Choose words instead of tokens, and mask all of a word's tokens. Words are the tokenizer's."
     )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
-            raise InputError(
-                f"--mask_replace_prob={self.mask_replace_prob} and --random_replace_prob={self.random_replace_prob}: together "
-                "they must be at most 1"
-            )
 
 
 class MaskedTrainer(ScriptTrainerMixin, MaskedPerplexityMixin, TokenBudgetMixin, V0InitTrainer):
@@ -104,24 +93,16 @@ class MaskedTask(LanguageTask):
     longest_default_block = 512
     for_masking = True
 
-    def make_samples(self) -> dict[str, Any]:
-        """Make blocks or lines with their masks, and refuse tokenizers and sizes with which that cannot be."""
-        data, tokenizer = self.data, self.tokenizer
-        if data.whole_word_mask:
-            require_words(tokenizer)
-        self.masking = Masking.for_tokenizer(
-            tokenizer,
-            probability=data.mlm_probability,
-            mask_share=data.mask_replace_prob,
-            random_share=data.random_replace_prob,
-            whole_words=data.whole_word_mask,
-        )
-        self.frame = Frame.of_tokenizer(tokenizer)
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load what blocks or lines with masks are made of, and refuse tokenizers and sizes with which they cannot be."""
+        self.load(config, place)
+        if self.data.whole_word_mask:
+            require_words(self.tokenizer)
+        options = {"probability": self.data.mlm_probability, "whole_words": self.data.whole_word_mask}
+        self.masking, self.frame = Masking.for_tokenizer(self.tokenizer, **options), Frame.of_tokenizer(self.tokenizer)
         if self.block_size <= len(self.frame):
-            raise InputError(
-                f"--block_size={self.block_size}: must be {len(self.frame) + 1} or more, for {len(self.frame)} tokens frame each "
-                "sample"
-            )
+            least = len(self.frame) + 1
+            raise InputError(f"--block_size={self.block_size}: must be {least} or more, for its special tokens and one")
         return tokenize_first_on_main(self, self.rows, self.make_samples_of)
 
     def make_samples_of(self, rows, role: str):

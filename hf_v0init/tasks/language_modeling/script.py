@@ -13,7 +13,7 @@ row with the loss on the completion. Losses and perplexities are exact: each tok
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..data import limit_rows
-from ..run import RunArguments, run, tokenize_first_on_main
+from ..run import RunArguments, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..text_files import TABLES, get_format
@@ -73,9 +73,6 @@ class ModelArguments(LanguageModelArguments):
         "From scratch: a transformers model type, such as gpt2, with its default configuration; or awd_lstm, an LSTM that reads "
         "contiguous streams and keeps its state from batch to batch.",
     )
-    config_overrides: str | None = flag(
-        None, "From scratch: changes to the configuration, for example n_embd=256,n_layer=4."
-    )
 
 
 @dataclass
@@ -107,12 +104,6 @@ class DataArguments(LanguageDataArguments):
         super().__post_init__()
         if (self.prompt_column is None) != (self.completion_column is None):
             raise InputError("--prompt_column and --completion_column: give both or neither")
-        if self.prompt_column is None and self.prompt_prefix:
-            raise InputError(f"--prompt_prefix={self.prompt_prefix!r}: needs --prompt_column and --completion_column")
-        if self.prompt_column is not None and (self.text_column or self.append_eos):
-            raise InputError(
-                "--text_column and --append_eos: are for running text; drop them, or --prompt_column and --completion_column"
-            )
         smallest = 2 if self.prompt_column is None else 3
         if self.block_size is not None and self.block_size < smallest:
             raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
@@ -163,10 +154,6 @@ class CausalTask(LanguageTask):
                 raise InputError(f"--{name}={value}: not with an awd_lstm, for {why}; leave it out")
         self.longest_default_block = DEFAULT_SEGMENT
         return config
-
-    def make_samples(self) -> dict[str, Any]:
-        """Make blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
-        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
 
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role."""

@@ -14,7 +14,7 @@ from hf_v0init import InputError
 
 from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
 from ..models import TextModelArguments
-from ..run import Task
+from ..run import Task, tokenize_first_on_main
 from ..script_support import flag
 from ..text_files import load_local_files, open_stream
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
@@ -70,16 +70,20 @@ class LanguageTask(Task):
     for_masking: ClassVar[bool] = False
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load rows, tokenizer and model, and make the samples of each role."""
+        self.load(config, place)
+        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
+
+    def load(self, config: PreTrainedConfig, place: str | None) -> None:
         """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
         self.rows = load_rows(self.data, self.model, self.training)
         texts = iterate_texts(self.rows["train"], self.data) if "train" in self.rows else None
         self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
         self.network = self.model.build_for(config, self.tokenizer)
         self.block_size = self.choose_block_size()
-        return self.make_samples()
 
-    def make_samples(self) -> dict[str, Any]:
-        """Make the samples of each role."""
+    def make_samples_of(self, rows, role: str):
+        """Make the samples of one role: what the Trainer indexes or iterates."""
         raise NotImplementedError
 
     def make_collator(self) -> Any:
