@@ -129,7 +129,6 @@ BAD_INPUT = {
     ),
     "prompts": ({"prompt_column": "q", "completion_column": "a"}, ["--prompt_column=q", "awd_lstm", "leave it out"]),
     "token budget": ({"max_tokens_per_batch": 64}, ["--max_tokens_per_batch=64", "awd_lstm", "leave it out"]),
-    "batch size finder": ({"auto_find_batch_size": True}, ["auto_find_batch_size"]),
 }
 
 
