@@ -152,8 +152,9 @@ class ContiguousStreamsMixin:
         path = self._name_state_file(checkpoint)
         num_rows = 0  # also of a checkpoint of another number of processes, which has other files
         if path.is_file():
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._state, num_rows = state, len(state[0][0])
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._state = tuple(tuple(part.to(self.args.device) for part in layer) for layer in state)
+            num_rows = len(state[0][0])
         elif not any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
             return  # saved without optimizer and random states; `compute_loss` says what follows
         if num_rows != self.args.train_batch_size:
