@@ -19,7 +19,7 @@ STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": 
 FILES = {
     "model.safetensors": "model", "README.md": "card", "all_results.json": "results", "v0_init.json": "v0",
     "generated_predictions.txt": "translations", "generated_nbest.jsonl": "best translations",
-    "generated_completions.jsonl": "completions", "generated_sample.txt": "sample",
+    "generated_completions.jsonl": "completions",
 }  # fmt: skip
 LOG_WIDTH = 120
 

@@ -63,7 +63,6 @@ RANGES = (
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, "0.9", ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
     ("above 0 and less than 1", lambda x: 0 < x < 1, "0.15", ("mlm_probability", "lr_decay_factor")),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "0.875", ("crop_fraction",)),
-    ("at least 0 and at most 1", lambda x: 0 <= x <= 1, "0.1", ("mask_replace_prob", "random_replace_prob")),
     ("above 0 and less than 100", lambda x: 0 < x < 100, "5", ("validation_split_percentage",)),
     (f"a whole number from 0 to {LARGEST_SEED}", lambda x: 0 <= x <= LARGEST_SEED, "42", ("seed", "data_seed")),
 )  # fmt: skip

@@ -96,11 +96,11 @@ def compute_perplexity_slowly(folder: Path, lines: list[str], block_size: int) -
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, data, tmp_path, capsys):
+def test_a_run_from_scratch_trains_evaluates_averages_and_tests(flags, data, tmp_path, capsys):
     out = tmp_path / "out"
     changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
-    run_clm.main(flags(**changes, sample_prompt="the cat", max_new_tokens=5))
+    run_clm.main(flags(**changes))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):
         assert (out / name).is_file(), name
 
@@ -127,8 +127,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_samples(flags, d
         and "hf_v0init" in card
         and "data_driven" in card
     )
-    assert (out / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
-    assert "eval: perplexity" in capsys.readouterr().out
+    assert f"perplexity {results['eval_perplexity']:.3f}" in capsys.readouterr().out
 
 
 def test_stop_and_resume_gives_the_weights_of_the_straight_run(flags, tmp_path):
@@ -283,40 +282,22 @@ def test_flags_from_a_yaml_file(flags, tmp_path):
 # --------------------------------------------------------------------------------------------------- bad input
 
 BAD_INPUT = {
-    "unknown flag": ({"v0_inti": "zeros"}, ["--v0_inti", "--v0_init"]),
-    "unknown strategy": ({"v0_init": "ones"}, ["v0_init", "ones", "zeros"]),
-    "negative scale": ({"v0_init": "random", "v0_scale": "-1"}, ["v0_scale", "-1"]),
-    "scale and warmup": (
-        {"v0_init": "data_driven", "v0_scale": "1", "v0_decay_steps": "5"},
-        ["v0_scale", "v0_decay_steps"],
-    ),
     "no task": ({"do_train": None}, ["--do_train", "--do_eval"]),
     "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),
     "two models": ({"model_name_or_path": "gpt2"}, ["--model_name_or_path", "--model_type"]),
-    "unknown model type": ({"model_type": "gtp2"}, ["gtp2", "gpt2"]),
     "not causal": ({"model_type": "t5", "config_overrides": None}, ["t5", "causal"]),
-    "unknown override": ({"config_overrides": "n_layers=3"}, ["no n_layers", "did you mean n_layer?"]),
-    "override without value": ({"config_overrides": "n_layer"}, ["--config_overrides=n_layer"]),
-    "heads do not divide": ({"config_overrides": "n_embd=15,n_head=2,n_positions=16"}, ["15"]),
-    "missing model": (
-        {"model_type": None, "config_overrides": None, "model_name_or_path": "./nowhere"},
-        ["no such file or folder"],
-    ),
-    "missing tokenizer": ({"tokenizer_name": "./nowhere"}, ["no such file or folder"]),
     "small vocabulary": ({"vocab_size": 100}, ["100", "260", "--vocab_size"]),
     "vocabulary override": (
         {"config_overrides": "vocab_size=50,n_positions=16,n_embd=16,n_head=2"},
         ["vocab_size=50", "280"],
     ),
     "no data": ({"train_file": None, "validation_file": None, "test_file": None}, ["--dataset_name", "--train_file"]),
-    "two sources": ({"dataset_name": "wikitext"}, ["--dataset_name", "--train_file"]),
     "unknown data set": (
         {"train_file": None, "validation_file": None, "test_file": None, "dataset_name": "./no_such_folder"},
         ["./no_such_folder"],
     ),
     "no training data": ({"train_file": None}, ["--train_file"]),
     "missing file": ({"train_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
-    "missing stream": ({"train_file": "nowhere.txt", "streaming": True}, ["nowhere.txt", "no such file"]),
     "not UTF-8": ({"train_file": "DATA/latin.txt"}, ["latin.txt", "UTF-8"]),
     "corrupt gzip": ({"train_file": "DATA/broken.txt.gz"}, ["broken.txt.gz", "gzip"]),
     "empty file": ({"train_file": "DATA/empty.txt"}, ["empty.txt", "empty"]),
@@ -327,7 +308,6 @@ BAD_INPUT = {
         ["query", "question, answer"],
     ),
     "half a pair": ({"prompt_column": "question"}, ["--prompt_column", "--completion_column"]),
-    "prefix without prompts": ({"prompt_prefix": "Q:"}, ["--prompt_prefix", "Q:"]),
     "numbers for text": ({"train_file": "DATA/numbers.jsonl"}, ["value", "text"]),
     "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
     "no validation": (
@@ -336,7 +316,7 @@ BAD_INPUT = {
     ),
     "empty validation split": (
         {"validation_file": None, "do_eval": True, "validation_split_percentage": "0.1"},
-        ["0.1", "60 rows"],
+        ["60 training rows", "0 cannot"],
     ),
     "rows of a short stream": (
         {"validation_file": None, "do_eval": True, "streaming": True, "validation_split_rows": 60},
@@ -344,30 +324,17 @@ BAD_INPUT = {
     ),
     "more rows than there are": (
         {"validation_file": None, "do_eval": True, "validation_split_rows": 60},
-        ["--validation_split_rows=60", "60 rows", "0 for training"],
-    ),
-    "rows beside validation data": (
-        {"do_eval": True, "validation_split_rows": 6},
-        ["--validation_split_rows=6", "there is validation data"],
-    ),
-    "rows without evaluation": (
-        {"validation_file": None, "validation_split_rows": 6},
-        ["--validation_split_rows=6", "--do_eval"],
+        ["60 training rows", "60 cannot"],
     ),
     "impatience": ({**EARLY, "early_stopping_patience": 0}, ["--early_stopping_patience=0", "1 or more"]),
     "threshold without patience": ({"early_stopping_threshold": 1}, ["--early_stopping_threshold=1", "patience"]),
-    "negative threshold": ({**EARLY, "early_stopping_threshold": "-1"}, ["--early_stopping_threshold=-1"]),
     "patience without evaluation": ({"early_stopping_patience": 2}, ["--early_stopping_patience=2", "--eval_strategy"]),
     "patience without the best model": (
         {**EARLY, "load_best_model_at_end": None},
         ["--early_stopping_patience=2", "--load_best_model_at_end"],
     ),
-    "split percentage": ({"validation_split_percentage": "120"}, ["120", "100"]),
     "block too long": ({"block_size": 17}, ["17", "16"]),
     "block too short": ({"block_size": 1}, ["--block_size=1", "2"]),
-    "no samples": ({"max_train_samples": 0}, ["--max_train_samples=0"]),
-    "stream of unknown length": ({"streaming": True, "max_steps": None}, ["--streaming", "--max_steps"]),
-    "token budget of blocks": ({"max_tokens_per_batch": 64}, ["--max_tokens_per_batch=64", "--prompt_column"]),
     "sample beyond the budget": (
         {
             "train_file": "DATA/train.jsonl",
@@ -380,8 +347,6 @@ BAD_INPUT = {
     "too few checkpoints": ({"average_checkpoints": 9}, ["average_checkpoints=9", "3"]),
     "average without saving": ({"average_checkpoints": 2, "save_strategy": "no"}, ["average_checkpoints=2", "save_strategy"]),
     "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
-    "missing checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "--resume_from_checkpoint"]),
-    "unknown tracker": ({"report_to": "wanbd"}, ["--report_to=wanbd", "wandb"]),
     "tracker not installed": ({"report_to": "neptune"}, ["--report_to=neptune", "pip install neptune"]),
     "Hub out of reach": ({"push_to_hub": True}, ["--push_to_hub", "hf auth login"]),
     "best model": ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
@@ -433,11 +398,9 @@ def test_exit_status_and_stderr_of_the_real_command(flags, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one(flags, tmp_path):
     options = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
-    options |= {"sample_prompt": "the cat", "max_new_tokens": 3}
     result = start(*TORCHRUN, SCRIPT, *flags(**options, per_device_eval_batch_size=4, average_checkpoints=2))
     assert result.returncode == 0, result.stderr
     both = read_results(tmp_path / "out")
-    assert (tmp_path / "out" / "generated_sample.txt").read_text(encoding="utf-8").startswith("the cat")
     pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "out"}
     run_clm.main(flags(**pretrained, do_train=None, do_eval=True, do_predict=True, output_dir=tmp_path / "one"))
     one = read_results(tmp_path / "one")

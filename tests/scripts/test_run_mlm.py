@@ -80,11 +80,11 @@ def read_lines(path: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_from_scratch_trains_evaluates_averages_tests_and_guesses(flags, data, tmp_path, capsys):  # noqa: F811
+def test_a_run_from_scratch_trains_evaluates_averages_and_tests(flags, data, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     changes = {"do_eval": True, "do_predict": True, "v0_init": "data_driven"}
     changes |= {"max_steps": 30, "save_steps": 10, "average_checkpoints": 2}
-    run_mlm.main(flags(**changes, sample_text="the <mask> sees a <mask>"))
+    run_mlm.main(flags(**changes))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "v0_init.json", "trainer_state.json"):
         assert (out / name).is_file(), name
 
@@ -104,9 +104,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_guesses(flags, d
 
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "fill-mask" in card and "arxiv:2412.02153" in card and "data_driven" in card
-    guesses = (out / "filled_sample.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.split(":")[0] for line in guesses] == [f"mask {n} of 'the <mask> sees a <mask>'" for n in (1, 2)]
-    assert "eval: pseudo-perplexity" in capsys.readouterr().out
+    assert f"pseudo perplexity {results['eval_pseudo_perplexity']:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["blocks", "lines", "token_budget"])
@@ -210,12 +208,7 @@ def test_positions_that_begin_behind_the_padding_are_counted(flags, tmp_path, mo
 # --------------------------------------------------------------------------------------------------- bad input
 
 BAD_INPUT = {
-    "unknown flag": ({"mlm_probabilty": "0.1"}, ["--mlm_probabilty", "--mlm_probability"]),
     "nothing to guess": ({"mlm_probability": "0"}, ["--mlm_probability=0", "0.15"]),
-    "everything to guess": ({"mlm_probability": "15"}, ["--mlm_probability=15", "0.15"]),
-    "negative share": ({"random_replace_prob": "-0.1"}, ["--random_replace_prob=-0.1"]),
-    "shares above 1": ({"mask_replace_prob": "0.95"}, ["--mask_replace_prob=0.95", "--random_replace_prob=0.1"]),
-    "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),
     "causal model": ({"model_type": "gpt2", "config_overrides": None}, ["gpt2", "masked", "run_clm"]),
     "encoder-decoder": ({"model_type": "bart", "config_overrides": None}, ["bart", "masked", "bert"]),
     "causal tokenizer": ({"tokenizer_name": "CAUSAL"}, ["mask token", "--tokenizer_name"]),
@@ -224,19 +217,11 @@ BAD_INPUT = {
         ["gpt2", "masked", "run_clm"],
     ),
     "block without room": ({"block_size": 2}, ["--block_size=2", "3"]),
-    "block too long": ({"block_size": 17}, ["17", "16"]),
-    "token budget of blocks": ({"max_tokens_per_batch": 64}, ["--max_tokens_per_batch=64", "--line_by_line"]),
-    "sample beyond the budget": ({"max_tokens_per_batch": 5, "line_by_line": True}, ["max_tokens_per_batch=5"]),
     "budget of a stream": (
         {"max_tokens_per_batch": 64, "line_by_line": True, "streaming": True},
         ["--max_tokens_per_batch=64", "--streaming"],
     ),
-    "sample without a mask": ({"sample_text": "the cat"}, ["'the cat'", "<mask>"]),
-    "missing file": ({"train_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
     "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
-    "stream of unknown length": ({"streaming": True, "max_steps": None}, ["--streaming", "--max_steps"]),
-    "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
-    "too few checkpoints": ({"average_checkpoints": 9}, ["average_checkpoints=9", "3"]),
 }
 
 
@@ -282,7 +267,7 @@ def test_two_processes_train_and_evaluate_like_one(flags, tmp_path):
     options |= {"optim": "sgd", "learning_rate": "0.5"}
     one, two = tmp_path / "one", tmp_path / "two"
     run_mlm.main(flags(**options, per_device_train_batch_size=12, output_dir=one))
-    options |= {"per_device_eval_batch_size": 4, "sample_text": "the <mask>"}
+    options |= {"per_device_eval_batch_size": 4}
     result = start(*TORCHRUN, SCRIPT, *flags(**options, per_device_train_batch_size=6, output_dir=two))
     assert result.returncode == 0, result.stderr
     state = json.loads((two / "trainer_state.json").read_text())

@@ -27,7 +27,7 @@ def continue_greedily(network, prompt, num_tokens) -> list[int]:
 def test_greedy_completions_are_the_most_likely_tokens_whatever_the_length_of_the_prompts():
     network, tokenizer = make_gpt2(), make_tokenizer()
     prompts = [[3, 4, 5], [7], [9] * 8]
-    texts = generate_completions(network, tokenizer, prompts, 4, Accelerator(cpu=True), do_sample=False)
+    texts = generate_completions(network, tokenizer, prompts, 4, Accelerator(cpu=True))
     for prompt, text in zip(prompts, texts, strict=True):
         expected = [token for token in continue_greedily(network.eval(), prompt, 4) if token != 0]
         assert text.split() == [f"w{token}" for token in expected]
@@ -36,8 +36,7 @@ def test_greedy_completions_are_the_most_likely_tokens_whatever_the_length_of_th
 def test_a_prompt_without_room_loses_its_beginning():
     network, tokenizer = make_gpt2(), make_tokenizer()  # 16 positions
     long = [(7 * i) % 39 + 1 for i in range(30)]
-    options = {"do_sample": False}
     accelerator = Accelerator(cpu=True)
-    texts = generate_completions(network, tokenizer, [long, long[-12:]], 4, accelerator, **options)
+    texts = generate_completions(network, tokenizer, [long, long[-12:]], 4, accelerator)
     assert texts[0] == texts[1]
-    assert len(generate_completions(network, tokenizer, [long], 99, accelerator, **options)[0].split()) <= 15
+    assert len(generate_completions(network, tokenizer, [long], 99, accelerator)[0].split()) <= 15

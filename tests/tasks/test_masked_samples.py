@@ -10,7 +10,7 @@ from hf_v0init.errors import InputError
 from hf_v0init.tasks.language_modeling.masked_samples import (
     Frame,
     FramedTexts,
-    StreamedTexts,
+    cut_framed_texts,
     require_words,
 )
 from hf_v0init.tasks.language_modeling.samples import find_word_starts, tokenize_texts
@@ -60,22 +60,22 @@ def test_blocks_hold_every_token_once_in_order(tokenize, words, length):
     stream = [
         token for text in TEXTS if text.strip() for token in words(text, add_special_tokens=False)["input_ids"] + [2]
     ]
-    blocks = FramedTexts.cut_blocks(rows, length, FRAME)
+    blocks = FramedTexts(rows, length, FRAME, False)
     samples = [sample["input_ids"].tolist() for sample in list_samples(blocks)]
     assert [token for sample in samples for token in sample[1:-1]] == stream
     assert all(sample[0] == 1 and sample[-1] == 2 for sample in samples)
     assert all(len(sample) == length for sample in samples[:-1]) and len(samples[-1]) > 2
     assert blocks.compute_lengths() == [len(sample) for sample in samples]
-    assert len(FramedTexts.cut_blocks(rows, length, FRAME, max_samples=1)) == 1
+    assert len(FramedTexts(rows, length, FRAME, False, max_samples=1)) == 1
 
 
 @pytest.mark.parametrize("length", [4, 7, 50])
 def test_lines_are_samples_cut_at_the_length_and_empty_ones_left_out(tokenize, words, length):
-    lines = FramedTexts.take_lines(tokenize(words), length, FRAME)
+    lines = FramedTexts(tokenize(words), length, FRAME, True)
     expected = [[*words(text)["input_ids"][:-1][: length - 1], 2] for text in TEXTS if text.strip()]
     assert [sample["input_ids"].tolist() for sample in list_samples(lines)] == expected
     assert lines.compute_lengths() == [len(ids) for ids in expected]
-    assert len(FramedTexts.take_lines(tokenize(words), length, FRAME, max_samples=2)) == 2
+    assert len(FramedTexts(tokenize(words), length, FRAME, True, max_samples=2)) == 2
 
 
 def count_words_by_spelling(tokenizer, ids) -> list[int]:
@@ -91,9 +91,8 @@ def count_words_by_spelling(tokenizer, ids) -> list[int]:
 @pytest.mark.parametrize("length", [4, 6, 11, 60])
 def test_words_begin_where_pieces_say(tokenize, pieces, line_by_line, length):
     rows = tokenize(pieces, separator=[] if line_by_line else [3], mark_words=True)
-    cut = FramedTexts.take_lines if line_by_line else FramedTexts.cut_blocks
     num_continued = 0
-    for sample in list_samples(cut(rows, length, Frame.of_tokenizer(pieces))):
+    for sample in list_samples(FramedTexts(rows, length, Frame.of_tokenizer(pieces), line_by_line)):
         assert sample["word_starts"].dtype == bool and len(sample["word_starts"]) == len(sample["input_ids"])
         starts = sample["word_starts"].tolist()
         expected = count_words_by_spelling(pieces, sample["input_ids"])
@@ -110,18 +109,16 @@ def test_words_begin_where_pieces_say(tokenize, pieces, line_by_line, length):
 @pytest.mark.parametrize("length", [3, 5, 8, 60])
 def test_a_stream_gives_the_same_samples(tokenize, pieces, line_by_line, mark_words, length):
     frame, separator = Frame.of_tokenizer(pieces), [] if line_by_line else [3]
-    cut = FramedTexts.take_lines if line_by_line else FramedTexts.cut_blocks
-    expected = list_samples(cut(tokenize(pieces, separator=separator, mark_words=mark_words), length, frame))
+    indexed = tokenize(pieces, separator=separator, mark_words=mark_words)
+    expected = list_samples(FramedTexts(indexed, length, frame, line_by_line))
     texts = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
     rows = tokenize_texts(texts, pieces, "text", separator=separator, mark_words=mark_words)
-    stream = StreamedTexts(rows, length, frame, line_by_line)
-    for _ in range(2):
-        samples = list(stream)
-        assert len(samples) == len(expected)
-        for sample, other in zip(samples, expected, strict=True):
-            assert sample.keys() == other.keys()
-            for name, values in other.items():
-                np.testing.assert_array_equal(sample[name], values)
+    samples = list(cut_framed_texts(rows, length, frame, line_by_line))
+    assert len(samples) == len(expected)
+    for sample, other in zip(samples, expected, strict=True):
+        assert sample.keys() == other.keys()
+        for name, values in other.items():
+            np.testing.assert_array_equal(sample[name], values)
 
 
 def test_frames(words, pieces):
@@ -143,6 +140,6 @@ def test_words_of_a_tokenizer():
 
 
 def test_text_without_tokens_is_refused(tokenize, words):
-    for cut in (FramedTexts.take_lines, FramedTexts.cut_blocks):
+    for line_by_line in (False, True):
         with pytest.raises(InputError, match="no tokens"):
-            cut(tokenize(words, ["", "  "]), 10, FRAME)
+            FramedTexts(tokenize(words, ["", "  "]), 10, FRAME, line_by_line)

@@ -166,7 +166,7 @@ def test_masks_of_evaluation_are_always_the_same():
 def test_a_stream_has_the_masks_of_what_is_indexed():
     for seed in (None, 3):
         indexed, rows = MaskedSamples(make_samples(), make_masking(), seed), make_samples()
-        stream = MaskedStream(rows, make_masking(), seed, max_samples=20)
+        stream = MaskedStream(rows, iter, make_masking(), seed, max_samples=20)
         for epoch in (0, 2):
             indexed.set_epoch(epoch)
             stream.set_epoch(epoch)

@@ -254,7 +254,7 @@ def test_resuming_without_the_state_says_so(tmp_path, caplog):
 
 def test_resuming_with_other_streams_is_refused(tmp_path):
     train(tmp_path, make_streams(), save_strategy="steps", save_steps=2, max_steps=2)
-    with pytest.raises(InputError, match=r"4 streams a process.*has 2.*per_device_train_batch_size=4"):
+    with pytest.raises(InputError, match=r"other streams than this run's 2 "):
         train(
             tmp_path / "next", make_streams(num_streams=2), resume=str(tmp_path / "checkpoint-2"),
             per_device_train_batch_size=2, max_steps=4,
@@ -262,7 +262,7 @@ def test_resuming_with_other_streams_is_refused(tmp_path):
     # a completeness mark, where there is one, would say that a file is missing
     Path(tmp_path, "checkpoint-2", "save_state.json").unlink(missing_ok=True)
     Path(tmp_path, "checkpoint-2", "stream_state.pt").rename(tmp_path / "checkpoint-2" / "stream_state_0.pt")
-    with pytest.raises(InputError, match="another number of processes"):
+    with pytest.raises(InputError, match=r"other streams than this run's 4 on each of 1 process"):
         train(tmp_path / "next", make_streams(), resume=str(tmp_path / "checkpoint-2"), max_steps=4)
 
 
@@ -309,10 +309,7 @@ def test_segments_of_one_length_leave_the_learning_rate_alone(tmp_path):
 # ------------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "batch size": ({"per_device_train_batch_size": 2}, ["4 streams", "2 rows", "per_device_train_batch_size"]),
-    "eval batch size": ({"per_device_eval_batch_size": 5}, ["3 streams", "5 rows", "per_device_eval_batch_size"]),
     "batch size finder": ({"auto_find_batch_size": True}, ["auto_find_batch_size", "set the batch size"]),
-    "label smoothing": ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "set it to 0"]),
     "split batches": ({"accelerator_config": {"split_batches": True}}, ["split_batches", "leave it out"]),
     "dispatched batches": ({"accelerator_config": {"dispatch_batches": True}}, ["dispatch_batches"]),
 }
@@ -321,16 +318,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_break_the_streams_is_refused(tmp_path, name):
     overrides, parts = REFUSED[name]
-    options = {"per_device_eval_batch_size": 3} | overrides
     with pytest.raises(InputError) as caught:
-        make_trainer(tmp_path, make_streams(), eval_streams=make_streams(num_tokens=50, num_streams=3), **options)
+        make_trainer(tmp_path, make_streams(), **overrides)
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
-
-
-def test_a_test_set_of_other_streams_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, make_streams(), per_device_eval_batch_size=3)
-    with pytest.raises(InputError, match=r"5 streams.*3 rows"):
-        trainer.predict(make_streams(num_streams=5))
 
 
 def test_without_streams_the_trainer_is_the_usual_one(tmp_path):

@@ -14,17 +14,12 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
     """Make the optimizer and the schedule of one network: those of a Trainer with these flags, and nothing decays but matrices.
 
     Raises:
-        InputError: there is no such optimizer or schedule, or the loop here cannot use it.
+        InputError: a warmup that the schedule has not, or an optimizer that the loop here cannot use.
     """
-    name = training.v0_optimizer or getattr(training.optim, "value", training.optim)
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     if training.get_warmup_steps(max_steps) and schedule == "constant":
         raise InputError(
             f"warmup_steps={training.warmup_steps} with lr_scheduler_type=constant does nothing; use constant_with_warmup"
-        )
-    if schedule in ("reduce_lr_on_plateau", "greedy"):
-        raise InputError(
-            f"lr_scheduler_type={schedule} follows a validation loss, which a GAN has none of; use another"
         )
     options = copy.copy(training)
     for setting, field in V0InitArguments.__dataclass_fields__.items():
@@ -38,18 +33,12 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    try:
-        trainer = V0InitTrainer(model=network, args=options)
-        chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(options, network)
-        trainer.optimizer = chosen[0](groups, **chosen[1])
-        scheduler = trainer.create_scheduler(max_steps, trainer.optimizer)
-    except InputError:
-        raise
-    except (TypeError, ValueError, AssertionError, ImportError, NotImplementedError) as error:
-        raise InputError(f"optimizer {name} with schedule {schedule} cannot be built: {error}") from error
+    trainer = V0InitTrainer(model=network, args=options)
+    chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(options, network)
+    trainer.optimizer = chosen[0](groups, **chosen[1])
     if callable(getattr(trainer.optimizer, "train", None)):
         raise InputError(
-            f"optimizer {name} keeps two sets of weights, for training and evaluation, which this loop does not switch; use "
-            "another, such as adamw_torch"
+            f"optimizer {type(trainer.optimizer).__name__} keeps two sets of weights, for training and evaluation, which this loop "
+            "does not switch; use another, such as adamw_torch"
         )
-    return trainer.optimizer, scheduler
+    return trainer.optimizer, trainer.create_scheduler(max_steps, trainer.optimizer)

@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
 import torch
 from transformers import set_seed
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..data import DatasetArguments
-from ..images.folders import NO_CLASSES, LabelledImages, choose_some, load_image_folder, select_images
+from ..images.folders import choose_some, load_image_folder, select_images
 from ..images.format import IMAGE_MODES, choose_format
 from ..images.tensors import read_pixels
 from ..models import HubArguments
 from ..output_folder import find_place_to_start, remove_what_is_stale
 from ..run_identity import describe_run
-from ..script_support import exit_with_line, flag, parse_arguments, run_script, say, start_logging
+from ..script_support import flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
-from .training import DivergedError, GanRun
+from .training import GanRun
 
 logger = logging.getLogger("hf_v0init")
 
@@ -40,13 +41,10 @@ EXAMPLES = """
 {} --train_dir data/train --image_size 64 --do_train --v0_init random --output_dir out
 # flags from a file, the distance to the training images measured every 1,000 steps
 {} FILE.yaml --do_eval --eval_strategy steps --eval_steps 1000
-# measure the generator of a finished run
-{} FILE.yaml --do_train False --do_eval --output_dir out
 # two processes
 torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
 """
-EXIT_DIVERGED = 1
-SMALLEST_EVAL = 2  # images that have a covariance
+SPLIT = "train"  # of a data set by name
 # What of the Trainer's flags has a meaning here; V0InitArguments' all do.
 TAKEN = {
     "output_dir", "do_train", "do_eval", "resume_from_checkpoint", "seed", "use_cpu", "bf16", "tf32", "ddp_backend", "ddp_timeout",
@@ -74,7 +72,6 @@ class DataArguments(DatasetArguments, HubArguments):
     local_flags: ClassVar[tuple[str, ...]] = ("train_dir",)
 
     train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
-    dataset_split: str = flag("train", "Split of --dataset_name.")
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
     label_column: str | None = flag(
         None, "Column with classes, for --feature_extractor classifier. Default: found by itself."
@@ -100,12 +97,13 @@ class QualityArguments:
 
     feature_extractor: str = flag(
         "inception",
-        "Network in whose features images are measured: 'inception' (FID and Inception score; needs torch-fidelity), or "
+        "Network in whose features images are measured: 'inception' (FID; needs torch-fidelity), or "
         "'classifier', a small one trained on the images' own classes at the start, the same in every run.",
         choices=["inception", "classifier"],
     )
     inception_weights: str | None = flag(
-        None, "torch-fidelity's file of Inception weights. Default: its cache, filled from the network if need be."
+        None,
+        "With inception: torch-fidelity's file of its weights. Default: its cache, filled from the network if need be.",
     )
     num_eval_images: int = flag(
         10_000, "Images generated for a measurement, and training images they are measured against."
@@ -113,14 +111,6 @@ class QualityArguments:
     overwrite_output_dir: bool = flag(
         False, "Start afresh in an output folder that has files; checkpoints of the earlier run are deleted."
     )
-
-    def __post_init__(self):
-        if self.num_eval_images < SMALLEST_EVAL:
-            raise InputError(f"--num_eval_images={self.num_eval_images}: one image has no covariance; give 2 or more")
-        if self.inception_weights is not None and self.feature_extractor != "inception":
-            raise InputError(
-                f"--inception_weights={self.inception_weights}: is for --feature_extractor inception; drop one of the two"
-            )
 
 
 @dataclass
@@ -153,65 +143,29 @@ def require_possible(training: GanTrainingArguments) -> None:
             "how long to warm up is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
             "as a number, or --v0_decay beta2"
         )
-    if not (training.do_train or training.do_eval):
-        raise InputError("nothing to do: give --do_train or --do_eval")
-    if not training.do_train and not Path(training.output_dir, "generator", "config.json").is_file():
-        raise InputError(
-            f"--do_eval without --do_train measures the generator in --output_dir, and {training.output_dir} has none; give "
-            "--do_train, or the output folder of a finished run"
-        )
+    if not training.do_train:
+        raise InputError("nothing to do: give --do_train; with --do_eval a finished run is measured that has not been")
 
 
-def load_images(data: DataArguments) -> LabelledImages:
-    """Load the images to learn from."""
+def load_images(data: DataArguments) -> datasets.Dataset:
+    """Load the images to learn from, not decoded."""
     if data.train_dir is not None:
-        images = load_image_folder(data.train_dir, role="train", needs_classes=False)
+        rows = load_image_folder(data.train_dir, role="train", needs_classes=False)
     else:
-        splits = data.load_dataset(data)
-        if data.dataset_split not in splits:
-            raise InputError(f"--dataset_split={data.dataset_split}: {data.dataset_name} has only {', '.join(splits)}")
         columns = {"image_column": data.image_column, "label_column": data.label_column}
-        images = select_images(splits[data.dataset_split], role="train", needs_classes=False, **columns)
-    return choose_some(images, data.max_train_samples)
+        rows = select_images(data.load_dataset(data)[SPLIT], role="train", **columns)
+    return choose_some(rows, data.max_train_samples)
 
 
-def name_data(data: DataArguments) -> str:
-    """A word for the data, after which its classifier is called: 'digits' of data/digits/train."""
-    parts = [part for part in Path(data.train_dir or data.dataset_name).parts if part not in ("train", "/", "..", ".")]
-    return parts[-1] if parts else "image"
-
-
-def make_quality(
-    images: LabelledImages, pixels: torch.Tensor, data: DataArguments, quality: QualityArguments, device
-) -> ImageQuality:
-    """Make what measures generated images, if anything does."""
+def make_quality(rows: datasets.Dataset, pixels: torch.Tensor, quality: QualityArguments, device) -> ImageQuality:
+    """Make what measures generated images."""
     if quality.feature_extractor == "inception":
-        extractor = InceptionFeatures(quality.inception_weights)
+        extractor = InceptionFeatures(quality.inception_weights).to(device)
     else:
-        labels = torch.from_numpy(images.labels)
-        if images.class_names == NO_CLASSES:
-            raise InputError(
-                "--feature_extractor classifier needs classes, and the images have none; put them into one subfolder per class, or "
-                "use --feature_extractor inception"
-            )
-        extractor = train_classifier(pixels, labels, f"{name_data(data)} classifier", device)
+        labels = torch.tensor(rows["label"][:] if "label" in rows.features else [0] * len(rows))
+        extractor = train_classifier(pixels, labels, device)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)
-
-
-def load_generator(folder: Path, sizes: dict) -> Generator:
-    """Load a generator that was trained before."""
-    try:
-        generator = Generator.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a generator ({error})") from error
-    for name, size in sizes.items():
-        if getattr(generator, name) != size:
-            raise InputError(
-                f"{folder} makes images of {name} {getattr(generator, name)}, and those to measure against have {size}; give "
-                "--image_size and --image_mode, or the images it was trained on"
-            )
-    return generator
 
 
 def save_results(run: GanRun, role: str, metrics: dict) -> None:
@@ -225,45 +179,42 @@ def save_results(run: GanRun, role: str, metrics: dict) -> None:
     for path, content in ((folder / f"{role}_results.json", metrics), (combined, earlier | metrics)):
         path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
     if role == "eval":
-        words = [f"{words} {metrics[f'eval_{name}']:.4g}" for name, words in run.quality.names.items()]
-        say(f"eval: {', '.join(words)}, of {metrics.get('eval_samples', 0):,} generated images")
+        say(f"eval: {run.quality.title} {metrics['eval_loss']:.4g}, of {metrics['eval_samples']:,} generated images")
     else:
         say(f"train: {run.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this call")
 
 
-def train_and_measure(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
     model_args, data_args, quality_args, training = parse_arguments(ARGUMENTS, argv, EXAMPLES)
     start_logging(training)
     require_possible(training)
     identity = describe_run(training, model_args, data_args, quality_args)
     overwrite = quality_args.overwrite_output_dir
-    checkpoint = find_place_to_start(training, overwrite, identity, evaluates_anew=True)
+    checkpoint = find_place_to_start(training, overwrite, identity)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start
 
-    images = load_images(data_args)
-    image_format = choose_format({"train": images}, image_size=data_args.image_size, image_mode=data_args.image_mode)
-    if image_format.height != image_format.width:
-        raise InputError(
-            f"the images are {image_format.width}x{image_format.height}; a DCGAN makes square ones: give --image_size"
-        )
-    count_doublings(image_format.height)
-    pixels = read_pixels(images, image_format)
+    rows = load_images(data_args)
+    image_format = choose_format(rows, image_size=data_args.image_size, image_mode=data_args.image_mode)
+    height, width = image_format.size
+    if height != width:
+        raise InputError(f"the images are {width}x{height}; a DCGAN makes square ones: give --image_size")
+    count_doublings(height)
+    pixels = read_pixels(rows, image_format)
     set_seed(training.seed)
-    sizes = {"image_size": image_format.height, "num_channels": image_format.num_channels}
+    sizes = {"image_size": height, "num_channels": image_format.num_channels}
     generator = Generator(**sizes, latent_size=model_args.latent_size, base_channels=model_args.base_channels)
     discriminator = Discriminator(**sizes, base_channels=model_args.base_channels)
-    if not training.do_train:
-        generator = load_generator(Path(training.output_dir, "generator"), sizes)
-    counts = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    logger.info(f"DCGAN: {counts[0]:,} parameters of the generator, {counts[1]:,} of the discriminator")
+    is_trained = checkpoint is not None and Path(checkpoint) == Path(training.output_dir)
+    if is_trained:
+        generator = Generator.from_pretrained(Path(checkpoint, "generator"))
     run = GanRun(generator, discriminator, pixels, training, None, quality_args.num_eval_images, identity)
     if evaluates and run.accelerator.is_main_process:
-        run.quality = make_quality(images, pixels, data_args, quality_args, run.accelerator.device)
+        run.quality = make_quality(rows, pixels, quality_args, run.accelerator.device)
 
-    if training.do_train:
+    if not is_trained:
 
         def clear() -> None:
             if run.accelerator.is_main_process:
@@ -279,14 +230,6 @@ def train_and_measure(argv: list[str]) -> None:
 
 
 ARGUMENTS = (ModelArguments, DataArguments, QualityArguments, GanTrainingArguments)
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say; a training that diverges ends with one line."""
-    try:
-        train_and_measure(argv)
-    except DivergedError as error:
-        exit_with_line(f"error: {error}", EXIT_DIVERGED)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_v0init import InputError, V0DiagnosticsCallback, V0InitArguments
+from hf_v0init import InputError, V0InitArguments
 
 from ...records.checkpoints import begin_save, complete_save, delete_checkpoint, delete_old_checkpoints
 from ...records.model_card import add_v0_section
@@ -36,12 +36,7 @@ logger = logging.getLogger("hf_v0init")
 SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
-DIAGNOSTICS = {"generator": "v0_diagnostics.json", "discriminator": "v0_diagnostics_discriminator.json"}
 V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
-
-
-class DivergedError(RuntimeError):
-    """A loss is no finite number any more."""
 
 
 class ImageOrder:
@@ -101,10 +96,9 @@ class GanRun:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         kind = self.accelerator.distributed_type.value
-        if (kind != "NO" and not kind.startswith("MULTI_")) or training.n_gpu > 1:
+        if kind != "NO" and not kind.startswith("MULTI_"):
             raise InputError(
-                "a GAN trains here in one process, or in several with one GPU each joined by DDP; start it with torchrun, or set "
-                "CUDA_VISIBLE_DEVICES=0"
+                f"a GAN trains here in one process, or in several joined by DDP, not by {kind}; use torchrun"
             )
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.order = ImageOrder(len(pixels), training.per_device_train_batch_size, training.seed, rank, world_size)
@@ -121,7 +115,7 @@ class GanRun:
         self._total_loss, self._total_steps, self._measured = 0.0, 0, None
         self.control, self.state = TrainerControl(), TrainerState()
         self._set_up_state({RECORD_KEY: {"args": {}, "attributes": run_identity or {}}})
-        self._set_up_callbacks()
+        self.callbacks = self._make_callbacks()
         set_seed(training.seed + rank)  # the noise differs between processes
 
     def _set_up_state(self, record: dict) -> None:
@@ -131,17 +125,14 @@ class GanRun:
         self.state.max_steps = self.max_steps
         self.state.compute_steps(self.training, self.max_steps)
 
-    def _set_up_callbacks(self) -> None:
+    def _make_callbacks(self) -> CallbackHandler:
         callbacks: list = [DefaultFlowCallback()]
         if self.accelerator.is_main_process:
             callbacks.append(PrinterCallback() if self.training.disable_tqdm else ProgressCallback())
-        self.callbacks = CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
-        self.diagnostics: dict[str, V0DiagnosticsCallback] = {}
         if self.training.v0_record_run:  # what `hf-v0init compare` reads
             self.run_record = RunRecordCallback()
-            self.diagnostics = {name: V0DiagnosticsCallback(file_name=file) for name, file in DIAGNOSTICS.items()}
-            # the record comes first, so that its clock starts before v0 is computed
-            self.callbacks.callbacks = [self.run_record, *callbacks, *self.diagnostics.values()]
+            callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
+        return CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
 
     def _call(self, event: str, **options) -> None:
         getattr(self.callbacks, event)(self.training, self.state, self.control, **options)
@@ -159,15 +150,16 @@ class GanRun:
 
         Raises:
             InputError: a checkpoint of another run, or what `initialize_v0` refuses.
-            DivergedError: at a log, a loss was no finite number.
         """
         if checkpoint is not None:
             self._resume(checkpoint)
         first_step = self.state.global_step
         self._call("on_train_begin")
         start = time.perf_counter()
-        if checkpoint is None:
-            self._choose_v0()
+        if checkpoint is None and self.training.resolve().estimator == "per_sample":
+            self._saved_reports = estimate_v0(self)
+        elif checkpoint is None:
+            self.hooks = attach_to_both(self)
         on_ready()
         if self.training.eval_on_start and checkpoint is None:
             self._log(self.evaluate())
@@ -194,13 +186,6 @@ class GanRun:
         self._log(metrics)
         return metrics | {"train_samples": len(self.pixels), "epoch": self.state.epoch}
 
-    def _choose_v0(self) -> None:
-        """Give both second moments a v0: by the paper's estimation now, or in their own first steps."""
-        if self.training.resolve().estimator == "per_sample":
-            self._saved_reports = estimate_v0(self)
-        else:
-            self.hooks = attach_to_both(self)
-
     def _step(self) -> None:
         real = self.take_images(self.order.get(self.state.global_step))
         if self.training.v0_record_run:
@@ -210,11 +195,9 @@ class GanRun:
         loss, *logits = compute_discriminator_loss(self.wrapped["discriminator"], real, generated.detach())
         self._update("discriminator", loss)
         self.networks["discriminator"].requires_grad_(False)
-        try:
-            generator_loss = compute_generator_loss(self.networks["discriminator"], generated)
-            self._update("generator", generator_loss)
-        finally:
-            self.networks["discriminator"].requires_grad_(True)
+        generator_loss = compute_generator_loss(self.networks["discriminator"], generated)
+        self._update("generator", generator_loss)
+        self.networks["discriminator"].requires_grad_(True)
         self._sums += torch.stack([loss.detach(), generator_loss.detach(), *(torch.sigmoid(x).mean() for x in logits)])
         self._num_summed += 1
         self.state.global_step += 1
@@ -225,14 +208,9 @@ class GanRun:
         self.accelerator.backward(loss)
         if self.training.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.networks[name].parameters(), self.training.max_grad_norm)
-        watched, optimizer = self.diagnostics.get(name), self.optimizers[name]
-        if watched is not None:
-            watched.on_pre_optimizer_step(self.training, self.state, self.control, optimizer=optimizer)
-        optimizer.step()
-        if watched is not None:
-            watched.on_optimizer_step(self.training, self.state, self.control, optimizer=optimizer)
+        self.optimizers[name].step()
         self.schedules[name].step()
-        optimizer.zero_grad()
+        self.optimizers[name].zero_grad()
 
     def _log_losses(self) -> None:
         means = (self.accelerator.reduce(self._sums, reduction="mean") / self._num_summed).tolist()
@@ -241,15 +219,8 @@ class GanRun:
         self._total_steps += self._num_summed
         self._sums, self._num_summed = torch.zeros_like(self._sums), 0
         self._log({"loss": loss} | dict(zip(LOGGED, means, strict=True)) | {"learning_rate": rate})
-        if not math.isfinite(loss):
-            self.save_state()
-            raise DivergedError(
-                f"the loss is {loss} at step {self.state.global_step}: training has diverged; lower --learning_rate"
-            )
 
     def _log(self, figures: dict) -> None:
-        if not figures:
-            return
         figures = figures | {"epoch": round(self.state.epoch or 0.0, 4)}
         self.state.log_history.append(figures | {"step": self.state.global_step})
         self._call("on_log", logs=figures)
@@ -279,7 +250,6 @@ class GanRun:
     def state_dict(self) -> dict:
         """What a checkpoint holds beside networks, optimizers, schedules and random states; accelerate asks for it."""
         return {
-            "num_processes": self.accelerator.num_processes,
             "sums": self._sums.cpu(),
             "num_summed": self._num_summed,
             "v0_settings": {name: getattr(self.training, name) for name in V0_SETTINGS},
@@ -288,12 +258,7 @@ class GanRun:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take over what `state_dict` returned; raise `InputError` if it is of another number of processes."""
-        if saved["num_processes"] != self.accelerator.num_processes:
-            raise InputError(
-                f"the checkpoint was written by {saved['num_processes']} process(es) and this run has "
-                f"{self.accelerator.num_processes}: its noise and order of images would be others; start as many"
-            )
+        """Take over what `state_dict` returned."""
         self._sums, self._num_summed = saved["sums"].to(self.accelerator.device), saved["num_summed"]
         self._saved_reports = saved["reports"]
         now = {name: getattr(self.training, name) for name in V0_SETTINGS}
@@ -326,15 +291,7 @@ class GanRun:
         self._call("on_save")
 
     def _resume(self, checkpoint: str) -> None:
-        try:
-            self.accelerator.load_state(checkpoint)
-        except InputError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{checkpoint}: is of other networks than this run's ({reason}); give their sizes"
-            ) from error
+        self.accelerator.load_state(checkpoint)
         record = self.state.stateful_callbacks
         self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
         self._set_up_state(record)
@@ -366,8 +323,8 @@ class GanRun:
         """Measure generated images and write a grid of 64 of them. The noise is the same at every call; all else is kept.
 
         Returns:
-            On the main process `eval_loss`, the Frechet distance; the same and the score under the names of `ImageQuality`
-            after `eval_`; `eval_runtime` in seconds. NaN if the images are not finite. Elsewhere an empty dict.
+            On the main process `eval_loss`, the Frechet distance, which is NaN if the images are not finite; the same under the name
+            of `ImageQuality` after `eval_`; `eval_runtime` in seconds. Elsewhere an empty dict.
         """
         if self._measured is not None and self._measured[0] == self.state.global_step:
             return self._measured[1]
@@ -375,11 +332,9 @@ class GanRun:
         if self.accelerator.is_main_process:
             start, generator = time.perf_counter(), self.networks["generator"]
             was_training = generator.training
-            try:
-                with torch.random.fork_rng(), torch.no_grad():
-                    metrics = self._measure(generator.eval())
-            finally:
-                generator.train(was_training)
+            with torch.random.fork_rng(), torch.no_grad():
+                metrics = self._measure(generator.eval())
+            generator.train(was_training)
             metrics["eval_runtime"] = time.perf_counter() - start
         self.accelerator.wait_for_everyone()
         self._measured = (self.state.global_step, metrics)
@@ -388,13 +343,14 @@ class GanRun:
     def _measure(self, generator: nn.Module) -> dict[str, float | str]:
         fixed = torch.Generator().manual_seed(self.training.seed)
         noise = draw_noise(self.num_eval_images, generator.latent_size, fixed)
-        batches = [generator(part.to(self.accelerator.device)) for part in noise.split(GENERATION_BATCH)]
-        distance_name, _ = self.quality.names
-        if not all(bool(batch.isfinite().all()) for batch in batches):
-            return {"eval_loss": math.nan, f"eval_{distance_name}": math.nan}
-        pixels = torch.cat([round_to_pixels(batch) for batch in batches])
-        path = Path(self.training.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
-        write_image_grid(pixels[:NUM_SAMPLES], path, SAMPLE_COLUMNS)
-        figures = self.quality.measure(pixels.split(GENERATION_BATCH))
-        metrics = {"eval_loss": figures[distance_name]} | {f"eval_{name}": value for name, value in figures.items()}
-        return metrics | {"eval_features": self.quality.extractor.name, "eval_samples": len(pixels)}
+        images = torch.cat(
+            [generator(part.to(self.accelerator.device)).cpu() for part in noise.split(GENERATION_BATCH)]
+        )
+        distance, extractor = math.nan, self.quality.extractor
+        if bool(images.isfinite().all()):
+            pixels = round_to_pixels(images)
+            path = Path(self.training.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
+            write_image_grid(pixels[:NUM_SAMPLES], path, SAMPLE_COLUMNS)
+            distance = self.quality.measure(pixels)
+        metrics = {"eval_loss": distance, f"eval_{extractor.metric}": distance, "eval_features": extractor.name}
+        return metrics | {"eval_samples": len(images)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import random
 
 import torch
@@ -17,29 +16,25 @@ from .dcgan import compute_discriminator_loss, compute_generator_loss
 logger = logging.getLogger("hf_v0init")
 
 V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
-SUMMED = (
-    "num_samples", "num_batches", "num_skipped", "seconds", "num_zero_elements", "num_parameters_with_v0",
-    "num_parameters_without_v0", "num_elements_with_v0", "num_elements_without_v0",
-)  # fmt: skip
+SUMMED = ("num_samples", "num_batches", "num_skipped", "seconds")
+
+
+def attach_to_both(run) -> dict:
+    """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
+    training, hooks = run.training, {}
+    options = {name: getattr(training, name) for name in V0_OPTIONS}
+    options |= {"v0_seed": choose_seed(training), "max_steps": run.max_steps}
+    for name, network in run.networks.items():
+        hook = attach_v0(run.optimizers[name], network, training.v0_init, **options)
+        if hook is not None:
+            hook.on_written = functools.partial(_log_report, name)
+            hooks[name] = hook
+    return hooks
 
 
 def choose_seed(training) -> int:
     """Return the seed of v0: its own, else the run's."""
     return training.seed if training.v0_seed is None else training.v0_seed
-
-
-def attach_to_both(run) -> dict:
-    """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
-    options = {name: getattr(run.training, name) for name in V0_OPTIONS}
-    options |= {"v0_seed": choose_seed(run.training), "max_steps": run.max_steps}
-    hooks = {
-        name: attach_v0(run.optimizers[name], network, run.training.v0_init, **options)
-        for name, network in run.networks.items()
-    }
-    hooks = {name: hook for name, hook in hooks.items() if hook is not None}
-    for name, hook in hooks.items():
-        hook.on_written = functools.partial(_log_report, name)
-    return hooks
 
 
 def _log_report(name: str, report) -> None:
@@ -95,20 +90,8 @@ def estimate_v0(run) -> dict[str, dict]:
 
 
 def join_reports(reports: dict[str, dict]) -> dict:
-    """Join the networks' reports into one of the usual form, with each whole one under `networks`.
-
-    What is the same in both is kept; counts and seconds are sums, v0 figures over the elements of both, `measured_ratio` the
-    geometric mean.
-    """
+    """Join the networks' reports: what is the same in both, samples and seconds summed up, and each whole one under `networks`."""
     first, *others = reports.values()
     joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    for key in SUMMED:
-        joined[key] = sum(report.get(key) or 0 for report in reports.values())
-    weights = [report["num_elements_with_v0"] for report in reports.values()]
-    means = [report["v0_mean"] for report in reports.values()]
-    joined["v0_mean"] = sum(w * m for w, m in zip(weights, means, strict=True)) / max(1, sum(weights))
-    joined["v0_min"] = min(report["v0_min"] for report in reports.values())
-    joined["v0_max"] = max(report["v0_max"] for report in reports.values())
-    ratios = [report.get("measured_ratio") for report in reports.values()]
-    joined["measured_ratio"] = None if None in ratios else math.prod(ratios) ** (1 / len(ratios))
-    return joined | {"networks": reports}
+    sums = {key: sum(report.get(key) or 0 for report in reports.values()) for key in SUMMED}
+    return joined | sums | {"networks": reports}

@@ -1,13 +1,15 @@
 """What is done to an image before the network sees it: pixels in, pixels out, every random number from the generator given.
 
-Pixels are uint8 arrays of shape (height, width, channels). Pillow does the resampling.
+Pixels are uint8 arrays of shape (channels, height, width). Pillow does the resampling.
 """
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .format import ImageFormat
 
 RANDOM_CROPS = ("none", "pad", "resize")
 AREA_SHARE = (0.08, 1.0)  # of a random resized crop (Szegedy et al., 2015)
@@ -36,24 +38,26 @@ class Augmentation:
         """Whether every image stays as it is."""
         return self.random_crop == "none" and not self.random_flip
 
-    def apply(self, pixels: np.ndarray, size: tuple[int, int], resample: int, rng: np.random.Generator) -> np.ndarray:
-        """Return varied pixels of `size` (height, width); `pixels` have that size already unless `random_crop="resize"`."""
+    def apply(self, pixels: np.ndarray, image_format: ImageFormat, rng: np.random.Generator) -> np.ndarray:
+        """Return varied pixels of the format's size; `pixels` have that size already unless `random_crop="resize"`."""
         if self.random_crop == "pad":
             pixels = pad_and_crop(pixels, self.crop_padding, rng)
         elif self.random_crop == "resize":
-            box = draw_crop_box(pixels.shape[0], pixels.shape[1], rng)
-            pixels = to_pixels(to_image(pixels).crop(box).resize(size[::-1], resample))
+            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            box = draw_crop_box(image.height, image.width, rng)
+            resample = Image.Resampling(image_format.processor.resample)
+            pixels = to_pixels(image.crop(box).resize(image_format.size[::-1], resample))
         if self.random_flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
+            pixels = pixels[:, :, ::-1]
         return pixels
 
 
 def pad_and_crop(pixels: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
     """Shift the image by up to `padding` pixels in both directions; what moves in is black."""
-    height, width, _ = pixels.shape
+    _, height, width = pixels.shape
     top, left = rng.integers(0, 2 * padding + 1, size=2)
-    padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
-    return padded[top : top + height, left : left + width]
+    padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding)))
+    return padded[:, top : top + height, left : left + width]
 
 
 def draw_crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -74,22 +78,7 @@ def draw_crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[in
     return left, upper, left + box_width, upper + box_height
 
 
-def resize_and_crop(image: Image.Image, size: tuple[int, int], resample: int, crop_fraction: float) -> Image.Image:
-    """Resize to `size` (height, width), cutting evenly off the longer side and then all but `crop_fraction` of each side.
-
-    It is what "resize the shorter side to 256, cut 224x224 out of the centre" does (`crop_fraction` 224/256), in one step.
-    """
-    if image.size == size[::-1] and crop_fraction == 1.0:
-        return image
-    return ImageOps.fit(image, size[::-1], method=resample, bleed=(1.0 - crop_fraction) / 2)
-
-
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image of mode L or RGB: uint8, shape (height, width, 1 or 3)."""
+    """Return the pixels of an image of mode L or RGB: uint8, shape (1 or 3, height, width)."""
     pixels = np.asarray(image)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """Return the Pillow image of such pixels."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

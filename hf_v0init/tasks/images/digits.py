@@ -25,15 +25,13 @@ def write_digits_folder(path, seed: int = 0, size: int = PIXELS) -> dict[str, in
         The images of each split: {"train": 1078, "validation": 359, "test": 360}.
 
     Raises:
-        InputError: scikit-learn, with which they come, is not installed; `size` is less than 8; `path` holds something.
+        InputError: scikit-learn, with which they come, is not installed; `path` holds something.
     """
     require_extra("images", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     path = Path(path)
-    if size < PIXELS:
-        raise InputError(f"size={size}: the scans have {PIXELS}x{PIXELS} pixels; give {PIXELS} or more")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not an empty folder; give another, or remove it")
     digits = load_digits()

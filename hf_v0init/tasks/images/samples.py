@@ -5,16 +5,12 @@ states of the run, and the run takes nothing from them. The paper's pass before 
 and training sees what it would have seen without it.
 """
 
-import logging
-
+import datasets
 import numpy as np
 import torch
 
 from .augmentation import Augmentation, to_pixels
-from .folders import LabelledImages
-from .format import ImageFormat, decode_image
-
-logger = logging.getLogger("hf_v0init")
+from .format import ImageFormat
 
 LARGEST_KEPT_BYTES = 1 << 30  # decoded images of a split that are kept in memory, per process
 FIRST_DRAW = 1  # that of epoch 0
@@ -26,8 +22,9 @@ class ImageSamples(torch.utils.data.Dataset):
     Up to 1 GiB of pixels is decoded now and kept; of larger splits, images are decoded when they are asked for.
 
     Args:
-        images: what to read.
-        image_format: the form in which they are returned.
+        rows: with a column "image", not decoded.
+        labels: shape (len(rows),), int64.
+        image_format: the form in which images are returned.
         augmentation: None for evaluation.
         seed: of the augmentation's draws.
 
@@ -37,51 +34,45 @@ class ImageSamples(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        images: LabelledImages,
+        rows: datasets.Dataset,
+        labels: np.ndarray,
         image_format: ImageFormat,
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        self.images, self.image_format, self.seed = images, image_format, seed
+        self.rows, self.labels, self.image_format = rows, labels, image_format
         self.augmentation = None if augmentation is None or augmentation.changes_nothing else augmentation
         # In shared memory, so that loader workers that outlive an epoch see the next one.
         self._draw = torch.tensor([seed, FIRST_DRAW]).share_memory_()
         self._kept = self._decode_all()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def __getitem__(self, position: int) -> dict:
         pixels = self._decode(position) if self._kept is None else self._kept[position]
         if self.augmentation is not None:
             rng = np.random.default_rng((*self._draw.tolist(), position))
-            pixels = self.augmentation.apply(pixels, self.image_format.size, self.image_format.resample, rng)
+            pixels = self.augmentation.apply(pixels, self.image_format, rng)
         values = torch.from_numpy(np.ascontiguousarray(self.image_format.normalize(pixels)))
-        return {"pixel_values": values, "labels": int(self.images.labels[position])}
+        return {"pixel_values": values, "labels": int(self.labels[position])}
 
     def begin_epoch(self, epoch: int) -> None:
         """Make the draws those of this epoch, counted from 0; a new data set is at epoch 0."""
         self._draw[1] = FIRST_DRAW + epoch
 
-    @property
-    def _crops_original(self) -> bool:
-        return self.augmentation is not None and self.augmentation.random_crop == "resize"
-
     def _decode(self, position: int) -> np.ndarray:
-        image = decode_image(self.images, position)
-        if self._crops_original:
-            return to_pixels(image.convert(self.image_format.mode))
+        image = self.image_format.decode(self.rows[position]["image"])
+        if self.augmentation is not None and self.augmentation.random_crop == "resize":
+            return to_pixels(image)
         return self.image_format.prepare(image)
 
     def _decode_all(self) -> list[np.ndarray] | None:
         kept, num_bytes = [], 0
-        for position in range(len(self.images)):
+        for position in range(len(self)):
             kept.append(self._decode(position))
             num_bytes += kept[-1].nbytes
             if num_bytes > LARGEST_KEPT_BYTES:
-                logger.info(
-                    f"The {self.images.role} images take more than {LARGEST_KEPT_BYTES >> 20} MiB: they are decoded when needed"
-                )
                 return None
         return kept
 

@@ -9,13 +9,12 @@ Images come from the Hub, or from folders with one subfolder per class. Losses a
 set counts once.
 """
 
-import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+import datasets
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -29,16 +28,8 @@ from ..script_trainer import ScriptTrainerMixin
 from ..token_loss import TokenCrossEntropy
 from .augmentation import RANDOM_CROPS, Augmentation
 from .cifar_resnet import CifarResNetConfig
-from .folders import (
-    LabelledImages,
-    choose_some,
-    load_image_folder,
-    number_classes,
-    require_usable_classes,
-    select_images,
-    split_off_validation,
-)
-from .format import IMAGE_MODES, ImageFormat, build_processor, choose_format, load_format, measure_mean_and_std
+from .folders import choose_some, load_image_folder, number_labels, select_images, split_off_validation
+from .format import IMAGE_MODES, ImageFormat, choose_format, load_processor
 from .samples import ImageSamples, stack_samples
 from .top_k_accuracy import ExactAccuracyMixin
 
@@ -74,9 +65,6 @@ class ModelArguments(AnyModelArguments):
         "From scratch: a transformers model type with its default configuration, such as resnet or vit, or cifar_resnet (a "
         "ResNet with a 3x3 stem of stride 1 and no pooling, for small images).",
     )
-    config_overrides: str | None = flag(
-        None, "From scratch: changes to the configuration, for example layer_type=basic,embedding_size=16."
-    )
 
 
 @dataclass
@@ -105,10 +93,9 @@ class DataArguments(SplitDataArguments):
         "they are, if all have one.",
         choices=list(IMAGE_MODES),
     )
-    crop_fraction: float | None = flag(
-        None,
-        "With --image_size: share of each side that is kept, from the centre, before resizing; 0.875 is the usual 224 of "
-        "256 for ImageNet. Default: the pretrained model's, else 1.",
+    crop_fraction: float = flag(
+        1.0,
+        "With --image_size: share of the shorter side that is kept, from the centre; 0.875 is the usual 224 of 256 for ImageNet.",
     )
     random_crop: str = flag(
         "none",
@@ -119,7 +106,7 @@ class DataArguments(SplitDataArguments):
     crop_padding: int | None = flag(
         None, f"With --random_crop pad: black pixels on each side. Default: {CROP_PADDING}."
     )
-    random_flip: bool = flag(False, "Mirror half of the training images left to right. Default: False.")
+    random_flip: bool = flag(False, "Mirror half of the training images left to right.")
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
@@ -151,56 +138,53 @@ class ImageTask(Task):
             )
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load the images and the model, and refuse what they do not take."""
+        """Load the images and the model."""
         data, training = self.data, self.training
-        images = self.number_classes(load_images(data, self.model, training), config)
-        self.image_format = self.choose_image_format(images, config)
+        rows = load_images(data, self.model, training)
+        first = next(iter(rows.values()))
+        names = self.choose_classes(first, config)
+        self.image_format = image_format = self.choose_image_format(first, config)
         augmentation = Augmentation(data.random_crop, data.crop_padding or CROP_PADDING, data.random_flip)
         seed = training.seed if training.data_seed is None else training.data_seed
         samples = {
-            role: ImageSamples(part, self.image_format, augmentation if role == "train" else None, seed)
-            for role, part in images.items()
+            role: ImageSamples(
+                part, number_labels(part, names, role), image_format, augmentation if role == "train" else None, seed
+            )
+            for role, part in rows.items()
         }
         if self.model.model_name_or_path is None:
             if hasattr(config, "num_channels"):
-                config.num_channels = self.image_format.num_channels
+                config.num_channels = image_format.num_channels
             if hasattr(config, "image_size"):
-                height, width = self.image_format.size
+                height, width = image_format.size
                 config.image_size = height if height == width else [height, width]
         self.network = self.model.build(config, ignore_mismatched_sizes=True)
-        if training.do_train:
-            require_trainable(self.network, samples["train"], training)
         return samples
 
-    def number_classes(self, images: dict[str, LabelledImages], config: PreTrainedConfig) -> dict[str, LabelledImages]:
-        """Number the classes of all roles as the model does, if it knows them, else alphabetically; tell the configuration."""
-        names = require_usable_classes(images)
-        pretrained = self.model.model_name_or_path is not None
-        known = [config.id2label[number] for number in range(config.num_labels)] if pretrained else []
-        if known and (not self.training.do_train or sorted(known) == sorted(names)):
-            names = known
-        else:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: number for number, name in enumerate(names)}
-        return {role: number_classes(part, names) for role, part in images.items()}
+    def choose_classes(self, rows: datasets.Dataset, config: PreTrainedConfig) -> list[str]:
+        """Choose the classes by number: as the model has them, if it knows them, else those of the first images; tell the configuration."""
+        names = rows.features["label"].names
+        if self.model.model_name_or_path is not None:
+            known = [config.id2label[number] for number in range(config.num_labels)]
+            if not self.training.do_train or sorted(known) == sorted(names):
+                return known
+        if len(names) < 2:
+            raise InputError(f"the images have one class only ({', '.join(names)}); give two or more")
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        return names
 
-    def choose_image_format(self, images: dict[str, LabelledImages], config: PreTrainedConfig) -> ImageFormat:
+    def choose_image_format(self, rows: datasets.Dataset, config: PreTrainedConfig) -> ImageFormat:
         """Choose the pretrained model's format, or one found from the images, changed as the flags ask."""
-        data, model, of_model = self.data, self.model, None
+        data, model, options = self.data, self.model, {}
         if model.model_name_or_path is not None:
-            num_channels = getattr(config, "num_channels", 3)
-            of_model = load_format(model.model_name_or_path, num_channels, **model.get_hub_options())
-        image_format = choose_format(
-            images,
-            image_size=data.image_size,
-            image_mode=data.image_mode,
-            crop_fraction=data.crop_fraction,
-            of_model=of_model,
-        )
-        if not image_format.mean:
-            image_format = measure_mean_and_std(next(iter(images.values())), image_format)
+            processor = load_processor(model.model_name_or_path, **model.get_hub_options())
+            options = {"pretrained": processor, "num_channels": getattr(config, "num_channels", 3)}
+        asked = {"image_size": data.image_size, "image_mode": data.image_mode, "crop_fraction": data.crop_fraction}
+        image_format = choose_format(rows, **asked, **options)
         height, width = image_format.size
-        logger.info(f"images: {width}x{height}, {image_format.mode}, mean {image_format.mean}, std {image_format.std}")
+        mean, std = image_format.processor.image_mean, image_format.processor.image_std
+        logger.info(f"images: {width}x{height}, {image_format.mode}, mean {mean}, std {std}")
         return image_format
 
     def make_collator(self):
@@ -211,16 +195,7 @@ class ImageTask(Task):
         """Choose processor and loss."""
         # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
         loss = TokenCrossEntropy(self.training.label_smoothing_factor)
-        return {"processing_class": build_processor(self.image_format), "compute_loss_func": loss}
-
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say the accuracy."""
-        if f"{stage}_accuracy" not in metrics:
-            return []
-        top5 = f", top-5 {metrics[f'{stage}_top5_accuracy']:.2%}" if f"{stage}_top5_accuracy" in metrics else ""
-        return [
-            f"{stage}: accuracy {metrics[f'{stage}_accuracy']:.2%}{top5} over {metrics[f'{stage}_num_images']:,} images"
-        ]
+        return {"processing_class": self.image_format.processor, "compute_loss_func": loss}
 
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run; a folder that is called by its role says nothing."""
@@ -231,71 +206,27 @@ class ImageTask(Task):
         return card
 
 
-def load_images(data: DataArguments, model: ModelArguments, training) -> dict[str, LabelledImages]:
+def load_images(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
     """Load the labelled images of each role that the run needs, not decoded."""
-    roles = find_needed_roles(training)
+    roles, rows = find_needed_roles(training), {}
     splits = data.load_dataset(model) if data.dataset_name else {}
-    images = {}
     for role in roles:
-        folder = getattr(data, f"{role}_dir")
         if role in splits:
             columns = {"image_column": data.image_column, "label_column": data.label_column}
-            images[role] = select_images(splits[role], role=role, **columns)
-        elif folder is not None:
-            images[role] = load_image_folder(folder, role=role)
-    percentage = data.validation_split_percentage
-    if "validation" in roles and percentage is not None:
-        if "validation" in images:
-            raise InputError(f"--validation_split_percentage={percentage}: {data.dataset_name} has validation data")
-        if "train" in images:
-            images["train"], images["validation"] = split_off_validation(images["train"], percentage)
+            rows[role] = select_images(splits[role], role=role, **columns)
+        elif getattr(data, f"{role}_dir") is not None:
+            rows[role] = load_image_folder(getattr(data, f"{role}_dir"), role=role)
+    if "validation" in roles and data.validation_split_percentage is not None and "train" in rows:
+        rows["train"], rows["validation"] = split_off_validation(rows["train"], data.validation_split_percentage)
     for role in roles:
-        if role not in images:
-            instead = ", or --validation_split_percentage" if role == "validation" and training.do_train else ""
-            has = f" (it has {', '.join(splits)})" if splits else ""
+        if role not in rows:
+            instead = ", or --validation_split_percentage" if role == "validation" else ""
             raise InputError(
-                f"there is no {role} data; give --{role}_dir, or a --dataset_name that has this split{has}{instead}"
+                f"there is no {role} data; give --{role}_dir, or a --dataset_name that has this split{instead}"
             )
-    return {role: choose_some(images[role], data.get_limit(role)) for role in roles}
-
-
-def require_trainable(network, samples: ImageSamples, training) -> None:
-    """Refuse training images that are too few, that the model cannot take, or that leave a batch it cannot take."""
-    batch_size = training.per_device_train_batch_size
-    if len(samples) < batch_size * training.world_size:
-        raise InputError(
-            f"{len(samples)} training images are too few for a batch of {batch_size} on each of {training.world_size} "
-            "process(es); lower --per_device_train_batch_size, or give more images"
-        )
-    reason = find_refusal(network, samples, 2)
-    if reason is not None:
-        shape = "x".join(map(str, samples[0]["pixel_values"].shape))
-        raise InputError(f"the model cannot take images of {shape} (channels, height, width): {reason}")
-    reason = find_refusal(network, samples, 1)
-    if reason is None:
-        return
-    if batch_size == 1 or (len(samples) % batch_size == 1 and not training.dataloader_drop_last):
-        raise InputError(
-            f"--per_device_train_batch_size={batch_size}: leaves a batch of one of the {len(samples)} training images, which "
-            f"the model cannot take ({reason}); change it, or give --dataloader_drop_last"
-        )
-    if training.v0_estimator == "per_sample" and training.v0_stats_batch_size == 1:
-        raise InputError(
-            f"--v0_stats_batch_size=1: the model cannot take a batch of one image ({reason}); leave it out, or use "
-            "--v0_estimator minibatch"
-        )
-
-
-def find_refusal(network, samples: ImageSamples, batch_size: int) -> str | None:
-    """Find out how the model refuses a batch of this size in training; None if it accepts it. Everything is as before."""
-    batch = stack_samples([samples[position] for position in range(batch_size)])
-    with torch.random.fork_rng(), torch.no_grad():
-        copied = copy.deepcopy(network).train()  # batch norms would keep what they see
-        try:
-            copied(pixel_values=batch["pixel_values"].to(network.device, network.dtype))
-        except (ValueError, RuntimeError, TypeError) as error:
-            return str(error) or type(error).__name__
-    return None
+        if "label" not in rows[role].features:
+            raise InputError(f"the {role} data has no column of classes; give --label_column")
+    return {role: choose_some(rows[role], data.get_limit(role)) for role in roles}
 
 
 ARGUMENTS = ImageTask.arguments

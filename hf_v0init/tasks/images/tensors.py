@@ -2,29 +2,28 @@
 
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
-from .augmentation import to_image
-from .folders import LabelledImages
-from .format import ImageFormat, decode_image
+from .format import ImageFormat
 
 GRID_PADDING = 2
 SMALLEST_TILE = 32  # pixels a side; smaller images are enlarged, their pixels kept
 
 
-def read_pixels(images: LabelledImages, image_format: ImageFormat) -> torch.Tensor:
+def read_pixels(rows: datasets.Dataset, image_format: ImageFormat) -> torch.Tensor:
     """Decode all images: uint8, shape (n, channels, height, width).
 
     Raises:
         InputError: naming the image that cannot be decoded.
     """
-    shape = (len(images), image_format.num_channels, *image_format.size)
-    pixels = torch.empty(shape, dtype=torch.uint8)
-    for position in range(len(images)):
-        prepared = image_format.prepare(decode_image(images, position))
-        pixels[position] = torch.from_numpy(prepared.transpose(2, 0, 1).copy())
-    return pixels
+    pixels = np.empty((len(rows), image_format.num_channels, *image_format.size), dtype=np.uint8)
+    for position, row in enumerate(rows):
+        pixels[position] = image_format.prepare(image_format.decode(row["image"]))
+    return torch.from_numpy(pixels)
 
 
 def scale_pixels(pixels: torch.Tensor) -> torch.Tensor:
@@ -38,20 +37,14 @@ def round_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def write_image_grid(pixels: torch.Tensor, path, num_columns: int = 8) -> None:
-    """Write uint8 images of shape (n, 1 or 3, height, width) as one PNG, row by row, whole or not at all."""
-    num, channels, height, width = pixels.shape
-    factor = max(1, -(-SMALLEST_TILE // max(height, width)))
-    size = width * factor, height * factor
-    step_x, step_y = size[0] + GRID_PADDING, size[1] + GRID_PADDING
-    num_columns = min(num_columns, num)
-    whole = num_columns * step_x + GRID_PADDING, -(-num // num_columns) * step_y + GRID_PADDING
-    canvas = Image.new("L" if channels == 1 else "RGB", whole, "white")
-    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        row, column = divmod(number, num_columns)
-        tile = to_image(image).resize(size, Image.Resampling.NEAREST)
-        canvas.paste(tile, (GRID_PADDING + column * step_x, GRID_PADDING + row * step_y))
+    """Write uint8 images of shape (n, 1 or 3, height, width) as one PNG, row by row, white between them."""
+    factor = max(1, -(-SMALLEST_TILE // max(pixels.shape[2:])))
+    tiles = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    num_columns = min(num_columns, len(tiles))
+    num_missing = -len(tiles) % num_columns
+    tiles = functional.pad(tiles, (0, GRID_PADDING, 0, GRID_PADDING, 0, 0, 0, num_missing), value=255)
+    rows = tiles.unflatten(0, (-1, num_columns)).permute(0, 3, 1, 4, 2)  # (rows, height, columns, width, channels)
+    grid = rows.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    canvas.save(aside, format="PNG")
-    aside.replace(path)
+    Image.fromarray(grid).save(path)

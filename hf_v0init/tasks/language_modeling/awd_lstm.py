@@ -20,7 +20,7 @@ The four gates of a layer (input, forget, cell, output, in torch's order) are st
 (4 * hidden, inputs) and `weight_hh` of shape (4 * hidden, hidden). A random v0 (eq. 11) takes its fans from these matrices as
 they are stored: fan_in = the columns, fan_out = 4 * hidden.
 
-The state, one (h, c) a layer, goes in and comes out as `state`; nothing is kept in the model. `generate` uses it as its cache.
+The state, one (h, c) per layer, goes in and comes out as `state`; nothing is kept in the model. It does not generate text.
 """
 
 from dataclasses import dataclass
@@ -28,26 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization as init,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization as init
 from transformers.utils import ModelOutput
-
-try:
-    from hf_v0init.errors import InputError
-except ImportError:  # the copy that travels with a saved model
-    InputError = ValueError
 
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (h, c) of each layer, each (samples, units of the layer)
 
 EMBEDDING_RANGE = 0.1  # embeddings start uniform in +-0.1, as in the paper
-PROBABILITIES = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")
 
 
 class AwdLstmConfig(PreTrainedConfig):
@@ -90,28 +76,10 @@ class AwdLstmConfig(PreTrainedConfig):
         super().__init__(**kwargs | {"tie_word_embeddings": tie_word_embeddings})
         self.tie_word_embeddings = tie_word_embeddings
 
-    @property
-    def num_hidden_layers(self) -> int:
-        """The layers, under the name that generic code asks for."""
-        return self.num_layers
-
     def list_layer_sizes(self) -> list[int]:
         """Units of each layer; the last one's are the embedding's where input and output matrix are tied."""
         last = self.embedding_size if self.tie_word_embeddings else self.hidden_size
         return [self.hidden_size] * (self.num_layers - 1) + [last]
-
-    def require_possible(self) -> None:
-        """Raise `InputError` for a value that no model can have, naming it and what is allowed."""
-        for name in ("vocab_size", "embedding_size", "hidden_size", "num_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value}: must be a whole number >= 1")
-        for name in PROBABILITIES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name}={getattr(self, name)}: is a probability; give 0 (none) or more, below 1")
-        for name in ("ar_alpha", "tar_beta"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name}={getattr(self, name)}: must be 0 (none) or more")
 
 
 @dataclass
@@ -144,40 +112,19 @@ class AwdLstmLayer(nn.Module):
         self.bias_hh = nn.Parameter(torch.empty(4 * hidden_size))
 
     def forward(
-        self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], lengths: torch.Tensor | None = None
+        self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Run over (samples, positions, inputs); with `lengths` (CPU) over the first so many positions of each sample.
-
-        Returns:
-            The outputs, (samples, positions, units), 0 beyond the length, and the state after each sample's last position.
-        """
+        """Run over (samples, positions, inputs); return the outputs, (samples, positions, units), and the state after them."""
         weight_hh = functional.dropout(self.weight_hh, self.weight_drop, self.training)
         keeps = torch.is_grad_enabled()  # what a backward pass needs, in evaluation mode too
         weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh)
         before = tuple(part.to(inputs.dtype).unsqueeze(0).contiguous() for part in state)
-        if lengths is None:
-            outputs, *after = torch.lstm(inputs, before, weights, True, 1, 0.0, keeps, False, True)
-            return outputs, tuple(part.squeeze(0) for part in after)
-        packed = pack_padded_sequence(inputs, lengths.clamp(min=1), batch_first=True, enforce_sorted=False)
-        data, sizes, order, back = packed
-        sorted_before = tuple(part.index_select(1, order) for part in before)
-        data, *after = torch.lstm(data, sizes, sorted_before, weights, True, 1, 0.0, keeps, False)
-        packed = PackedSequence(data, sizes, order, back)
-        outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=inputs.shape[1])
-        is_empty = (lengths == 0).to(inputs.device).unsqueeze(1)  # such a sample keeps its state
-        after = tuple(
-            torch.where(is_empty, old.squeeze(0), new.index_select(1, back).squeeze(0))
-            for old, new in zip(before, after, strict=True)
-        )
-        return outputs, after
+        outputs, *after = torch.lstm(inputs, before, weights, True, 1, 0.0, keeps, False, True)
+        return outputs, tuple(part.squeeze(0) for part in after)
 
 
-class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model; see the top of the file.
-
-    Raises:
-        InputError: (a ValueError) on a configuration with impossible values.
-    """
+class AwdLstmForCausalLM(PreTrainedModel):
+    """The language model; see the top of the file."""
 
     config_class = AwdLstmConfig
     base_model_prefix = ""
@@ -186,11 +133,9 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
         True  # the loss is divided by `num_items_in_batch`, so accumulated batches weigh by their tokens
     )
     _tied_weights_keys = {"decoder.weight": "embedding.weight"}  # noqa: RUF012
-    _is_stateful = True
     _no_split_modules = ["AwdLstmLayer"]  # noqa: RUF012
 
     def __init__(self, config: AwdLstmConfig) -> None:
-        config.require_possible()
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         sizes = config.list_layer_sizes()
@@ -236,8 +181,8 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         state: State | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> AwdLstmOutput | tuple:
@@ -245,52 +190,36 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (samples, positions).
-            attention_mask: 0 where a position is padding, at the left or right; the state passes over it unchanged. Of a mask
-                longer than the inputs (while generating) the end counts.
-            state: what an earlier call returned; default: zeros. It is not changed.
+            attention_mask: 0 where a position at the right is padding, which the regularisers then leave out.
+            state: what an earlier call returned, of as many samples; default: zeros. It is not changed.
             labels: (samples, positions), the tokens of the input; shifted by one here. -100: no target.
-            use_cache: False leaves `state` out of the result.
-            logits_to_keep: compute logits of so many last positions only; 0: all.
-            kwargs: `shift_labels`, targets that are shifted already (they win over `labels`); `num_items_in_batch`, what the
-                loss is divided by instead of the targets in this batch, the regularisers being weighed by this batch's share of
-                it. Others are ignored, as transformers' models do.
-
-        Raises:
-            InputError: a state of other sizes, such as of another number of samples.
+            shift_labels: the same, shifted already; they win over `labels`.
+            num_items_in_batch: what the loss is divided by instead of the targets in this batch, the regularisers being weighed by
+                this batch's share of it.
+            kwargs: ignored, as transformers' models do.
         """
-        inputs = self._embed(input_ids)
-        if state is None:
-            state = self.make_zero_state(inputs.shape[0])
-        self._require_fitting_state(state, inputs.shape[0])
-        alignment = None
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -inputs.shape[1] :].bool()
-            if not bool(attention_mask.all()):
-                alignment = _LeftAlignment(attention_mask)
-                inputs = alignment.apply(inputs)
-        outputs, state = self._run_layers(inputs, state, None if alignment is None else alignment.lengths)
-        dropped = self._drop(outputs, self.config.output_dropout)
-        hidden = dropped if alignment is None else alignment.undo(dropped)
-        logits = self.decoder(hidden[:, -logits_to_keep:])  # -0: all of them
-        loss = None
-        shift_labels = kwargs.get("shift_labels")
+        hidden, after = self._drop(self._embed(input_ids), self.config.input_dropout), []
+        state = self.make_zero_state(len(hidden)) if state is None else state
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                hidden = self._drop(hidden, self.config.hidden_dropout)
+            hidden, layer_state = layer(hidden, state[index])
+            after.append(layer_state)
+        dropped = self._drop(hidden, self.config.output_dropout)
+        logits, loss = self.decoder(dropped), None
         if shift_labels is None and labels is not None:
             shift_labels = functional.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:
-            loss = self._compute_loss(
-                logits, shift_labels, kwargs.get("num_items_in_batch"), outputs, dropped, alignment
-            )
-        result = AwdLstmOutput(loss=loss, logits=logits, state=None if use_cache is False else state)
+            num_here = (shift_labels != -100).sum()
+            num_items = num_here if num_items_in_batch is None else num_items_in_batch
+            total = functional.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), reduction="sum")
+            loss = total / num_items
+            if self.training:
+                regularisers = self._compute_regularisers(hidden.float(), dropped.float(), attention_mask)
+                loss = loss + regularisers * (num_here / num_items)
+        result = AwdLstmOutput(loss=loss, logits=logits, state=tuple(after))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
-
-    def _require_fitting_state(self, state: State, num_samples: int) -> None:
-        """Refuse a state of other sizes: `torch.lstm` would read beyond it."""
-        expected = [(num_samples, size) for size in self.config.list_layer_sizes()]
-        for part in (0, 1):
-            found = [tuple(layer[part].shape) for layer in state]
-            if found != expected:
-                raise InputError(f"state of shapes {found}: must be {expected}, (samples, units) of each layer")
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         embedded = self.embedding(input_ids)
@@ -304,47 +233,12 @@ class AwdLstmForCausalLM(PreTrainedModel, GenerationMixin):
     def _drop(self, values: torch.Tensor, probability: float) -> torch.Tensor:
         return values * draw_locked_mask(values, probability) if self.training and probability > 0 else values
 
-    def _run_layers(
-        self, inputs: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        hidden, after = self._drop(inputs, self.config.input_dropout), []
-        for index, layer in enumerate(self.layers):
-            if index > 0:
-                hidden = self._drop(hidden, self.config.hidden_dropout)
-            hidden, layer_state = layer(hidden, state[index], lengths)
-            after.append(layer_state)
-        return hidden, tuple(after)
-
-    def _compute_loss(self, logits, shift_labels, num_items, outputs, dropped, alignment) -> torch.Tensor:
-        shift_labels = shift_labels[:, -logits.shape[1] :].to(logits.device)
-        num_here = (shift_labels != -100).sum()
-        if num_items is None:
-            num_items = num_here
-        elif torch.is_tensor(num_items):
-            num_items = num_items.to(logits.device)
-        total = functional.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), reduction="sum")
-        loss = total / num_items
-        if self.training:
-            regularisers = self._compute_regularisers(outputs.float(), dropped.float(), alignment)
-            loss = loss + regularisers * (num_here / num_items)
-        return loss
-
-    def _compute_regularisers(self, outputs: torch.Tensor, dropped: torch.Tensor, alignment) -> torch.Tensor:
+    def _compute_regularisers(self, outputs: torch.Tensor, dropped: torch.Tensor, mask) -> torch.Tensor:
         """ar_alpha * mean(dropped^2) + tar_beta * mean(change of outputs^2), means over positions that are no padding."""
-        is_token = None if alignment is None else alignment.is_token
-        activation = _compute_mean(dropped.square().mean(dim=2), is_token)
+        activation = _compute_mean(dropped.square().mean(dim=2), mask)
         change = (outputs[:, 1:] - outputs[:, :-1]).square().mean(dim=2)
-        change = _compute_mean(change, None if is_token is None else is_token[:, 1:])
+        change = _compute_mean(change, None if mask is None else mask[:, 1:])
         return self.config.ar_alpha * activation + self.config.tar_beta * change
-
-    # ---- generation --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # keys and values there are none; the cache is `state`
-
-    def _reorder_cache(self, state: State, beam_idx: torch.Tensor) -> State:
-        return tuple(tuple(part.index_select(0, beam_idx) for part in layer) for layer in state)
 
 
 def _compute_mean(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
@@ -352,22 +246,6 @@ def _compute_mean(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Te
     if counts is None:
         return values.sum() / max(values.numel(), 1)
     return (values * counts).sum() / counts.sum().clamp(min=1)
-
-
-class _LeftAlignment:
-    """Moves each sample's tokens to the left of its padding, and back."""
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        self.order = torch.argsort(~mask, dim=1, stable=True)
-        self.back = torch.argsort(self.order, dim=1)
-        self.is_token = mask.gather(1, self.order)
-        self.lengths = mask.sum(dim=1).cpu()
-
-    def apply(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, self.order.unsqueeze(2).expand_as(values))
-
-    def undo(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, self.back.unsqueeze(2).expand_as(values))
 
 
 AwdLstmConfig.register_for_auto_class()

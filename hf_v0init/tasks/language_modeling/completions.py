@@ -12,9 +12,8 @@ def generate_completions(
     prompts: list[list[int]],
     max_new_tokens: int,
     accelerator: Accelerator,
-    **options,
 ) -> list[str]:
-    """Continue each prompt, the processes sharing the work.
+    """Continue each prompt with the most likely tokens, the processes sharing the work.
 
     One prompt at a time: batches would be padded at the left, which not every model takes. A prompt that leaves
     no room among the model's positions loses its beginning. The whole model must be on every process.
@@ -23,7 +22,6 @@ def generate_completions(
         network: the model itself, unwrapped; it is left in evaluation mode.
         prompts: token ids, at least one each.
         max_new_tokens: generated at most, a prompt.
-        options: for `generate`, such as `do_sample`.
 
     Returns:
         The texts after the prompts, in the order of `prompts`, without special tokens, on every process.
@@ -43,7 +41,7 @@ def generate_completions(
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_token_id or 0,
-                **options,
+                do_sample=False,
             )
             completions.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
     return gather_object(completions) if accelerator.num_processes > 1 else completions

@@ -6,18 +6,18 @@ A sample is framed as the tokenizer frames a text, with BERT's `[CLS]` before an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
+import pyarrow.compute
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_v0init import InputError
 
-from .samples import WORD_STARTS, TokenRows, cut_stream
+from .samples import WORD_STARTS, cut_stream, flatten_rows
 
 
 @dataclass(frozen=True)
@@ -62,75 +62,57 @@ def require_words(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class FramedTexts(torch.utils.data.Dataset):
-    """Ranges of the rows' tokens, each in its frame.
+    """Tokens of the rows, each sample in its frame: blocks of the joined rows, or a row each.
 
     Args:
         rows: from `tokenize_texts`, without a frame.
-        starts, stops: positions in the stream of all rows' tokens where each sample begins and ends.
+        length: tokens of a sample at most, the frame included; the last block holds what is left.
         frame: put around each.
+        line_by_line: each row that has tokens is a sample, cut at `length`.
+        max_samples: keep only so many from the beginning.
+
+    Raises:
+        InputError: there are no tokens.
     """
 
-    def __init__(self, rows: TokenRows, starts: np.ndarray, stops: np.ndarray, frame: Frame) -> None:
-        self.rows, self.starts, self.stops, self.frame = rows, starts, stops, frame
-        self._columns = tuple(name for name in ("input_ids", WORD_STARTS) if name in rows.rows.column_names)
-        if len(starts) == 0:
+    def __init__(
+        self, rows: datasets.Dataset, length: int, frame: Frame, line_by_line: bool, max_samples: int | None = None
+    ) -> None:
+        self.frame = frame
+        self.columns = {name: flatten_rows(rows, name) for name in ("input_ids", WORD_STARTS) if name in rows.features}
+        num_tokens, room = len(self.columns["input_ids"]), length - len(frame)
+        if num_tokens == 0:
             raise InputError("the text has no tokens to train or evaluate on; give a file with more text")
-
-    @classmethod
-    def cut_blocks(
-        cls, rows: datasets.Dataset, length: int, frame: Frame, max_samples: int | None = None
-    ) -> FramedTexts:
-        """Cut the joined rows into samples of `length` tokens, the frame included; the last holds what is left."""
-        token_rows = TokenRows(rows)
-        starts = np.arange(0, token_rows.num_tokens, length - len(frame))[:max_samples]
-        return cls(token_rows, starts, np.minimum(starts + length - len(frame), token_rows.num_tokens), frame)
-
-    @classmethod
-    def take_lines(
-        cls, rows: datasets.Dataset, length: int, frame: Frame, max_samples: int | None = None
-    ) -> FramedTexts:
-        """Make each row that has tokens a sample, cut at `length` tokens, the frame included."""
-        token_rows = TokenRows(rows)
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), token_rows.ends[:-1]])[: len(token_rows.ends)]
-        has_tokens = token_rows.ends > starts
-        starts, stops = starts[has_tokens][:max_samples], token_rows.ends[has_tokens][:max_samples]
-        return cls(token_rows, starts, np.minimum(stops, starts + length - len(frame)), frame)
+        starts, stops = np.arange(0, num_tokens, room), np.arange(room, num_tokens + room, room)
+        if line_by_line:
+            lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+            stops = np.cumsum(lengths[lengths > 0])
+            starts = np.concatenate([[0], stops[:-1]])
+        self.starts = starts[:max_samples]
+        self.stops = np.minimum(np.minimum(stops, num_tokens), starts + room)[:max_samples]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        values = self.rows.read(int(self.starts[index]), int(self.stops[index]), self._columns)
-        return self.frame.put_around(values[0], values[1] if len(values) > 1 else None)
+        where = slice(int(self.starts[index]), int(self.stops[index]))
+        sample = {name: values[where].to_numpy() for name, values in self.columns.items()}
+        return self.frame.put_around(sample["input_ids"], sample.get(WORD_STARTS))
 
     def compute_lengths(self) -> list[int]:
         """Count the tokens of each sample, the frame included, without reading any."""
         return (self.stops - self.starts + len(self.frame)).tolist()
 
 
-class StreamedTexts:
-    """`FramedTexts` of a stream of rows, with the same samples in the same order: blocks, or lines.
-
-    Args:
-        rows: from `tokenize_texts`, without a frame; read again in every iteration.
-        length: tokens of a sample, at most, the frame included.
-        line_by_line: a row is a sample.
-    """
-
-    def __init__(self, rows: Iterable[dict[str, list]], length: int, frame: Frame, line_by_line: bool) -> None:
-        self.rows, self.frame, self.line_by_line = rows, frame, line_by_line
-        self._room = length - len(frame)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to rows that are shuffled by it."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        one_by_one = ([row] for row in self.rows) if self.line_by_line else [self.rows]
-        for rows in one_by_one:
-            samples = cut_stream(rows, self._room, self._room)
-            for sample in itertools.islice(samples, 1 if self.line_by_line else None):
-                yield self.frame.put_around(sample["input_ids"], sample.get(WORD_STARTS))
+def cut_framed_texts(
+    rows: Iterable[dict[str, list]], length: int, frame: Frame, line_by_line: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """Cut the samples of `FramedTexts`, in the same order, from a stream of rows."""
+    room = length - len(frame)
+    if line_by_line:
+        samples = (next(cut_stream([row], room, room), None) for row in rows)
+    else:
+        samples = cut_stream(rows, room, room)
+    for sample in samples:
+        if sample is not None:
+            yield frame.put_around(sample["input_ids"], sample.get(WORD_STARTS))

@@ -11,27 +11,25 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script, say
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, StreamedTexts, require_words
+from .masked_samples import Frame, FramedTexts, cut_framed_texts, require_words
 from .masking import MaskedSamples, MaskedStream, Masking
 from .perplexity import MaskedPerplexityMixin
 from .samples import tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
-NUM_GUESSES = 5
 ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
 EXAMPLES = """
 # BERT's architecture from scratch on a text file, with its data-driven v0
@@ -65,8 +63,6 @@ class ModelArguments(LanguageModelArguments):
 class DataArguments(LanguageDataArguments):
     """data: what it is trained and measured on"""
 
-    uneven_flag: ClassVar[str] = "line_by_line"
-
     block_size: int | None = flag(
         None,
         "Tokens of a sample, its first and last special token included. Default: what model and tokenizer take, at most 512.",
@@ -77,30 +73,8 @@ class DataArguments(LanguageDataArguments):
         "tokenizer's separator, and cut them into blocks.",
     )
     mlm_probability: float = flag(0.15, "Share of the tokens that are to be guessed.")
-    mask_replace_prob: float = flag(0.8, "Share of those that become the mask token.")
-    random_replace_prob: float = flag(0.1, "Share of those that become a random token; the rest stays as it is.")
     whole_word_mask: bool = flag(
         False, "Choose words instead of tokens, and mask all of a word's tokens. Words are the tokenizer's."
-    )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
-            raise InputError(
-                f"--mask_replace_prob={self.mask_replace_prob} and --random_replace_prob={self.random_replace_prob}: together "
-                "they must be at most 1"
-            )
-
-
-@dataclass
-class SampleArguments:
-    """generation: what is written at the end"""
-
-    sample_text: str | None = flag(
-        None,
-        "At the end, list the likeliest tokens for each mask token in this text, such as 'the [MASK] rose' (of a tokenizer "
-        "trained here the token is <mask>); printed and saved to filled_sample.txt.",
     )
 
 
@@ -111,37 +85,24 @@ class MaskedTrainer(ScriptTrainerMixin, MaskedPerplexityMixin, TokenBudgetMixin,
 class MaskedTask(LanguageTask):
     """Masked language modelling: blocks or lines, with masks that depend on seed, epoch and number alone."""
 
-    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SampleArguments)
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
     trainer_class = MaskedTrainer
     examples = EXAMPLES
     metrics = ("loss", MaskedPerplexityMixin.perplexity_name, "accuracy", "num_tokens")
     card_task = "fill-mask"
-    perplexity_name = MaskedPerplexityMixin.perplexity_name
     longest_default_block = 512
     for_masking = True
 
-    def make_samples(self) -> dict[str, Any]:
-        """Make blocks or lines with their masks, and refuse tokenizers and sizes with which that cannot be."""
-        data, tokenizer, text = self.data, self.tokenizer, self.others[0].sample_text
-        if data.whole_word_mask:
-            require_words(tokenizer)
-        self.masking = Masking.for_tokenizer(
-            tokenizer,
-            probability=data.mlm_probability,
-            mask_share=data.mask_replace_prob,
-            random_share=data.random_replace_prob,
-            whole_words=data.whole_word_mask,
-        )
-        if text is not None and tokenizer.mask_token_id not in tokenizer(text)["input_ids"]:
-            raise InputError(
-                f"--sample_text={text!r}: has no mask token; write {tokenizer.mask_token} where one is wanted"
-            )
-        self.frame = Frame.of_tokenizer(tokenizer)
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load what blocks or lines with masks are made of, and refuse tokenizers and sizes with which they cannot be."""
+        self.load(config, place)
+        if self.data.whole_word_mask:
+            require_words(self.tokenizer)
+        options = {"probability": self.data.mlm_probability, "whole_words": self.data.whole_word_mask}
+        self.masking, self.frame = Masking.for_tokenizer(self.tokenizer, **options), Frame.of_tokenizer(self.tokenizer)
         if self.block_size <= len(self.frame):
-            raise InputError(
-                f"--block_size={self.block_size}: must be {len(self.frame) + 1} or more, for {len(self.frame)} tokens frame each "
-                "sample"
-            )
+            least = len(self.frame) + 1
+            raise InputError(f"--block_size={self.block_size}: must be {least} or more, for its special tokens and one")
         return tokenize_first_on_main(self, self.rows, self.make_samples_of)
 
     def make_samples_of(self, rows, role: str):
@@ -159,39 +120,16 @@ class MaskedTask(LanguageTask):
         seed = None  # of evaluation
         if role == "train":
             seed = training.seed if training.data_seed is None else training.data_seed
-        limit = data.get_limit(role)
+        limit, options = data.get_limit(role), {"length": self.block_size, "frame": self.frame}
+        options["line_by_line"] = data.line_by_line
         if data.streaming:
-            texts = StreamedTexts(tokenized, self.block_size, self.frame, data.line_by_line)
-            return MaskedStream(texts, self.masking, seed, limit)
-        cut = FramedTexts.take_lines if data.line_by_line else FramedTexts.cut_blocks
-        return MaskedSamples(cut(tokenized, self.block_size, self.frame, limit), self.masking, seed)
+            return MaskedStream(tokenized, partial(cut_framed_texts, **options), self.masking, seed, limit)
+        return MaskedSamples(FramedTexts(tokenized, **options, max_samples=limit), self.masking, seed)
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer, token budget and loss."""
         loss = TokenCrossEntropy(self.training.label_smoothing_factor)
         return super().choose_trainer_options(samples) | {"compute_loss_func": loss}
-
-    @torch.no_grad()
-    def finish(self, trainer: MaskedTrainer) -> None:
-        """Write the likeliest tokens for each mask token of `sample_text`, with their probabilities."""
-        text, tokenizer = self.others[0].sample_text, self.tokenizer
-        if text is None:
-            return
-        network = trainer.accelerator.unwrap_model(trainer.model).eval()
-        input_ids = tokenizer(text, return_tensors="pt")["input_ids"].to(network.device)
-        logits = network(input_ids=input_ids).logits[input_ids == tokenizer.mask_token_id].float()
-        lines = []
-        for number, probabilities in enumerate(logits.softmax(dim=-1), start=1):
-            best = probabilities.topk(min(NUM_GUESSES, len(probabilities)))
-            guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            words = ", ".join(
-                f"{tokenizer.decode([token]).strip()} {probability:.3f}" for token, probability in guesses
-            )
-            lines.append(f"mask {number} of {text!r}: {words}")
-        if trainer.is_world_process_zero():
-            say("\n".join(lines))
-            path = Path(trainer.args.output_dir, "filled_sample.txt")
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 ARGUMENTS = MaskedTask.arguments

@@ -7,8 +7,7 @@ draws, as transformers' does, come from a generator whose state is that of the b
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import InputError
+from .samples import NO_TARGET, StreamedSamples
 
-NO_TARGET = -100
 TRAINING, EVALUATION = 0, 1  # first number of a seed, so that the two never draw the same
 
 
@@ -128,25 +127,24 @@ class MaskedSamples(torch.utils.data.Dataset):
         return self.samples.compute_lengths()
 
 
-class MaskedStream(torch.utils.data.IterableDataset):
+class MaskedStream(StreamedSamples):
     """`MaskedSamples` over samples that are read as a stream, their number unknown.
 
     Args:
-        samples: iterated anew in every epoch; `set_epoch` is passed on to it.
-        max_samples: keep only so many from the beginning.
+        rows, cut, max_samples: as for `StreamedSamples`.
     """
 
-    def __init__(self, samples: Iterable, masking: Masking, seed: int | None, max_samples: int | None = None) -> None:
-        self.samples, self.masking, self.seed, self.max_samples = samples, masking, seed, max_samples
-        self.epoch = 0
+    def __init__(self, rows, cut, masking: Masking, seed: int | None, max_samples: int | None = None) -> None:
+        super().__init__(rows, cut, max_samples)
+        self.masking, self.seed, self.epoch = masking, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of an epoch of training, and pass it on to rows that are shuffled by it."""
         self.epoch = epoch
-        self.samples.set_epoch(epoch)
+        super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for index, sample in enumerate(itertools.islice(self.samples, self.max_samples)):
+        for index, sample in enumerate(super().__iter__()):
             yield self.masking.mask_sample(sample, compose_seed(self.seed, self.epoch, index))
 
 

@@ -7,11 +7,12 @@ itself. `PaddingCollator` makes batches of them. What reads, keeps and pads toke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +23,7 @@ from ..data import map_with_cache
 
 NO_TARGET = -100
 WORD_STARTS = "word_starts"
-
-# ------------------------------------------------------------------------------------------------ tokenizing
+PLAINLY = {"return_attention_mask": False, "verbose": False}  # no warning of rows that are cut later
 
 
 def tokenize_texts(
@@ -56,11 +56,10 @@ def tokenize_texts(
     if append_eos and tokenizer.eos_token_id is None:
         raise InputError("--append_eos: the tokenizer has no end-of-text token; leave the flag out")
     last_token = [tokenizer.eos_token_id] if append_eos else []
-    options = {"add_special_tokens": separator is None, "return_attention_mask": False}
+    options = {"add_special_tokens": separator is None, **PLAINLY}
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = [text + text_suffix for text in require_strings(batch[column], column)]
-        encoded = tokenizer(texts, verbose=False, **options)  # no warning of rows that are cut later
+        encoded = tokenizer([text + text_suffix for text in require_strings(batch[column], column)], **options)
         ends = [last_token + ((separator or []) if ids else []) for ids in encoded["input_ids"]]
         result = {"input_ids": [ids + end for ids, end in zip(encoded["input_ids"], ends, strict=True)]}
         if mark_words:
@@ -114,12 +113,8 @@ def tokenize_completions(
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         prompts = encode_prompts(require_strings(batch[prompt_column], prompt_column), tokenizer, prompt_prefix)
-        completions = tokenizer(
-            require_strings(batch[completion_column], completion_column),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+        texts = require_strings(batch[completion_column], completion_column)
+        completions = tokenizer(texts, add_special_tokens=False, **PLAINLY)["input_ids"]
         samples: dict[str, list] = {"input_ids": [], "labels": []}
         for prompt, completion in zip(prompts, completions, strict=True):
             # One token before the completion always stays: without it nothing forecasts the first target.
@@ -130,10 +125,7 @@ def tokenize_completions(
         return samples
 
     features = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "labels": datasets.List(datasets.Value("int64")),
-        }
+        {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int64"))}
     )
     key = ("completions", prompt_column, completion_column, max_length, prompt_prefix)
     return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
@@ -141,12 +133,7 @@ def tokenize_completions(
 
 def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_prefix: str = "") -> list[list[int]]:
     """Encode prompts as `tokenize_completions` does: token ids without an end-of-text token."""
-    encoded = tokenizer(
-        [prompt_prefix + prompt for prompt in prompts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    encoded = tokenizer([prompt_prefix + prompt for prompt in prompts], add_special_tokens=False, **PLAINLY)
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return [([tokenizer.bos_token_id] if begins else []) + ids for ids in encoded["input_ids"]]
 
@@ -163,49 +150,13 @@ def require_strings(values: list, column: str) -> list[str]:
     """Return `values`; raise `InputError` if one is no text."""
     for value in values:
         if not isinstance(value, str):
-            kind = "empty" if value is None else f"a {type(value).__name__}"
-            raise InputError(f"column {column!r} is {kind} in some row; every row must hold text there")
+            raise InputError(f"column {column!r} holds {value!r} in some row; every row must hold text there")
     return values
 
 
-# --------------------------------------------------------------------------------------------------- windows
-
-
-class TokenRows:
-    """The tokens of all rows as one stream that is read by position; they stay where they are, usually a memory-mapped file.
-
-    Args:
-        rows: a data set with a column `input_ids`, and others of the same lengths that may be read.
-
-    Attributes:
-        ends: int64, the position behind each row's last token.
-        num_tokens: of all rows.
-    """
-
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows.with_format("arrow")
-        lengths = [
-            pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
-            for table in self.rows.select_columns(["input_ids"]).iter(batch_size=10_000)
-        ]
-        self.ends = np.cumsum(np.concatenate([np.zeros(0, dtype=np.int64), *lengths]), dtype=np.int64)
-        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
-
-    def read(self, start: int, stop: int, columns: tuple[str, ...] = ("input_ids",)) -> list[np.ndarray]:
-        """Return of each column the values of the tokens `start` to `stop`, which must not be empty."""
-        first_row = int(np.searchsorted(self.ends, start, side="right"))
-        last_row = int(np.searchsorted(self.ends, stop, side="left"))
-        offset = start - (int(self.ends[first_row - 1]) if first_row else 0)
-        table = self.rows[first_row : last_row + 1]
-        whole = (
-            np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks])
-            for column in columns
-        )
-        return [values[offset : offset + stop - start] for values in whole]
-
-    def read_all(self) -> np.ndarray:
-        """Return all tokens."""
-        return self.read(0, self.num_tokens)[0] if self.num_tokens else np.zeros(0, dtype=np.int64)
+def flatten_rows(rows: datasets.Dataset, column: str = "input_ids") -> pyarrow.ChunkedArray:
+    """Return the values of all rows of a column of lists as one; they stay where they are, usually in a memory-mapped file."""
+    return pyarrow.compute.list_flatten(rows.with_format("arrow")[:][column])
 
 
 class TokenWindows(torch.utils.data.Dataset):
@@ -225,37 +176,23 @@ class TokenWindows(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        rows: datasets.Dataset,
-        window_length: int,
-        first_token: list[int],
-        max_windows: int | None = None,
+        self, rows: datasets.Dataset, window_length: int, first_token: list[int], max_windows: int | None = None
     ) -> None:
-        self.rows = TokenRows(rows.select_columns(["input_ids"]))
-        self.window_length = window_length
-        num_tokens = self.rows.num_tokens
-        self.first_token = [] if num_tokens and self._read(0, 1) == first_token else list(first_token)
-        self.num_tokens = len(self.first_token) + num_tokens
-        self._num_windows = -(-max(self.num_tokens - 1, 0) // (window_length - 1))
-        if self._num_windows == 0:
+        self.tokens, self.window_length = flatten_rows(rows), window_length
+        self.first_token = [] if self.tokens[:1].to_pylist() == first_token else list(first_token)
+        num_targets = len(self.first_token) + len(self.tokens) - 1
+        if num_targets < 1:
             raise InputError("the text has no tokens to train or evaluate on; give a file with more text")
-        if max_windows is not None:
-            self._num_windows = min(self._num_windows, max_windows)
+        self._num_windows = min(-(-num_targets // (window_length - 1)), max_windows or num_targets)
 
     def __len__(self) -> int:
         return self._num_windows
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        if not 0 <= index < self._num_windows:
-            raise IndexError(f"window {index} of {self._num_windows}")
         start = index * (self.window_length - 1) - len(self.first_token)
-        stop = min(start + self.window_length, self.rows.num_tokens)
-        tokens = (self.first_token if start < 0 else []) + self._read(max(start, 0), stop)
+        tokens = self.tokens[max(start, 0) : start + self.window_length].to_pylist()
+        tokens = self.first_token + tokens if start < 0 else tokens
         return {"input_ids": tokens, "labels": list(tokens)}
-
-    def _read(self, start: int, stop: int) -> list[int]:
-        """Tokens `start` to `stop` of the rows' stream (without `first_token`)."""
-        return self.rows.read(start, stop)[0].tolist()
 
 
 def cut_stream(
@@ -264,7 +201,7 @@ def cut_stream(
     """Join the rows of a stream and cut them: every `step` values a window of `length` begins; the last holds what is left.
 
     Args:
-        before: what comes before the first row that is not empty, by column.
+        before: what comes before the first row that is not empty, by column; left out if it is there already.
     """
     kept: dict[str, np.ndarray] | None = None
     for row in rows:
@@ -274,7 +211,7 @@ def cut_stream(
         if kept is None:
             kept = {name: np.asarray((before or {}).get(name, values[:0])) for name, values in columns.items()}
             if len(kept["input_ids"]) and kept["input_ids"][0] == columns["input_ids"][0]:
-                kept = {name: values[:0] for name, values in columns.items()}  # it is there already
+                kept = {name: values[:0] for name, values in columns.items()}
         kept = {name: np.concatenate([kept[name], values]) for name, values in columns.items()}
         while len(kept["input_ids"]) >= length:
             yield {name: values[:length] for name, values in kept.items()}
@@ -283,32 +220,41 @@ def cut_stream(
         yield kept
 
 
-class StreamedTokenWindows(torch.utils.data.IterableDataset):
-    """`TokenWindows` over a stream of rows: read again in every epoch, its length unknown."""
+class StreamedSamples(torch.utils.data.IterableDataset):
+    """Samples cut from a stream of rows, which is read again in every epoch, their number unknown.
+
+    Args:
+        rows: the stream.
+        cut: makes samples of the rows.
+        max_samples: keep only so many from the beginning.
+    """
 
     def __init__(
-        self,
-        rows: Iterable[dict[str, list[int]]],
-        window_length: int,
-        first_token: list[int],
-        max_windows: int | None = None,
+        self, rows: Iterable[dict], cut: Callable[[Iterable[dict]], Iterator[dict]], max_samples: int | None = None
     ) -> None:
-        self.rows, self.window_length, self.first_token = rows, window_length, list(first_token)
-        self.max_windows = max_windows
+        self.rows, self.cut, self.max_samples = rows, cut, max_samples
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to rows that are shuffled by it."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        windows = cut_stream(self.rows, self.window_length, self.window_length - 1, {"input_ids": self.first_token})
-        for window in itertools.islice(windows, self.max_windows):
-            tokens = window["input_ids"].tolist()
-            yield {"input_ids": tokens, "labels": list(tokens)}
+    def __iter__(self) -> Iterator[dict]:
+        return itertools.islice(self.cut(self.rows), self.max_samples)
 
 
-# --------------------------------------------------------------------------------------------------- batches
+class StreamedTokenWindows(StreamedSamples):
+    """`TokenWindows` over a stream of rows."""
+
+    def __init__(
+        self, rows: Iterable[dict], window_length: int, first_token: list[int], max_windows: int | None = None
+    ) -> None:
+        def cut(rows: Iterable[dict]) -> Iterator[dict]:
+            for window in cut_stream(rows, window_length, window_length - 1, {"input_ids": list(first_token)}):
+                tokens = window["input_ids"].tolist()
+                yield {"input_ids": tokens, "labels": list(tokens)}
+
+        super().__init__(rows, cut, max_windows)
 
 
 class PaddingCollator:
@@ -317,36 +263,24 @@ class PaddingCollator:
     Args:
         pad_token_id: fills `input_ids`; masked, so any id does for a tokenizer without a padding token.
         length: pad to this length instead of that of the batch's longest sample.
-        pad_to_multiple_of: round the batch's length up to a multiple of this.
     """
 
-    def __init__(
-        self, pad_token_id: int | None, length: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> None:
-        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
-        self.length, self.pad_to_multiple_of = length, pad_to_multiple_of
+    def __init__(self, pad_token_id: int | None, length: int | None = None) -> None:
+        self.pad_token_id, self.length = pad_token_id or 0, length
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (samples, length)."""
-        length, multiple = (
-            self.length or max(len(sample["input_ids"]) for sample in samples),
-            self.pad_to_multiple_of or 1,
-        )
-        length = -(-length // multiple) * multiple
-        input_ids, mask = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, length)
-        labels, _ = pad_rows([sample["labels"] for sample in samples], NO_TARGET, length)
+        input_ids, mask = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, self.length)
+        labels, _ = pad_rows([sample["labels"] for sample in samples], NO_TARGET, self.length)
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def pad_rows(
-    rows: list, filling: int, length: int | None = None, at_left: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: list, filling: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Join rows of token ids to int64 (rows, longest or `length`), and return its mask, too (1: no padding)."""
     length = length or max(len(row) for row in rows)
     values = torch.full((len(rows), length), filling)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for number, row in enumerate(rows):
-        place = slice(length - len(row), length) if at_left else slice(0, len(row))
-        values[number, place] = torch.as_tensor(row, dtype=torch.long)
-        mask[number, place] = 1
+        values[number, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
     return values, mask

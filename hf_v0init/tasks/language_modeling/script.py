@@ -1,4 +1,4 @@
-"""Trains, evaluates and samples from a causal language model, with a v0 for Adam if asked.
+"""Trains and evaluates a causal language model, with a v0 for Adam if asked.
 
     hf-v0init clm FILE.yaml --v0_init data_driven --output_dir out
     torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.script FILE.yaml --output_dir out
@@ -13,16 +13,16 @@ row with the loss on the completion. Losses and perplexities are exact: each tok
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
 from ..data import limit_rows
-from ..run import RunArguments, run, tokenize_first_on_main
-from ..script_support import flag, run_script, say
+from ..run import RunArguments, run
+from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
@@ -39,7 +39,7 @@ from .samples import (
     tokenize_texts,
 )
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
-from .stream_training import ContiguousStreamsMixin, require_possible_streams
+from .stream_training import ContiguousStreamsMixin
 from .token_streams import SegmentCollator, TokenStreams
 
 DEFAULT_SEGMENT = 70  # tokens through which AWD-LSTM's paper back-propagates
@@ -73,9 +73,6 @@ class ModelArguments(LanguageModelArguments):
         "From scratch: a transformers model type, such as gpt2, with its default configuration; or awd_lstm, an LSTM that reads "
         "contiguous streams and keeps its state from batch to batch.",
     )
-    config_overrides: str | None = flag(
-        None, "From scratch: changes to the configuration, for example n_embd=256,n_layer=4."
-    )
 
 
 @dataclass
@@ -83,13 +80,13 @@ class DataArguments(LanguageDataArguments):
     """data: what it is trained and measured on"""
 
     column_flags: ClassVar[tuple[str, ...]] = ("text_column", "prompt_column", "completion_column")
-    uneven_flag: ClassVar[str] = "prompt_column"
 
     prompt_column: str | None = flag(
         None, "Column with prompts; needs --completion_column. One sample per row, the loss on the completion only."
     )
     completion_column: str | None = flag(None, "Column with the completions.")
     prompt_prefix: str = flag("", "Text put before every prompt.")
+    max_new_tokens: int = flag(64, "Tokens generated at most, for completions of the test set.")
     block_size: int | None = flag(
         None,
         "Tokens of a block, and the longest prompt with completion (longer ones lose the beginning of the prompt). Default: what "
@@ -100,7 +97,6 @@ class DataArguments(LanguageDataArguments):
         "awd_lstm: draw the segments' lengths anew in every epoch, around --block_size or, 5 in 100, half of it, and scale the "
         "learning rate of each step by its length (Merity et al., section 5). Depends on --seed alone.",
     )
-    keep_linebreaks: bool = flag(True, "Text files: keep the line break at the end of every line.")
     append_eos: bool = flag(False, "End every line or row with the tokenizer's end-of-text token.")
 
     def __post_init__(self) -> None:
@@ -108,12 +104,6 @@ class DataArguments(LanguageDataArguments):
         super().__post_init__()
         if (self.prompt_column is None) != (self.completion_column is None):
             raise InputError("--prompt_column and --completion_column: give both or neither")
-        if self.prompt_column is None and self.prompt_prefix:
-            raise InputError(f"--prompt_prefix={self.prompt_prefix!r}: needs --prompt_column and --completion_column")
-        if self.prompt_column is not None and (self.text_column or self.append_eos):
-            raise InputError(
-                "--text_column and --append_eos: are for running text; drop them, or --prompt_column and --completion_column"
-            )
         smallest = 2 if self.prompt_column is None else 3
         if self.block_size is not None and self.block_size < smallest:
             raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
@@ -126,17 +116,7 @@ class DataArguments(LanguageDataArguments):
         """Return the line break that reading a text file by lines took away, or nothing."""
         path = getattr(self, f"{role}_file") or self.train_file
         is_text = path is not None and get_format(path) not in TABLES
-        return "\n" if is_text and self.keep_linebreaks and self.prompt_column is None else ""
-
-
-@dataclass
-class SamplingArguments:
-    """generation: what is written at the end"""
-
-    sample_prompt: str | None = flag(
-        None, "At the end, continue this text by sampling; printed and saved to generated_sample.txt."
-    )
-    max_new_tokens: int = flag(64, "Tokens generated at most, for --sample_prompt and for completions of the test set.")
+        return "\n" if is_text and self.prompt_column is None else ""
 
 
 class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsMixin, TokenBudgetMixin, V0InitTrainer):
@@ -146,36 +126,34 @@ class CausalTrainer(ScriptTrainerMixin, ExactPerplexityMixin, ContiguousStreamsM
 class CausalTask(LanguageTask):
     """Causal language modelling: blocks, contiguous streams, or prompts with completions."""
 
-    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments, SamplingArguments)
+    arguments = (ModelArguments, DataArguments, RunArguments, V0InitTrainingArguments)
     trainer_class = CausalTrainer
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
     card_task = "text-generation"
-    perplexity_name = "perplexity"
     longest_default_block = 1024
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration, and refuse what kind of model and arguments rule out together."""
-        config, data, smoothing = super().load_config(), self.data, self.training.label_smoothing_factor
-        is_lstm = isinstance(config, AwdLstmConfig)
-        self.reads_streams = is_lstm and data.prompt_column is None
-        if self.reads_streams and data.streaming:
-            raise InputError("--streaming: an awd_lstm reads several places of the text at once; leave it out")
-        if data.vary_block_size and not self.reads_streams:
-            raise InputError("--vary_block_size: is for running text and --model_type awd_lstm; leave it out")
-        if is_lstm and smoothing:
-            raise InputError(
-                f"--label_smoothing_factor={smoothing}: would replace the loss of awd_lstm with its regularisers; leave it out"
+        config, data = super().load_config(), self.data
+        self.reads_streams = isinstance(config, AwdLstmConfig)
+        if not self.reads_streams:
+            if data.vary_block_size:
+                raise InputError("--vary_block_size: is for --model_type awd_lstm; leave it out")
+            return config
+        for name, why in (
+            ("streaming", "it reads several places of the text at once"),
+            ("prompt_column", "it reads running text"),
+            ("max_tokens_per_batch", "its batches are as many streams"),
+            ("label_smoothing_factor", "it would replace the model's own loss with its regularisers"),
+        ):
+            value = next(
+                (getattr(part, name) for part in (data, self.options, self.training) if hasattr(part, name)), None
             )
-        if is_lstm:
-            self.longest_default_block = DEFAULT_SEGMENT
+            if value:
+                raise InputError(f"--{name}={value}: not with an awd_lstm, for {why}; leave it out")
+        self.longest_default_block = DEFAULT_SEGMENT
         return config
-
-    def make_samples(self) -> dict[str, Any]:
-        """Make blocks, streams, or prompts with completions: what the Trainer indexes or iterates."""
-        samples = tokenize_first_on_main(self, self.rows, self.make_samples_of)
-        require_possible_streams(self.training, samples.get("train"), [samples.get("validation"), samples.get("test")])
-        return samples
 
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role."""
@@ -185,15 +163,14 @@ class CausalTask(LanguageTask):
         if data.prompt_column is not None:
             options |= {"max_length": self.block_size, "prompt_prefix": data.prompt_prefix}
             return tokenize_completions(limit_rows(rows, limit), tokenizer, *columns, **options)
-        suffix = data.choose_text_suffix(role)
-        tokenized = tokenize_texts(rows, tokenizer, *columns, text_suffix=suffix, append_eos=data.append_eos, **options)
+        options |= {"text_suffix": data.choose_text_suffix(role), "append_eos": data.append_eos}
+        tokenized = tokenize_texts(rows, tokenizer, *columns, **options)
         first_token = find_first_token(tokenizer)
         if not self.reads_streams:
             windows = StreamedTokenWindows if data.streaming else TokenWindows
             return windows(tokenized, self.block_size, first_token, limit)
         batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
-        varies = data.vary_block_size and role == "train"
-        num_streams = batch_size * training.world_size
+        varies, num_streams = data.vary_block_size and role == "train", batch_size * training.world_size
         return TokenStreams(
             tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
         )
@@ -202,48 +179,22 @@ class CausalTask(LanguageTask):
         """Make what joins samples to a batch."""
         return SegmentCollator(self.tokenizer.pad_token_id) if self.reads_streams else super().make_collator()
 
-    # ---- after training ----------------------------------------------------------------------------------------------
-
     def predict(self, trainer: CausalTrainer, samples) -> None:
         """Measure the test samples; of prompts, write greedy completions beside the true ones."""
         super().predict(trainer, samples)
-        data = self.data
+        data, tokenizer, first_token = self.data, self.tokenizer, find_first_token(self.tokenizer)
         if data.prompt_column is None:
             return
         rows = list(limit_rows(self.rows["test"], data.max_predict_samples))
-        prompts = encode_prompts([row[data.prompt_column] for row in rows], self.tokenizer, data.prompt_prefix)
-        generated = self.complete(trainer, prompts, do_sample=False)
-        lines = [
-            json.dumps(
-                {"prompt": row[data.prompt_column], "completion": row[data.completion_column], "generated": text},
-                ensure_ascii=False,
-            )
-            for row, text in zip(rows, generated, strict=True)
-        ]
-        write_lines(trainer, "generated_completions.jsonl", lines)
-
-    def finish(self, trainer: CausalTrainer) -> None:
-        """Write a sampled continuation of `sample_prompt`."""
-        prompt = self.others[0].sample_prompt
-        if prompt is None:
-            return
-        set_seed(trainer.args.seed)
-        text = prompt + self.complete(trainer, encode_prompts([prompt], self.tokenizer), do_sample=True)[0]
-        write_lines(trainer, "generated_sample.txt", [text])
+        texts, completions = ([row[name] for row in rows] for name in (data.prompt_column, data.completion_column))
+        prompts = [ids or first_token for ids in encode_prompts(texts, tokenizer, data.prompt_prefix)]
+        network = trainer.accelerator.unwrap_model(trainer.model)
+        generated = generate_completions(network, tokenizer, prompts, data.max_new_tokens, trainer.accelerator)
         if trainer.is_world_process_zero():
-            say(f"sample: {text}")
-
-    def complete(self, trainer: CausalTrainer, prompts: list[list[int]], **options) -> list[str]:
-        """Continue prompts, given as token ids, and return the texts."""
-        network, first_token = trainer.accelerator.unwrap_model(trainer.model), find_first_token(self.tokenizer)
-        prompts, longest = [ids or first_token for ids in prompts], self.others[0].max_new_tokens
-        return generate_completions(network, self.tokenizer, prompts, longest, trainer.accelerator, **options)
-
-
-def write_lines(trainer, name: str, lines: list[str]) -> None:
-    """Write one text per line into a file of the output folder, on the main process."""
-    if trainer.is_world_process_zero():
-        Path(trainer.args.output_dir, name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with open(Path(trainer.args.output_dir, "generated_completions.jsonl"), "w", encoding="utf-8") as file:
+                for values in zip(texts, completions, generated, strict=True):
+                    line = dict(zip(("prompt", "completion", "generated"), values, strict=True))
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 ARGUMENTS = CausalTask.arguments

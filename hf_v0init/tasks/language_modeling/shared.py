@@ -14,11 +14,11 @@ from hf_v0init import InputError
 
 from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
 from ..models import TextModelArguments
-from ..run import Task
+from ..run import Task, tokenize_first_on_main
 from ..script_support import flag
 from ..text_files import load_local_files, open_stream
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
-from .samples import PaddingCollator
+from .samples import PaddingCollator, require_strings
 
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
@@ -40,7 +40,6 @@ class LanguageDataArguments(TextDataArguments):
     """data: what it is trained and measured on"""
 
     column_flags: ClassVar[tuple[str, ...]] = ("text_column",)
-    uneven_flag: ClassVar[str]  # the one with which samples differ in length
 
     validation_split_percentage: float = flag(
         5.0, "Without validation data, --do_eval takes this percentage from the beginning of the training data."
@@ -69,19 +68,22 @@ class LanguageTask(Task):
     test_name = "test"
     longest_default_block: ClassVar[int]
     for_masking: ClassVar[bool] = False
-    perplexity_name: ClassVar[str]
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load rows, tokenizer and model, and make the samples of each role."""
+        self.load(config, place)
+        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
+
+    def load(self, config: PreTrainedConfig, place: str | None) -> None:
         """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
         self.rows = load_rows(self.data, self.model, self.training)
         texts = iterate_texts(self.rows["train"], self.data) if "train" in self.rows else None
         self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
         self.network = self.model.build_for(config, self.tokenizer)
         self.block_size = self.choose_block_size()
-        return self.make_samples()
 
-    def make_samples(self) -> dict[str, Any]:
-        """Make the samples of each role."""
+    def make_samples_of(self, rows, role: str):
+        """Make the samples of one role: what the Trainer indexes or iterates."""
         raise NotImplementedError
 
     def make_collator(self) -> Any:
@@ -94,15 +96,6 @@ class LanguageTask(Task):
         budget = self.options.max_tokens_per_batch if self.training.do_train else None
         return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
-    def refuse(self) -> None:
-        """Refuse a token budget where all samples have one length."""
-        budget, data = self.options.max_tokens_per_batch, self.data
-        if budget and not getattr(data, data.uneven_flag):
-            raise InputError(
-                f"--max_tokens_per_batch={budget}: blocks all have --block_size tokens, so give --per_device_train_batch_size "
-                f"instead; the budget is for --{data.uneven_flag}"
-            )
-
     def train_tokenizer(self, texts) -> PreTrainedTokenizerBase:
         """Train a tokenizer on texts."""
         if self.model.tokenizer_kind == "word":
@@ -113,32 +106,18 @@ class LanguageTask(Task):
         """Choose the tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
 
         Raises:
-            InputError: more than they take, or than a batch by token budget.
+            InputError: more than they take.
         """
-        requested, budget = self.data.block_size, self.options.max_tokens_per_batch
+        requested = self.data.block_size
         limits = [n for n in (count_positions(self.network), self.tokenizer.model_max_length) if n and n > 0]
-        if requested is not None and limits and requested > min(limits):
+        if requested is None:
+            return min([self.longest_default_block, *limits])
+        if limits and requested > min(limits):
             raise InputError(
                 f"--block_size={requested}: model and tokenizer take {min(limits)} tokens; lower it, or raise the number of "
                 "positions with --config_overrides"
             )
-        size = min([self.longest_default_block, *limits]) if requested is None else requested
-        if budget is not None and budget < size:
-            raise InputError(
-                f"--max_tokens_per_batch={budget}: is less than the {size} tokens that a sample may have; raise it, or lower "
-                "--block_size"
-            )
-        return size
-
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say perplexity and accuracy."""
-        name = self.perplexity_name
-        if f"{stage}_{name}" not in metrics:
-            return []
-        words = (
-            f"{name.replace('_', '-')} {metrics[f'{stage}_{name}']:.3f}, accuracy {metrics[f'{stage}_accuracy']:.4f}"
-        )
-        return [f"{stage}: {words} over {metrics[f'{stage}_num_tokens']:,} tokens"]
+        return requested
 
 
 def count_positions(network: PreTrainedModel) -> int | None:
@@ -174,14 +153,9 @@ def load_rows(data: LanguageDataArguments, hub, training) -> dict:
             rows[role] = open_stream(path) if data.streaming else load_local_files(path, role=role)
         elif role != "validation":
             raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
-    if data.validation_split_rows is not None and ("validation" not in needed or "validation" in rows):
-        why = "there is validation data" if "validation" in rows else "the run evaluates nothing (--do_eval)"
-        raise InputError(f"--validation_split_rows={data.validation_split_rows}: {why}; drop it")
     if "validation" in needed and "validation" not in rows:
         rows |= split_off_validation(rows.get("train"), data)
     for role, part in rows.items():
-        if not is_stream(part) and len(part) == 0:
-            raise InputError(f"the {role} data has no rows; give a file or split with at least one")
         names = list_columns(part)
         for name in data.column_flags:
             column = getattr(data, name)
@@ -194,26 +168,19 @@ def load_rows(data: LanguageDataArguments, hub, training) -> dict:
 
 def split_off_validation(train, data: LanguageDataArguments) -> dict:
     """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
-    if train is None:
-        raise InputError("there is no validation data; give --validation_file, or a data set that has that split")
-    number, given = data.validation_split_rows, f"--validation_split_rows={data.validation_split_rows}"
-    if is_stream(train):
-        if number is None:
-            raise InputError(
-                "there is no validation data; give --validation_file, or --validation_split_rows 1000 for the first rows of the "
-                "training stream"
-            )
-        if next(iter(train.skip(number)), None) is None:
-            raise InputError(f"{given}: the training stream has no more rows; lower it, or give --validation_file")
-        return {"train": train.skip(number), "validation": train.take(number)}
-    if number is None:
-        given = f"--validation_split_percentage={data.validation_split_percentage}"
-        number = round(len(train) * data.validation_split_percentage / 100)
-    if not 0 < number < len(train):
+    number = data.validation_split_rows
+    if train is None or (is_stream(train) and number is None):
         raise InputError(
-            f"{given}: of {len(train)} rows that leaves {number} for validation and {max(len(train) - number, 0)} for training; "
-            "give --validation_file"
+            "there is no validation data; give --validation_file, a data set that has that split, or for a stream "
+            "--validation_split_rows 1000 for the first rows of the training data"
         )
+    if is_stream(train):
+        if next(iter(train.skip(number)), None) is None:
+            raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
+        return {"train": train.skip(number), "validation": train.take(number)}
+    number = round(len(train) * data.validation_split_percentage / 100) if number is None else number
+    if not 0 < number < len(train):
+        raise InputError(f"of {len(train)} training rows, {number} cannot be split off; give --validation_file")
     return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
 
 
@@ -222,6 +189,4 @@ def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
     columns, suffix = data.choose_text_columns(rows), data.choose_text_suffix("train")
     for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
         for column in columns:
-            if not isinstance(row[column], str):
-                raise InputError(f"column {column!r} holds {row[column]!r} in some row; every row must hold text there")
-            yield row[column] + suffix
+            yield require_strings([row[column]], column)[0] + suffix

@@ -17,10 +17,8 @@ With varying segment lengths the learning rate of each step is multiplied by (to
 AWD-LSTM (Merity et al., section 5).
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -56,13 +54,12 @@ class _ScaleLearningRate(TrainerCallback):
 class ContiguousStreamsMixin:
     """Put before a Trainer of a model that takes and returns `state`: `TokenStreams` are read in order, with the state carried.
 
-    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`. The loss of training, and so of v0's
-    statistics, is the model's with its regularisers; that of evaluation is the model's without.
+    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`, and streams that are as many as a batch of all
+    processes has rows. The loss of training, and so of v0's statistics, is the model's with its regularisers; that of evaluation
+    is the model's without.
 
     Raises:
-        InputError: before any training, for settings under which batches would not be continuations of each other: another
-            batch size than the streams were cut for, `auto_find_batch_size`, DataParallel, split or dispatched batches; and for
-            label smoothing, which would replace the model's own loss.
+        InputError: before any training, for settings under which batches would not be continuations of each other.
     """
 
     _state: tuple | None = None
@@ -70,11 +67,12 @@ class ContiguousStreamsMixin:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._segment_lengths: list[int] = []  # of the micro-batches of the current step
-        is_several = isinstance(self.eval_dataset, dict)
-        evaluation = self.eval_dataset.values() if is_several else [self.eval_dataset]
-        require_possible_streams(self.args, self.train_dataset, evaluation)
-        if isinstance(self.train_dataset, TokenStreams) and self.train_dataset.varies:
-            self.add_callback(_ScaleLearningRate(self))
+        streams = [data for data in (self.train_dataset, self.eval_dataset) if isinstance(data, TokenStreams)]
+        if streams:
+            varies = streams[0].varies
+            _require_possible_streams(self.args, varies)
+            if varies:
+                self.add_callback(_ScaleLearningRate(self))
 
     # ---- the loss, from the state and to the state -------------------------------------------------------------------
 
@@ -83,46 +81,42 @@ class ContiguousStreamsMixin:
         if "begins_stream" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        begins_stream, context_ids = inputs.pop("begins_stream"), inputs.pop("context_ids", None)
-        if context_ids is not None:
-            state = self._compute_state(model, context_ids, inputs.pop("context_mask"))
+        begins_stream, contexts = inputs.pop("begins_stream"), inputs.pop("context_ids", None)
+        if contexts is not None:
+            state = self._compute_states(model, contexts)
         else:
             if self._state is None and not begins_stream:
                 logger.warning("the state at this point of the streams is not known: it is taken to be zero")
             state = None if begins_stream else self._state
-        loss, outputs = super().compute_loss(
-            model, inputs | {"state": state, "use_cache": True}, True, num_items_in_batch
-        )
-        if context_ids is None:
+        loss, outputs = super().compute_loss(model, inputs | {"state": state}, True, num_items_in_batch)
+        if contexts is None:
             state = outputs["state"] if isinstance(outputs, dict) else outputs[-1]
             self._state = tuple(tuple(part.detach() for part in layer) for layer in state)
             self._segment_lengths.append(inputs["input_ids"].shape[1])
         return (loss, outputs) if return_outputs else loss
 
-    def _compute_state(self, model, context_ids: torch.Tensor, context_mask: torch.Tensor) -> tuple | None:
-        """The state after the context, with the dropout of training but without a graph; None where there is no context."""
-        if context_ids.shape[1] == 0:
-            return None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return model(context_ids, attention_mask=context_mask, use_cache=True, logits_to_keep=1).state
+    @torch.no_grad()
+    def _compute_states(self, model, contexts: list[torch.Tensor]) -> tuple:
+        """The state after each context, with the dropout of training but without a graph; zeros where there is no context."""
+        with self.compute_loss_context_manager():
+            make_zeros = self.accelerator.unwrap_model(model).make_zero_state
+            states = [model(context).state if context.numel() else make_zeros(1) for context in contexts]
+        return tuple(
+            tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) for layers in zip(*states, strict=True)
+        )
 
     def _compute_length_factor(self) -> float:
         lengths, self._segment_lengths = self._segment_lengths, []
         return sum(lengths) / len(lengths) / self.train_dataset.segment_length
 
-    @contextlib.contextmanager
-    def _set_state_aside(self) -> Iterator[None]:
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate as the Trainer does; training's state is set aside, and put back."""
         before = self._state, self._segment_lengths
         self._state, self._segment_lengths = None, []
         try:
-            yield
+            return super().evaluation_loop(*args, **kwargs)
         finally:
             self._state, self._segment_lengths = before
-
-    def evaluation_loop(self, *args, **kwargs):
-        """Evaluate as the Trainer does; training's state is untouched."""
-        with self._set_state_aside():
-            return super().evaluation_loop(*args, **kwargs)
 
     # ---- what v0 looks at --------------------------------------------------------------------------------------------
 
@@ -144,17 +138,6 @@ class ContiguousStreamsMixin:
             return data_collator  # what it adds for this class is no input of the model
         return super()._get_collator_with_removed_columns(data_collator, description)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Return the loader of an evaluation; its streams must be those of the evaluation batch size."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        _require_matching_streams(self.args, dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """Return the loader of a test set; its streams must be those of the evaluation batch size."""
-        _require_matching_streams(self.args, test_dataset, "eval")
-        return super().get_test_dataloader(test_dataset)
-
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -167,60 +150,39 @@ class ContiguousStreamsMixin:
         if checkpoint is None or not isinstance(self.train_dataset, TokenStreams):
             return
         path = self._name_state_file(checkpoint)
-        if not path.is_file():
-            if any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
-                raise InputError(
-                    f"{checkpoint}: has no {path.name}; it was saved by another number of processes, whose streams were others. "
-                    "Resume with as many"
-                )
+        num_rows = 0  # also of a checkpoint of another number of processes, which has other files
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._state = tuple(tuple(part.to(self.args.device) for part in layer) for layer in state)
+            num_rows = len(state[0][0])
+        elif not any(Path(checkpoint).glob(f"{STATE_FILE}*.pt")):
             return  # saved without optimizer and random states; `compute_loss` says what follows
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        num_rows, expected = state[0][0].shape[0], self.args.train_batch_size
-        if num_rows != expected:
+        if num_rows != self.args.train_batch_size:
             raise InputError(
-                f"{checkpoint}: was saved with {num_rows} streams a process, and this run has {expected}; resume with "
-                f"per_device_train_batch_size={num_rows}"
+                f"{checkpoint}: was saved with other streams than this run's {self.args.train_batch_size} on each of "
+                f"{self.args.world_size} process(es); resume with its number of processes and per_device_train_batch_size"
             )
-        self._state = tuple(tuple(part.to(self.args.device) for part in layer) for layer in state)
 
     def _name_state_file(self, folder: str) -> Path:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         return Path(os.path.join(folder, f"{STATE_FILE}{rank}.pt"))
 
 
-def require_possible_streams(args: TrainingArguments, train_dataset, eval_datasets: Iterable) -> None:
-    """Raise `InputError` for settings under which batches of `TokenStreams` would not be continuations of each other.
-
-    Nothing happens for other data sets. A Trainer with the mixin asks by itself; ask earlier to have the error earlier.
-    """
-    datasets = [train_dataset, *eval_datasets]
-    if not any(isinstance(dataset, TokenStreams) for dataset in datasets):
-        return
+def _require_possible_streams(args: TrainingArguments, varies: bool) -> None:
+    """Raise `InputError` for settings under which batches of `TokenStreams` would not be continuations of each other."""
     config = args.accelerator_config
-    varies = isinstance(train_dataset, TokenStreams) and train_dataset.varies
-    persistent = varies and args.dataloader_persistent_workers
     for is_set, name, remedy in (
         (args.auto_find_batch_size, "auto_find_batch_size", "set the batch size"),
-        (args.n_gpu > 1, f"DataParallel over {args.n_gpu} GPUs", "start one process a GPU with torchrun"),
+        (args.n_gpu > 1, f"DataParallel over {args.n_gpu} GPUs", "start one process per GPU with torchrun"),
         (config.split_batches, "split_batches", "leave it out"),
         (config.dispatch_batches, "dispatch_batches", "leave it out"),
         (not args.dataloader_in_order, "dataloader_in_order=False", "leave it out"),
-        (args.label_smoothing_factor, f"label_smoothing_factor={args.label_smoothing_factor}", "set it to 0"),
-        (persistent, "dataloader_persistent_workers with segments of varying length", "leave one of the two out"),
-        (varies and args.deepspeed_plugin, "DeepSpeed with segments of varying length", "leave one of the two out"),
+        (
+            varies and args.dataloader_persistent_workers,
+            "dataloader_persistent_workers",
+            "it needs segments of one length",
+        ),
+        (varies and args.deepspeed_plugin, "DeepSpeed", "it needs segments of one length"),
     ):
         if is_set:
             raise InputError(f"{name}: not with contiguous streams; {remedy}")
-    for dataset in datasets:
-        _require_matching_streams(args, dataset, "train" if dataset is train_dataset else "eval")
-
-
-def _require_matching_streams(args: TrainingArguments, dataset, role: str) -> None:
-    if not isinstance(dataset, TokenStreams):
-        return
-    rows = (args.train_batch_size if role == "train" else args.eval_batch_size) * args.world_size
-    if dataset.num_streams != rows:
-        raise InputError(
-            f"the {role} data is cut into {dataset.num_streams} streams, but a batch has {rows} rows over all processes "
-            f"(per_device_{role}_batch_size x processes); make them equal"
-        )

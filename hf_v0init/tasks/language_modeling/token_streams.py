@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ...errors import InputError
-from .samples import NO_TARGET, TokenRows, pad_rows
+from .samples import NO_TARGET, flatten_rows, pad_rows
 
 # How AWD-LSTM draws lengths: around the base length, or around half of it; see `draw_boundaries`.
 SHARE_OF_FULL_LENGTH, STANDARD_DEVIATION, SHORTEST = 0.95, 5.0, 5
@@ -74,7 +74,7 @@ class TokenStreams(torch.utils.data.Dataset):
             raise InputError(
                 f"segments of {segment_length} tokens are too short to vary in length; make them at least {SHORTEST_BASE}"
             )
-        tokens = TokenRows(rows).read_all().astype(np.int32, copy=False)
+        tokens = flatten_rows(rows).to_numpy().astype(np.int32, copy=False)
         if first_token and tokens[:1].tolist() != list(first_token):
             tokens = np.concatenate([np.asarray(first_token, dtype=np.int32), tokens])
         if max_segments is not None:
@@ -107,27 +107,21 @@ class TokenStreams(torch.utils.data.Dataset):
         return (len(self._boundaries) - 1) * self.num_streams
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, stop, begins_stream = self._locate(index)
+        segment, stream = divmod(index, self.num_streams)
+        offset = int(self._starts[stream])
+        start = offset + int(self._boundaries[segment])
+        stop = offset + int(min(self._boundaries[segment + 1], self._lengths[stream]))
         return {
             "input_ids": self.tokens[start:stop],
             "shift_labels": self.tokens[start + 1 : stop + 1],
-            "begins_stream": begins_stream,
+            "begins_stream": segment == 0,
         }
 
     def read_context(self, index: int) -> np.ndarray:
         """The tokens of the same stream before segment `index`, up to a segment's length; empty at the stream's beginning."""
-        start, _, _ = self._locate(index)
-        stream_start = int(self._starts[index % self.num_streams])
-        return self.tokens[max(start - self.segment_length, stream_start) : start]
-
-    def _locate(self, index: int) -> tuple[int, int, bool]:
-        """Where in the text the inputs of a segment start and stop, and whether it is its stream's first."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"segment {index} of {len(self)}")
         segment, stream = divmod(index, self.num_streams)
-        start = int(self._starts[stream])
-        stop = start + int(min(self._boundaries[segment + 1], self._lengths[stream]))
-        return start + int(self._boundaries[segment]), stop, segment == 0
+        stop = int(self._boundaries[segment])
+        return self.tokens[self._starts[stream] :][max(stop - self.segment_length, 0) : stop]
 
 
 class SegmentsWithContext(torch.utils.data.Dataset):
@@ -147,7 +141,7 @@ class SegmentCollator:
     """Make a batch of segments: `input_ids`, `labels` (the same) and `shift_labels`, int64 of shape (segments, tokens).
 
     Shorter segments are padded at the right (-100 in the labels), and only then there is an `attention_mask`. `begins_stream`
-    says whether all are their streams' first. Segments with context get `context_ids`, padded at the left, and `context_mask`.
+    says whether all are their streams' first. Segments with context get `context_ids`, a list of int64 tensors (1, tokens).
 
     Args:
         pad_token_id: fills `input_ids`; masked, so any id does.
@@ -157,7 +151,7 @@ class SegmentCollator:
         self.pad_token_id = 0 if pad_token_id is None else pad_token_id
 
     def __call__(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch; tensors but for `begins_stream`, a bool."""
+        """Return the batch; tensors but for `begins_stream`, a bool, and `context_ids`."""
         inputs, mask = pad_rows([segment["input_ids"] for segment in segments], self.pad_token_id)
         targets, _ = pad_rows([segment["shift_labels"] for segment in segments], NO_TARGET)
         batch = {
@@ -169,6 +163,5 @@ class SegmentCollator:
         if not bool(mask.all()):
             batch["attention_mask"] = mask
         if "context_ids" in segments[0]:
-            context = [segment["context_ids"] for segment in segments]
-            batch["context_ids"], batch["context_mask"] = pad_rows(context, self.pad_token_id, at_left=True)
+            batch["context_ids"] = [torch.tensor(segment["context_ids"])[None].long() for segment in segments]
         return batch
