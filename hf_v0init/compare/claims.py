@@ -49,7 +49,9 @@ def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def join_folder(folder: Path) -> contextlib.AbstractContextManager:
-    """Be at work in a folder, beside other workers."""
+    """Be at work in a folder, beside other workers; it is made if need be."""
+    with lock_plan(folder):
+        pass
     return _make_lease(folder, _WORKER, f"{platform.node()}_{os.getpid()}").acquire(timeout=PLAN_SECONDS)
 
 

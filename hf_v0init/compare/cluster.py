@@ -70,7 +70,7 @@ class TrainRun:
 def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
     """Train one run of a plan, unless it is over or another worker has it; return its state."""
     (run,) = (run for run in plan.runs if run.name == name)
-    if find_waiting(plan, folder, [run]):
+    if find_waiting(folder, [run]):
         with join_folder(folder), ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
             executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
             with _notice_sigterm(executor), contextlib.suppress(KeyboardInterrupt):
@@ -119,11 +119,10 @@ class SubmititExecutor:
             import submitit
         except ImportError as error:
             raise InputError(f"launcher={launcher} needs submitit; type: pip install 'hf_v0init[cluster]'") from error
-        for program in ("sbatch", "srun") if launcher == "slurm" else ():
-            if not shutil.which(program):
-                raise InputError(
-                    f"launcher=slurm: there is no {program} here; call it where SLURM is, or use --list_commands for another scheduler"
-                )
+        if launcher == "slurm" and not shutil.which("sbatch"):
+            raise InputError(
+                "launcher=slurm: there is no sbatch here; call it where SLURM is, or use --list_commands for another scheduler"
+            )
         self.folder, self.progress, self.is_slurm = folder.resolve(), progress, launcher == "slurm"
         self.task = TrainRun(config.resolve(), self.folder, small)
         place, options = self.folder / JOBS_FOLDER, {**DEFAULT_OPTIONS, **plan.slurm}
@@ -145,11 +144,6 @@ class SubmititExecutor:
         """
         queued = self._find_queued(runs)
         new = [run for run in runs if run.name not in queued]
-        if plan.arguments.get("save_strategy") == "no" and self.is_slurm:
-            self.progress.warn(
-                "save_strategy is no, so a run that is preempted or reaches its time limit starts from scratch. Give "
-                "save_strategy: steps and save_steps in `arguments`"
-            )
         jobs = self._submit(new) if new else []
         if queued:
             self.progress.tell(f"{len(queued)} runs are in the queue already.")
@@ -165,7 +159,7 @@ class SubmititExecutor:
                 # In this order: what a job has ended with is then in the record that is read.
                 has_ended = by_name[run.name].done() if run.name in by_name else not self._find_queued([run])
                 record = read_record(self.folder, run)
-                if is_over(plan, record.get("state")):
+                if is_over(record.get("state")):
                     self.progress.report_end(
                         run, record["state"], record.get("reason"), None, record.get("seconds") or 0.0
                     )

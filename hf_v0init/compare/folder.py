@@ -4,7 +4,6 @@
 | --- | --- |
 | finished, diverged | keeps it |
 | failed | keeps it, or repeats it with `retry_failed` |
-| pruned | keeps it while `prune` is in force, else repeats it |
 | interrupted, running (its worker is gone), nothing | starts it from scratch in an emptied folder, or resumes it |
 
 An interrupted run starts from scratch also if its script saves checkpoints: its clock and its curve are then those of one process.
@@ -23,34 +22,15 @@ from .executor import read_record
 from .plan import Plan
 
 
-def require_usable_folder(plan: Plan, folder: Path) -> None:
-    """Refuse a folder that holds something else. Changes nothing.
+def require_usable_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a comparison. Changes nothing.
 
     Raises:
-        InputError: a file; a folder with files but no plan; one with the runs of another comparison and none of this one.
+        InputError: it has files, but no plan.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir={folder} is a file; give another --output_dir")
-    if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {files.LOCKS_FOLDER}:
-        return
-    stored = files.read_json(folder / files.PLAN_FILE)
-    if stored is None:
+    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {files.LOCKS_FOLDER}
+    if is_used and files.read_json(folder / files.PLAN_FILE) is None:
         raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
-    digests = {_get_digest(place) for place in _list_run_folders(folder)}
-    if digests and stored.get("title") != plan.title and not digests & {run.digest for run in plan.runs}:
-        raise InputError(
-            f"output_dir={folder} holds another comparison, {stored.get('title')!r}, that shares no run with this one; give "
-            "another --output_dir"
-        )
-
-
-def _list_run_folders(folder: Path) -> list[Path]:
-    runs = folder / files.RUNS_FOLDER
-    return sorted(place for place in runs.iterdir() if place.is_dir()) if runs.is_dir() else []
-
-
-def _get_digest(place: Path) -> str:
-    return place.name.rsplit("_", 1)[-1]
 
 
 def write_plan(plan: Plan, folder: Path) -> int:
@@ -74,8 +54,8 @@ def write_plan(plan: Plan, folder: Path) -> int:
             )
     planned = {run.digest: run for run in plan.runs}
     num_others = 0
-    for place in _list_run_folders(folder):
-        run, record = planned.get(_get_digest(place)), files.read_json(place / files.RECORD_FILE)
+    for place in sorted((folder / files.RUNS_FOLDER).glob("*")):
+        run, record = planned.get(place.name.rsplit("_", 1)[-1]), files.read_json(place / files.RECORD_FILE)
         if run is None:
             num_others += 1
         elif record is not None:
@@ -91,12 +71,7 @@ def write_plan(plan: Plan, folder: Path) -> int:
 def _list_tuned(plan: dict[str, Any]) -> list[str]:
     """The names of the grid's own runs; those that results have added follow from them."""
     stages = {entry["stage"] for entry in plan["runs"]}
-    seeds = set(plan.get("confirm_seeds") or [])
-    return [
-        e["name"]
-        for e in plan["runs"]
-        if e["stage"] == files.TUNE or files.TUNE not in stages or e["seed"] not in seeds
-    ]
+    return [entry["name"] for entry in plan["runs"] if entry["stage"] == files.TUNE or files.TUNE not in stages]
 
 
 def release_failed(plan: Plan, folder: Path) -> None:
@@ -104,6 +79,5 @@ def release_failed(plan: Plan, folder: Path) -> None:
     for run in plan.runs:
         record = read_record(folder, run)
         if record.get("state") == files.FAILED:
-            files.write_json(
-                folder / files.RUNS_FOLDER / run.name / files.RECORD_FILE, {**record, "state": files.INTERRUPTED}
-            )
+            place = folder / files.RUNS_FOLDER / run.name
+            files.write_json(place / files.RECORD_FILE, {**record, "state": files.INTERRUPTED})

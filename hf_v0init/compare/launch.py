@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .axes import suggest
 from .files import is_secret
 from .machine import count_cores
 
@@ -50,11 +48,6 @@ def find_script(name: str, folder: Path) -> str:
     """
     if name in SCRIPT_MODULES:
         return name
-    if re.fullmatch(r"\w+", name):
-        raise InputError(
-            f"script: the package has no {name}{suggest(name, SCRIPT_MODULES)}; give one of {', '.join(SCRIPT_MODULES)}, or the path "
-            "of a script of your own, such as my_script.py"
-        )
     for place in (Path(name), folder / name):
         if place.is_file():
             return str(place.resolve())
@@ -79,19 +72,14 @@ def split_launch(launch: str) -> list[str]:
     Raises:
         InputError: there is no such program.
     """
-    try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise InputError(f"launch: {launch!r} cannot be read: {error}") from error
-    if words and words[0] == PYTHON:
-        return [sys.executable, *words[1:]]
-    found = None
-    if words:
-        beside = Path(sys.executable).parent / words[0]
-        found = str(beside) if beside.is_file() else shutil.which(words[0])
+    program, *words = shlex.split(launch) or [""]
+    if program == PYTHON:
+        return [sys.executable, *words]
+    beside = Path(sys.executable).parent / program
+    found = str(beside) if beside.is_file() else shutil.which(program)
     if not found:
         raise InputError(f"launch: there is no program {launch!r}; write python, or 'accelerate launch ...'")
-    return [found, *words[1:]]
+    return [found, *words]
 
 
 def is_one_process(launch: str) -> bool:

@@ -7,15 +7,12 @@ import functools
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-
-from ..errors import InputError
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -31,45 +28,31 @@ def list_devices(plan: Plan, wanted: str | None = None) -> tuple[str, ...] | Non
 
     Args:
         plan: the comparison; one whose runs all have `use_cpu` needs none.
-        wanted: the ids, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists
-            (a MIG instance counts as a device). Devices of other makers have to be named.
+        wanted: the ids, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists.
+            MIG instances and devices of other makers have to be named.
 
     Returns:
         The ids; () if there are to be none; None if nothing is known of any, which leaves the environment as it is.
-
-    Raises:
-        InputError: an id given twice, or none where ids were to be.
     """
     if wanted is not None:
-        if wanted.strip() == NO_DEVICES:
-            return ()
-        devices = _split(wanted)
-        if not devices or len(set(devices)) < len(devices):
-            raise InputError(f"devices={wanted!r}: give each device once, such as --devices 0,1, or --devices none")
-        return devices
+        return () if wanted.strip() == NO_DEVICES else tuple(dict.fromkeys(_split(wanted)))
     if all(run.arguments.get("use_cpu") for run in plan.runs):
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (_split(visible) if visible is not None else _ask_driver()) or None
+    return tuple(_split(visible) if visible is not None else _ask_driver("index")) or None
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _split(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _ask_driver() -> tuple[str, ...]:
+def _ask_driver(what: str) -> list[str]:
+    """Ask the driver for a property of each NVIDIA GPU; none where there is no driver."""
     if not shutil.which("nvidia-smi"):
-        return ()
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    devices: list[str] = []
-    is_split = False  # the last GPU into MIG instances
-    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
-        if gpu := re.match(r"GPU (\d+):", line):
-            devices, is_split = [*devices, gpu[1]], False
-        elif instance := re.search(r"\(UUID: (MIG-[^)]+)\)", line):
-            devices = [*devices[: None if is_split else -1], instance[1]]
-            is_split = True
-    return tuple(devices)
+        return []
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def count_cores() -> int:
@@ -100,9 +83,5 @@ def describe_hardware() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
     }
     found["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            found["gpus"] = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-    return found
+    gpus = _ask_driver("name")
+    return found | ({"gpus": gpus} if gpus else {})

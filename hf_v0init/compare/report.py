@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from . import files, results, tables
 from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
-from .results import Comparison, list_odd_beginnings, read_comparison, truncate_at_step, write_tables
+from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
 from .summary import Condition, count_states, find_unknown_costs, summarize
 
 MARKDOWN_FILE, HTML_FILE, SETTINGS_FILE, FIGURES_FOLDER = "report.md", "report.html", "settings.csv", "figures"
@@ -37,7 +37,7 @@ LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optim
 FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike": "alarm"}
 
 
-def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_step: int | None = None) -> Path:
+def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
     """Read a comparison, as far as it has come, and write the report into the same folder.
 
     A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md, figures and settings.csv are written.
@@ -45,21 +45,16 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_s
     Args:
         folder: of the comparison.
         summary_dir: a folder for a copy without the runs: plan, tables, report and figures. A report can be written from it again.
-        at_step: an optimizer step; the report is then on every run as it stood at its evaluation after that step, and goes into the
-            folder `at_step_N` inside `folder` and `summary_dir`, beside the report on whole runs.
 
     Returns the path of `report.html`, or of `report.md` for a folder without runs, which has no other.
 
     Raises:
-        InputError: there is no comparison; no run was evaluated after `at_step`.
+        InputError: there is no comparison.
     """
     comparison = read_comparison(folder)
-    has_runs = (comparison.folder / files.RUNS_FOLDER).is_dir()
-    if at_step is not None:
-        comparison = truncate_at_step(comparison, at_step)
-        summary_dir = None if summary_dir is None else Path(summary_dir) / comparison.folder.name
     place = comparison.folder
-    if has_runs or at_step is not None:
+    has_runs = (place / files.RUNS_FOLDER).is_dir()
+    if has_runs:
         write_tables(comparison, place)
     conditions = summarize(comparison)
     figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
@@ -116,7 +111,7 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
     schedules = {str(comparison.get_arguments(entry).get("lr_scheduler_type", "linear")) for entry in plan["runs"]}
     hours = runs.groupby("stage", sort=False)["hours"].sum()
     return {
-        "plan": {"margin": 0.01, "margin_is_relative": True, "prune": None, "at_step": None, "command": "", **plan},
+        "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
         "stages": STAGES,
         "progress": {stage: count_states(comparison, stage) for stage in STAGES},

@@ -1,16 +1,14 @@
-"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags, report."""
+"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +19,11 @@ from rich.text import Text
 
 from ..errors import InputError
 from .axes import suggest
-from .claims import join_folder, list_workers, lock_plan
+from .claims import join_folder, lock_plan
 from .cluster import SubmititExecutor, train_one
 from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record
-from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, PLAN_FILE, RUNS_FOLDER, TUNE, read_json
+from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, RUNS_FOLDER, TUNE
 from .folder import release_failed, require_usable_folder, write_plan
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, make_command, make_flags
 from .machine import list_devices
@@ -36,7 +34,6 @@ from .results import read_comparison
 from .stages import lay_out_stages
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
-PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
 
 
 def train_stages(
@@ -72,7 +69,6 @@ class Session:
         small: whether at the file's small scale.
         retry_failed: start failed runs again.
         resume_runs: go on with interrupted runs from their newest checkpoint.
-        summary_dir: a folder for a copy of the report without the runs.
 
     Raises:
         InputError: a file that cannot be read as a comparison, or a folder that holds something else.
@@ -84,12 +80,11 @@ class Session:
     small: bool = False
     retry_failed: bool = False
     resume_runs: bool = False
-    summary_dir: Path | None = None
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = read_plan(self.config, self.small)
-        require_usable_folder(self.plan, self.folder)
+        require_usable_folder(self.folder)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -100,13 +95,9 @@ class Session:
         jobs = jobs or choose_jobs(plan, found)
         was_stopped = False
         with stop_on_signals():
-            self._print_rules(jobs, found)
-            with lock_plan(folder):  # makes the folder
-                pass
+            self.console.print(Text(plan.title, style="bold"))
+            self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(found)}" if found else "") + ".")
             with join_folder(folder):
-                others = list_workers(folder)
-                if others:
-                    self._tell(f"At work in {folder} too: {', '.join(others)}. Each run is trained by one worker.")
                 try:
                     with ProgressDisplay(self.console, jobs) as progress:
                         if launcher == "local":
@@ -119,13 +110,13 @@ class Session:
             with lock_plan(folder):  # another worker may be writing its report
                 states = self._print_outcome()
         if was_stopped:
-            words = "stopped its runs" if launcher == "local" else "leaves submitted jobs in the queue"
+            words = "its runs" if launcher == "local" else "but jobs that were submitted stay in the queue"
             self._tell(
-                f"Stopped; this {words}. The same command continues: runs that were cut off start from scratch, or with --resume_runs "
-                "from their last checkpoint."
+                f"Stopped, {words}. The same command continues: runs that were cut off start from scratch, or with --resume_runs from "
+                "their last checkpoint."
             )
             return EXIT_INTERRUPTED
-        return EXIT_ALL_FAILED if set(states) == {FAILED} else EXIT_OK
+        return EXIT_ALL_FAILED if states == {FAILED} else EXIT_OK
 
     def train_one(self, name: str) -> int:
         """Train one run, as a scheduler's job; return the exit status."""
@@ -184,7 +175,7 @@ class Session:
     def _check_flags(self) -> None:
         """Start the script once and let it read the flags of one run of each setting and rate; nothing is trained."""
         plan = self.plan
-        if plan.script not in SCRIPT_MODULES and not PARSERS.search(Path(plan.script).read_text(encoding="utf-8")):
+        if plan.script not in SCRIPT_MODULES and "ArgumentParser" not in Path(plan.script).read_text(encoding="utf-8"):
             self._tell("The script's flags were not checked: it uses neither HfArgumentParser nor argparse.")
             return
         runs = list({(run.setting, run.learning_rate): run for run in plan.runs}.values())
@@ -205,49 +196,20 @@ class Session:
             )
         self._tell(f"The script accepts the flags of all {len(runs)} settings.")
 
-    def report(self, at_step: int | None = None) -> None:
-        """Write the report on the runs that are there, those going on included.
-
-        A plan that differs from the folder's takes its place, but not while another worker is at work there.
-        """
-        plan, _ = lay_out_stages(self.plan, self.folder)
-        if not any(read_record(self.folder, run) for run in plan.runs):
-            raise InputError(f"{self.folder} holds no run of this plan: call without report_only first")
-        with lock_plan(self.folder):
-            if read_json(self.folder / PLAN_FILE) != plan.to_dict():
-                write_plan(plan, self.folder)
-            self._print_outcome(at_step)
-
     # ---- printing ------------------------------------------------------------------------------------------------
 
     def _tell(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
 
-    def _print_rules(self, jobs: int, devices: tuple[str, ...] | None) -> None:
-        plan = self.plan
-        self.console.print(Text(plan.title, style="bold"))
-        self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(devices)}" if devices else "") + ".")
-        self._tell(
-            f"Selection by {plan.metric}, on validation data; verdicts from fresh seeds; test data are used once, at the end of a run."
-        )
-        if not plan.keep_models:
-            self._tell("Models, tokenizers and checkpoints of runs that are over are removed (keep_models: false).")
-        schedules = {str(run.arguments.get("lr_scheduler_type")) for run in plan.runs}
-        if "inverse_sqrt" in schedules and len({run.warmup for run in plan.runs}) > 1:
-            self._tell(
-                "Note: inverse_sqrt takes its decay from the length of the warmup, so settings differ after it too, unless "
-                "lr_scheduler_kwargs has a timescale."
-            )
-
-    def _print_outcome(self, at_step: int | None = None) -> Counter[str]:
-        """Count the states; write the report if a run is over or a step is asked about, and print what it concludes."""
-        states = Counter(read_comparison(self.folder).runs["state"])
-        self._tell(", ".join(f"{count} {state}" for state, count in states.items()) + ".")
-        if at_step is not None or set(states) & {*COUNTED, FAILED}:
-            report = write_report(self.folder, self.summary_dir, at_step)
+    def _print_outcome(self) -> set[str]:
+        """Write the report if a run is over, print what it concludes, and return the states of the runs."""
+        states = list(read_comparison(self.folder).runs["state"])
+        self._tell(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + ".")
+        if set(states) & {*COUNTED, FAILED}:
+            report = write_report(self.folder)
             self._tell(f"\n{read_conclusion(report.parent)}\n")
             self._tell(f"Report: {report}")
-        return states
+        return set(states)
 
 
 @contextlib.contextmanager

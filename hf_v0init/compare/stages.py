@@ -122,7 +122,7 @@ def lay_out_stages(plan: Plan, folder: Path) -> tuple[Plan, list[PlannedRun]]:
     the fresh seeds.
     """
     for _ in range(MAX_EXTENSIONS + 1):
-        waiting = find_waiting(plan, folder, plan.list_runs(TUNE))
+        waiting = find_waiting(folder, plan.list_runs(TUNE))
         if waiting:
             return plan, waiting
         runs = collect_runs(plan.to_dict(), folder).runs
@@ -135,7 +135,7 @@ def lay_out_stages(plan: Plan, folder: Path) -> tuple[Plan, list[PlannedRun]]:
         plan = _add_confirmation(
             plan, choose_settings(collect_runs(plan.to_dict(), folder).runs, plan.greater_is_better)
         )
-    return plan, find_waiting(plan, folder, plan.list_runs(CONFIRM))
+    return plan, find_waiting(folder, plan.list_runs(CONFIRM))
 
 
 def _find_runs(plan: Plan, choice: Choice) -> list[PlannedRun]:

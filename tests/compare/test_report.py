@@ -175,15 +175,6 @@ def test_a_copy_gives_the_same_report_and_keeps_its_tables(tmp_path):
     assert before["report.md"] == (folder / "report.md").read_bytes()
 
 
-def test_a_report_at_a_step_says_what_it_is_worth(tmp_path):
-    folder = write_grid(tmp_path, outcome_of())
-    report = write_report(folder, at_step=200)
-    text = (folder / "at_step_200" / "report.md").read_text()
-    assert report.parent == folder / "at_step_200" and "after optimizer step 200, not at its end" in text
-    assert "judge by whole runs" in text and "predict_bleu" not in text
-    assert write_report(folder / "at_step_200").name == "report.md"  # a folder of its own
-
-
 def test_failed_and_diverged_runs_are_seen(tmp_path):
     outcome = outcome_of()
     folder = write_grid(

@@ -10,7 +10,7 @@ from unittest import mock
 
 import yaml
 
-from hf_v0init.compare.claims import join_folder, lock_plan
+from hf_v0init.compare.claims import join_folder
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
 from hf_v0init.compare.folder import require_usable_folder
@@ -136,10 +136,8 @@ class Comparison:
     def run(self, jobs=1, retry_failed=False, resume=False, devices=None, poll_seconds=0.01) -> Recorder:
         """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
-        require_usable_folder(plan, self.folder)
+        require_usable_folder(self.folder)
         self.last = recorder
-        with lock_plan(self.folder):  # makes the folder
-            pass
         with join_folder(self.folder), mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
             train_stages(plan, self.folder, executor, retry_failed)
