@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from .results import read_comparison
 from .stages import lay_out_stages
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
 
 
 def train_stages(
@@ -175,7 +177,7 @@ class Session:
     def _check_flags(self) -> None:
         """Start the script once and let it read the flags of one run of each setting and rate; nothing is trained."""
         plan = self.plan
-        if plan.script not in SCRIPT_MODULES and "ArgumentParser" not in Path(plan.script).read_text(encoding="utf-8"):
+        if plan.script not in SCRIPT_MODULES and not PARSERS.search(Path(plan.script).read_text(encoding="utf-8")):
             self._tell("The script's flags were not checked: it uses neither HfArgumentParser nor argparse.")
             return
         runs = list({(run.setting, run.learning_rate): run for run in plan.runs}.values())

@@ -399,7 +399,7 @@ pathlib.Path(output).mkdir()
     ("script", "status", "words"),
     [
         (KNOWN_FLAGS, 0, "The script accepts the flags of all 1 settings."),
-        (UNREAD_FLAGS, 0, "The script's flags were not checked"),
+        (UNREAD_FLAGS, 2, "it ended without having read its flags"),
     ],
 )
 def test_a_dry_run_trains_nothing_and_leaves_nothing_behind(comparison, monkeypatch, script, status, words):

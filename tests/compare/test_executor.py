@@ -99,7 +99,7 @@ def test_threads_and_devices_that_are_the_user_s_or_the_launcher_s(monkeypatch):
         ("nan", "6,4,3", "diverged", "the training loss is nan at step 10"),
         ("", "6,inf,3", "diverged", "the validation loss is inf at step 10"),
         ("fail", "6,4,3", "failed", "RuntimeError: the data are gone"),
-        ("killed", "6,4,3", "failed", "ended by signal SIGKILL, out of memory?; last line: "),
+        ("killed", "6,4,3", "failed", "ended by SIGKILL, out of memory?; last line: "),
         ("refuse", "6,4,3", "failed", "error: --behaviour=refuse: choose another"),
         ("no_metric", "6,4,3", "failed", "the script ended well but left no eval_loss, neither in all_results.json nor in its log (nothing was evaluated: set eval_strategy, or call trainer.evaluate())"),
         ("plain_evaluate", "6,4,3", "finished", None),  # the metric is in the log alone
