@@ -20,11 +20,10 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError
-from .claims import join_folder
 from .comparison_file import read_plan
 from .executor import LocalExecutor, find_waiting, is_over, read_record
 from .files import INTERRUPTED, RUNNING, read_json, write_json
-from .machine import list_devices
+from .launch import list_devices
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .stages import lay_out_stages
@@ -71,7 +70,7 @@ def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
     """Train one run of a plan, unless it is over or another worker has it; return its state."""
     (run,) = (run for run in plan.runs if run.name == name)
     if find_waiting(folder, [run]):
-        with join_folder(folder), ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
+        with ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
             executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
             with _notice_sigterm(executor), contextlib.suppress(KeyboardInterrupt):
                 executor.run(plan, [run])

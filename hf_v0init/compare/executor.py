@@ -29,7 +29,7 @@ CLAIM_SECONDS = 5.0  # until a run that another worker is training is asked for 
 
 def read_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
     """Read a run's `record.json`; empty if it has none."""
-    return files.read_json(folder / files.RUNS_FOLDER / run.name / files.RECORD_FILE) or {}
+    return files.read_json(files.find_run(folder, run.name) / files.RECORD_FILE) or {}
 
 
 def is_over(state: str | None) -> bool:
@@ -136,7 +136,7 @@ class LocalExecutor:
         return False
 
     def _start(self, run: PlannedRun) -> None:
-        folder = self.folder / files.RUNS_FOLDER / run.name
+        folder = files.find_run(self.folder, run.name)
         if end_left_run(folder):
             self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
         slot = min(set(range(self.jobs)) - {active.slot for active in self.active})

@@ -58,6 +58,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def find_run(folder: Path, name: str) -> Path:
+    """Return the folder of a run; it is known by the hash that ends its name, whatever its setting was called when it was made."""
+    runs = folder / RUNS_FOLDER
+    return next(runs.glob(f"*_{name.rsplit('_', 1)[-1]}"), runs / name)
+
+
 def read_log(output: Path) -> list[dict[str, Any]]:
     """Return the entries of `run_log.jsonl`, or else of the Trainer's state; a line that was cut off is left out."""
     entries = []

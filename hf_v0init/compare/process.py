@@ -16,8 +16,15 @@ from typing import Any
 import psutil
 
 from . import files
-from .launch import compute_script_hash, kill_tree, make_command, make_environment, signal_group
-from .machine import describe_hardware, list_versions
+from .launch import (
+    compute_script_hash,
+    describe_hardware,
+    kill_tree,
+    list_versions,
+    make_command,
+    make_environment,
+    signal_group,
+)
 from .outcome import LossTrace, find_checkpoint, find_error_line, judge_output, remove_models
 from .plan import Plan, PlannedRun
 

@@ -85,7 +85,7 @@ def read_comparison(folder: str | Path) -> Comparison:
     """Read a folder: from its runs, as far as they have come, or without any from the tables.
 
     Raises:
-        InputError: there is no whole plan, or tables that cannot be read.
+        InputError: there is no whole plan.
     """
     folder = Path(folder)
     plan = files.read_json(folder / files.PLAN_FILE)
@@ -95,17 +95,12 @@ def read_comparison(folder: str | Path) -> Comparison:
         )
     if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
         return collect_runs(plan, folder)
-    try:
-        runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
-        evaluations = pd.DataFrame(columns=list(EVALUATIONS))
-        if (folder / EVALUATIONS_FILE).is_file():
-            evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
-        runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
-        runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: {RESULTS_FILE} cannot be read ({error}); copy it from the --output_dir again"
-        ) from error
+    runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
+    evaluations = pd.DataFrame(columns=list(EVALUATIONS))
+    if (folder / EVALUATIONS_FILE).is_file():
+        evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
+    runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
+    runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
     machines = (files.read_json(folder / MACHINES_FILE) or {}).get("machines", [])
     return Comparison(folder, plan, runs.astype({"seed": int}), evaluations, machines)
 
@@ -125,7 +120,7 @@ def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
     """Read the folders of a plan's runs, whatever they have left so far; damage is named in the column `problems`."""
     rows, evaluations, machines = [], [], []
     for entry in plan["runs"]:
-        row, of_run, made_with = _read_run(folder / files.RUNS_FOLDER / entry["name"], entry, plan)
+        row, of_run, made_with = _read_run(files.find_run(folder, entry["name"]), entry, plan)
         rows.append(row)
         evaluations += [{"name": row["name"], **evaluation} for evaluation in of_run]
         if any(made_with.values()) and made_with not in machines:

@@ -1,4 +1,14 @@
-"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags."""
+"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags.
+
+| a run's record says | the next call |
+| --- | --- |
+| finished, diverged | keeps it |
+| failed | keeps it, or repeats it with `retry_failed` |
+| interrupted, running (its worker is gone), nothing | starts it from scratch in an emptied folder, or resumes it |
+
+An interrupted run starts from scratch also if its script saves checkpoints: its clock and its curve are then those of one process.
+With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `claims`).
+"""
 
 from __future__ import annotations
 
@@ -20,14 +30,25 @@ from rich.text import Text
 
 from ..errors import InputError
 from .axes import suggest
-from .claims import join_folder, lock_plan
+from .claims import lock_plan
 from .cluster import SubmititExecutor, train_one
 from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record
-from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, RUNS_FOLDER, TUNE
-from .folder import release_failed, require_usable_folder, write_plan
-from .launch import SCRIPT_MODULES, STARTER, choose_jobs, make_command, make_flags
-from .machine import list_devices
+from .files import (
+    COUNTED,
+    FAILED,
+    INTERRUPTED,
+    LOCKS_FOLDER,
+    OUTPUT_FOLDER,
+    PLAN_FILE,
+    RECORD_FILE,
+    RUNS_FOLDER,
+    TUNE,
+    find_run,
+    read_json,
+    write_json,
+)
+from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
 from .plan import Plan
 from .progress import ProgressDisplay
 from .report import read_conclusion, write_report
@@ -36,6 +57,25 @@ from .stages import lay_out_stages
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
+
+
+def require_usable_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a comparison. Changes nothing.
+
+    Raises:
+        InputError: it has files, but no plan.
+    """
+    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {LOCKS_FOLDER}
+    if is_used and read_json(folder / PLAN_FILE) is None:
+        raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
+
+
+def release_failed(plan: Plan, folder: Path) -> None:
+    """Have runs that failed started again: as such that were interrupted."""
+    for run in plan.runs:
+        record = read_record(folder, run)
+        if record.get("state") == FAILED:
+            write_json(find_run(folder, run.name) / RECORD_FILE, {**record, "state": INTERRUPTED})
 
 
 def train_stages(
@@ -48,12 +88,8 @@ def train_stages(
             if retry_failed and not tried:
                 release_failed(lay_out_stages(plan, folder)[0], folder)
             known, runs = lay_out_stages(plan, folder)
-            num_others = write_plan(known, folder)
+            write_json(folder / PLAN_FILE, known.to_dict())
         runs = [run for run in runs if run.name not in tried]
-        if num_others and not tried:
-            executor.progress.tell(
-                f"{num_others} runs in {folder} are not in this plan; they stay there and out of the report."
-            )
         if not runs:
             return
         tried |= {run.name for run in runs}
@@ -99,17 +135,17 @@ class Session:
         with stop_on_signals():
             self.console.print(Text(plan.title, style="bold"))
             self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(found)}" if found else "") + ".")
-            with join_folder(folder):
-                try:
-                    with ProgressDisplay(self.console, jobs) as progress:
-                        if launcher == "local":
-                            executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
-                        else:
-                            executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
-                        train_stages(plan, folder, executor, self.retry_failed)
-                except KeyboardInterrupt:
-                    was_stopped = True
+            try:
+                with ProgressDisplay(self.console, jobs) as progress:
+                    if launcher == "local":
+                        executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
+                    else:
+                        executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
+                    train_stages(plan, folder, executor, self.retry_failed)
+            except KeyboardInterrupt:
+                was_stopped = True
             with lock_plan(folder):  # another worker may be writing its report
+                write_json(folder / PLAN_FILE, lay_out_stages(plan, folder)[0].to_dict())
                 states = self._print_outcome()
         if was_stopped:
             words = "its runs" if launcher == "local" else "but jobs that were submitted stay in the queue"
@@ -130,7 +166,7 @@ class Session:
             with lock_plan(self.folder):
                 if self.retry_failed:
                     release_failed(plan, self.folder)
-                write_plan(plan, self.folder)
+                write_json(self.folder / PLAN_FILE, plan.to_dict())
             try:
                 state = train_one(plan, self.folder, name, self.resume_runs)
             except KeyboardInterrupt:

@@ -6,8 +6,7 @@ import pytest
 from comparison_fakes import Comparison
 
 from hf_v0init.compare.comparison_file import read_plan
-from hf_v0init.compare.launch import choose_jobs, make_environment
-from hf_v0init.compare.machine import list_devices
+from hf_v0init.compare.launch import choose_jobs, list_devices, make_environment
 
 FOUR_GPUS = "0\n1\n2\n3\n"
 

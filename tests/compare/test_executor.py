@@ -18,8 +18,7 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_cal
 
 from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
-from hf_v0init.compare.launch import make_environment
-from hf_v0init.compare.machine import count_cores
+from hf_v0init.compare.launch import count_cores, make_environment
 from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output, remove_models
 from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
@@ -214,9 +213,9 @@ def test_a_plan_that_grows_shrinks_or_renames_keeps_its_results(comparison):
     ours = {"name": "ours", "v0_init": "data_driven", "v0_scale": 10, "v0_decay": "beta2"}
     comparison.write([{"v0": ["random", ours, "zeros"]}])
     assert [end[0] for end in comparison.run().ends] == ["random"]
-    assert comparison.read_states() == {"no warmup 42": "finished", "ours 42": "finished", "random 42": "finished"}
-    record = comparison.read_records()["ours 42"]
-    assert record["v0"] == "ours" and (comparison.folder / "runs" / record["name"] / "output").is_dir()
+    runs = read_comparison(comparison.folder).runs.set_index("setting")
+    assert dict(runs["state"]) == {"no warmup": "finished", "ours": "finished", "random": "finished"}
+    assert runs.loc["ours", "v0"] == "ours" and runs.loc["ours", "final_loss"] == 3.0
     comparison.write([{"v0": ["random"]}])
     assert comparison.run().ends == [] and len(comparison.read_states()) == 3
     # A changed common argument makes other runs of all of them; the old ones stay.

@@ -10,11 +10,9 @@ from unittest import mock
 
 import yaml
 
-from hf_v0init.compare.claims import join_folder
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
-from hf_v0init.compare.folder import require_usable_folder
-from hf_v0init.compare.session import train_stages
+from hf_v0init.compare.session import require_usable_folder, train_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
@@ -138,7 +136,7 @@ class Comparison:
         plan, recorder = read_plan(self.config), Recorder()
         require_usable_folder(self.folder)
         self.last = recorder
-        with join_folder(self.folder), mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
+        with mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
             train_stages(plan, self.folder, executor, retry_failed)
         return recorder
