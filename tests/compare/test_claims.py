@@ -15,7 +15,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from hf_v0init.compare.claims import RunClaims
-print(RunClaims(Path(sys.argv[1])).acquire("abc"), flush=True)
+claims = RunClaims(Path(sys.argv[1]))
+print(claims.acquire("abc"), flush=True)
 time.sleep(60)
 """
 

@@ -331,8 +331,8 @@ def test_a_continued_run_ends_as_the_straight_one_bit_for_bit(tmp_path):
     record = json.loads((folder / "record.json").read_text())
     assert (record["state"], record["resumed_from"]) == ("finished", ["checkpoint-20"])
     assert read() == straight and (output / "fingerprint.json").read_text() == fingerprint
-    run = read_comparison(tmp_path / "out").runs[0]
-    assert run.eval_steps == [0, 10, 20, 30] and run.train_seconds > 0 and not run.problems
+    comparison = read_comparison(tmp_path / "out")
+    assert list(comparison.evaluations["step"]) == [0, 10, 20, 30] and comparison.runs.iloc[0]["train_seconds"] > 0
 
 
 # ---------------------------------------------------------------------------------------------- bad input, hopeless
