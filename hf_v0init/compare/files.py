@@ -14,6 +14,7 @@ SCRIPT_LOG_FILE = "log.txt"
 # What a run leaves in its output folder
 LOG_FILE, FINGERPRINT_FILE, V0_FILE = "run_log.jsonl", "fingerprint.json", "v0_init.json"
 FINAL_FILE, STATE_FILE = "all_results.json", "trainer_state.json"
+READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, V0_FILE, FINAL_FILE, STATE_FILE)
 
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"

@@ -21,11 +21,7 @@ ERROR_LINE = re.compile(r"^((\S+\.py: )?error: |[\w.]*(Error|Exception|Interrupt
 LAUNCHER_LINE = re.compile(r"^[\w.]*(ChildFailedError|CalledProcessError)\b")
 # By which torch and this package's scripts tell processes apart
 RANK = re.compile(r"^\[rank\d+\]:\s|\s\(process \d+\)$")
-# What `keep_models: false` removes: weights, tokenizers, checkpoints
-MODEL_FILES = (
-    "*.safetensors *.safetensors.index.json *.bin *.bin.index.json *.pt *.pth *.ckpt vocab.* tokenizer.json tokenizer.model "
-    "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt *.spm spiece.model sentencepiece*.model chat_template*"
-).split()
+LARGE = 2**20  # bytes of a file, from which on `keep_models: false` removes it
 
 
 @dataclass
@@ -150,11 +146,9 @@ def find_checkpoint(output: Path) -> Path | None:
 
 
 def remove_models(output: Path) -> None:
-    """Remove weights, tokenizers and checkpoints from an output folder; everything a report reads stays."""
-    for pattern in MODEL_FILES:
-        for file in output.glob(pattern):
-            if file.is_file():
-                file.unlink()
-    for folder in output.glob("checkpoint-*"):
-        if folder.is_dir():
-            shutil.rmtree(folder)
+    """Remove checkpoints and large files, as weights are, from an output folder; everything a report reads stays."""
+    for path in output.iterdir():
+        if path.is_dir() and path.name.startswith("checkpoint-"):
+            shutil.rmtree(path)
+        elif path.is_file() and path.stat().st_size >= LARGE and path.name not in files.READ_BY_REPORTS:
+            path.unlink()

@@ -14,16 +14,11 @@ from . import files
 from .outcome import LossTrace
 from .plan import Plan, PlannedRun
 from .process import RunProcess
-from .tables import format_seconds
+from .tables import format_number, format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
 STAGES = {True: "stage 2 of 2, confirm", False: "stage 1 of 2, tune"}
 SHARE_OF_PACE = 0.1  # of the first run, after which the time of the others is estimated by its pace
-
-
-def format_loss(loss: float | None) -> str:
-    """Write a loss with three decimals, `-` for none."""
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def count_steps(active: RunProcess) -> int | None:
@@ -86,7 +81,9 @@ class ProgressDisplay:
                     self._announce(run.seconds / share)
             if run.run.name not in self.of_run:
                 self.of_run[run.run.name] = self.bars.add_task(run.run.name, state="")
-            state = f"step {trace.step:,}, train {format_loss(trace.train_loss)}, val. {format_loss(trace.eval_loss)}"
+            state = (
+                f"step {trace.step:,}, train {format_number(trace.train_loss)}, val. {format_number(trace.eval_loss)}"
+            )
             self.bars.update(self.of_run[run.run.name], total=total, completed=trace.step, state=state)
         state = f"{self.num_over} of {self.num_runs} over, {num_waiting} waiting"
         self.bars.update(self.all, total=self.num_runs, completed=self.num_over + shares, state=state)
@@ -116,7 +113,9 @@ class ProgressDisplay:
             self.bars.remove_task(self.of_run.pop(run.name))
         text = f"{time.strftime('%H:%M')} [{self.num_over}/{self.num_runs}] {run.name}: {state}"
         if trace is not None:
-            text += f", step {trace.step:,}, validation loss {format_loss(trace.eval_loss)}, {format_seconds(seconds)}"
+            text += (
+                f", step {trace.step:,}, validation loss {format_number(trace.eval_loss)}, {format_seconds(seconds)}"
+            )
         else:
             text += ", by another worker"
         self.console.print(Text(text + (f"; {reason}" if reason else ""), style=STYLES.get(state, "")), soft_wrap=True)

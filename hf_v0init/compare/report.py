@@ -19,15 +19,14 @@ from . import files, results, tables
 from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
 from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
-from .summary import Condition, count_states, find_unknown_costs, summarize
+from .summary import Condition, find_unknown_costs, summarize
 
-MARKDOWN_FILE, HTML_FILE, SETTINGS_FILE, FIGURES_FOLDER = "report.md", "report.html", "settings.csv", "figures"
+MARKDOWN_FILE, HTML_FILE, FIGURES_FOLDER = "report.md", "report.html", "figures"
 COPIED = (
     files.PLAN_FILE,
     results.RESULTS_FILE,
     results.EVALUATIONS_FILE,
     results.MACHINES_FILE,
-    SETTINGS_FILE,
     MARKDOWN_FILE,
 )
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
@@ -40,7 +39,7 @@ FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike
 def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
     """Read a comparison, as far as it has come, and write the report into the same folder.
 
-    A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md, figures and settings.csv are written.
+    A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md and figures are written.
 
     Args:
         folder: of the comparison.
@@ -58,9 +57,6 @@ def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> P
         write_tables(comparison, place)
     conditions = summarize(comparison)
     figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
-    tables.make_settings(comparison, conditions).to_csv(
-        place / SETTINGS_FILE, index=False, lineterminator="\n", float_format="%.10g"
-    )
     markdown = _tidy(load_template("report.jinja").render(**make_context(comparison, conditions), figures=figures))
     (place / MARKDOWN_FILE).write_text(markdown, encoding="utf-8")
     if not has_runs:
@@ -104,6 +100,7 @@ def load_template(name: str) -> jinja2.Template:
 def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[str, Any]:
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
+    states = {stage: list(runs.loc[runs["stage"] == stage, "state"]) for stage in STAGES}
     failed = {
         stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
     }
@@ -114,7 +111,10 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
         "stages": STAGES,
-        "progress": {stage: count_states(comparison, stage) for stage in STAGES},
+        "progress": {
+            stage: {state: of_stage.count(state) for state in files.STATES if state in of_stage}
+            for stage, of_stage in states.items()
+        },
         "num_further": int((~runs["stage"].isin(STAGES)).sum()),
         "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),

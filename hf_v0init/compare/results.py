@@ -108,9 +108,8 @@ def read_comparison(folder: str | Path) -> Comparison:
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Write the tables, and the plan where it is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((files.PLAN_FILE, comparison.plan), (MACHINES_FILE, {"machines": comparison.machines})):
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    files.write_json(folder / files.PLAN_FILE, comparison.plan)
+    files.write_json(folder / MACHINES_FILE, {"machines": comparison.machines})
     comparison.runs.to_csv(folder / RESULTS_FILE, index=False, lineterminator="\n")
     if len(comparison.evaluations):
         comparison.evaluations.to_csv(folder / EVALUATIONS_FILE, index=False, lineterminator="\n")

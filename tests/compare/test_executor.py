@@ -19,7 +19,7 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_cal
 from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output, remove_models
+from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
@@ -133,12 +133,19 @@ def test_a_stubborn_run_is_killed_after_the_grace_period(comparison, monkeypatch
 
 
 def test_models_are_removed_only_if_asked(comparison):
-    for keep, left in ((True, {"model.safetensors", "tokenizer.json", "checkpoint-10"}), (False, set())):
+    for keep, left in ((True, {"model.safetensors", "checkpoint-10"}), (False, set())):
         comparison.folder = comparison.root / str(keep)
         comparison.write(behave("save"), keep_models=keep).run()
         (record,) = comparison.read_records().values()
         found = {path.name for path in (comparison.folder / "runs" / record["name"] / "output").iterdir()}
-        kept = {"all_results.json", "run_log.jsonl", "fingerprint.json", "config.json", "v0_init.json"}
+        kept = {
+            "all_results.json",
+            "run_log.jsonl",
+            "fingerprint.json",
+            "config.json",
+            "v0_init.json",
+            "tokenizer.json",
+        }
         assert found == kept | left and record.get("models_removed", False) is not keep
 
 
@@ -188,13 +195,6 @@ def test_the_log_is_read_as_it_grows(tmp_path):
         file.write('ep": 2, "epoch": 0.2}\nnonsense\n{"train_runtime": 3.0, "step": 2}\n')
     trace.read_new(path)
     assert (trace.step, trace.epoch, trace.eval_loss, trace.start_loss) == (2, 0.2, 5.0, None)
-
-
-def test_removing_models_leaves_an_outside_file_alone(tmp_path):
-    for name in ("pytorch_model.bin", "vocab.json", "README.md", "trainer_state.json", "training_args.bin"):
-        (tmp_path / name).write_text("x")
-    remove_models(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "trainer_state.json"}
 
 
 # --------------------------------------------------------------------------------------------- continue and change

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import subprocess
 import textwrap
 from pathlib import Path
@@ -270,13 +269,6 @@ def test_the_small_scale_stands_in_for_the_full_one(tmp_path):
         read_plan(path, small=True)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare/*.yaml")), ids=lambda path: path.stem)
-def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    plan = read_plan(path)
-    assert len(plan.runs) > 1 and {run.arguments["eval_strategy"] for run in plan.runs} <= {"steps", "epoch"}
-
-
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -478,37 +470,6 @@ def test_each_optimizer_word_makes_that_optimizer_with_the_run_s_settings(plan_o
         trainer.lr_scheduler.step()
     warmed_up = [0.5] * 6 if name == "schedule_free" else [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
     assert rates == pytest.approx(warmed_up)
-
-
-def test_a_warmup_below_1_is_that_fraction_of_training(plan_of, tmp_path, gpt2, sequences):
-    (run,) = plan_of(
-        MINIMAL, arguments={"lr_scheduler_type": "constant"}, grids=[{"warmup": 0.3, "learning_rate": 0.5}]
-    ).runs
-    assert (run.setting, run.arguments["lr_scheduler_type"]) == ("warmup 0.3", "constant_with_warmup")
-    trainer = make_trainer(run, tmp_path, gpt2, sequences)  # of 20 steps
-    rates = []
-    for _ in range(8):
-        rates.append(trainer.lr_scheduler.get_last_lr()[0])
-        trainer.lr_scheduler.step()
-    assert rates == pytest.approx([0.5 * min(1.0, t / 6) for t in range(8)])
-
-
-@pytest.mark.parametrize(
-    ("word", "factor"),
-    [
-        ("untuned_linear", lambda t: min(1.0, t * (1 - 0.9) / 2)),  # Ma & Yarats (2021): over 2 / (1 - beta2) steps
-        ("untuned_exponential", lambda t: 1 - math.exp(-(1 - 0.9) * t)),
-    ],
-)
-def test_untuned_warmups_multiply_the_schedule(plan_of, tmp_path, gpt2, sequences, word, factor):
-    common = {"adam_beta2": 0.9, "lr_scheduler_type": "constant"}
-    (run,) = plan_of(MINIMAL, arguments=common, grids=[{"warmup": word, "learning_rate": 0.5}]).runs
-    trainer = make_trainer(run, tmp_path, gpt2, sequences)
-    rates = []
-    for _ in range(25):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.lr_scheduler.step()
-    assert rates == pytest.approx([0.5 * factor(t) for t in range(1, 26)])
 
 
 @pytest.mark.parametrize(

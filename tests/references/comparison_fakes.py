@@ -78,7 +78,7 @@ if behaviour == "killed":
 if behaviour == "save":
     os.makedirs(output + "/checkpoint-10")
     for name in ("model.safetensors", "checkpoint-10/optimizer.pt", "tokenizer.json", "config.json", "v0_init.json"):
-        open(output + "/" + name, "w").write("{}")
+        open(output + "/" + name, "w").write(" " * 2**21 if name == "model.safetensors" else "{}")
 results = {"eval_loss": losses[-1], "predict_bleu": 1.0}
 if behaviour not in ("plain_evaluate", "early_evaluate"):
     json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
