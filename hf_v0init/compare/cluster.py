@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from ..errors import InputError
 from .comparison_file import read_plan
-from .executor import LocalExecutor, find_waiting, is_over, read_record
+from .executor import LocalExecutor, find_waiting, is_over, read_record, stop_on_signals
 from .files import INTERRUPTED, RUNNING, read_json, write_json
 from .launch import list_devices
 from .plan import Plan, PlannedRun
@@ -72,28 +71,9 @@ def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
     if find_waiting(folder, [run]):
         with ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
             executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
-            with _notice_sigterm(executor), contextlib.suppress(KeyboardInterrupt):
+            with stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
                 executor.run(plan, [run])
     return read_record(folder, run).get("state", RUNNING)
-
-
-@contextlib.contextmanager
-def _notice_sigterm(executor: LocalExecutor) -> Iterator[None]:
-    """Tell the executor when this process gets SIGTERM, which a scheduler sends to the script too: that is then no failure."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def notice(number, frame):
-        executor.is_being_stopped = True
-        if callable(before):
-            before(number, frame)
-        elif before == signal.SIG_DFL:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, notice)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class SubmititExecutor:

@@ -7,9 +7,10 @@ worker brings to its end is left out, and what one that has died leaves behind i
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,29 @@ def find_waiting(folder: Path, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
     return [run for run in runs if not is_over(read_record(folder, run).get("state"))]
 
 
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Treat SIGTERM and a closed terminal as Ctrl-C. Signals that are ignored (nohup, a script's `&`) stay so.
+
+    But runs would inherit an ignored SIGINT and not stop; a handler that does nothing is not inherited.
+    """
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, old in before.items():
+            if old is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+            elif number == signal.SIGINT:
+                signal.signal(number, lambda number, frame: None)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 class LocalExecutor:
     """Trains runs as processes of this machine.
 
@@ -69,8 +93,6 @@ class LocalExecutor:
         self.active: list[RunProcess] = []
         self.claims = RunClaims(folder)
         self.retry_claim_at: dict[str, float] = {}
-        self.told_of: set[str] = set()
-        self.is_being_stopped = False  # by a scheduler, whose signals reach the scripts too
         # Until a run has ended well, one goes alone until it has logged something: if the script refuses it, it would refuse all.
         self.is_on_trial = len(find_waiting(folder, plan.runs)) == len(plan.runs)
 
@@ -86,7 +108,6 @@ class LocalExecutor:
         try:
             while self.waiting or self.active:
                 self._start_waiting()
-                self._tell_of_others()
                 self._follow_runs()
                 self.progress.update(self.active, len(self.waiting))
                 time.sleep(POLL_SECONDS)
@@ -124,6 +145,11 @@ class LocalExecutor:
     def _claim(self, run: PlannedRun) -> bool:
         """Claim a run; False if another worker has it, or has brought it to its end."""
         if not self.claims.acquire(run.digest):
+            if run.digest not in self.retry_claim_at:
+                holder = self.claims.describe_holder(run.digest)
+                self.progress.tell(
+                    f"{run.name} is left to {holder}; it is taken over when that has been silent for {LEASE_SECONDS:g} s."
+                )
             self.retry_claim_at[run.digest] = time.monotonic() + CLAIM_SECONDS
             return False
         record = read_record(self.folder, run)
@@ -141,18 +167,6 @@ class LocalExecutor:
             self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
         slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
         self.active.append(start_process(self.plan, run, folder, slot, self.jobs, self.devices, self.resume))
-
-    def _tell_of_others(self) -> None:
-        """Say once of each run what is waited for, when nothing of one's own is left to do."""
-        held = [run for run in self.waiting if run.digest in self.retry_claim_at]
-        if self.active or len(held) < len(self.waiting) or {run.digest for run in held} <= self.told_of:
-            return
-        self.told_of |= {run.digest for run in held}
-        names = ", ".join(f"{run.name} ({self.claims.describe_holder(run.digest)})" for run in held)
-        self.progress.tell(
-            f"Waiting for other workers: {names}. The run of one that has died is taken over when it has been silent for "
-            f"{LEASE_SECONDS:g} s."
-        )
 
     # ---- what is in progress -------------------------------------------------------------------------------------
 
@@ -186,8 +200,6 @@ class LocalExecutor:
         self.claims.release(active.run.digest)
         if state in files.COUNTED:
             self.is_on_trial = False
-        elif state == files.INTERRUPTED and self.is_being_stopped:
-            raise KeyboardInterrupt
         elif state == files.INTERRUPTED:
             self.progress.warn(f"{active.run.name} was interrupted; the same command trains it again")
         elif self.is_on_trial and (not active.trace.has_logged or active.record["exit_status"] == 0):
@@ -198,7 +210,7 @@ class LocalExecutor:
 
     def _write_end(self, active: RunProcess) -> str:
         """Record how a run ended, after ending what its script may have left behind; return its state."""
-        state = active.write_end(self.plan, self.is_being_stopped)
+        state = active.write_end(self.plan)
         self.progress.report_end(active.run, state, active.record["reason"], active.trace, active.seconds)
         return state
 

@@ -67,10 +67,10 @@ class RunProcess:
         kill_tree(self.process.pid)
         return self.process.wait()
 
-    def write_end(self, plan: Plan, is_being_stopped: bool) -> str:
+    def write_end(self, plan: Plan) -> str:
         """End what is left of it, record how it ended, and return its state."""
         status = self.kill()
-        state, reason = self._judge(status, plan.metric, is_being_stopped)
+        state, reason = self._judge(status, plan.metric)
         self.record |= {"state": state, "reason": reason, "exit_status": status, "seconds": round(self.seconds, 3)}
         if not plan.keep_models and state != files.INTERRUPTED:
             remove_models(self.folder / files.OUTPUT_FOLDER)
@@ -78,15 +78,15 @@ class RunProcess:
         files.write_json(self.folder / files.RECORD_FILE, self.record)
         return state
 
-    def _judge(self, status: int, metric: str, is_being_stopped: bool) -> tuple[str, str | None]:
-        """Return state and reason at the end; `is_being_stopped` by a scheduler, whose signals reach the scripts too."""
+    def _judge(self, status: int, metric: str) -> tuple[str, str | None]:
+        """Return state and reason at the end."""
         if status == 0:
             return judge_output(self.folder / files.OUTPUT_FOLDER, metric)
         if self.stop_as:
             return self.stop_as
         if self.trace.not_finite:
             return files.DIVERGED, self.trace.not_finite
-        if is_being_stopped or -status in STOPPING_SIGNALS:
+        if -status in STOPPING_SIGNALS:
             return files.INTERRUPTED, "it was stopped from outside"
         line = find_error_line(self.folder / files.SCRIPT_LOG_FILE)
         if status > 0:

@@ -12,15 +12,12 @@ With `resume_runs` it goes on from the newest checkpoint. A run that another wor
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +30,7 @@ from .axes import suggest
 from .claims import lock_plan
 from .cluster import SubmititExecutor, train_one
 from .comparison_file import read_plan
-from .executor import LocalExecutor, read_record
+from .executor import LocalExecutor, read_record, stop_on_signals
 from .files import (
     COUNTED,
     FAILED,
@@ -162,15 +159,11 @@ class Session:
         names = [run.name for run in plan.runs]
         if name not in names:
             raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them")
-        with stop_on_signals():
-            with lock_plan(self.folder):
-                if self.retry_failed:
-                    release_failed(plan, self.folder)
-                write_json(self.folder / PLAN_FILE, plan.to_dict())
-            try:
-                state = train_one(plan, self.folder, name, self.resume_runs)
-            except KeyboardInterrupt:
-                state = INTERRUPTED
+        with lock_plan(self.folder):
+            if self.retry_failed:
+                release_failed(plan, self.folder)
+            write_json(self.folder / PLAN_FILE, plan.to_dict())
+        state = train_one(plan, self.folder, name, self.resume_runs)
         self._tell(f"{name}: {state}.")
         return {INTERRUPTED: EXIT_INTERRUPTED, FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
 
@@ -248,26 +241,3 @@ class Session:
             self._tell(f"\n{read_conclusion(report.parent)}\n")
             self._tell(f"Report: {report}")
         return set(states)
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal as Ctrl-C. Signals that are ignored (nohup, a script's `&`) stay so.
-
-    But runs would inherit an ignored SIGINT and not stop; a handler that does nothing is not inherited.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number, old in before.items():
-            if old is not signal.SIG_IGN:
-                signal.signal(number, interrupt)
-            elif number == signal.SIGINT:
-                signal.signal(number, lambda number, frame: None)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -230,10 +230,7 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
     first.communicate(timeout=240)
     out, err = second.communicate(timeout=240)
     assert (second.returncode, err) == (0, "")
-    assert re.search(
-        rf"Waiting for other workers: behaviour=hang_once\S+ \(process {first.pid}\)\. The run of one that has died is",
-        out,
-    )
+    assert re.search(rf"behaviour=hang_once\S+ is left to process {first.pid}; it is taken over when", out)
     assert set(comparison.read_states().values()) == {"finished"}
 
 
@@ -251,7 +248,7 @@ def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(comparison, monke
     began = time.monotonic()
     told = comparison.run()
     assert time.monotonic() - began > 1.0 and [end[2] for end in told.ends] == ["finished"]
-    assert any(f"{run.name} (process 1 on node7)" in words and "taken over" in words for words in told.told)
+    assert any(f"{run.name} is left to process 1 on node7" in words for words in told.told)
 
 
 def test_a_process_that_has_the_number_of_a_lost_run_is_left_alone(comparison):

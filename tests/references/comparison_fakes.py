@@ -35,16 +35,11 @@ if behaviour == "refuse":
 if behaviour == "no_start":
     raise ValueError("Some specified arguments are not used by the HfArgumentParser: ['--widht=16']")
 resumed_at = int(flags["resume_from_checkpoint"].rsplit("-", 1)[1]) if "resume_from_checkpoint" in flags else 0
-if behaviour == "cannot_resume":
-    resumed_at = 0
 os.makedirs(output, exist_ok="resume_from_checkpoint" in flags)
-weights = {"other_weights": "w2"}.get(behaviour, "w1") + flags["seed"]
-batches = ["b1", "b2", "b9" if behaviour == "other_data" else "b3", "b4"]
-begun = {"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"}
+begun = {"initial_weights": "w" + flags["seed"], "batches": ["b1", "b2", "b3", "b4"], "rng": "r"}
 if not resumed_at:
-    json.dump(begun, open(output + "/fingerprint.new", "w"))
-    os.replace(output + "/fingerprint.new", output + "/fingerprint.json")
-if flags["v0_init"] != "zeros" and behaviour != "no_v0_report":
+    json.dump(begun, open(output + "/fingerprint.json", "w"))
+if flags["v0_init"] != "zeros":
     json.dump({"strategy": flags["v0_init"], "num_samples": 0, "seconds": 0.0}, open(output + "/v0_init.json", "w"))
 words = flags.get("losses", "6,4,3").split(",")  # `wait` among them: nothing more happens until somebody stops it
 losses = [float(loss) for loss in words if loss != "wait"]
@@ -56,7 +51,7 @@ with open(log_file, "w") as log:
         if resumed_at and 10 * number <= resumed_at:
             continue
         entry = {"eval_loss": loss, "step": 10 * number, "epoch": 0.5 * number}
-        if behaviour == "no_metric" or behaviour == "early_evaluate" and number == len(losses) - 1:
+        if behaviour == "no_metric":
             entry["loss"] = entry.pop("eval_loss")
         if behaviour == "nan" and number == 1:
             entry = {"loss": float("nan"), "step": 10, "epoch": 0.5}
@@ -64,7 +59,7 @@ with open(log_file, "w") as log:
             entry = {"loss": 5.0, "step": 1, "epoch": 0.05}
         log.write(json.dumps(entry) + "\\n")
         log.flush()
-        if words[number + 1 : number + 2] == ["wait"] and not os.path.exists(flags["journal"] + ".nowait"):
+        if words[number + 1 : number + 2] == ["wait"]:
             time.sleep(60)
         time.sleep(float(flags.get("pause", 0)))
 if behaviour == "hang_once" and not os.path.exists(flags["journal"] + ".once"):
@@ -80,7 +75,7 @@ if behaviour == "save":
     for name in ("model.safetensors", "checkpoint-10/optimizer.pt", "tokenizer.json", "config.json", "v0_init.json"):
         open(output + "/" + name, "w").write(" " * 2**21 if name == "model.safetensors" else "{}")
 results = {"eval_loss": losses[-1], "predict_bleu": 1.0}
-if behaviour not in ("plain_evaluate", "early_evaluate"):
+if behaviour != "plain_evaluate":
     json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
 print("done")
 """
@@ -90,7 +85,7 @@ class Recorder:
     """A `Progress` that keeps what it was told."""
 
     def __init__(self):
-        self.ends, self.elsewhere, self.warnings, self.told, self.most_active = [], [], [], [], 0
+        self.ends, self.warnings, self.told, self.most_active = [], [], [], 0
 
     def begin_stage(self, plan, runs):
         pass
@@ -99,9 +94,7 @@ class Recorder:
         self.most_active = max(self.most_active, len(active))
 
     def report_end(self, run, state, reason, trace, seconds):
-        if trace is None:
-            self.elsewhere.append((run.setting, run.seed, state))
-        else:
+        if trace is not None:  # trained by this worker
             self.ends.append((run.setting, run.seed, state, reason))
 
     def tell(self, message):
