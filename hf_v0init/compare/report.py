@@ -30,7 +30,6 @@ COPIED = (
     MARKDOWN_FILE,
 )
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
-KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
 # How the page shows a section; the others are plain.
 FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike": "alarm"}
@@ -105,7 +104,6 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
     }
     has_gpus = any((machine.get("hardware") or {}).get("gpus") for machine in comparison.machines)
-    schedules = {str(comparison.get_arguments(entry).get("lr_scheduler_type", "linear")) for entry in plan["runs"]}
     hours = runs.groupby("stage", sort=False)["hours"].sum()
     return {
         "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
@@ -116,7 +114,6 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
             for stage, of_stage in states.items()
         },
         "num_further": int((~runs["stage"].isin(STAGES)).sum()),
-        "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),
         "confirmed": tables.make_confirmed_table(comparison, conditions),
         "confirmed_any": any(here.losses for here in conditions),

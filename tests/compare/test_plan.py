@@ -55,7 +55,7 @@ def plan_of(tmp_path):
         ({"v0_init": "data_driven", "adam_beta2": 0.99, "learning_rate": 1e-3}, "data_driven adam_beta2=0.99 learning_rate=0.001", {"v0_init": "data_driven", "adam_beta2": 0.99, "learning_rate": 1e-3}),
         ({"v0_init": "data_driven", "v0_estimator": "per_sample"}, "data_driven per_sample", {"v0_init": "data_driven", "v0_estimator": "per_sample"}),
         ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_scale": 10.0, "v0_decay": "beta2"}),
-                ("random linear auto", "random linear auto", {"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}),
+        ("random linear auto", "random linear auto", {"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}),
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
