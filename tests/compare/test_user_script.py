@@ -34,7 +34,7 @@ def write(folder: Path, exchange=("", ""), grids=None, **arguments) -> None:
     assert exchange[0] in text
     (folder / "mine.py").write_text(text.replace(*exchange))
     content = yaml.safe_load(EXAMPLE.with_suffix(".yaml").read_text(encoding="utf-8"))
-    content |= {"script": "mine.py", "grids": grids or content["grids"]}
+    content |= {"script": "mine.py", "grids": grids or content["grids"], "confirm_seeds": 0}
     content["arguments"] |= arguments
     (folder / "mine.yaml").write_text(yaml.safe_dump(content))
 
