@@ -1,4 +1,4 @@
-"""Pictures: the multiplier m(t), the trust radius, and loss and update size of training runs side by side.
+"""Pictures: the trust radius, and loss and update size of training runs side by side.
 
 matplotlib is imported inside the functions that draw, so that importing this module costs nothing.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
 from .errors import InputError
 from .extras import require_extra
-from .method.multiplier import compute_multiplier
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = (
@@ -28,7 +27,6 @@ COLOURS = (
 )  # told apart by the colour-blind too
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 PIXELS_PER_INCH = 150
-POINTS_PER_CURVE = 400
 
 
 @dataclass(frozen=True)
@@ -79,54 +77,6 @@ def require_writable(path: str | os.PathLike, what: str) -> Path:
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be written ({error.strerror}); give another place") from error
     return path
-
-
-def draw_multiplier(
-    path: str | os.PathLike,
-    scales: Mapping[str, float],
-    beta2: float,
-    max_steps: int,
-    *,
-    title: str,
-    markers: Mapping[float, float] | None = None,
-    linear_warmup_steps: float | None = None,
-) -> None:
-    """Draw m(t) over the optimizer steps 1 to `max_steps` (logarithmic) into the file `path`.
-
-    Args:
-        scales: a curve for each {label: scale}.
-        markers: {m: step} to mark on the first curve.
-        linear_warmup_steps: length of a linear warmup to draw beside the curves.
-    """
-    plt = import_pyplot()
-    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    last = max(max_steps, 2)
-    steps = [math.exp(math.log(last) * i / (POINTS_PER_CURVE - 1)) for i in range(POINTS_PER_CURVE)]
-    for (label, scale), colour in zip(scales.items(), COLOURS, strict=False):
-        axes.plot(steps, [compute_multiplier(s, scale, beta2) for s in steps], color=colour, lw=2, label=label)
-    if linear_warmup_steps:
-        warmup = [min(1.0, step / linear_warmup_steps) for step in steps]
-        label = f"linear warmup over {linear_warmup_steps:,.0f} steps"
-        axes.plot(steps, warmup, color="0.5", lw=1.5, ls="--", label=label)
-    for value, step in (markers or {}).items():
-        if 1 <= step <= last:
-            axes.plot([step], [value], "o", color=COLOURS[0], ms=6)
-            text = f"{value:g} at step {math.ceil(step):,}"
-            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-            offset = {"xytext": (-8, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-            axes.annotate(text, (step, value), fontsize=9, bbox=box, **offset)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-    axes.set(xlim=(1, last), xlabel="optimizer step t")
-    axes.set_title(title, fontsize=10, wrap=True)
-    if len(scales) > 1:
-        axes.set(yscale="log", ylim=(None, 1.5))
-    else:
-        axes.set_ylim(0, 1.05)
-    axes.set_ylabel("m(t), factor on Adam's step")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", frameon=False)
-    write_figure(figure, path)
 
 
 def draw_trust_radius(

@@ -118,7 +118,7 @@ class V0InitArguments:
         default=None,
         metadata={
             "help": "For how many optimizer steps v0 acts; below 1, as with --warmup_steps, a fraction of training. 'auto': measured "
-            "in the first step, between a third and two thirds of training (`hf-v0init probe` prints it). With --v0_decay beta2: v0 is "
+            "in the first step, between a third and two thirds of training (--probe_only prints it). With --v0_decay beta2: v0 is "
             "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with "
             "linear, none with beta2."
         },

@@ -7,6 +7,5 @@
 | `loss_landscape` | how flat is the loss around a checkpoint? | `hf-v0init landscape` |
 | `mode_connectivity` | is there a barrier between two checkpoints? | `hf-v0init connectivity` |
 
-`weights` changes a model's weights for a moment and puts everything back; `batch_loss` and `checkpoint_data` make the loss of
-a saved checkpoint on text files; `figures` draws; `commands` are the commands. Importing this package imports none of them.
+`checkpoint_loss` makes the loss of a saved checkpoint on a text file; `plots` draws. Importing this package imports none of them.
 """

@@ -7,6 +7,7 @@ filter by its own length, and models whose weights are larger are not flatter fo
 positions. Weights are evaluated in evaluation mode.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import InputError
 from ..sharding.draws import draw_standard_normal_
 from ..sharding.parts import clean_parameter_name
-from ..state_guard import seed_everything
-from .weights import Weights, borrow_model, list_untrained
-
-DEFAULT_POINTS = 21
-DEFAULT_EXTENT = 1.0
-DEFAULT_RADIUS = 0.5
+from ..state_guard import preserve_rng, seed_everything
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,10 @@ class LossLandscape:
         coordinates: shape (points,), from -extent to extent, in units of the filter-normalised directions; 0 is the middle.
         losses: shape (points, points), `losses[i, j]` at coordinates[i] along the first and coordinates[j] along the second
             direction; not finite where the loss is not.
-        seed: of the directions.
     """
 
     coordinates: np.ndarray
     losses: np.ndarray
-    seed: int
 
     @property
     def centre_loss(self) -> float:
@@ -48,7 +42,7 @@ class LossLandscape:
         middle = len(self.coordinates) // 2
         return float(self.losses[middle, middle])
 
-    def compute_sharpness(self, radius: float = DEFAULT_RADIUS) -> float:
+    def compute_sharpness(self, radius: float = 0.5) -> float:
         """Compute the sharpness of Keskar et al. (2017, arXiv 1609.04836, eq. 4) within the plane, in per cent.
 
         100 * (max of L over the grid points with |a|, |b| <= radius - L(0)) / (1 + L(0)): how much the loss can rise
@@ -70,7 +64,7 @@ class LossLandscape:
         return float(100.0 * (values.max() - self.centre_loss) / (1.0 + self.centre_loss))
 
 
-def draw_filter_normalised_direction(model: nn.Module, seed: int) -> Weights:
+def draw_filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Draw one filter-normalised random direction.
 
     The numbers depend on the seed and the parameters' names and shapes, not on the device or on global random states.
@@ -80,9 +74,9 @@ def draw_filter_normalised_direction(model: nn.Module, seed: int) -> Weights:
         of whose filters is as long as the parameter's; a filter of zeros gets zeros.
     """
     direction = {}
-    untrained = list_untrained(model)
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # as sinusoidal positions
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or not parameter.is_floating_point() or name in untrained:
+        if parameter.dim() < 2 or not parameter.is_floating_point() or not parameter.requires_grad or name in computed:
             continue
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         drawn = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -97,47 +91,37 @@ def compute_loss_landscape(
     model: nn.Module,
     measure_loss: Callable[[nn.Module], float],
     *,
-    num_points: int = DEFAULT_POINTS,
-    extent: float = DEFAULT_EXTENT,
+    num_points: int = 21,
+    extent: float = 1.0,
     seed: int = 0,
-    show_progress: bool = True,
 ) -> LossLandscape:
     """Compute the loss on a grid of `num_points` x `num_points` points around the model's weights.
 
-    Costs num_points^2 calls of `measure_loss` and three copies of the weights on the model's device. On leaving, weights,
-    buffers, gradients, train/eval modes and random states are as before, also when an exception passes.
+    Costs num_points^2 calls of `measure_loss` and three copies of the weights on the model's device. The model itself is left alone.
 
     Args:
-        measure_loss: called with the model in evaluation mode and without gradients; `make_batch_loss` makes one from
+        measure_loss: called with a copy of the model in evaluation mode and without gradients; `make_batch_loss` makes one from
             batches. Random states are the same at each call, so every point sees the same draws.
         num_points: along each direction; odd, so that the middle is the model itself.
         extent: the grid reaches from -extent to extent.
         seed: of the directions and of what `measure_loss` draws.
 
     Raises:
-        InputError: an even or too small `num_points`, an `extent` that is not positive, no parameter of two dimensions.
+        InputError: an even or too small `num_points`.
     """
     if num_points < 3 or num_points % 2 == 0:
         raise InputError(f"num_points={num_points}: must be odd and at least 3, so that the middle is the model itself")
-    if not (math.isfinite(extent) and extent > 0.0):
-        raise InputError(f"extent={extent}: must be a finite number > 0; 1 changes every filter by its own length")
     directions = [draw_filter_normalised_direction(model, 2 * seed + i) for i in range(2)]
-    if not directions[0]:
-        raise InputError(
-            "the model has no trained parameter of two or more dimensions, so there is no direction to look along"
-        )
     half = num_points // 2
     coordinates = np.arange(-half, half + 1) * (extent / half)
     losses = np.empty((num_points, num_points))
-    parameters = dict(model.named_parameters())
-    bar = transformers_logging.tqdm(total=num_points**2, desc="loss landscape", unit="point", disable=not show_progress)
-    with bar, borrow_model(model) as saved:
-        for i, j in np.ndindex(losses.shape):
+    weights, moved = dict(model.named_parameters()), copy.deepcopy(model).eval()
+    with torch.no_grad(), preserve_rng():
+        for i, j in transformers_logging.tqdm(list(np.ndindex(losses.shape)), desc="loss landscape", unit="point"):
             for name, first in directions[0].items():
-                moved = coordinates[i] * first
-                moved.add_(directions[1][name], alpha=float(coordinates[j])).add_(saved[name])
-                parameters[name].copy_(moved)
+                place = coordinates[i] * first
+                place.add_(directions[1][name], alpha=float(coordinates[j])).add_(weights[name])
+                moved.get_parameter(name).copy_(place)
             seed_everything(seed)
-            losses[i, j] = measure_loss(model)
-            bar.update(1)
-    return LossLandscape(coordinates, losses, seed)
+            losses[i, j] = measure_loss(moved)
+    return LossLandscape(coordinates, losses)

@@ -11,18 +11,17 @@ statistics. Floating-point buffers are mixed like weights here, which is the usu
 BatchNorm too high; LayerNorm and RMSNorm keep no such statistics and are not affected.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..state_guard import seed_everything
-from .weights import Weights, borrow_model, match_weights, read_weights, write_mixture_
-
-DEFAULT_POINTS = 11
+from ..state_guard import preserve_rng, seed_everything
 
 
 @dataclass(frozen=True)
@@ -50,79 +49,45 @@ class Connectivity:
 
 
 def compute_connectivity(
-    model: nn.Module,
-    weights1: Weights,
-    weights2: Weights,
+    first: nn.Module,
+    second: nn.Module,
     measure_error: Callable[[nn.Module], float],
     *,
-    num_points: int = DEFAULT_POINTS,
+    num_points: int = 11,
     seed: int = 0,
-    show_progress: bool = True,
 ) -> Connectivity:
-    """Compute the error along the line from `weights2` (a = 0) to `weights1` (a = 1).
+    """Compute the error along the line from the weights of `second` (a = 0) to those of `first` (a = 1).
 
-    `model` lends its architecture and device; on leaving it is as before (weights, buffers, gradients, modes, random
-    states), also when an exception passes.
+    Weights and floating-point buffers are mixed in fp32 (fp64 for fp64 weights); at the ends they are those of the models, which
+    themselves are left alone.
 
     Args:
-        weights1, weights2: tensors by parameter name, such as `read_weights` or `model.state_dict()` return.
-        measure_error: called with the model in evaluation mode and without gradients, with the same random states at each
+        first, second: models of one architecture on one device.
+        measure_error: called with a third model in evaluation mode and without gradients, with the same random states at each
             point; `make_batch_loss` makes one from batches.
         num_points: values of a, evenly spaced, both ends included.
         seed: of what `measure_error` draws.
 
     Raises:
-        InputError: weights of another model, or fewer than 3 points.
+        InputError: two architectures.
     """
-    if num_points < 3:
-        raise InputError(f"num_points={num_points}: must be at least 3, both ends and something between")
-    first, second = (
-        match_weights(model, weights1, "the first weights"),
-        match_weights(model, weights2, "the second weights"),
-    )
-    if first.keys() != second.keys():
-        odd = sorted(first.keys() ^ second.keys())[0]
-        raise InputError(f"only one of the two has {odd!r}; give two checkpoints of one architecture, saved alike")
-    shares = np.linspace(0.0, 1.0, num_points)
-    errors = np.empty(num_points)
-    bar = transformers_logging.tqdm(total=num_points, desc="mode connectivity", unit="point", disable=not show_progress)
-    with bar, borrow_model(model):
-        for i, share in enumerate(shares):
-            write_mixture_(model, first, second, float(share))
+    one, other, mixed = _list_tensors(first), _list_tensors(second), copy.deepcopy(first).eval()
+    if {name: tensor.shape for name, tensor in one.items()} != {name: tensor.shape for name, tensor in other.items()}:
+        raise InputError("the two checkpoints have other weights or shapes; give two of one architecture")
+    shares, errors = np.linspace(0.0, 1.0, num_points), np.empty(num_points)
+    with torch.no_grad(), preserve_rng():
+        for i, share in enumerate(transformers_logging.tqdm(shares, desc="mode connectivity", unit="point")):
+            for name, target in _list_tensors(mixed).items():
+                if share in (0.0, 1.0):
+                    target.copy_(one[name] if share else other[name])
+                else:
+                    dtype = torch.promote_types(target.dtype, torch.float32)
+                    target.copy_(share * one[name].to(dtype) + (1.0 - share) * other[name].to(dtype))
             seed_everything(seed)
-            errors[i] = measure_error(model)
-            bar.update(1)
+            errors[i] = measure_error(mixed)
     return Connectivity(shares, errors)
 
 
-def compute_connectivity_along_training(
-    model: nn.Module,
-    pairs: Sequence[tuple[int, str, str]],
-    measure_error: Callable[[nn.Module], float],
-    *,
-    num_points: int = DEFAULT_POINTS,
-    seed: int = 0,
-    show_progress: bool = True,
-) -> dict[int, Connectivity]:
-    """Compute the connectivity of several pairs of checkpoints, such as two runs at the same steps.
-
-    Args:
-        pairs: (step, folder of theta1, folder of theta2), folders with safetensors weights; read one pair at a time.
-            The rest as `compute_connectivity`.
-
-    Returns:
-        {step: connectivity}, in the order given.
-
-    Raises:
-        InputError: no pairs, two of the same step, or what `read_weights` and `compute_connectivity` refuse.
-    """
-    steps = [step for step, _, _ in pairs]
-    if not steps:
-        raise InputError("no pairs of checkpoints given; give at least one (step, folder, folder)")
-    if len(set(steps)) != len(steps):
-        raise InputError(f"steps {steps}: each pair needs a step of its own")
-    options = {"num_points": num_points, "seed": seed, "show_progress": show_progress}
-    return {
-        step: compute_connectivity(model, read_weights(one), read_weights(other), measure_error, **options)
-        for step, one, other in pairs
-    }
+def _list_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}

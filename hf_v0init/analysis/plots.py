@@ -44,8 +44,8 @@ def draw_saddle(path: str | os.PathLike, runs: Sequence[SaddleRun]) -> None:
 
 
 def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[LinearLossRun]) -> None:
-    """Draw E[v_t] (left) and RMSprop's step (right) over the steps: closed forms as lines, the simulation as dots."""
-    from .linear_loss import choose_measured_steps, compute_expected_second_moment, compute_rmsprop_step
+    """Draw the second moment (left; line: closed form, dots: simulation) and RMSprop's step (right) over the steps."""
+    from .linear_loss import choose_measured_steps, compute_expected_second_moment
 
     plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
@@ -54,9 +54,7 @@ def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[L
         expected = [compute_expected_second_moment(loss, run.start, step) / loss.stationary for step in steps]
         left.plot(steps, expected, color=colour, ls=style, lw=1.8, label=run.start)
         left.plot(run.steps, [v / loss.stationary for v in run.second_moments], "o", color=colour, ms=5)
-        updates = [compute_rmsprop_step(loss, run.start, step) for step in steps]
-        right.plot(steps, updates, color=colour, ls=style, lw=1.8, label=run.start)
-        right.plot(run.steps, run.updates, "o", color=colour, ms=5)
+        right.plot(run.steps, run.updates, "o", color=colour, ls=style, ms=5)
     left.set(ylabel="mean of v / v_inf", title="Second moment")
     right.set(ylabel="root mean square of the step / learning rate", title="RMSprop's step")
     for axes in (left, right):
@@ -65,8 +63,7 @@ def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[L
         axes.grid(alpha=0.3)
     left.legend(frameon=False, title="v0")
     figure.suptitle(
-        f"Linear loss: g = {loss.gradient_mean:g}, s = {loss.gradient_std:g}, beta2 = {loss.beta2:g}; lines: closed form, dots: "
-        "simulation",
+        f"Linear loss: g = {loss.gradient_mean:g}, s = {loss.gradient_std:g}, beta2 = {loss.beta2:g}; dots: simulation",
         fontsize=10,
     )
     write_figure(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,17 +11,12 @@ from ..errors import InputError
 from ..extras import require_extra
 from .console import CONSOLE
 
-LAUNCHERS = LOCAL, SUBMITIT, SLURM = "local", "submitit", "slurm"
-SummaryDir = Annotated[
-    Path | None, typer.Option("--summary_dir", help="Also a copy for a repository: plan, tables, report and figures.")
-]
-
 
 def compare(
     config: Annotated[Path, typer.Argument(help="YAML file of the comparison, such as configs/compare/tiny.yaml.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the runs and the report.")],
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs side by side. [default: one for each GPU; 1 without]")
+        int | None, typer.Option("--jobs", min=1, help="Runs side by side. [default: one for each GPU; 1 without]")
     ] = None,
     devices: Annotated[
         str | None,
@@ -31,12 +26,12 @@ def compare(
         ),
     ] = None,
     launcher: Annotated[
-        str,
+        Literal["local", "submitit", "slurm"],
         typer.Option(
             "--launcher",
             help="local; slurm: an array job over the runs, with what the file says under `slurm`; submitit: its jobs on this machine.",
         ),
-    ] = LOCAL,
+    ] = "local",
     small: Annotated[
         bool,
         typer.Option("--small", help="The file's small scale: the same settings, small and short enough for a laptop."),
@@ -64,17 +59,6 @@ def compare(
     run: Annotated[
         str | None, typer.Option("--run", help="Train this run alone, by the name of its folder; writes no report.")
     ] = None,
-    report_only: Annotated[
-        bool, typer.Option("--report_only", help="Write the report on what the folder holds; start no run.")
-    ] = False,
-    at_step: Annotated[
-        int | None,
-        typer.Option(
-            "--at_step",
-            help="With report_only: on every run as it stood after this optimizer step, those under way or cut off included.",
-        ),
-    ] = None,
-    summary_dir: SummaryDir = None,
 ) -> None:
     """Tune v0, warmup, optimizer and learning rate on a grid of runs, confirm the best on fresh seeds, and report.
 
@@ -85,55 +69,34 @@ def compare(
     require_extra("compare")
     from ..compare.session import Session
 
-    if jobs is not None and jobs < 1:
-        raise InputError(f"jobs={jobs}: must be a whole number >= 1, the runs side by side")
-    if launcher not in LAUNCHERS:
-        raise InputError(
-            f"launcher={launcher!r}: choose {', '.join(LAUNCHERS)}; for another scheduler there is --list_commands"
-        )
-    chosen = {"dry_run": dry_run, "report_only": report_only, "list_commands": list_commands, "run": run is not None}
-    given = [name for name, is_given in chosen.items() if is_given]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} each do something else: give one")
-    if at_step is not None and not report_only:
-        raise InputError(f"at_step={at_step} is for a report on runs that are there: give report_only too")
-    if launcher != LOCAL and (jobs is not None or devices is not None):
+    if launcher != "local" and (jobs is not None or devices is not None):
         raise InputError(
             f"jobs and devices are for runs of this call; with launcher={launcher} the file's `slurm` says what a run gets"
         )
-    session = Session(CONSOLE, config, output_dir, small, retry_failed, resume_runs, summary_dir)
+    session = Session(CONSOLE, config, output_dir, small, retry_failed, resume_runs)
     if dry_run:
         session.print_plan()
-    elif report_only:
-        session.report(at_step)
     elif list_commands:
         for line in session.list_commands():
             typer.echo(line)
     else:
-        status = session.train(launcher, jobs, devices) if run is None else session.train_one(run)
-        raise typer.Exit(status)
+        raise typer.Exit(session.train(launcher, jobs, devices) if run is None else session.train_one(run))
 
 
 def report(
     folder: Annotated[
         Path, typer.Argument(help="The --output_dir of a comparison, or a copy of it in a repository (--summary_dir).")
     ],
-    at_step: Annotated[
-        int | None,
-        typer.Option(
-            "--at_step", help="On every run as it stood after this optimizer step, into at_step_N inside the folder."
-        ),
+    summary_dir: Annotated[
+        Path | None,
+        typer.Option("--summary_dir", help="Also a copy for a repository: plan, tables, report and figures."),
     ] = None,
-    summary_dir: SummaryDir = None,
 ) -> None:
-    """Write the report on what the folder holds, without the YAML file; start no run.
-
-    `hf-v0init compare CONFIG --report_only` does so after a change of the plan.
-    """
+    """Write the report on what the folder holds, also while runs go on; start no run."""
     require_extra("compare")
     from ..compare.report import write_report
 
-    CONSOLE.print(f"Report: {write_report(folder, summary_dir, at_step)}", soft_wrap=True)
+    CONSOLE.print(f"Report: {write_report(folder, summary_dir)}", soft_wrap=True)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -6,29 +6,8 @@ import platform
 import typer
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "safetensors",
-    "datasets",
-    "trl",
-    "peft",
-    "deepspeed",
-    "bitsandbytes",
-    "torchao",
+    "hf_v0init torch transformers accelerate numpy safetensors datasets trl peft deepspeed bitsandbytes torchao".split()
 )
-
-
-def collect_environment() -> dict[str, str]:
-    """Collect the versions of this package, of Python, of the system and of the packages that decide the numbers, and the devices."""
-    found = {
-        "hf_v0init": read_version("hf_v0init"),
-        "Python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "system": platform.platform(),
-    }
-    found |= {package: read_version(package) for package in PACKAGES}
-    return found | {"devices": _describe_devices()}
 
 
 def read_version(package: str) -> str:
@@ -39,21 +18,16 @@ def read_version(package: str) -> str:
         return "not installed"
 
 
-def _describe_devices() -> str:
-    try:
-        import torch
-    except ImportError as error:  # an installation that is broken is what a report may be about
-        return f"torch cannot be imported: {error}"
-    if not torch.cuda.is_available():
-        return f"no CUDA device, {torch.get_num_threads()} CPU threads"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{', '.join(names)} (CUDA {torch.version.cuda})"
-
-
 def env() -> None:
     """Print the versions and devices that a report of a problem should contain."""
-    for name, value in collect_environment().items():
-        typer.echo(f"- {name}: {value}")
+    for package in PACKAGES:
+        typer.echo(f"- {package}: {read_version(package)}")
+    typer.echo(f"- Python: {platform.python_version()}")
+    typer.echo(f"- system: {platform.platform()}")
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"- devices: {', '.join(names) or 'no CUDA device'} (CUDA {torch.version.cuda})")
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -24,7 +24,6 @@ from ..method.multiplier import (
     compute_washout_warning,
     require_beta2,
 )
-from ..plots import draw_multiplier, require_figure_path
 from ..second_moment.table import make_cells, make_markdown_table
 from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
@@ -32,7 +31,6 @@ from .analysis import add_commands
 from .compare import add_commands as add_comparison
 from .console import CONSOLE, exit_with_error, make_table
 from .environment import add_commands as add_environment, read_version
-from .probe import add_commands as add_probe
 from .scripts import add_commands as add_scripts
 
 TARGETS = (0.5, 0.9, 0.99)
@@ -79,66 +77,38 @@ def explain(
         typer.Option("--v0_scale", help="sigma, > 0. [default: 1; for random, where it is 100, without effect here]"),
     ] = None,
     adam_beta2: Annotated[float, typer.Option("--adam_beta2", help="Adam's beta2, in (0, 1).")] = 0.999,
-    max_steps: Annotated[int, typer.Option("--max_steps", help="Optimizer steps of the run.")] = 10_000,
-    figure: Annotated[
-        str | None, typer.Option("--figure", help="Also draw m(t) into this .png, .svg or .pdf file.")
-    ] = None,
+    max_steps: Annotated[int, typer.Option("--max_steps", min=1, help="Optimizer steps of the run.")] = 10_000,
 ) -> None:
     """Print what v0 will do to the step size, in closed form and without training.
 
     With --v0_decay linear the step is multiplied by min(1, t / L), L = --v0_decay_steps. With beta2, for stationary gradients and
     v0 = scale * E[g^2], by m(t) = 1 / sqrt(1 + scale * beta2^t / (1 - beta2^t)). The flags are those of training.
     """
-    if max_steps < 1:
-        raise InputError(f"max_steps={max_steps}: must be a whole number >= 1, the optimizer steps of the run")
     require_beta2(adam_beta2)
     try:
         steps = None if v0_decay_steps is None else StepCount(v0_decay_steps)
     except ValueError as error:
         raise InputError(f"v0_decay_steps={v0_decay_steps}: must be a number or {AUTO}") from error
-    plan = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale).resolve(
-        max_steps
-    )
+    arguments = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale)
+    plan = arguments.resolve(max_steps)
     if plan.decay_steps == AUTO:
         raise InputError(
-            "v0_decay_steps=auto is measured in the run's first step: `hf-v0init probe CONFIG` prints it for a training "
-            "run's file of flags; here give --v0_decay_steps a number"
+            "v0_decay_steps=auto is measured in the run's first step: --probe_only of a training script prints it; here give "
+            "--v0_decay_steps a number"
         )
-    v0_decay_steps = plan.decay_steps
     scale = compute_scale_in_force(plan, adam_beta2)
-    figure_path = require_figure_path(figure) if figure else None
-    settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": v0_decay_steps, "v0_scale": scale}
+    settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": plan.decay_steps, "v0_scale": scale}
     settings |= {"adam_beta2": adam_beta2, "max_steps": max_steps}
-    heading = ", ".join(f"{name} {_format(value)}" for name, value in settings.items() if value is not None)
-    CONSOLE.print(heading, style="bold")
-
+    shown = {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in settings.items() if v is not None}
+    CONSOLE.print(", ".join(f"{name} {value}" for name, value in shown.items()), style="bold")
     if v0_init == "zeros":
         CONSOLE.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
-        curves, markers, linear_warmup = {"zeros": 0.0}, {}, None
     elif plan.decay == "linear":
-        _print_linear(v0_decay_steps, max_steps)
-        curves, markers, linear_warmup = {}, {}, v0_decay_steps
-    elif v0_init == "random" and v0_decay_steps is None:
+        _print_linear(plan.decay_steps, max_steps)
+    elif scale is None:
         _print_random(adam_beta2, max_steps)
-        curves = {f"v0 / E[g²] = {ratio:,.0f}": ratio for ratio in RATIOS}
-        markers, linear_warmup = {}, None
     else:
-        markers = {target: compute_steps_to_multiplier(target, scale, adam_beta2) for target in TARGETS}
-        linear_warmup = compute_similar_linear_warmup(scale, adam_beta2, max_steps)
-        _print_multiplier(scale, adam_beta2, max_steps, markers, linear_warmup)
-        curves = {f"m(t), scale {_format(scale)}": scale}
-
-    if figure_path:
-        draw_multiplier(
-            figure_path,
-            curves,
-            adam_beta2,
-            max_steps,
-            title=heading,
-            markers=markers,
-            linear_warmup_steps=linear_warmup,
-        )
-        CONSOLE.print(f"Figure: {figure_path}", soft_wrap=True)
+        _print_multiplier(scale, adam_beta2, max_steps)
 
 
 @app.command()
@@ -158,7 +128,6 @@ def optimizers(
 
 add_commands(app)
 add_comparison(app)
-add_probe(app)
 add_scripts(app)
 add_environment(app)
 
@@ -189,13 +158,7 @@ def _print_linear(decay_steps: int, max_steps: int) -> None:
         )
 
 
-def _print_multiplier(
-    scale: float,
-    beta2: float,
-    max_steps: int,
-    markers: dict[float, float],
-    linear_warmup: float,
-) -> None:
+def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
     CONSOLE.print("m(t), the factor on Adam's step:")
     over_time = make_table("step t", "m(t)")
     for step, value in compute_multiplier_table(scale, beta2, max_steps).items():
@@ -203,10 +166,12 @@ def _print_multiplier(
     CONSOLE.print(over_time)
 
     reached = make_table("m(t) reaches", "at step")
-    for target, step in markers.items():
+    for target in TARGETS:
+        step = compute_steps_to_multiplier(target, scale, beta2)
         reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
     CONSOLE.print(reached)
 
+    linear_warmup = compute_similar_linear_warmup(scale, beta2, max_steps)
     longer = (
         f", longer than the run of {max_steps:,}, so it never reaches the full rate"
         if linear_warmup > max_steps
@@ -251,12 +216,6 @@ def _print_random(beta2: float, max_steps: int) -> None:
             f"{max_steps:,}. Remedy: --v0_decay_steps 0.33, which sizes v0 by the gradients of the run's first step.",
             style="yellow",
         )
-
-
-def _format(value: str | float | int) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _format_multiplier(value: float) -> str:

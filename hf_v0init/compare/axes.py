@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,7 @@ from ..errors import InputError
 from ..method.defaults import STRATEGIES
 from .files import mask_secrets
 
-NO_V0, NO_WARMUP = "zeros", "none"
-DECAYS, ESTIMATORS, AUTO = ("linear", "beta2"), ("minibatch", "per_sample"), "auto"
+NO_V0, NO_WARMUP, MAIN_OPTIMIZER = "zeros", "none", "adamw"
 UNTUNED = {"trust_radius": "trust_radius", "untuned_linear": "linear", "untuned_exponential": "exponential"}
 
 # Flags that an axis sets. They are left out of a file of arguments and refused among the `arguments` of a comparison.
@@ -32,7 +31,12 @@ OWNERS |= {flag: "warmup" for flag in ("warmup_steps", "warmup_ratio", "untuned_
 OWNERS |= {flag: "optimizer" for flag in ("optim", "v0_optimizer", "optim_args")}
 # Flags that the comparison sets for each run.
 OF_THE_RUN = ("output_dir", "overwrite_output_dir", "v0_record_run", "resume_from_checkpoint")
-V0_EXAMPLES = "'random 100', 'data_driven 1', 'data_driven linear 0.33' or 'data_driven beta2 auto'"
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_V0_WORDS = re.compile(
+    rf"(?P<v0_init>{'|'.join(STRATEGIES)})(?: (?P<v0_estimator>minibatch|per_sample))?"
+    rf"(?: (?P<v0_decay>linear|beta2) (?P<v0_decay_steps>{_NUMBER}|auto)| (?P<v0_scale>{_NUMBER}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -71,42 +75,23 @@ def parse_v0(value: Any) -> AxisValue:
     """Parse a value of the axis v0, such as `data_driven linear 0.33`.
 
     Raises:
-        InputError: no such strategy, or words that do not go with it.
+        InputError: it cannot be read.
     """
     if isinstance(value, dict):
-        return _parse_mapping("v0", value, parse_v0)
-    words = str(value).split()
-    strategy, rest = (words[0], words[1:]) if words else ("", [])
-    if strategy not in STRATEGIES:
+        return _parse_mapping("v0", value)
+    found = _V0_WORDS.fullmatch(" ".join(str(value).split()))
+    flags: dict[str, Any] = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
+    if found is None or (flags["v0_init"] == NO_V0 and len(flags) > 1):
         raise InputError(
-            f"v0: {str(value)!r} is no strategy{suggest(strategy, STRATEGIES)}; choose {', '.join(STRATEGIES)}, or a mapping "
-            "of flags"
+            f"v0: {value!r} cannot be read{suggest(str(value).split(' ')[0], STRATEGIES)}; write {NO_V0}, or a strategy "
+            f"({', '.join(STRATEGIES[1:])}) alone, with its scale ('random 100'), or with a decay and its length in steps, as a "
+            "fraction of training or 'auto' ('data_driven linear 0.33'); or a mapping of flags"
         )
-    flags: dict[str, Any] = {"v0_init": strategy}
-    if strategy == NO_V0 and rest:
-        raise InputError(f"v0: {value!r}: zeros is no v0 and takes no further words")
-    if rest and rest[0] in ESTIMATORS and strategy == "data_driven":
-        flags["v0_estimator"] = rest.pop(0)
-    if rest and rest[0] == "warmup":
-        words = " ".join(rest[1:]) or "0.33"
-        raise InputError(
-            f"v0: {value!r}: 'warmup' is not a decay; write 'linear' or 'beta2' and the length, such as '{strategy} linear {words}'"
-        )
-    if rest and rest[0] in DECAYS:
-        flags["v0_decay"] = rest.pop(0)
-        if not rest:
-            raise InputError(
-                f"v0: {value!r}: the length after {flags['v0_decay']!r} is missing: optimizer steps, a fraction of training "
-                f"such as 0.33, or {AUTO}"
-            )
-        flags["v0_decay_steps"] = _read_length(rest.pop(0), value)
-    elif len(rest) == 1:
-        scale = _read_number(rest.pop())
-        if scale is None or scale <= 0:
-            raise InputError(f"v0: {value!r}: the scale must be a number > 0; write {V0_EXAMPLES}, and zeros for no v0")
-        flags |= {"v0_scale": scale, "v0_decay": "beta2"}  # a scale sets the length of beta2's own decay
-    if rest:
-        raise InputError(f"v0: {value!r} cannot be read; write {V0_EXAMPLES}")
+    if "v0_scale" in flags:
+        flags |= {"v0_scale": float(flags["v0_scale"]), "v0_decay": "beta2"}  # it sets the length of beta2's own decay
+    if flags.get("v0_decay_steps", "auto") != "auto":
+        length = float(flags["v0_decay_steps"])
+        flags["v0_decay_steps"] = int(length) if length.is_integer() else length
     return AxisValue(name_v0(flags), flags)
 
 
@@ -123,25 +108,6 @@ def name_v0(flags: Mapping[str, Any]) -> str:
     return " ".join([*words, *name_flags(shown)])
 
 
-def _read_length(word: str, value: Any) -> float | str:
-    number = _read_number(word)
-    if word == AUTO:
-        return AUTO
-    if number is None or number <= 0 or (number >= 1 and not number.is_integer()):
-        raise InputError(
-            f"v0: {value!r}: the length must be whole optimizer steps >= 1, a fraction of training in (0, 1), or {AUTO}"
-        )
-    return int(number) if number >= 1 else number
-
-
-def _read_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 # ---------------------------------------------------------------------------------------------- warmup, optimizer
 
 
@@ -152,15 +118,13 @@ def parse_warmup(value: Any) -> AxisValue:
         InputError: none of these.
     """
     if isinstance(value, dict):
-        return _parse_mapping("warmup", value, parse_warmup)
-    if value is None or value == NO_WARMUP or (is_number(value) and value == 0):
+        return _parse_mapping("warmup", value)
+    if value in (None, NO_WARMUP, 0) and value is not False:
         return AxisValue(NO_WARMUP, {"warmup_steps": 0})
     if isinstance(value, str) and value in UNTUNED:
         return AxisValue(value, {"warmup_steps": 0, "untuned_warmup": UNTUNED[value]})
-    if is_number(value) and value >= 1 and float(value).is_integer():
-        return AxisValue(str(int(value)), {"warmup_steps": int(value)})
-    if is_number(value) and 0 < value < 1:  # transformers reads it so too
-        return AxisValue(format_value(value), {"warmup_steps": float(value)})
+    if is_number(value) and (0 < value < 1 or (value >= 1 and float(value).is_integer())):  # as transformers reads it
+        return AxisValue(format_value(value), {"warmup_steps": int(value) if value >= 1 else float(value)})
     raise InputError(
         f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, a fraction of training such as 0.3, "
         f"{', '.join(UNTUNED)}, or a mapping of flags"
@@ -187,8 +151,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adopt": _use("pytorch_optimizer:ADOPT", "weight_decouple=true"),
     "yogi": _use("pytorch_optimizer:Yogi"),
 }
-_CLASSES = ("optim", "v0_optimizer")  # flags that say which optimizer it is
-_WITHOUT_SECOND_MOMENT = re.compile(r"(^|[_:.])(sgd|lion)", re.IGNORECASE)
 
 
 def parse_optimizer(value: Any) -> AxisValue:
@@ -198,54 +160,29 @@ def parse_optimizer(value: Any) -> AxisValue:
         InputError: neither.
     """
     if isinstance(value, dict):
-        return _parse_mapping("optimizer", value, parse_optimizer)
+        return _parse_mapping("optimizer", value)
     if value not in OPTIMIZERS:
         raise InputError(
-            f"optimizer: {value!r} is unknown{suggest(str(value), OPTIMIZERS)}; choose {', '.join(OPTIMIZERS)}, or a mapping such as "
+            f"optimizer: {value!r} is unknown; choose {', '.join(OPTIMIZERS)}, or a mapping such as "
             "{name: mine, v0_optimizer: package:Class, optim_args: k=v}"
         )
     return AxisValue(value, dict(OPTIMIZERS[value]))
 
 
-def _parse_mapping(axis: str, value: dict, parse_word: Callable[[Any], AxisValue]) -> AxisValue:
-    """Read `{name: ..., flag: value}`; a name that is a word of the axis must mean what the word means."""
-    flags = {str(key).lstrip("-").replace("-", "_"): given for key, given in value.items()}
-    value = mask_secrets(value)  # as it is shown
+def _parse_mapping(axis: str, value: dict) -> AxisValue:
+    """Read `{name: ..., flag: value}`."""
+    flags = clean_flags(value)
     name = flags.pop("name", None)
-    if name is not None and not str(name).strip():
-        raise InputError(f"{axis}: {value}: the name is empty; write one, or leave it out")
-    for flag in flags:
-        if flag == "seed":
-            raise InputError(f"{axis}: {value}: every setting is trained on the same seeds; write seed as an axis")
-        if flag in OF_THE_RUN:
-            raise InputError(f"{axis}: {value}: {flag} is set by the comparison for each run; leave it out")
-    if not flags:
-        raise InputError(f"{axis}: {value} needs at least one flag, {{flag: value}}")
-    if axis == "v0":
-        _require_v0(flags, value)
-    if name is None:
-        return AxisValue(name_v0(flags) if axis == "v0" else " ".join(name_flags(flags)), flags)
-    number = _read_number(str(name)) if axis == "warmup" else None
-    try:
-        meant = parse_word(number or str(name))
-    except InputError:
-        return AxisValue(str(name), flags)
-    # An optimizer's name stands for its class; settings of it may be others.
-    wanted = {flag: of_word for flag, of_word in meant.flags.items() if axis != "optimizer" or flag in _CLASSES}
-    if any(flags.get(flag) != of_word for flag, of_word in wanted.items()):
-        raise InputError(
-            f"{axis}: {value}: the name {name!r} stands for {' '.join(name_flags(wanted))}; give another name"
-        )
-    return AxisValue(str(name), flags)
+    if not flags or (axis == "v0" and flags.get("v0_init") not in STRATEGIES):
+        needed = "at least one flag" if axis != "v0" else f"v0_init, one of {', '.join(STRATEGIES)}"
+        raise InputError(f"{axis}: {mask_secrets(value)} needs {needed}")
+    return AxisValue(str(name or (name_v0(flags) if axis == "v0" else " ".join(name_flags(flags)))), flags)
 
 
-def _require_v0(flags: Mapping[str, Any], value: dict) -> None:
-    strategy = flags.get("v0_init")
-    if strategy not in STRATEGIES:
-        raise InputError(f"v0: v0_init={strategy!r} in {value}: choose one of {', '.join(STRATEGIES)}")
-    size = [flag for flag in ("v0_scale", "v0_decay", "v0_decay_steps") if flag in flags]
-    if strategy == NO_V0 and size:
-        raise InputError(f"v0: {value}: zeros is no v0, so {', '.join(size)} cannot be used; leave it out")
+def clean_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Write flags with underscores; `no` of a strategy, which YAML reads as false, is "no" again."""
+    named = {str(key).lstrip("-").replace("-", "_"): value for key, value in flags.items()}
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in named.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- together
@@ -268,6 +205,8 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
     flags: dict[str, Any] = {}
     for axis, of_axis in given.items():
         for flag, value in of_axis.items():
+            if flag in OF_THE_RUN:
+                raise InputError(f"{axis}: {flag} is set by the comparison for each run; leave it out")
             if flag in flags and flags[flag] != value:
                 one, other = (format_value(mask_secrets({flag: given})[flag]) for given in (flags[flag], value))
                 raise InputError(f"{flag} is {one} by the axis {setter[flag]} and {other} by {axis}: set it in one")
@@ -278,12 +217,13 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
     if not has_warmup(flags):
         flags.setdefault("warmup_steps", 0)
     if "v0_optimizer" not in flags:
-        flags.setdefault("optim", OPTIMIZERS["adamw"]["optim"])
-    _adapt_schedule(flags, "lr_scheduler_type" in setter and setter["lr_scheduler_type"] == "warmup")
-    if has_v0(flags) and _WITHOUT_SECOND_MOMENT.search(str(flags.get("v0_optimizer") or flags.get("optim"))):
+        flags.setdefault("optim", OPTIMIZERS[MAIN_OPTIMIZER]["optim"])
+    _adapt_schedule(flags, setter.get("lr_scheduler_type") == "warmup")
+    optimizer = str(flags.get("v0_optimizer") or flags.get("optim"))
+    if has_v0(flags) and re.search(r"(^|[_:.])(sgd|lion)", optimizer, re.IGNORECASE):
         raise InputError(
-            f"v0_init={flags['v0_init']} with {flags.get('v0_optimizer') or flags.get('optim')}, which keeps no second moment: "
-            "give the optimizer a grid of its own with v0: [zeros]"
+            f"v0_init={flags['v0_init']} with {optimizer}, which keeps no second moment: give the optimizer a grid of its own with "
+            "v0: [zeros]"
         )
     if isinstance(flags.get("optim_args"), str):
         for name, beta in (("beta1", flags.get("adam_beta1", 0.9)), ("beta2", flags.get("adam_beta2", 0.999))):

@@ -1,15 +1,14 @@
 """Who is at work in the folder of a comparison: workers on one or more machines share it, and each run is trained by one of them.
 
-`.locks/` holds a lock for the plan, taken for the moment in which it is written; one for each worker; and one for each run in
-progress. They are leases of the package filelock: files that their holder refreshes. A holder that was killed on this machine is
-noticed at once, one on another machine when its file has not been refreshed for `LEASE_SECONDS` (by the clock of whoever looks). So
-any file system will do that all machines see.
+`.locks/` holds a lock for the plan, taken for the moment in which it is written, and one for each run in progress. They are leases
+of the package filelock: files that their holder refreshes. A holder that was killed on this machine is noticed at once, one on
+another machine when its file has not been refreshed for `LEASE_SECONDS` (by the clock of whoever looks). So any file system will
+do that all machines see.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from pathlib import Path
 
@@ -20,12 +19,10 @@ from .files import LOCKS_FOLDER
 
 LEASE_SECONDS = 60.0
 PLAN_SECONDS = 600.0  # how long to wait for a worker that is writing the plan or the report
-_PLAN, _WORKER, _RUN = "plan", "worker", "run"
 
 
-def _make_lease(folder: Path, kind: str, name: str = "") -> SoftFileLease:
-    file = folder / LOCKS_FOLDER / (f"{kind}_{name}" if name else kind)
-    return SoftFileLease(f"{file}.lock", lease_duration=LEASE_SECONDS, thread_local=False)
+def _make_lease(folder: Path, name: str) -> SoftFileLease:
+    return SoftFileLease(folder / LOCKS_FOLDER / f"{name}.lock", lease_duration=LEASE_SECONDS, thread_local=False)
 
 
 def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
@@ -34,7 +31,7 @@ def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
     Raises:
         InputError: it cannot be written, or another worker holds it and goes on doing so.
     """
-    lease = _make_lease(folder, _PLAN)
+    lease = _make_lease(folder, "plan")
     try:
         Path(lease.lock_file).parent.mkdir(parents=True, exist_ok=True)
         return lease.acquire(timeout=PLAN_SECONDS)
@@ -46,26 +43,6 @@ def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
         raise InputError(
             f"output_dir={folder} cannot be written ({error.strerror}); give another --output_dir"
         ) from error
-
-
-def join_folder(folder: Path) -> contextlib.AbstractContextManager:
-    """Be at work in a folder, beside other workers."""
-    return _make_lease(folder, _WORKER, f"{platform.node()}_{os.getpid()}").acquire(timeout=PLAN_SECONDS)
-
-
-def list_workers(folder: Path) -> list[str]:
-    """List the workers in a folder, this one left out, in words: 'process 12', 'process 12 on node7'."""
-    workers = []
-    for file in sorted((folder / LOCKS_FOLDER).glob(f"{_WORKER}_*.lock")):
-        lease = SoftFileLease(file, lease_duration=LEASE_SECONDS)
-        if lease.is_lock_held_by_us:
-            continue
-        try:
-            lease.acquire(blocking=False)
-            lease.release()
-        except Timeout:
-            workers.append(_describe_holder(lease))
-    return workers
 
 
 def _describe_holder(lease: SoftFileLease) -> str:
@@ -85,7 +62,7 @@ class RunClaims:
 
     def acquire(self, digest: str) -> bool:
         """Claim a run; False if another worker has it."""
-        lease = self._leases.setdefault(digest, _make_lease(self._folder, _RUN, digest))
+        lease = self._leases.setdefault(digest, _make_lease(self._folder, f"run_{digest}"))
         with contextlib.suppress(Timeout):
             lease.acquire(blocking=False)
         return lease.is_locked

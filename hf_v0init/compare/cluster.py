@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError
-from .claims import join_folder
 from .comparison_file import read_plan
-from .executor import LocalExecutor, find_waiting, is_over, read_record
+from .executor import LocalExecutor, find_waiting, is_over, read_record, stop_on_signals
 from .files import INTERRUPTED, RUNNING, read_json, write_json
-from .machine import list_devices
+from .launch import list_devices
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .stages import lay_out_stages
@@ -70,31 +68,12 @@ class TrainRun:
 def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
     """Train one run of a plan, unless it is over or another worker has it; return its state."""
     (run,) = (run for run in plan.runs if run.name == name)
-    if find_waiting(plan, folder, [run]):
-        with join_folder(folder), ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
+    if find_waiting(folder, [run]):
+        with ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
             executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
-            with _notice_sigterm(executor), contextlib.suppress(KeyboardInterrupt):
+            with stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
                 executor.run(plan, [run])
     return read_record(folder, run).get("state", RUNNING)
-
-
-@contextlib.contextmanager
-def _notice_sigterm(executor: LocalExecutor) -> Iterator[None]:
-    """Tell the executor when this process gets SIGTERM, which a scheduler sends to the script too: that is then no failure."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def notice(number, frame):
-        executor.is_being_stopped = True
-        if callable(before):
-            before(number, frame)
-        elif before == signal.SIG_DFL:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, notice)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class SubmititExecutor:
@@ -119,11 +98,10 @@ class SubmititExecutor:
             import submitit
         except ImportError as error:
             raise InputError(f"launcher={launcher} needs submitit; type: pip install 'hf_v0init[cluster]'") from error
-        for program in ("sbatch", "srun") if launcher == "slurm" else ():
-            if not shutil.which(program):
-                raise InputError(
-                    f"launcher=slurm: there is no {program} here; call it where SLURM is, or use --list_commands for another scheduler"
-                )
+        if launcher == "slurm" and not shutil.which("sbatch"):
+            raise InputError(
+                "launcher=slurm: there is no sbatch here; call it where SLURM is, or use --list_commands for another scheduler"
+            )
         self.folder, self.progress, self.is_slurm = folder.resolve(), progress, launcher == "slurm"
         self.task = TrainRun(config.resolve(), self.folder, small)
         place, options = self.folder / JOBS_FOLDER, {**DEFAULT_OPTIONS, **plan.slurm}
@@ -145,11 +123,6 @@ class SubmititExecutor:
         """
         queued = self._find_queued(runs)
         new = [run for run in runs if run.name not in queued]
-        if plan.arguments.get("save_strategy") == "no" and self.is_slurm:
-            self.progress.warn(
-                "save_strategy is no, so a run that is preempted or reaches its time limit starts from scratch. Give "
-                "save_strategy: steps and save_steps in `arguments`"
-            )
         jobs = self._submit(new) if new else []
         if queued:
             self.progress.tell(f"{len(queued)} runs are in the queue already.")
@@ -165,7 +138,7 @@ class SubmititExecutor:
                 # In this order: what a job has ended with is then in the record that is read.
                 has_ended = by_name[run.name].done() if run.name in by_name else not self._find_queued([run])
                 record = read_record(self.folder, run)
-                if is_over(plan, record.get("state")):
+                if is_over(record.get("state")):
                     self.progress.report_end(
                         run, record["state"], record.get("reason"), None, record.get("seconds") or 0.0
                     )

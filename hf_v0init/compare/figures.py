@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,12 @@ MAX_NAME = 46
 MAX_CURVES = 8
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure that was drawn: its title, and what it shows in words."""
-
-    title: str
-    caption: str
-
-
 def draw_figures(
     comparison: Comparison, conditions: Sequence[Condition], folder: Path, suffixes: Sequence[str] = (".svg",)
-) -> dict[str, Figure]:
+) -> dict[str, dict[str, str]]:
     """Draw the figures for which there are numbers, and remove those that a former call has left.
 
-    Returns name -> figure; the files are NAME.svg in `folder`, and such of the other `suffixes`.
+    Returns name -> title and caption; the files are NAME.svg in `folder`, and such of the other `suffixes`.
     """
     artist, drawn = _Artist(comparison, conditions), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +55,8 @@ def draw_figures(
             made = getattr(artist, f"draw_{name}")()
             if made is None:
                 continue
-            figure, *words = made
-            drawn[name] = Figure(*words)
+            figure, title, caption = made
+            drawn[name] = {"title": title, "caption": caption}
             for suffix in suffixes:
                 metadata = {"Date": None} if suffix == ".svg" else {}
                 path = folder / f"{name}{suffix}"

@@ -14,17 +14,12 @@ SCRIPT_LOG_FILE = "log.txt"
 # What a run leaves in its output folder
 LOG_FILE, FINGERPRINT_FILE, V0_FILE = "run_log.jsonl", "fingerprint.json", "v0_init.json"
 FINAL_FILE, STATE_FILE = "all_results.json", "trainer_state.json"
-
-BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference in it in words
-    "initial_weights": "other initial weights",
-    "batches": "other first batches",
-    "rng": "another random state before the first step",
-}
+READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, V0_FILE, FINAL_FILE, STATE_FILE)
 
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
-FAILED, INTERRUPTED, PRUNED = "failed", "interrupted", "pruned"
-STATES = (FINISHED, DIVERGED, PRUNED, FAILED, INTERRUPTED, RUNNING, PENDING)
-COUNTED = (FINISHED, DIVERGED, PRUNED)  # the outcome is known, and due to the setting
+FAILED, INTERRUPTED = "failed", "interrupted"
+STATES = (FINISHED, DIVERGED, FAILED, INTERRUPTED, RUNNING, PENDING)
+COUNTED = (FINISHED, DIVERGED)  # the outcome is known, and due to the setting
 
 TUNE, CONFIRM = "tune", "confirm"  # the stages
 
@@ -32,21 +27,20 @@ MASK = "***"
 _SECRET = re.compile(r"(token|key|password)$", re.IGNORECASE)
 
 
-def is_secret(name: str, value: Any = "") -> bool:
-    """Whether a flag may not be written anywhere: its name, or one inside its value, ends in token, key or password."""
-    if isinstance(value, dict):
-        return bool(_SECRET.search(name)) or any(is_secret(str(key), inner) for key, inner in value.items())
-    return value is not None and bool(_SECRET.search(name))
-
-
 def mask_secrets(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with `***` in place of every value that `is_secret`."""
-    return {
-        name: (MASK if _SECRET.search(name) or not isinstance(value, dict) else mask_secrets(value))
-        if is_secret(name, value)
-        else value
-        for name, value in flags.items()
-    }
+    """Return the flags with `***` in place of every value whose name ends in token, key or password, inside mappings too."""
+
+    def mask(name: str, value: Any) -> Any:
+        if value is not None and _SECRET.search(str(name)):
+            return MASK
+        return mask_secrets(value) if isinstance(value, dict) else value
+
+    return {name: mask(name, value) for name, value in flags.items()}
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a flag, or a part of its value, may not be written anywhere."""
+    return mask_secrets({name: value}) != {name: value}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -63,6 +57,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def find_run(folder: Path, name: str) -> Path:
+    """Return the folder of a run; it is known by the hash that ends its name, whatever its setting was called when it was made."""
+    runs = folder / RUNS_FOLDER
+    return next(runs.glob(f"*_{name.rsplit('_', 1)[-1]}"), runs / name)
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:

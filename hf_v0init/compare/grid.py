@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,11 +9,13 @@ from typing import Any
 
 from ..errors import InputError
 from .axes import (
+    MAIN_OPTIMIZER,
     NO_V0,
     NO_WARMUP,
-    OF_THE_RUN,
+    OPTIMIZERS,
     OWNERS,
     AxisValue,
+    clean_flags,
     get_optimizer,
     has_v0,
     has_warmup,
@@ -29,13 +30,8 @@ from .files import TUNE, is_secret
 from .plan import NONE, V0, V0_AND_WARMUP, WARMUP, PlannedRun, make_run_name
 
 DEFAULT_LEARNING_RATE, DEFAULT_SEED = 5e-5, 42  # transformers'
-MAIN_OPTIMIZER = "adamw"
 PARSERS = {"v0": parse_v0, "warmup": parse_warmup, "optimizer": parse_optimizer}
 AXES = (*PARSERS, "learning_rate", "seed")
-# What people write for an axis. A script would refuse most of them as unknown flags, but only when it is started.
-OTHER_WORDS = {"lr": "learning_rate", "rate": "learning_rate", "learningrate": "learning_rate", "random_seed": "seed"}
-OTHER_WORDS |= {"optimiser": "optimizer", "opt": "optimizer", "warm_up": "warmup", "init": "v0", "beta2": "adam_beta2"}
-OTHER_WORDS |= {f"{axis}s": axis for axis in AXES} | {"lrs": "learning_rate"}
 
 
 def lay_out(grids: Iterable[dict], common: Mapping[str, Any], script: str, launch: str) -> list[PlannedRun]:
@@ -52,7 +48,7 @@ def lay_out(grids: Iterable[dict], common: Mapping[str, Any], script: str, launc
     runs: dict[str, PlannedRun] = {}
     for number, grid in enumerate(grids, start=1):
         try:
-            for run in _lay_out_grid(clean_flags(grid, "grid"), common, script, launch):
+            for run in _lay_out_grid(clean_flags(grid), common, script, launch):
                 runs.setdefault(run.digest, run)
         except InputError as error:
             raise InputError(f"grids, number {number}: {error}") from None
@@ -68,18 +64,20 @@ def _lay_out_grid(grid: dict, common: Mapping[str, Any], script: str, launch: st
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination, strict=True))
         arguments = merge_axes(common, {axis: value.flags for axis, value in values.items()})
-        arguments["learning_rate"] = float(arguments.get("learning_rate", DEFAULT_LEARNING_RATE))
+        rate = require_number("learning_rate", arguments.get("learning_rate", DEFAULT_LEARNING_RATE))
+        arguments["learning_rate"] = rate
         other = {axis: value.flags[axis] for axis, value in values.items() if axis not in AXES}
         other = {flag: value for flag, value in other.items() if common.get(flag) != value}
         v0, warmup, optimizer = (
             values[axis].name if axis in values else _name_by_flags(axis, arguments) for axis in PARSERS
         )
         named = dict(zip(other, name_flags(other), strict=True))
-        parts = [v0] if v0 != NO_V0 else []
-        parts += [f"warmup {warmup}"] if warmup != NO_WARMUP else []
-        parts += [optimizer] if optimizer != MAIN_OPTIMIZER else []
+        is_renamed = "optimizer" in values and get_optimizer(arguments) != OPTIMIZERS[MAIN_OPTIMIZER]["optim"]
+        parts = [v0] if v0 != NO_V0 or has_v0(arguments) else []
+        parts += [f"warmup {warmup}"] if warmup != NO_WARMUP or has_warmup(arguments) else []
+        parts += [optimizer] if optimizer != MAIN_OPTIMIZER or is_renamed else []
         setting = " + ".join([*parts, *named.values()]) or NONE
-        rate, seed = arguments["learning_rate"], arguments["seed"]
+        seed = arguments["seed"]
         yield PlannedRun(
             name=make_run_name(setting, rate, seed, script, launch, arguments),
             stage=TUNE,
@@ -109,56 +107,33 @@ def _name_by_flags(axis: str, arguments: Mapping[str, Any]) -> str:
 
 def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
     """Return the values of each axis of a grid."""
-    if not grid:
-        raise InputError("it is empty; give at least one axis, such as v0: [zeros, random 100]")
-    checks = {"learning_rate": _require_rate, "seed": require_seed}
     lists = {}
     for axis, values in grid.items():
-        close = difflib.get_close_matches(axis.lower(), AXES, n=1, cutoff=0.85)
-        if axis in OTHER_WORDS or (axis not in AXES and close):
-            raise InputError(f"{axis} is no axis; did you mean {OTHER_WORDS.get(axis) or close[0]}?")
         if axis in OWNERS:
             raise InputError(
                 f"{axis} is set by the axis {OWNERS[axis]}; write it as a mapping there, {{{axis}: value}}"
             )
-        if axis in OF_THE_RUN:
-            raise InputError(f"{axis} is set by the comparison for each run; leave it out")
         values = values if isinstance(values, list) else [values]
         if not values:
             raise InputError(f"{axis} has no values; give at least one, or leave the axis out")
         if axis not in PARSERS and any(is_secret(axis, value) for value in values):
             raise InputError(f"{axis} is a secret, by which nothing is compared; give it in `arguments`")
-        values = ["no" if value is False and axis.endswith("_strategy") else value for value in values]
-        lists[axis] = [checks[axis](value) for value in values] if axis in checks else values
+        if axis in ("learning_rate", "seed"):
+            kind = int if axis == "seed" else float
+            values = [require_number(axis, value, kind) for value in values]
+        lists[axis] = ["no" if value is False and axis.endswith("_strategy") else value for value in values]
     return lists
 
 
-def _require_rate(value: Any) -> float:
-    if not is_number(value) or value <= 0:
-        raise InputError(f"learning_rate: {value!r} must be a number > 0")
-    return float(value)
-
-
-def require_seed(value: Any) -> int:
-    """Return a seed.
+def require_number(name: str, value: Any, kind: type = float) -> Any:
+    """Return a value as a number of this kind, > 0 or, if it is whole, >= 0.
 
     Raises:
         InputError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise InputError(f"seed: {value!r} must be a whole number from 0 to 2^32 - 1")
-    return value
-
-
-def clean_flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Write flags with underscores; `no` of a strategy, which YAML reads as false, is "no" again."""
-    cleaned: dict[str, Any] = {}
-    for key, value in flags.items():
-        key = str(key).lstrip("-").replace("-", "_")
-        if key in cleaned:
-            raise InputError(f"{where}: {key} is given twice")
-        cleaned[key] = "no" if value is False and key.endswith("_strategy") else value
-    return cleaned
+    if not is_number(value) or value < 0 or kind(value) != value or (kind is float and value == 0):
+        raise InputError(f"{name}: {value!r} must be a {'whole number >= 0' if kind is int else 'number > 0'}")
+    return kind(value)
 
 
 def _name_families(runs: list[PlannedRun]) -> list[PlannedRun]:

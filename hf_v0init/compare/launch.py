@@ -1,29 +1,32 @@
-"""How a run is started, and ended by force: the script, the launcher, the command line, the environment."""
+"""How a run is started, and ended by force: the script, the launcher, the command line, the environment, the machine."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
-import re
+import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from ..errors import InputError
-from .axes import suggest
 from .files import is_secret
-from .machine import count_cores
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-PYTHON = "python"
+PYTHON, NO_DEVICES = "python", "none"
 PACKAGE = Path(__file__).resolve().parents[1]
 
 # The scripts that come with the package, by the name that a comparison's file gives.
@@ -35,6 +38,9 @@ SCRIPT_MODULES = {
     "run_dcgan": "hf_v0init.tasks.gan.script",
 }
 MODULE_FLAGS = {"deepspeed": "--module"}  # what stands before a module's name; `-m` for the other launchers
+PACKAGES = (
+    "hf_v0init torch transformers accelerate datasets tokenizers numpy pytorch-warmup pytorch-optimizer schedulefree sacrebleu"
+).split()
 STARTER, SECRET_FLAGS = "hf_v0init.compare.start_script", "HF_V0INIT_SECRET_FLAGS"
 
 
@@ -50,11 +56,6 @@ def find_script(name: str, folder: Path) -> str:
     """
     if name in SCRIPT_MODULES:
         return name
-    if re.fullmatch(r"\w+", name):
-        raise InputError(
-            f"script: the package has no {name}{suggest(name, SCRIPT_MODULES)}; give one of {', '.join(SCRIPT_MODULES)}, or the path "
-            "of a script of your own, such as my_script.py"
-        )
     for place in (Path(name), folder / name):
         if place.is_file():
             return str(place.resolve())
@@ -79,19 +80,14 @@ def split_launch(launch: str) -> list[str]:
     Raises:
         InputError: there is no such program.
     """
-    try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise InputError(f"launch: {launch!r} cannot be read: {error}") from error
-    if words and words[0] == PYTHON:
-        return [sys.executable, *words[1:]]
-    found = None
-    if words:
-        beside = Path(sys.executable).parent / words[0]
-        found = str(beside) if beside.is_file() else shutil.which(words[0])
+    program, *words = shlex.split(launch) or [""]
+    if program == PYTHON:
+        return [sys.executable, *words]
+    beside = Path(sys.executable).parent / program
+    found = str(beside) if beside.is_file() else shutil.which(program)
     if not found:
         raise InputError(f"launch: there is no program {launch!r}; write python, or 'accelerate launch ...'")
-    return [found, *words[1:]]
+    return [found, *words]
 
 
 def is_one_process(launch: str) -> bool:
@@ -179,8 +175,6 @@ def signal_group(pid: int, number: int) -> None:
 
 def kill_tree(pid: int) -> None:
     """End a process that leads its group, the group, and what it started outside of it, as launchers do."""
-    import psutil
-
     descendants = []
     with contextlib.suppress(psutil.Error):
         descendants = psutil.Process(pid).children(recursive=True)
@@ -188,3 +182,70 @@ def kill_tree(pid: int) -> None:
     for process in descendants:
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+# ---------------------------------------------------------------------------------------------------- the machine
+
+
+def list_devices(plan: Plan, wanted: str | None = None) -> tuple[str, ...] | None:
+    """Return the ids of the devices to hand out, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Args:
+        plan: the comparison; one whose runs all have `use_cpu` needs none.
+        wanted: the ids, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists.
+            MIG instances and devices of other makers have to be named.
+
+    Returns:
+        The ids; () if there are to be none; None if nothing is known of any, which leaves the environment as it is.
+    """
+    if wanted is not None:
+        return () if wanted.strip() == NO_DEVICES else tuple(dict.fromkeys(_split(wanted)))
+    if all(run.arguments.get("use_cpu") for run in plan.runs):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(_split(visible) if visible is not None else _ask_driver("index")) or None
+
+
+def _split(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _ask_driver(what: str) -> list[str]:
+    """Ask the driver for a property of each NVIDIA GPU; none where there is no driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def count_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def list_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that numbers depend on. Imports none of them."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@functools.cache
+def describe_hardware() -> dict[str, Any]:
+    """Return the system, the CPU, its cores, the memory in GiB, and the names of NVIDIA GPUs if there are any."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": name,
+        "cores": os.cpu_count() or 1,
+    }
+    found["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
+    gpus = _ask_driver("name")
+    return found | ({"gpus": gpus} if gpus else {})

@@ -46,14 +46,6 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Prune:
-    """Stop a run of the first stage whose validation loss, at `after_step` or later, exceeds `above` x the best at that step."""
-
-    after_step: int
-    above: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """A comparison: what the file says, and the runs, seed by seed."""
 
@@ -72,7 +64,6 @@ class Plan:
     published: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     keep_models: bool = True
-    prune: Prune | None = None
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's parameters
     command: str = ""
 

@@ -16,8 +16,15 @@ from typing import Any
 import psutil
 
 from . import files
-from .launch import compute_script_hash, kill_tree, make_command, make_environment, signal_group
-from .machine import describe_hardware, list_versions
+from .launch import (
+    compute_script_hash,
+    describe_hardware,
+    kill_tree,
+    list_versions,
+    make_command,
+    make_environment,
+    signal_group,
+)
 from .outcome import LossTrace, find_checkpoint, find_error_line, judge_output, remove_models
 from .plan import Plan, PlannedRun
 
@@ -34,53 +41,19 @@ class RunProcess:
     process: subprocess.Popen
     slot: int
     record: dict[str, Any]
-    started: float
-    checkpoint: Path | None = None  # that it was told to go on from
-    fingerprint_stamp: int | None = None  # that of the file before it went on
-    seconds_before: float = 0.0  # that it had taken when it was cut off
+    started: float  # by `time.monotonic`, less the seconds that it had taken before it was cut off
     trace: LossTrace = field(default_factory=LossTrace)
-    fingerprint: dict[str, Any] | None = None
-    num_evals_judged: int = 0
     stop_as: tuple[str, str] | None = None  # state and reason, once it has been told to stop
     kill_at: float = float("inf")
-
-    @property
-    def output(self) -> Path:
-        """The script's output folder."""
-        return self.folder / files.OUTPUT_FOLDER
 
     @property
     def seconds(self) -> float:
         """Seconds it has taken, those before it was cut off included."""
         return time.monotonic() - self.started
 
-    @property
-    def num_steps(self) -> int | None:
-        """Optimizer steps of the whole run; an estimate from the epochs if `max_steps` is not set; None if unknown."""
-        arguments = self.run.arguments
-        if arguments.get("max_steps", -1) > 0:
-            return int(arguments["max_steps"])
-        if self.trace.epoch and self.trace.step:
-            return round(self.trace.step / self.trace.epoch * float(arguments.get("num_train_epochs", 3)))
-        return None
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds until its last step at its own pace, None if unknown."""
-        pace, total = self.trace.seconds_per_step, self.num_steps
-        return None if pace is None or total is None else max(0, total - self.trace.step) * pace
-
-    def read_progress(self) -> bool:
-        """Read what it has logged since; say whether there was anything."""
-        if self.fingerprint is None:
-            self.fingerprint = files.read_json(self.output / files.FINGERPRINT_FILE)
-        return self.trace.read_new(self.output / files.LOG_FILE)
-
-    def has_begun_again(self) -> bool:
-        """Whether a run that was told to go on from a checkpoint has begun at step 0 again: it wrote a new fingerprint."""
-        return (
-            self.checkpoint is not None and _get_stamp(self.output / files.FINGERPRINT_FILE) != self.fingerprint_stamp
-        )
+    def read_progress(self) -> None:
+        """Read what it has logged since."""
+        self.trace.read_new(self.folder / files.OUTPUT_FOLDER / files.LOG_FILE)
 
     def stop(self, state: str, reason: str) -> None:
         """Ask the process to end, once; `kill` is due after the grace period."""
@@ -94,30 +67,32 @@ class RunProcess:
         kill_tree(self.process.pid)
         return self.process.wait()
 
-    def judge(self, status: int, metric: str, is_being_stopped: bool = False) -> tuple[str, str | None]:
-        """Return state and reason at the end; `is_being_stopped` by a scheduler, whose signals reach the scripts too."""
+    def write_end(self, plan: Plan) -> str:
+        """End what is left of it, record how it ended, and return its state."""
+        status = self.kill()
+        state, reason = self._judge(status, plan.metric)
+        self.record |= {"state": state, "reason": reason, "exit_status": status, "seconds": round(self.seconds, 3)}
+        if not plan.keep_models and state != files.INTERRUPTED:
+            remove_models(self.folder / files.OUTPUT_FOLDER)
+            self.record["models_removed"] = True
+        files.write_json(self.folder / files.RECORD_FILE, self.record)
+        return state
+
+    def _judge(self, status: int, metric: str) -> tuple[str, str | None]:
+        """Return state and reason at the end."""
         if status == 0:
-            return judge_output(self.output, metric)
+            return judge_output(self.folder / files.OUTPUT_FOLDER, metric)
         if self.stop_as:
             return self.stop_as
         if self.trace.not_finite:
             return files.DIVERGED, self.trace.not_finite
-        if is_being_stopped or -status in STOPPING_SIGNALS:
+        if -status in STOPPING_SIGNALS:
             return files.INTERRUPTED, "it was stopped from outside"
         line = find_error_line(self.folder / files.SCRIPT_LOG_FILE)
         if status > 0:
             return files.FAILED, line or f"exit status {status} without a word"
-        name = next((s.name for s in signal.Signals if s == -status), str(-status))
-        hint = ", out of memory?" if name == "SIGKILL" else ""
-        return files.FAILED, f"ended by signal {name}{hint}" + (f"; last line: {line}" if line else "")
-
-    def write_end(self, state: str, reason: str | None, status: int, keep_models: bool) -> None:
-        """Record how it ended."""
-        self.record |= {"state": state, "reason": reason, "exit_status": status, "seconds": round(self.seconds, 3)}
-        if not keep_models and state != files.INTERRUPTED:
-            remove_models(self.output)
-            self.record["models_removed"] = True
-        files.write_json(self.folder / files.RECORD_FILE, self.record)
+        hint = ", out of memory?" if -status == signal.SIGKILL else ""
+        return files.FAILED, f"ended by {signal.Signals(-status).name}{hint}; last line: {line}"
 
 
 def start_process(
@@ -126,7 +101,7 @@ def start_process(
     """Start a run in its folder: from its newest checkpoint if it is to `resume` and has one, else in an emptied folder."""
     earlier = files.read_json(folder / files.RECORD_FILE) or {}
     checkpoint = None
-    if resume and earlier.get("state") in (files.INTERRUPTED, files.RUNNING) and not earlier.get("cannot_resume"):
+    if resume and earlier.get("state") in (files.INTERRUPTED, files.RUNNING):
         checkpoint = find_checkpoint(folder / files.OUTPUT_FOLDER)
     if checkpoint is None and folder.exists():
         shutil.rmtree(folder)
@@ -150,9 +125,6 @@ def start_process(
     }
     if checkpoint is not None:
         record["resumed_from"] = [*earlier.get("resumed_from", []), checkpoint.name]
-    if earlier.get("cannot_resume"):
-        record["cannot_resume"] = True
-    stamp = _get_stamp(folder / files.OUTPUT_FOLDER / files.FINGERPRINT_FILE)
     with (folder / files.SCRIPT_LOG_FILE).open("wb" if checkpoint is None else "ab") as log:
         process = subprocess.Popen(
             command,
@@ -164,8 +136,7 @@ def start_process(
         )
     files.write_json(folder / files.RECORD_FILE, {**record, "pid": process.pid})
     before = 0.0 if checkpoint is None else earlier.get("seconds") or 0.0
-    started = time.monotonic() - before
-    return RunProcess(run, folder, process, slot, record, started, checkpoint, stamp, before)
+    return RunProcess(run, folder, process, slot, record, time.monotonic() - before)
 
 
 def end_left_run(folder: Path) -> bool:
@@ -189,9 +160,3 @@ def end_left_run(folder: Path) -> bool:
             process.wait(10)
             return True
     return False
-
-
-def _get_stamp(path: Path) -> int | None:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime_ns
-    return None

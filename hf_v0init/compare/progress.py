@@ -1,37 +1,32 @@
-"""Shows how a comparison goes on: what is ahead, a line for each run that is over, and in a terminal a live table of the others."""
+"""Shows how a comparison goes on: what is ahead, a line for each run that is over, and in a terminal a bar for each of the others."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from . import files
 from .outcome import LossTrace
 from .plan import Plan, PlannedRun
 from .process import RunProcess
-from .tables import format_seconds
+from .tables import format_number, format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
 STAGES = {True: "stage 2 of 2, confirm", False: "stage 1 of 2, tune"}
+SHARE_OF_PACE = 0.1  # of the first run, after which the time of the others is estimated by its pace
 
 
-def format_loss(loss: float | None) -> str:
-    """Write a loss with three decimals, `-` for none."""
-    return "-" if loss is None else f"{loss:.3f}"
-
-
-def format_end(seconds: float) -> str:
-    """Write when something that takes so long from now will be over: 14:35, or with its day."""
-    now = datetime.now()
-    end = now + timedelta(seconds=seconds)
-    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%a %d %b %H:%M}"
+def count_steps(active: RunProcess) -> int | None:
+    """Count the optimizer steps of a whole run; estimated from the epochs if `max_steps` is not set, None if unknown."""
+    flags, trace = active.run.arguments, active.trace
+    if flags.get("max_steps", -1) > 0:
+        return int(flags["max_steps"])
+    return round(trace.step / trace.epoch * float(flags.get("num_train_epochs", 3))) if trace.epoch else None
 
 
 class ProgressDisplay:
@@ -44,11 +39,22 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, jobs: int) -> None:
         self.console, self.jobs = console, jobs
-        self.states: Counter[str] = Counter()
-        self.stage, self.num_runs, self.num_over, self.num_later = "", 0, 0, 0
-        self.durations: list[float] = []
+        self.num_runs, self.num_over, self.num_later = 0, 0, 0
         self.has_announced = False
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        words = ("{task.description}", "{task.fields[state]}")
+        columns = [TextColumn(words[0]), BarColumn(), TextColumn(words[1]), TimeElapsedColumn(), TimeRemainingColumn()]
+        self.bars = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=3600
+        )
+        self.all = self.bars.add_task("all runs", state="")
+        self.of_run: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressDisplay:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bars.stop()
 
     def begin_stage(self, plan: Plan, runs: Sequence[PlannedRun]) -> None:
         """Say what a stage has to train, and what may come after it."""
@@ -56,74 +62,60 @@ class ProgressDisplay:
         of_stage = plan.list_runs(runs[0].stage)
         num_families = len({(run.condition, run.family) for run in of_stage})
         self.num_later = 0 if is_second else num_families * len(plan.confirm_seeds)
-        self.stage = STAGES[is_second] if plan.confirm_seeds else ""
-        self.states.clear()
         self.num_runs, self.num_over = len(of_stage), len(of_stage) - len(runs)
-        text = f"{self.stage.capitalize()}: " if self.stage else ""
+        text = f"{STAGES[is_second].capitalize()}: " if plan.confirm_seeds else ""
         text += f"{len(of_stage)} runs" + (f", of which {self.num_over} are over" if self.num_over else "")
         if self.num_later:
             text += f"; then at most {num_families} chosen settings on {len(plan.confirm_seeds)} fresh seeds, {self.num_later} runs"
         self.tell(text + ".")
 
-    def __enter__(self) -> ProgressDisplay:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.live:
-            self.live.stop()
-
     def update(self, active: Sequence[RunProcess], num_waiting: int) -> None:
-        """Say by the first run's pace what is ahead, once; draw the table anew, in a terminal."""
-        per_run = self._estimate_run(active)
-        if per_run is not None and not self.has_announced:
-            self.has_announced = True
-            left = self._estimate_left(active, num_waiting, per_run)
-            total = left + per_run * self.num_later / self.jobs
-            text = f"By the first run's pace a run takes {format_seconds(per_run)}: {self.num_runs - self.num_over} runs with {self.jobs} "
-            text += f"at a time until {format_end(left)}"
-            self.tell(f"{text}, the second stage until {format_end(total)}." if self.num_later else f"{text}.")
-        if self.live is None:
-            return
-        table = Table("run", "step", "train loss", "val. loss", "elapsed", "until", expand=False)
+        """Say by the first run's pace what is ahead, once; draw the bars anew, in a terminal."""
+        shares = 0.0
         for run in active:
-            left = run.seconds_left
-            progress = f"{run.trace.step:,}" + (f" of {run.num_steps:,}" if run.num_steps else "")
-            state = "stopping" if run.stop_as else ("-" if left is None else format_end(left))
-            losses = (format_loss(run.trace.train_loss), format_loss(run.trace.eval_loss))
-            table.add_row(run.run.name, progress, *losses, format_seconds(run.seconds), state)
-        states = ", ".join(f"{count} {state}" for state, count in self.states.items())
-        over = self.num_over + sum(self.states.values())
-        text = f"{self.stage}{': ' if self.stage else ''}{over} of {self.num_runs} runs are over"
-        text += (f" ({states})" if states else "") + f", {num_waiting} waiting"
-        if per_run is not None:
-            text += f"; until {format_end(self._estimate_left(active, num_waiting, per_run))}"
-        self.live.update(Group(table, Text(text)), refresh=True)
+            total, trace = count_steps(run), run.trace
+            if total:
+                share = min(1.0, trace.step / total)
+                shares += share
+                if share >= SHARE_OF_PACE:
+                    self._announce(run.seconds / share)
+            if run.run.name not in self.of_run:
+                self.of_run[run.run.name] = self.bars.add_task(run.run.name, state="")
+            state = (
+                f"step {trace.step:,}, train {format_number(trace.train_loss)}, val. {format_number(trace.eval_loss)}"
+            )
+            self.bars.update(self.of_run[run.run.name], total=total, completed=trace.step, state=state)
+        state = f"{self.num_over} of {self.num_runs} over, {num_waiting} waiting"
+        self.bars.update(self.all, total=self.num_runs, completed=self.num_over + shares, state=state)
 
-    def _estimate_run(self, active: Sequence[RunProcess]) -> float | None:
-        """Seconds of a run: of those that are over, or else by the pace of the first."""
-        if self.durations:
-            return sum(self.durations) / len(self.durations)
-        known = [run.seconds + run.seconds_left for run in active if run.seconds_left is not None]
-        return known[0] if known else None
-
-    def _estimate_left(self, active: Sequence[RunProcess], num_waiting: int, per_run: float) -> float:
-        of_active = [per_run - run.seconds if run.seconds_left is None else run.seconds_left for run in active]
-        return max([(per_run * num_waiting + sum(max(0.0, left) for left in of_active)) / self.jobs, *of_active])
+    def _announce(self, seconds: float) -> None:
+        """Say how long a run takes, and until when the stages do."""
+        if self.has_announced:
+            return
+        self.has_announced = True
+        num_left = self.num_runs - self.num_over
+        ends = [
+            datetime.now() + timedelta(seconds=seconds * n / self.jobs) for n in (num_left, num_left + self.num_later)
+        ]
+        text = f"By the first run's pace a run takes {format_seconds(seconds)}: {num_left} runs with {self.jobs} at a time until "
+        self.tell(
+            text + f"{ends[0]:%a %H:%M}" + (f", the second stage until {ends[1]:%a %H:%M}." if self.num_later else ".")
+        )
 
     def report_end(
         self, run: PlannedRun, state: str, reason: str | None, trace: LossTrace | None, seconds: float
     ) -> None:
-        """Print a line for a run that is over."""
-        if state != files.INTERRUPTED:
-            self.states[state] += 1
+        """Print a line for a run that is over; `trace` is None if another worker has trained it."""
         if state == files.FINISHED:
-            self.durations.append(seconds)
-        over = self.num_over + sum(self.states.values())
-        text = f"{time.strftime('%H:%M')} [{over}/{self.num_runs}] {run.name}: {state}"
+            self._announce(seconds)
+        self.num_over += state != files.INTERRUPTED
+        if run.name in self.of_run:
+            self.bars.remove_task(self.of_run.pop(run.name))
+        text = f"{time.strftime('%H:%M')} [{self.num_over}/{self.num_runs}] {run.name}: {state}"
         if trace is not None:
-            text += f", step {trace.step:,}, validation loss {format_loss(trace.eval_loss)}, {format_seconds(seconds)}"
+            text += (
+                f", step {trace.step:,}, validation loss {format_number(trace.eval_loss)}, {format_seconds(seconds)}"
+            )
         else:
             text += ", by another worker"
         self.console.print(Text(text + (f"; {reason}" if reason else ""), style=STYLES.get(state, "")), soft_wrap=True)

@@ -18,54 +18,44 @@ from markdown_it import MarkdownIt
 from . import files, results, tables
 from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
-from .results import Comparison, list_odd_beginnings, read_comparison, truncate_at_step, write_tables
-from .summary import Condition, count_states, find_unknown_costs, summarize
+from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
+from .summary import Condition, find_unknown_costs, summarize
 
-MARKDOWN_FILE, HTML_FILE, SETTINGS_FILE, FIGURES_FOLDER = "report.md", "report.html", "settings.csv", "figures"
+MARKDOWN_FILE, HTML_FILE, FIGURES_FOLDER = "report.md", "report.html", "figures"
 COPIED = (
     files.PLAN_FILE,
     results.RESULTS_FILE,
     results.EVALUATIONS_FILE,
     results.MACHINES_FILE,
-    SETTINGS_FILE,
     MARKDOWN_FILE,
 )
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
-KNOW_NO_END = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that do not depend on the run's length
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
 # How the page shows a section; the others are plain.
 FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike": "alarm"}
 
 
-def write_report(folder: str | Path, summary_dir: str | Path | None = None, at_step: int | None = None) -> Path:
+def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
     """Read a comparison, as far as it has come, and write the report into the same folder.
 
-    A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md, figures and settings.csv are written.
+    A folder without runs, such as a copy in a repository, keeps its tables as they are: report.md and figures are written.
 
     Args:
         folder: of the comparison.
         summary_dir: a folder for a copy without the runs: plan, tables, report and figures. A report can be written from it again.
-        at_step: an optimizer step; the report is then on every run as it stood at its evaluation after that step, and goes into the
-            folder `at_step_N` inside `folder` and `summary_dir`, beside the report on whole runs.
 
     Returns the path of `report.html`, or of `report.md` for a folder without runs, which has no other.
 
     Raises:
-        InputError: there is no comparison; no run was evaluated after `at_step`.
+        InputError: there is no comparison.
     """
     comparison = read_comparison(folder)
-    has_runs = (comparison.folder / files.RUNS_FOLDER).is_dir()
-    if at_step is not None:
-        comparison = truncate_at_step(comparison, at_step)
-        summary_dir = None if summary_dir is None else Path(summary_dir) / comparison.folder.name
     place = comparison.folder
-    if has_runs or at_step is not None:
+    has_runs = (place / files.RUNS_FOLDER).is_dir()
+    if has_runs:
         write_tables(comparison, place)
     conditions = summarize(comparison)
     figures = draw_figures(comparison, conditions, place / FIGURES_FOLDER, (".svg", ".png") if has_runs else (".svg",))
-    tables.make_settings(comparison, conditions).to_csv(
-        place / SETTINGS_FILE, index=False, lineterminator="\n", float_format="%.10g"
-    )
     markdown = _tidy(load_template("report.jinja").render(**make_context(comparison, conditions), figures=figures))
     (place / MARKDOWN_FILE).write_text(markdown, encoding="utf-8")
     if not has_runs:
@@ -109,19 +99,21 @@ def load_template(name: str) -> jinja2.Template:
 def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[str, Any]:
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
+    states = {stage: list(runs.loc[runs["stage"] == stage, "state"]) for stage in STAGES}
     failed = {
         stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
     }
     has_gpus = any((machine.get("hardware") or {}).get("gpus") for machine in comparison.machines)
-    schedules = {str(comparison.get_arguments(entry).get("lr_scheduler_type", "linear")) for entry in plan["runs"]}
     hours = runs.groupby("stage", sort=False)["hours"].sum()
     return {
-        "plan": {"margin": 0.01, "margin_is_relative": True, "prune": None, "at_step": None, "command": "", **plan},
+        "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
         "stages": STAGES,
-        "progress": {stage: count_states(comparison, stage) for stage in STAGES},
+        "progress": {
+            stage: {state: of_stage.count(state) for state in files.STATES if state in of_stage}
+            for stage, of_stage in states.items()
+        },
         "num_further": int((~runs["stage"].isin(STAGES)).sum()),
-        "knows_no_end": schedules <= set(KNOW_NO_END),
         "odd": list_odd_beginnings(runs),
         "confirmed": tables.make_confirmed_table(comparison, conditions),
         "confirmed_any": any(here.losses for here in conditions),

@@ -33,6 +33,11 @@ COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss",
 COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
 NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
+BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference in it in words
+    "initial_weights": "other initial weights",
+    "batches": "other first batches",
+    "rng": "another random state before the first step",
+}
 OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
 
 
@@ -80,7 +85,7 @@ def read_comparison(folder: str | Path) -> Comparison:
     """Read a folder: from its runs, as far as they have come, or without any from the tables.
 
     Raises:
-        InputError: there is no whole plan, or tables that cannot be read.
+        InputError: there is no whole plan.
     """
     folder = Path(folder)
     plan = files.read_json(folder / files.PLAN_FILE)
@@ -90,17 +95,12 @@ def read_comparison(folder: str | Path) -> Comparison:
         )
     if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
         return collect_runs(plan, folder)
-    try:
-        runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
-        evaluations = pd.DataFrame(columns=list(EVALUATIONS))
-        if (folder / EVALUATIONS_FILE).is_file():
-            evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
-        runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
-        runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: {RESULTS_FILE} cannot be read ({error}); copy it from the --output_dir again"
-        ) from error
+    runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
+    evaluations = pd.DataFrame(columns=list(EVALUATIONS))
+    if (folder / EVALUATIONS_FILE).is_file():
+        evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
+    runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
+    runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
     machines = (files.read_json(folder / MACHINES_FILE) or {}).get("machines", [])
     return Comparison(folder, plan, runs.astype({"seed": int}), evaluations, machines)
 
@@ -108,9 +108,8 @@ def read_comparison(folder: str | Path) -> Comparison:
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Write the tables, and the plan where it is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((files.PLAN_FILE, comparison.plan), (MACHINES_FILE, {"machines": comparison.machines})):
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    files.write_json(folder / files.PLAN_FILE, comparison.plan)
+    files.write_json(folder / MACHINES_FILE, {"machines": comparison.machines})
     comparison.runs.to_csv(folder / RESULTS_FILE, index=False, lineterminator="\n")
     if len(comparison.evaluations):
         comparison.evaluations.to_csv(folder / EVALUATIONS_FILE, index=False, lineterminator="\n")
@@ -120,7 +119,7 @@ def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
     """Read the folders of a plan's runs, whatever they have left so far; damage is named in the column `problems`."""
     rows, evaluations, machines = [], [], []
     for entry in plan["runs"]:
-        row, of_run, made_with = _read_run(folder / files.RUNS_FOLDER / entry["name"], entry, plan)
+        row, of_run, made_with = _read_run(files.find_run(folder, entry["name"]), entry, plan)
         rows.append(row)
         evaluations += [{"name": row["name"], **evaluation} for evaluation in of_run]
         if any(made_with.values()) and made_with not in machines:
@@ -163,11 +162,14 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
     row |= {
         name: value for name, value in results.items() if name in (plan.get("test_metrics") or []) and _is_number(value)
     }
-    if row["state"] in (files.FINISHED, files.PRUNED):
-        if row["final_loss"] is None:
-            problems.append(f"{row['state']}, but no {metric} was found")
-        elif not math.isfinite(row["final_loss"]):
-            row["state"], row["reason"] = files.DIVERGED, row["reason"] or f"final {metric} is {row['final_loss']}"
+    if row["state"] == files.FINISHED and row["final_loss"] is not None and not math.isfinite(row["final_loss"]):
+        row["state"], row["reason"] = files.DIVERGED, f"final {metric} is {row['final_loss']}"
+    elif row["state"] == files.FINISHED:
+        absent = [name for name in plan.get("test_metrics") or [] if name not in row]
+        absent += [metric] if row["final_loss"] is None else []
+        problems += [f"left no {name}" for name in absent]
+        if evaluations and evaluations[-1]["step"] < row["num_steps"]:
+            problems.append(f"last evaluated at step {evaluations[-1]['step']}; call trainer.evaluate() at the end")
     row["problems"] = "; ".join(dict.fromkeys(problems))
     return row, evaluations, made_with
 
@@ -240,42 +242,6 @@ def compute_hours(seconds: float | None, hardware: Mapping[str, Any], launch: st
     return seconds / 3600.0 * share
 
 
-def truncate_at_step(comparison: Comparison, step: int) -> Comparison:
-    """Return the comparison as it stood at one optimizer step, runs under way or cut off included, so that all had the same training.
-
-    A run that diverged, failed or was pruned earlier stays as it was. One whose loss was no finite number there, or above that at
-    the start, has diverged. One that was not evaluated there counts nowhere. Test metrics go: they belong to the end of a run.
-
-    Raises:
-        InputError: no run was evaluated at that step.
-    """
-    evaluations = comparison.evaluations[comparison.evaluations["step"] <= step]
-    there = evaluations[evaluations["step"] == step].set_index("name")
-    if step < 1 or there.empty:
-        known = sorted(set(comparison.evaluations["step"].astype(int)) - {0})
-        listed = (
-            f"the last ones are {', '.join(map(str, known[-5:]))}" if known else "none was evaluated after its start"
-        )
-        raise InputError(f"at_step={step}: no run was evaluated after that optimizer step; {listed}")
-    runs = comparison.runs.copy()
-    for index, row in runs.iterrows():
-        ended_before = row["state"] in (files.DIVERGED, files.FAILED, files.PRUNED) and not row["num_steps"] > step
-        if row["name"] not in there.index:
-            if row["state"] in files.COUNTED and not ended_before:
-                runs.loc[index, ["state", "problems"]] = [files.INTERRUPTED, f"not evaluated after step {step:,}"]
-            continue
-        loss, start = there.loc[row["name"], "loss"], row["start_loss"]
-        has_diverged = not math.isfinite(loss) or (comparison.plan.get("metric") == "eval_loss" and loss > start)
-        runs.loc[index, ["state", "reason"]] = [files.DIVERGED if has_diverged else files.FINISHED, ""]
-        runs.loc[index, ["num_steps", "final_loss", "scored_loss"]] = [step, loss, start if has_diverged else loss]
-        runs.loc[index, "train_seconds"] = there.loc[row["name"], "train_seconds"]
-        runs.loc[index, ["seconds", "hours"]] = math.nan
-    runs.loc[~runs["state"].isin(files.COUNTED), "scored_loss"] = math.nan
-    runs[list(comparison.plan.get("test_metrics") or [])] = math.nan
-    plan = {**comparison.plan, "at_step": step}
-    return Comparison(comparison.folder / f"at_step_{step}", plan, runs, evaluations, comparison.machines)
-
-
 def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
     """List, in words, the runs that did not begin like the others of their seed and condition: weights, batches, random state.
 
@@ -284,7 +250,7 @@ def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
     """
     found = []
     for (seed, condition), group in runs[runs["initial_weights"] != ""].groupby(["seed", "condition"], dropna=False):
-        for part, what in files.BEGINNINGS.items():
+        for part, what in BEGINNINGS.items():
             values = {row.name: tuple(getattr(row, part).split()) for row in group.itertuples(index=False)}
             counts = pd.Series(list(values.values())).value_counts()
             usual = max(counts.index, key=lambda value: (counts[value], len(value)))

@@ -1,17 +1,23 @@
-"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags, report."""
+"""What one call of `hf-v0init compare` does: train the stages, train one run, list commands, check flags.
+
+| a run's record says | the next call |
+| --- | --- |
+| finished, diverged | keeps it |
+| failed | keeps it, or repeats it with `retry_failed` |
+| interrupted, running (its worker is gone), nothing | starts it from scratch in an emptied folder, or resumes it |
+
+An interrupted run starts from scratch also if its script saves checkpoints: its clock and its curve are then those of one process.
+With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `claims`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,14 +27,25 @@ from rich.text import Text
 
 from ..errors import InputError
 from .axes import suggest
-from .claims import join_folder, list_workers, lock_plan
+from .claims import lock_plan
 from .cluster import SubmititExecutor, train_one
 from .comparison_file import read_plan
-from .executor import LocalExecutor, read_record
-from .files import COUNTED, FAILED, INTERRUPTED, OUTPUT_FOLDER, PLAN_FILE, RUNS_FOLDER, TUNE, read_json
-from .folder import release_failed, require_usable_folder, write_plan
-from .launch import SCRIPT_MODULES, STARTER, choose_jobs, make_command, make_flags
-from .machine import list_devices
+from .executor import LocalExecutor, read_record, stop_on_signals
+from .files import (
+    COUNTED,
+    FAILED,
+    INTERRUPTED,
+    LOCKS_FOLDER,
+    OUTPUT_FOLDER,
+    PLAN_FILE,
+    RECORD_FILE,
+    RUNS_FOLDER,
+    TUNE,
+    find_run,
+    read_json,
+    write_json,
+)
+from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
 from .plan import Plan
 from .progress import ProgressDisplay
 from .report import read_conclusion, write_report
@@ -37,6 +54,25 @@ from .stages import lay_out_stages
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
+
+
+def require_usable_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a comparison. Changes nothing.
+
+    Raises:
+        InputError: it has files, but no plan.
+    """
+    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {LOCKS_FOLDER}
+    if is_used and read_json(folder / PLAN_FILE) is None:
+        raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
+
+
+def release_failed(plan: Plan, folder: Path) -> None:
+    """Have runs that failed started again: as such that were interrupted."""
+    for run in plan.runs:
+        record = read_record(folder, run)
+        if record.get("state") == FAILED:
+            write_json(find_run(folder, run.name) / RECORD_FILE, {**record, "state": INTERRUPTED})
 
 
 def train_stages(
@@ -49,12 +85,8 @@ def train_stages(
             if retry_failed and not tried:
                 release_failed(lay_out_stages(plan, folder)[0], folder)
             known, runs = lay_out_stages(plan, folder)
-            num_others = write_plan(known, folder)
+            write_json(folder / PLAN_FILE, known.to_dict())
         runs = [run for run in runs if run.name not in tried]
-        if num_others and not tried:
-            executor.progress.tell(
-                f"{num_others} runs in {folder} are not in this plan; they stay there and out of the report."
-            )
         if not runs:
             return
         tried |= {run.name for run in runs}
@@ -72,7 +104,6 @@ class Session:
         small: whether at the file's small scale.
         retry_failed: start failed runs again.
         resume_runs: go on with interrupted runs from their newest checkpoint.
-        summary_dir: a folder for a copy of the report without the runs.
 
     Raises:
         InputError: a file that cannot be read as a comparison, or a folder that holds something else.
@@ -84,12 +115,11 @@ class Session:
     small: bool = False
     retry_failed: bool = False
     resume_runs: bool = False
-    summary_dir: Path | None = None
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = read_plan(self.config, self.small)
-        require_usable_folder(self.plan, self.folder)
+        require_usable_folder(self.folder)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -100,32 +130,28 @@ class Session:
         jobs = jobs or choose_jobs(plan, found)
         was_stopped = False
         with stop_on_signals():
-            self._print_rules(jobs, found)
-            with lock_plan(folder):  # makes the folder
-                pass
-            with join_folder(folder):
-                others = list_workers(folder)
-                if others:
-                    self._tell(f"At work in {folder} too: {', '.join(others)}. Each run is trained by one worker.")
-                try:
-                    with ProgressDisplay(self.console, jobs) as progress:
-                        if launcher == "local":
-                            executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
-                        else:
-                            executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
-                        train_stages(plan, folder, executor, self.retry_failed)
-                except KeyboardInterrupt:
-                    was_stopped = True
+            self.console.print(Text(plan.title, style="bold"))
+            self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(found)}" if found else "") + ".")
+            try:
+                with ProgressDisplay(self.console, jobs) as progress:
+                    if launcher == "local":
+                        executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
+                    else:
+                        executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
+                    train_stages(plan, folder, executor, self.retry_failed)
+            except KeyboardInterrupt:
+                was_stopped = True
             with lock_plan(folder):  # another worker may be writing its report
+                write_json(folder / PLAN_FILE, lay_out_stages(plan, folder)[0].to_dict())
                 states = self._print_outcome()
         if was_stopped:
-            words = "stopped its runs" if launcher == "local" else "leaves submitted jobs in the queue"
+            words = "its runs" if launcher == "local" else "but jobs that were submitted stay in the queue"
             self._tell(
-                f"Stopped; this {words}. The same command continues: runs that were cut off start from scratch, or with --resume_runs "
-                "from their last checkpoint."
+                f"Stopped, {words}. The same command continues: runs that were cut off start from scratch, or with --resume_runs from "
+                "their last checkpoint."
             )
             return EXIT_INTERRUPTED
-        return EXIT_ALL_FAILED if set(states) == {FAILED} else EXIT_OK
+        return EXIT_ALL_FAILED if states == {FAILED} else EXIT_OK
 
     def train_one(self, name: str) -> int:
         """Train one run, as a scheduler's job; return the exit status."""
@@ -133,15 +159,11 @@ class Session:
         names = [run.name for run in plan.runs]
         if name not in names:
             raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them")
-        with stop_on_signals():
-            with lock_plan(self.folder):
-                if self.retry_failed:
-                    release_failed(plan, self.folder)
-                write_plan(plan, self.folder)
-            try:
-                state = train_one(plan, self.folder, name, self.resume_runs)
-            except KeyboardInterrupt:
-                state = INTERRUPTED
+        with lock_plan(self.folder):
+            if self.retry_failed:
+                release_failed(plan, self.folder)
+            write_json(self.folder / PLAN_FILE, plan.to_dict())
+        state = train_one(plan, self.folder, name, self.resume_runs)
         self._tell(f"{name}: {state}.")
         return {INTERRUPTED: EXIT_INTERRUPTED, FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
 
@@ -205,69 +227,17 @@ class Session:
             )
         self._tell(f"The script accepts the flags of all {len(runs)} settings.")
 
-    def report(self, at_step: int | None = None) -> None:
-        """Write the report on the runs that are there, those going on included.
-
-        A plan that differs from the folder's takes its place, but not while another worker is at work there.
-        """
-        plan, _ = lay_out_stages(self.plan, self.folder)
-        if not any(read_record(self.folder, run) for run in plan.runs):
-            raise InputError(f"{self.folder} holds no run of this plan: call without report_only first")
-        with lock_plan(self.folder):
-            if read_json(self.folder / PLAN_FILE) != plan.to_dict():
-                write_plan(plan, self.folder)
-            self._print_outcome(at_step)
-
     # ---- printing ------------------------------------------------------------------------------------------------
 
     def _tell(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
 
-    def _print_rules(self, jobs: int, devices: tuple[str, ...] | None) -> None:
-        plan = self.plan
-        self.console.print(Text(plan.title, style="bold"))
-        self._tell(f"Runs at a time: {jobs}" + (f", on device {', '.join(devices)}" if devices else "") + ".")
-        self._tell(
-            f"Selection by {plan.metric}, on validation data; verdicts from fresh seeds; test data are used once, at the end of a run."
-        )
-        if not plan.keep_models:
-            self._tell("Models, tokenizers and checkpoints of runs that are over are removed (keep_models: false).")
-        schedules = {str(run.arguments.get("lr_scheduler_type")) for run in plan.runs}
-        if "inverse_sqrt" in schedules and len({run.warmup for run in plan.runs}) > 1:
-            self._tell(
-                "Note: inverse_sqrt takes its decay from the length of the warmup, so settings differ after it too, unless "
-                "lr_scheduler_kwargs has a timescale."
-            )
-
-    def _print_outcome(self, at_step: int | None = None) -> Counter[str]:
-        """Count the states; write the report if a run is over or a step is asked about, and print what it concludes."""
-        states = Counter(read_comparison(self.folder).runs["state"])
-        self._tell(", ".join(f"{count} {state}" for state, count in states.items()) + ".")
-        if at_step is not None or set(states) & {*COUNTED, FAILED}:
-            report = write_report(self.folder, self.summary_dir, at_step)
+    def _print_outcome(self) -> set[str]:
+        """Write the report if a run is over, print what it concludes, and return the states of the runs."""
+        states = list(read_comparison(self.folder).runs["state"])
+        self._tell(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + ".")
+        if set(states) & {*COUNTED, FAILED}:
+            report = write_report(self.folder)
             self._tell(f"\n{read_conclusion(report.parent)}\n")
             self._tell(f"Report: {report}")
-        return states
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal as Ctrl-C. Signals that are ignored (nohup, a script's `&`) stay so.
-
-    But runs would inherit an ignored SIGINT and not stop; a handler that does nothing is not inherited.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number, old in before.items():
-            if old is not signal.SIG_IGN:
-                signal.signal(number, interrupt)
-            elif number == signal.SIGINT:
-                signal.signal(number, lambda number, frame: None)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        return set(states)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from .axes import OWNERS, format_value, is_number, name_v0
+from .axes import OWNERS, format_value, is_number
 from .executor import find_waiting
 from .files import CONFIRM, COUNTED, TUNE
 from .plan import Plan, PlannedRun
@@ -121,21 +121,18 @@ def lay_out_stages(plan: Plan, folder: Path) -> tuple[Plan, list[PlannedRun]]:
     First the runs of the grids; with `extend`, while a choice is at an edge, its setting at the next value; then the chosen ones on
     the fresh seeds.
     """
-    for _ in range(MAX_EXTENSIONS + 1):
-        waiting = find_waiting(plan, folder, plan.list_runs(TUNE))
+    choices: list[Choice] = []
+    for number in range(MAX_EXTENSIONS + 1 if plan.extend else 1):
+        waiting = find_waiting(folder, plan.list_runs(TUNE))
         if waiting:
             return plan, waiting
-        runs = collect_runs(plan.to_dict(), folder).runs
-        choices = choose_settings(runs, plan.greater_is_better)
-        extended = _extend(plan, choices) if plan.extend else plan
-        if len(extended.runs) == len(plan.runs):
-            break
-        plan = extended
-    if plan.list_runs(TUNE):
-        plan = _add_confirmation(
-            plan, choose_settings(collect_runs(plan.to_dict(), folder).runs, plan.greater_is_better)
-        )
-    return plan, find_waiting(plan, folder, plan.list_runs(CONFIRM))
+        choices = choose_settings(collect_runs(plan.to_dict(), folder).runs, plan.greater_is_better)
+        if plan.extend and number < MAX_EXTENSIONS:
+            plan = _extend(plan, choices)
+    for seed in plan.confirm_seeds:
+        for choice in choices:
+            plan = plan.add_run(_find_runs(plan, choice)[0], stage=CONFIRM, seed=seed)
+    return plan, find_waiting(folder, plan.list_runs(CONFIRM))
 
 
 def _find_runs(plan: Plan, choice: Choice) -> list[PlannedRun]:
@@ -143,34 +140,16 @@ def _find_runs(plan: Plan, choice: Choice) -> list[PlannedRun]:
     return [r for r in plan.runs if (r.stage, r.condition, r.family, r.setting, r.learning_rate) == place]
 
 
-def _add_confirmation(plan: Plan, choices: Sequence[Choice]) -> Plan:
-    for seed in plan.confirm_seeds:
-        for choice in choices:
-            plan = plan.add_run(_find_runs(plan, choice)[0], stage=CONFIRM, seed=seed)
-    return plan
-
-
 def _extend(plan: Plan, choices: Sequence[Choice]) -> Plan:
     """Add, for each choice at an edge, its setting at the next value on its seeds."""
-    entries = [vars(run) for run in plan.list_runs(TUNE)]
-    for edge in find_edges(choices, entries):
+    for edge in find_edges(choices, [vars(run) for run in plan.list_runs(TUNE)]):
         for run in _find_runs(plan, edge.choice) if edge.further is not None else []:
             if edge.flag == "learning_rate":
                 plan = plan.add_run(run, learning_rate=edge.further)
-                continue
-            axis = OWNERS[edge.flag]
-            old, flags = getattr(run, axis), {**run.arguments, edge.flag: edge.further}
-            new = _rename(axis, old, run.arguments, flags, edge)
-            setting = run.setting.replace(old, new, 1)
-            plan = plan.add_run(run, setting=setting, arguments={edge.flag: edge.further}, **{axis: new})
+            else:
+                axis = OWNERS[edge.flag]
+                old = getattr(run, axis)
+                new = f"{old.split(' (')[0]} ({edge.flag}={format_value(edge.further)})"
+                setting = run.setting.replace(old, new, 1)
+                plan = plan.add_run(run, setting=setting, arguments={edge.flag: edge.further}, **{axis: new})
     return plan
-
-
-def _rename(axis: str, old: str, before: Mapping[str, Any], after: Mapping[str, Any], edge: Edge) -> str:
-    """Name the value of an axis with one flag changed: as the axis' words do if the old name was of them."""
-    if axis == "warmup" and old == format_value(edge.value):
-        return format_value(edge.further)
-    named = [flag for flag in (*OWNERS, "v0_estimator") if flag.startswith("v0_") and flag != "v0_optimizer"]
-    if axis == "v0" and old == name_v0({flag: before[flag] for flag in named if flag in before}):
-        return name_v0({flag: after[flag] for flag in named if flag in after})
-    return f"{old.split(f' {edge.flag}=')[0]} {edge.flag}={format_value(edge.further)}"

@@ -113,12 +113,6 @@ def _add_tuning(here: Condition, comparison: Comparison) -> None:
                 here.sensitivities[setting] = compute_lr_sensitivity(dict(means), bound)
 
 
-def count_states(comparison: Comparison, stage: str) -> dict[str, int]:
-    """Count the runs of a stage by state."""
-    states = list(comparison.runs.loc[comparison.runs["stage"] == stage, "state"])
-    return {state: states.count(state) for state in files.STATES if state in states}
-
-
 def find_unknown_costs(comparison: Comparison) -> list[str]:
     """List the runs with a v0 that left no record of what it cost."""
     flags = {entry["name"]: comparison.get_arguments(entry) for entry in comparison.plan["runs"]}

@@ -123,7 +123,7 @@ def make_tuning_table(comparison: Comparison, conditions: Sequence[Condition]) -
 def make_rate_table(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
     """Make the table of every setting of the first stage at each learning rate, best first, its best rate bold."""
     tuned, rows = comparison.get_counted(files.TUNE), []
-    sensitivities = _get_sensitivities(conditions)
+    sensitivities = {(here.name, setting): v for here in conditions for setting, v in here.sensitivities.items()}
     sign = -1.0 if comparison.greater_is_better else 1.0
     for (condition, family, setting), group in tuned.groupby(["condition", "family", "setting"], sort=False):
         by_rate = group.groupby("learning_rate")["scored_loss"]
@@ -162,32 +162,6 @@ def make_run_table(comparison: Comparison) -> pd.DataFrame:
         row |= {"final loss": format_number(run.final_loss), "time": format_seconds(run.seconds)}
         rows.append(row | {"remarks": "; ".join(part for part in (run.reason, run.problems) if part)})
     return make_table(rows)
-
-
-def make_settings(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
-    """Make the table for programs: mean, deviation and number of every setting at every rate, stage by stage."""
-    place = ["stage", "condition", "family", "setting", "v0", "warmup", "optimizer", "other", "learning_rate"]
-    numbers = ["scored_loss", *(comparison.plan.get("test_metrics") or []), "train_seconds"]
-    grouped = comparison.counted.groupby(place, sort=False, dropna=False)
-    parts = grouped[numbers].agg(["mean", "std", "count"])
-    parts.columns = [
-        f"{'final' if name == 'scored_loss' else name}_{'n' if part == 'count' else part}" for name, part in parts
-    ]
-    table = parts.reset_index()
-    chosen = {(c.condition, c.setting, c.learning_rate) for here in conditions for c in here.choices}
-    sensitivities = _get_sensitivities(conditions)
-    table["is_chosen"] = [
-        key in chosen for key in zip(table["condition"], table["setting"], table["learning_rate"], strict=True)
-    ]
-    table["lr_sensitivity"] = [
-        sensitivities.get((row.condition, row.setting)) if row.stage == files.TUNE else None
-        for row in table.itertuples(index=False)
-    ]
-    return table
-
-
-def _get_sensitivities(conditions: Sequence[Condition]) -> dict[tuple[str, str], float]:
-    return {(here.name, setting): value for here in conditions for setting, value in here.sensitivities.items()}
 
 
 def describe_arguments(comparison: Comparison) -> pd.DataFrame:

@@ -151,5 +151,5 @@ def _compute_wanted(x: float) -> int:
 
 def _require_d50(d50: float) -> float:
     if not (math.isfinite(d50) and d50 > 0.0):
-        raise InputError(f"d50={d50}: must be a finite number > 0, the displacement that `hf-v0init probe` prints")
+        raise InputError(f"d50={d50}: must be a finite number > 0, the displacement that --probe_only prints")
     return d50

@@ -76,8 +76,7 @@ class RunArguments:
     )
     probe_only: bool = flag(
         False,
-        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs. "
-        "`hf-v0init probe FILE` does the same.",
+        "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs.",
     )
     probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub.utils
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError
 
+from ..yaml_file import read_mapping
 from .full_disk import describe_full_disk
 from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
 from .value_checks import (
@@ -202,21 +202,8 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(
             f"the first argument, {str(path)!r}, is neither a --flag nor a file of flags (.yaml, .yml, .json)"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text.replace("\t", " ") if path.suffix.lower() == ".json" else text, Loader=_StrictLoader)
-    except OSError as error:
-        raise InputError(f"cannot read the file of flags {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the file of flags {path} is not UTF-8 (byte {error.start})") from error
-    except InputError as error:
-        raise InputError(f"the file of flags {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"the file of flags {path} cannot be parsed: {join_lines(str(error))}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"the file of flags {path} must be a mapping of flag names to values")
     named: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in read_mapping(path).items():
         name = key.lstrip("-").replace("-", "_")
         if name in named:
             raise InputError(
@@ -224,21 +211,6 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
             )
         named[name] = value
     return named
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader (which reads JSON, too), that does not take the last of several values of one key in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        """Construct a mapping whose keys are different ones."""
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, str) and key in lines:
-                raise InputError(f"{key!r} is given twice, in lines {lines[key]} and {line}; remove one of the two")
-            if isinstance(key, str):
-                lines[key] = line
-        return super().construct_mapping(node, deep)
 
 
 def _turn_values_into_flags(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.measuring import DIGITS, MET, MISSED, Row
-from hf_v0init.compare.machine import describe_hardware, list_versions
+from hf_v0init.compare.launch import describe_hardware, list_versions
 from hf_v0init.errors import InputError
 
 RECORD_PATH = Path(__file__).resolve().parents[2] / "configs" / "benchmark" / "record.json"

@@ -9,7 +9,7 @@ from conftest import VOCAB, make_gpt2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
-from hf_v0init.analysis.checkpoint_data import load_batch_loss, load_model, pair_checkpoints
+from hf_v0init.analysis.checkpoint_loss import load_batch_loss, load_model, pair_checkpoints
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.translation.post_norm import build_post_norm_config
 
@@ -39,14 +39,15 @@ def folder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(root / "translation")
     lines = [" ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(9)) for i in range(12)]
     (root / "text.txt").write_text("\n".join(lines) + "\n")
-    (root / "target.txt").write_text("\n".join(reversed(lines)) + "\n")
+    pairs = zip(lines, reversed(lines), strict=True)
+    (root / "pairs.tsv").write_text("".join(f"{one}\t{other}\n" for one, other in pairs))
     return root
 
 
 def test_saddle_prints_and_writes_the_papers_values(tmp_path):
-    done = run("saddle", "--scan_warmups", "--figure", tmp_path / "s.svg", "--json", tmp_path / "s.json")
+    done = run("saddle", "--figure", tmp_path / "s.svg", "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" yes ") == 4 and " no " not in done.stdout and "74-100" in done.stdout
+    assert all(value in done.stdout for value in ("-0.9613", "-0.96", "0.01104", "1e-7", "9e-7"))
     written = json.loads((tmp_path / "s.json").read_text())
     assert [row["final"] for row in written[:4]] == pytest.approx([-0.96125, 0.01104, -9.552e-8, -9.0475e-7], rel=1e-3)
     assert all(len(row["path"]) == 51 for row in written)
@@ -54,50 +55,24 @@ def test_saddle_prints_and_writes_the_papers_values(tmp_path):
 
 
 def test_linear_loss_prints_closed_form_beside_simulation(tmp_path):
-    flags = [
-        "--beta2",
-        "0.9",
-        "--num_coordinates",
-        "3000",
-        "--num_samples",
-        "100",
-        "--gradient_mean",
-        "0",
-        "--gradient_std",
-        "2",
-    ]
+    flags = ["--beta2", "0.9", "--gradient_mean", "0", "--gradient_std", "2"]
     done = run("linear-loss", *flags, "--figure", tmp_path / "l.png", "--json", tmp_path / "l.json")
     assert done.returncode == 0, done.stderr
     assert "= 4 (eq. 8)" in " ".join(done.stdout.split())
     rows = {row["start"]: row for row in json.loads((tmp_path / "l.json").read_text())}
-    assert list(rows) == ["zero", "random", "data-driven"]
-    assert rows["zero"]["drift"] == pytest.approx(4.0) and rows["zero"]["drift_simulated"] == pytest.approx(
-        4.0, rel=0.02
-    )
-    first = rows["zero"]["steps"][0]
-    assert first["update"] == pytest.approx(10**0.5) == pytest.approx(first["update_simulated"])
+    assert list(rows) == ["zero", "random", "data-driven"] and rows["zero"]["drift"] == pytest.approx(4.0)
+    assert rows["zero"]["steps"][0]["update"] == pytest.approx(10**0.5)
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_landscape_of_a_checkpoint(folder, tmp_path):
     checkpoint = folder / "one" / "checkpoint-5"
-    flags = [
-        "--file",
-        folder / "text.txt",
-        "--num_points",
-        "3",
-        "--radius",
-        "1",
-        "--max_length",
-        "8",
-        "--device",
-        "cpu",
-    ]
+    flags = ["--file", folder / "text.txt", "--num_points", "3", "--radius", "1", "--max_length", "8"]
     done = run("landscape", checkpoint, *flags, "--figure", tmp_path / "x.png", "--json", tmp_path / "x.json")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "x.json").read_text())
-    model = load_model(checkpoint, "cpu")
-    measure = load_batch_loss(checkpoint, model.config, file=folder / "text.txt", max_length=8)
+    model = load_model(checkpoint)
+    measure = load_batch_loss(checkpoint, model.config, folder / "text.txt", max_length=8)
     assert written["centre_loss"] == pytest.approx(measure(model), rel=1e-6)
     losses = [loss for row in written["losses"] for loss in row]
     expected = 100 * (max(losses) - written["centre_loss"]) / (1 + written["centre_loss"])
@@ -107,24 +82,16 @@ def test_landscape_of_a_checkpoint(folder, tmp_path):
 
 
 def test_connectivity_of_two_runs_along_training(folder, tmp_path):
-    flags = ["--file", folder / "text.txt", "--num_points", "3", "--max_length", "8", "--device", "cpu"]
-    done = run(
-        "connectivity",
-        folder / "one",
-        folder / "two",
-        *flags,
-        "--figure",
-        tmp_path / "c.png",
-        "--json",
-        tmp_path / "c.json",
-    )
+    flags = ["--file", folder / "text.txt", "--num_points", "3", "--max_length", "8"]
+    flags += ["--figure", tmp_path / "c.png", "--json", tmp_path / "c.json"]
+    done = run("connectivity", folder / "one", folder / "two", *flags)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "c.json").read_text())
     assert [row["step"] for row in written] == [5, 10]
     checkpoint = folder / "one" / "checkpoint-5"
-    measure = load_batch_loss(checkpoint, load_model(checkpoint, "cpu").config, file=folder / "text.txt", max_length=8)
+    measure = load_batch_loss(checkpoint, load_model(checkpoint).config, folder / "text.txt", max_length=8)
     for row in written:
-        ends = [measure(load_model(folder / name / f"checkpoint-{row['step']}", "cpu")) for name in ("two", "one")]
+        ends = [measure(load_model(folder / name / f"checkpoint-{row['step']}")) for name in ("two", "one")]
         assert [row["errors"][0], row["errors"][-1]] == pytest.approx(ends, rel=1e-6)
         assert row["barrier"] == pytest.approx(max(row["errors"]) - sum(ends) / 2, abs=1e-6)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
@@ -132,26 +99,23 @@ def test_connectivity_of_two_runs_along_training(folder, tmp_path):
 
 def test_a_checkpoint_and_itself_have_no_barrier(folder, tmp_path):
     checkpoint = folder / "one" / "checkpoint-5"
-    flags = ["--file", folder / "text.txt", "--num_points", "3", "--device", "cpu", "--json", tmp_path / "c.json"]
+    flags = ["--file", folder / "text.txt", "--num_points", "3", "--json", tmp_path / "c.json"]
     assert run("connectivity", checkpoint, checkpoint, *flags).returncode == 0
     (row,) = json.loads((tmp_path / "c.json").read_text())
     assert row["barrier"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_landscape_of_a_translation_model(folder, tmp_path):
-    flags = ["--source_file", folder / "text.txt", "--target_file", folder / "target.txt", "--num_points", "3"]
-    done = run(
-        "landscape", folder / "translation", *flags, "--radius", "1", "--device", "cpu", "--json", tmp_path / "x.json"
-    )
+    flags = ["--file", folder / "pairs.tsv", "--num_points", "3", "--radius", "1", "--json", tmp_path / "x.json"]
+    done = run("landscape", folder / "translation", *flags)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "x.json").read_text())["centre_loss"] == pytest.approx(
-        torch.tensor(float(VOCAB)).log().item(), rel=0.3
-    )
+    centre = json.loads((tmp_path / "x.json").read_text())["centre_loss"]
+    assert centre == pytest.approx(torch.tensor(float(VOCAB)).log().item(), rel=0.3)
 
 
 def test_windows_cover_the_text_once(folder, tokenizer):
     checkpoint = folder / "one" / "checkpoint-5"
-    model = load_model(checkpoint, "cpu")
+    model = load_model(checkpoint)
     text = (folder / "text.txt").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"])
     assert len(ids) == 108
@@ -160,27 +124,22 @@ def test_windows_cover_the_text_once(folder, tokenizer):
         with torch.no_grad():
             total += float(model(input_ids=window[None], labels=window[None]).loss) * (len(window) - 1)
     expected = total / (108 - 7)
-    for options in ({"batch_size": 2}, {"max_length": 16}):  # the model has 16 positions
-        measure = load_batch_loss(checkpoint, model.config, file=folder / "text.txt", **options)
+    for options in ({}, {"max_length": 16}):  # the model has 16 positions
+        measure = load_batch_loss(checkpoint, model.config, folder / "text.txt", **options)
         assert measure(model) == pytest.approx(expected, rel=1e-6)
 
 
 BAD = [
-    (["saddle", "--v0", "-1"], "v0=-1"),
-    (["saddle", "--num_steps", "0"], "num_steps=0"),
+    (["saddle", "--v0", "-1"], "--v0"),
+    (["saddle", "--num_steps", "0"], "--num_steps"),
     (["saddle", "--figure", "x.bmp"], "x.bmp"),
     (["saddle", "--json", "/no/such/folder/x.json"], "/no/such/folder"),
     (["linear-loss", "--beta2", "1"], "adam_beta2=1"),
-    (["linear-loss", "--seed", "-1"], "seed=-1"),
     (["landscape", "/no/such/folder"], "/no/such/folder"),
     (["landscape", "FOLDER/one/checkpoint-5"], "--file"),
     (["landscape", "FOLDER/one/checkpoint-5", "--file", "FOLDER/missing.txt"], "missing.txt"),
     (["landscape", "FOLDER/one/checkpoint-5", "--file", "FOLDER/text.txt", "--num_points", "4"], "num_points=4"),
     (["landscape", "FOLDER/one/checkpoint-5", "--file", "FOLDER/text.txt", "--radius", "2"], "radius=2"),
-    (["landscape", "FOLDER/one/checkpoint-5", "--file", "FOLDER/text.txt", "--device", "abacus"], "abacus"),
-    (["landscape", "FOLDER/one/checkpoint-5", "--file", "FOLDER/text.txt", "--batch_size", "0"], "batch_size=0"),
-    (["landscape", "FOLDER/translation"], "--source_file"),
-    (["landscape", "FOLDER/translation", "--source_file", "FOLDER/text.txt"], "target_file"),
     (["connectivity", "FOLDER/one", "FOLDER/nowhere"], "nowhere"),
     (["connectivity", "FOLDER/one", "FOLDER"], "same steps"),
 ]

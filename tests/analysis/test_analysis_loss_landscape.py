@@ -10,7 +10,7 @@ from conftest import make_gpt2, make_sequences
 from torch import nn
 from translation_models import make_marian
 
-from hf_v0init.analysis.batch_loss import make_batch_loss
+from hf_v0init.analysis.checkpoint_loss import make_batch_loss
 from hf_v0init.analysis.loss_landscape import LossLandscape, compute_loss_landscape, draw_filter_normalised_direction
 from hf_v0init.analysis.plots import draw_landscape
 from hf_v0init.errors import InputError
@@ -80,7 +80,7 @@ def test_losses_are_those_at_the_moved_weights():
     def measure(model):
         return float((model.convolution.weight - target).square().sum())
 
-    found = compute_loss_landscape(model, measure, num_points=5, extent=0.8, seed=2, show_progress=False)
+    found = compute_loss_landscape(model, measure, num_points=5, extent=0.8, seed=2)
     assert found.coordinates.tolist() == pytest.approx([-0.8, -0.4, 0.0, 0.4, 0.8])
     one, two = (draw_filter_normalised_direction(model, seed)["convolution.weight"] for seed in (4, 5))
     for i, a in enumerate(found.coordinates):
@@ -93,12 +93,12 @@ def test_sharpness_of_a_quadratic_is_its_closed_form():
     # 0.5 a^2 + 1.5 b^2 + 1 within |a|, |b| <= 0.5: 100 * (0.125 + 0.375) / (1 + 1)
     x = np.linspace(-1.0, 1.0, 21)
     losses = 0.5 * x[:, None] ** 2 + 1.5 * x[None, :] ** 2 + 1.0
-    landscape = LossLandscape(x, losses, seed=0)
+    landscape = LossLandscape(x, losses)
     assert landscape.centre_loss == 1.0
     assert landscape.compute_sharpness() == pytest.approx(25.0)
     assert landscape.compute_sharpness(0.1) == pytest.approx(1.0)
     assert landscape.compute_sharpness(1.0) == pytest.approx(100.0)
-    assert LossLandscape(x, 1.0 - losses, seed=0).compute_sharpness() == 0.0
+    assert LossLandscape(x, 1.0 - losses).compute_sharpness() == 0.0
     losses[10, 12] = math.nan
     assert landscape.compute_sharpness() == math.inf and landscape.compute_sharpness(0.1) == pytest.approx(1.0)
     with pytest.raises(InputError, match=r"radius=0\.05"):
@@ -118,7 +118,6 @@ def test_everything_is_as_before(dtype, fails):
         nonlocal calls
         calls += 1
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
-        assert all(p.grad is None for p in model.parameters())
         model.norm.running_mean.add_(1.0)
         random.random(), np.random.rand()
         draws.append(torch.rand(1).item())
@@ -128,9 +127,9 @@ def test_everything_is_as_before(dtype, fails):
 
     if fails:
         with pytest.raises(RuntimeError, match="out of memory"):
-            compute_loss_landscape(model, measure, num_points=3, show_progress=False)
+            compute_loss_landscape(model, measure, num_points=3)
     else:
-        compute_loss_landscape(model, measure, num_points=3, show_progress=False)
+        compute_loss_landscape(model, measure, num_points=3)
         assert calls == 9
     assert len(set(draws)) == 1  # every point sees the same draws
     assert_as_before(model, before)
@@ -142,7 +141,7 @@ def test_a_transformers_model_on_batches():
     rows[0]["labels"][4:] = -100
     stack = {name: [row[name] for row in rows] for name in rows[0]}
     batches = [{n: torch.stack(v[i : i + 4]) for n, v in stack.items()} for i in (0, 4)]
-    measure = make_batch_loss(batches)
+    measure = make_batch_loss(batches, shifts_labels=True)
     whole = {n: torch.stack(v) for n, v in stack.items()}
     model.eval()
     with torch.no_grad():
@@ -150,35 +149,20 @@ def test_a_transformers_model_on_batches():
     assert measure(model) == pytest.approx(expected, rel=1e-6)
     model.train()
     before = take_snapshot(model)
-    found = compute_loss_landscape(model, measure, num_points=3, show_progress=False)
+    found = compute_loss_landscape(model, measure, num_points=3)
     assert found.centre_loss == pytest.approx(expected, rel=1e-6)
     assert found.losses[0, 0] != found.losses[2, 2]
     assert_as_before(model, before)
     assert model.transformer.wte.weight is model.lm_head.weight
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"num_points": 4}, "num_points=4"), ({"num_points": 1}, "num_points=1"), ({"extent": 0.0}, "extent=0")],
-)
-def test_bad_input_is_refused(options, named):
-    with pytest.raises(InputError, match=named):
-        compute_loss_landscape(nn.Linear(2, 2), lambda model: 0.0, **options)
-
-
-def test_a_model_without_matrices_is_refused():
-    with pytest.raises(InputError, match="two or more dimensions"):
-        compute_loss_landscape(nn.LayerNorm(3), lambda model: 0.0)
-
-
-def test_batches_without_targets_are_refused():
-    with pytest.raises(InputError, match="no batch"):
-        make_batch_loss([])
-    with pytest.raises(InputError, match="labels"):
-        make_batch_loss([{"input_ids": torch.zeros(1, 2)}])
+def test_bad_input_is_refused():
+    with pytest.raises(InputError, match="num_points=4"):
+        compute_loss_landscape(nn.Linear(2, 2), lambda model: 0.0, num_points=4)
     empty = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
-    with pytest.raises(InputError, match="-100"):
-        make_batch_loss([empty])(make_gpt2())
+    for batches in ([], [empty]):
+        with pytest.raises(InputError, match="no target"):
+            make_batch_loss(batches, shifts_labels=True)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -188,7 +172,7 @@ def test_figure_is_drawn_also_of_a_flat_or_broken_landscape(tmp_path, flat):
     if not flat:
         losses[0, 0] = math.nan
     path = tmp_path / "landscape.png"
-    draw_landscape(path, LossLandscape(x, losses, seed=0), title="test")
+    draw_landscape(path, LossLandscape(x, losses), title="test")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,32 +1,30 @@
 """Mode connectivity: known barriers, the mixtures themselves, checkpoints on disk, and a model that is left as it was."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_gpt2
-from safetensors.torch import save_file
 from test_analysis_loss_landscape import WithEverything, assert_as_before, take_snapshot
 from torch import nn
 from translation_models import make_marian
 
-from hf_v0init.analysis.batch_loss import make_batch_loss
-from hf_v0init.analysis.mode_connectivity import Connectivity, compute_connectivity, compute_connectivity_along_training
-from hf_v0init.analysis.weights import list_untrained, match_weights, read_weights
+from hf_v0init.analysis.checkpoint_loss import load_model, make_batch_loss
+from hf_v0init.analysis.mode_connectivity import Connectivity, compute_connectivity
 from hf_v0init.errors import InputError
 
 
 class Point(nn.Module):
     """One weight vector; the loss is a function of it."""
 
-    def __init__(self, size: int = 2, dtype=torch.float64):
+    def __init__(self, *values: float):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(size, dtype=dtype))
+        self.w = nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
 def connect(one, other, function, **options):
-    model = Point(len(one))
-    weights = [{"w": torch.tensor(values, dtype=torch.float64)} for values in (one, other)]
-    return compute_connectivity(model, *weights, lambda m: float(function(m.w)), show_progress=False, **options)
+    return compute_connectivity(Point(*one), Point(*other), lambda m: float(function(m.w)), **options)
 
 
 def quadratic(w):
@@ -72,124 +70,67 @@ def test_an_error_that_is_not_a_number_shows():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_as_before_and_buffers_are_mixed(fails):
-    model, other = WithEverything().train(), WithEverything()
+def test_both_models_are_as_before_and_buffers_are_mixed(fails):
+    models = [WithEverything().train(), WithEverything().train()]
     with torch.no_grad():
-        for tensor in (*other.parameters(), other.norm.running_mean):
+        for tensor in (*models[1].parameters(), models[1].norm.running_mean):
             tensor.add_(1.0)
-    before, seen = take_snapshot(model), []
+    before, seen = [take_snapshot(model) for model in models], []
 
     def measure(model):
         assert not model.training
         seen.append((model.norm.running_mean.clone(), model.output.weight[1].clone()))
+        torch.rand(3)
         if fails and len(seen) == 2:
             raise KeyboardInterrupt
         return 0.0
 
-    # the model's own state_dict: its tensors are the ones that are overwritten on the way
-    arguments = (model, model.state_dict(), other.state_dict(), measure)
     if fails:
         with pytest.raises(KeyboardInterrupt):
-            compute_connectivity(*arguments, num_points=3, show_progress=False)
+            compute_connectivity(*models, measure, num_points=3)
     else:
-        compute_connectivity(*arguments, num_points=3, show_progress=False)
+        compute_connectivity(*models, measure, num_points=3)
         for share, (mean, row) in zip((0.0, 0.5, 1.0), seen, strict=True):
-            assert mean.tolist() == pytest.approx([1.0 - share] * 5) and row.tolist() == pytest.approx(
-                [1.0 - share] * 5
-            )
-    assert_as_before(model, before)
-
-
-def test_along_training_reads_checkpoints(tmp_path):
-    model, pairs, steps = Point(1), [], (1, 10, 100)
-    for step in steps:
-        pair = []
-        for name, sign in (("a", 1.0), ("b", -1.0)):
-            folder = tmp_path / name / f"checkpoint-{step}"
-            folder.mkdir(parents=True)
-            save_file({"w": torch.tensor([sign * step**-0.5], dtype=torch.float64)}, folder / "model.safetensors")
-            pair.append(folder)
-        pairs.append((step, *pair))
-    measure = lambda m: float(double_well(m.w))  # noqa: E731
-    found = compute_connectivity_along_training(model, pairs, measure, num_points=5, show_progress=False)
-    assert list(found) == list(steps)
-    for step, curve in found.items():
-        assert curve.barrier == pytest.approx(1.0 - (1.0 / step - 1.0) ** 2, abs=1e-12)
-    assert not model.w.any()
+            assert mean.tolist() == pytest.approx([1.0 - share] * 5)
+            assert row.tolist() == pytest.approx([1.0 - share] * 5)
+    for model, snapshot in zip(models, before, strict=True):
+        assert_as_before(model, snapshot)
 
 
 def test_tied_and_sharded_checkpoints_of_a_transformers_model(tmp_path):
-    one, other = make_gpt2(seed=0), make_gpt2(seed=1)
-    one.save_pretrained(tmp_path / "one")
-    other.save_pretrained(tmp_path / "other", max_shard_size="5KB")
+    make_gpt2(seed=0).save_pretrained(tmp_path / "one")
+    make_gpt2(seed=1).save_pretrained(tmp_path / "other", max_shard_size="5KB")
     assert (tmp_path / "other" / "model.safetensors.index.json").is_file()
-    model, ids = make_gpt2(seed=2), torch.arange(1, 11)[None]
-    sums = []
+    one, other = (load_model(tmp_path / name) for name in ("one", "other"))
+    ids = torch.arange(1, 11)[None]
 
     def measure(model):
-        sums.append(float(model(input_ids=ids, labels=ids).loss))
-        return sums[-1]
+        device_ids = ids.to(model.device)
+        return float(model(input_ids=device_ids, labels=device_ids).loss)
 
-    weights = [read_weights(tmp_path / name) for name in ("one", "other")]
-    found = compute_connectivity(model, *weights, measure, num_points=3, show_progress=False)
-    for end, network in ((0, other), (2, one)):
-        assert found.errors[end] == measure(network.eval())
+    found = compute_connectivity(one, other, measure, num_points=3)
+    assert (found.errors[0], found.errors[2]) == (measure(other), measure(one))
     with torch.no_grad():
         for p, q in zip(other.parameters(), one.parameters(), strict=True):
             p.add_(q).mul_(0.5)
     assert found.errors[1] == pytest.approx(measure(other), rel=1e-5)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
-    model = Point(2)
-    good = {"w": torch.zeros(2)}
-    with pytest.raises(InputError, match="no tensor 'w'"):
-        compute_connectivity(model, good, {"v": torch.zeros(2)}, lambda m: 0.0)
-    with pytest.raises(InputError, match=r"shape \(3,\), the model \(2,\)"):
-        compute_connectivity(model, {"w": torch.zeros(3)}, good, lambda m: 0.0)
-    with pytest.raises(InputError, match="num_points=2"):
-        compute_connectivity(model, good, good, lambda m: 0.0, num_points=2)
-    with pytest.raises(InputError, match="no pairs"):
-        compute_connectivity_along_training(model, [], lambda m: 0.0)
-    with pytest.raises(InputError, match="step of its own"):
-        compute_connectivity_along_training(model, [(1, "a", "b"), (1, "c", "d")], lambda m: 0.0)
-    with pytest.raises(InputError, match=r"model\.safetensors"):
-        read_weights(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_weights(tmp_path)
-
-
-def test_frozen_weights_that_nobody_saved_are_kept():
-    model = Point(2)
-    model.positions = nn.Parameter(torch.ones(3), requires_grad=False)
-    assert list(match_weights(model, {"w": torch.zeros(2)})) == ["w"]
-    model.positions.requires_grad_(True)
-    with pytest.raises(InputError, match="positions"):
-        match_weights(model, {"w": torch.zeros(2)})
+def test_two_architectures_are_refused():
+    for other in (Point(1.0, 2.0, 3.0), nn.Linear(2, 2)):
+        with pytest.raises(InputError, match="one architecture"):
+            compute_connectivity(Point(1.0, 2.0), other, lambda m: 0.0)
 
 
 def test_our_translation_checkpoints_connect_though_their_positions_are_computed_and_not_saved(tmp_path):
-    """`from_pretrained` gives the positions back as if they were trained; both ends and the line have the sinusoids they began with."""
-    models = [make_marian(seed=seed) for seed in (1, 2)]
-    for i, model in enumerate(models):
-        model.save_pretrained(tmp_path / str(i))
-    loaded = type(models[0]).from_pretrained(tmp_path / "0")
+    """Both ends and the line have the sinusoids they began with."""
+    for i in (0, 1):
+        make_marian(seed=i + 1).save_pretrained(tmp_path / str(i))
+    one, other = (load_model(tmp_path / str(i)) for i in (0, 1))
     name = "model.encoder.embed_positions.weight"
-    assert name not in read_weights(tmp_path / "0") and loaded.get_parameter(name).requires_grad
-    assert {name, name.replace("encoder", "decoder")} == list_untrained(loaded)
+    assert torch.equal(one.get_parameter(name), other.get_parameter(name))
     tokens = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])
-    measure = make_batch_loss([{"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": tokens}])
-    one, other = (read_weights(tmp_path / str(i)) for i in range(2))
-    found = compute_connectivity(loaded, one, other, measure, num_points=3, show_progress=False)
-    ends = [measure(model.eval()) for model in models]
-    assert found.errors[-1] == pytest.approx(ends[0], rel=1e-5) and found.errors[0] == pytest.approx(ends[1], rel=1e-5)
-    assert torch.equal(loaded.get_parameter(name), models[0].get_parameter(name))
-
-
-def test_a_tied_weight_is_trained_though_one_of_its_names_is_not_saved():
-    model = Point(2)
-    model.tied = model.w
-    model.alone = nn.Parameter(torch.ones(3))
-    model._keys_to_ignore_on_save = ["tied", "alone"]
-    assert list_untrained(model) == {"alone"}
+    batch = {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": tokens}
+    measure = make_batch_loss([batch], shifts_labels=False)
+    found = compute_connectivity(one, copy.deepcopy(other), measure, num_points=3)
+    assert (found.errors[-1], found.errors[0]) == pytest.approx((measure(one), measure(other)), rel=1e-5)

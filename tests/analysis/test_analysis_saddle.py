@@ -12,16 +12,12 @@ from hf_v0init.analysis.saddle import (
     JOIN,
     SADDLE,
     START,
-    SaddleRun,
     compute_saddle_gradient,
     compute_saddle_loss,
-    describe_data_driven,
-    find_matching_warmups,
     run_adam,
     run_saddle,
     run_sgd,
 )
-from hf_v0init.errors import InputError
 
 STEP = 1e-6
 
@@ -69,7 +65,6 @@ def test_the_papers_four_final_values():
     assert sgd.final == pytest.approx(-1e-6 * 0.998**50, rel=1e-9)  # -9.05e-7
     published = [run.published for run in run_saddle()]
     assert published == ["-0.96", "0.01", "1e-7", "9e-7", None]
-    assert [run.agrees for run in run_saddle()] == [True, True, True, True, None]
 
 
 def test_first_step_of_vanilla_adam_is_the_learning_rate():
@@ -98,33 +93,11 @@ def test_sgd_at_lr_1_only_changes_sides():
     assert path[-1] == START and path[1] == -START
 
 
-def test_warmups_of_74_to_100_steps_all_give_the_papers_value():
-    matching = find_matching_warmups()
-    assert set(range(74, 101)) <= set(matching)
-    assert matching[:-27] == [2, 7, 11, 13, 16, 18, 24, 32, 47]
-
-
-@pytest.mark.parametrize(
-    ("final", "published", "agrees"), [(-0.96, "-0.96", True), (0.96, "-0.96", False), (-8e-7, "9e-7", False)]
-)
-def test_agreement_is_to_the_digits_printed(final, published, agrees):
-    assert SaddleRun("x", [0.0, final], published).agrees is agrees
+@pytest.mark.parametrize("warmup_steps", [74, 87, 100])
+def test_warmups_of_74_to_100_steps_all_give_the_papers_value(warmup_steps):
+    assert round(run_adam(warmup_steps=warmup_steps)[-1], 2) == 0.01
 
 
 def test_other_lengths_have_no_published_value():
     assert all(run.published is None for run in run_saddle(num_steps=20))
     assert [len(run.path) for run in run_saddle(num_steps=20)] == [21] * 5
-
-
-@pytest.mark.parametrize(
-    ("options", "named"), [({"v0": -1.0}, "v0=-1"), ({"warmup_steps": -2}, "-2"), ({"num_steps": 0}, "0")]
-)
-def test_bad_input_is_refused(options, named):
-    with pytest.raises(InputError, match=named):
-        run_adam(**options)
-
-
-def test_data_driven_is_said_to_end_as_badly_as_adam_only_where_it_does():
-    text = describe_data_driven(run_saddle())
-    assert "ends as badly as Adam with v0 = 0: at 0.90 and -0.96" in text and "4e-12" in text
-    assert "as badly" not in describe_data_driven(run_saddle(num_steps=1))  # at 0.03, next to the optimum

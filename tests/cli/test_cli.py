@@ -81,7 +81,7 @@ def test_the_linear_decay_is_a_linear_factor(steps):
 
 def test_a_length_that_is_measured_is_asked_for():
     done = run_explain()
-    assert done.returncode == 2 and "hf-v0init probe" in done.stderr
+    assert done.returncode == 2 and "--probe_only" in done.stderr
 
 
 def test_similar_linear_warmup_takes_away_the_same_steps():
@@ -131,43 +131,15 @@ def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
     assert_light_imports(*flags)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--v0_decay_steps", "50"),
-        ("--v0_scale", "2"),
-        ("--v0_init", "random", "--v0_scale", "1"),
-        ("--v0_init", "zeros"),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_figure_is_written(tmp_path, flags, suffix):
-    path = tmp_path / f"m{suffix}"
-    done = run_explain(*flags, "--figure", str(path))
-    assert done.returncode == 0, done.stderr
-    assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
-    assert str(path) in done.stdout.replace("\n", "")
-
-
 BAD_FLAGS = [
     (["--v0_init", "ones"], "ones"),
-    (["--v0_scale", "-1"], "v0_scale=-1"),
-    (["--v0_scale", "0"], "v0_scale=0"),
     (["--v0_scale", "nan"], "v0_scale=nan"),
-    (["--v0_scale", "inf"], "v0_scale=inf"),
     (["--v0_scale", "1", "--v0_decay_steps", "10"], "v0_decay_steps=10"),
-    (["--v0_decay_steps", "0"], "v0_decay_steps=0"),
     (["--v0_decay_steps", "1.5"], "v0_decay_steps=1.5"),
-    (["--v0_decay_steps", "10", "--v0_init", "zeros"], "v0_init=zeros"),
+    (["--v0_decay_steps", "long"], "v0_decay_steps=long"),
     (["--adam_beta2", "1"], "adam_beta2=1"),
-    (["--adam_beta2", "0"], "adam_beta2=0"),
-    (["--adam_beta2", "nan"], "adam_beta2=nan"),
-    (["--max_steps", "0"], "max_steps=0"),
-    (["--max_steps", "-5"], "max_steps=-5"),
+    (["--max_steps", "0"], "--max_steps"),
     (["--max_steps", "many"], "--max_steps"),
-    (["--v0_scale", "1", "--figure", "/no/such/folder/m.png"], "/no/such/folder"),
-    (["--v0_scale", "1", "--figure", "m.bmp"], "m.bmp"),
-    (["--v0_scale", "1", "--figure", "m"], ".png"),
     (["--scale", "3"], "--scale"),
 ]
 

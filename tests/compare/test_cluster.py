@@ -18,7 +18,6 @@ from rich.console import Console
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor, TrainRun
 from hf_v0init.compare.comparison_file import read_plan
-from hf_v0init.compare.folder import write_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.errors import InputError
 
@@ -126,7 +125,7 @@ def test_an_array_job_for_each_stage(comparison, cluster):
     comparison.write([{"learning_rate": [1e-3, 1e-2]}], {"save_strategy": "steps"}, slurm=options, confirm_seeds=2)
     done = call(comparison, "--launcher", "slurm")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Submitted 2 runs as job 77") == 2 and "Warning: save_strategy" not in done.stdout
+    assert done.stdout.count("Submitted 2 runs as job 77") == 2
     assert comparison.list_states() == ["finished"] * 4
     expected = {
         "partition": "gpu",
@@ -159,7 +158,7 @@ def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     assert (
         process.returncode == 130 and "Submitted 1 runs as job 77" in out and "1 runs are in the queue already." in out
     )
-    assert "save_strategy is no, so a run that is preempted" in out and "leaves submitted jobs in the queue" in out
+    assert "stay in the queue" in out
 
 
 def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_checkpoint(comparison, cluster):
@@ -179,7 +178,7 @@ def test_a_task_that_reaches_its_time_limit_is_requeued_and_goes_on_from_its_che
     first, second = comparison.read_journal()
     assert (first["checkpoint"], second["checkpoint"]) == (None, str(checkpoint))
     (record,) = comparison.read_records().values()
-    assert record["resumed_from"] == ["checkpoint-20"] and not record.get("cannot_resume")
+    assert record["resumed_from"] == ["checkpoint-20"]
     steps = [json.loads(line)["step"] for line in (output / "run_log.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 20, 30, 40]
 
@@ -189,7 +188,7 @@ def test_a_script_that_the_scheduler_ended_is_interrupted_and_not_failed(compari
     comparison.write(behave("hang_once"))
     plan = read_plan(comparison.config)
     with lock_plan(comparison.folder):
-        write_plan(plan, comparison.folder)
+        pass
     words = make_call(comparison.config, comparison.folder, "--run", plan.runs[0].name)
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(comparison.root.glob("journal.ready.*")), 60)
@@ -221,7 +220,7 @@ def test_what_slurm_refuses_and_where_there_is_none(comparison, cluster, monkeyp
     comparison.write(behave("plain", "good"))
     plan = read_plan(comparison.config)
     with lock_plan(comparison.folder):
-        write_plan(plan, comparison.folder)
+        pass
 
     def make(plan=plan):
         display = ProgressDisplay(Console(file=io.StringIO()), 1)

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import subprocess
 import textwrap
 from pathlib import Path
@@ -56,7 +55,7 @@ def plan_of(tmp_path):
         ({"v0_init": "data_driven", "adam_beta2": 0.99, "learning_rate": 1e-3}, "data_driven adam_beta2=0.99 learning_rate=0.001", {"v0_init": "data_driven", "adam_beta2": 0.99, "learning_rate": 1e-3}),
         ({"v0_init": "data_driven", "v0_estimator": "per_sample"}, "data_driven per_sample", {"v0_init": "data_driven", "v0_estimator": "per_sample"}),
         ("data_driven per_sample 10", "data_driven per_sample 10", {"v0_init": "data_driven", "v0_estimator": "per_sample", "v0_scale": 10.0, "v0_decay": "beta2"}),
-                ("random linear auto", "random linear auto", {"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}),
+        ("random linear auto", "random linear auto", {"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}),
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
@@ -87,39 +86,19 @@ def test_words_of_warmup(value, name, flags):
     ("parse", "value", "words"),
     [
         (parse_v0, "data_drivn 1", "did you mean data_driven"),
-        (parse_v0, "", "no strategy"),
-        (parse_v0, "zeros 1", "takes no further words"),
-        (parse_v0, "random minibatch 1", "cannot be read"),
-        (
-            parse_v0,
-            "data_driven warmup",
-            r"'warmup' is not a decay; write 'linear' or 'beta2' and the length, such as 'data_driven linear 0.33'",
-        ),
-        (parse_v0, "data_driven linear", r"the length after 'linear' is missing: optimizer steps, a fraction"),
-        (parse_v0, "data_driven linear 2.5", "whole optimizer steps"),
-        (parse_v0, "data_driven beta2 long", "or auto"),
-        (parse_v0, "data_driven 0", "must be a number > 0"),
-        (parse_v0, "data_driven nan", "must be a number > 0"),
-        (parse_v0, {"v0_scale": 1}, "v0_init=None"),
-        (parse_v0, {"v0_init": "zeros", "v0_scale": 1}, "v0_scale cannot be used"),
-        (parse_v0, {"v0_init": "random", "seed": 3}, "write seed as an axis"),
-        (parse_v0, {"v0_init": "random", "output_dir": "x"}, "output_dir is set by the comparison"),
-        (parse_v0, {"name": "", "v0_init": "random"}, "the name is empty"),
-        (
-            parse_v0,
-            {"name": "zeros", "v0_init": "random"},
-            "the name 'zeros' stands for v0_init=zeros; give another name",
-        ),
-        (parse_warmup, {"name": "none", "warmup_steps": 5}, "the name 'none' stands for warmup_steps=0"),
-        (parse_warmup, {"name": 5, "warmup_steps": 7}, "stands for warmup_steps=5"),
-        (parse_optimizer, {"name": "adamw", "optim": "sgd"}, "stands for optim=adamw_torch"),
+        (parse_v0, "", "cannot be read"),
+        (parse_v0, "zeros 1", "cannot be read"),
+        (parse_v0, "data_driven warmup", "or with a decay and its length"),
+        (parse_v0, "data_driven linear", "a decay and its length in steps, as a fraction of training or 'auto'"),
+        (parse_v0, "data_driven beta2 long", "cannot be read"),
+        (parse_v0, "data_driven nan", "cannot be read"),
+        (parse_v0, {"v0_scale": 1}, "needs v0_init"),
         (parse_warmup, "linear", "untuned_linear"),
         (parse_warmup, 1.5, "a fraction of training such as 0.3"),
         (parse_warmup, -5, "-5"),
         (parse_warmup, True, "True"),
-        (parse_optimizer, "adamm", "did you mean adam"),
+        (parse_optimizer, "adamm", "choose adamw"),
         (parse_optimizer, {"name": "mine"}, "at least one flag"),
-        (parse_optimizer, 7, "7"),
     ],
 )
 def test_words_that_are_refused(parse, value, words):
@@ -290,13 +269,6 @@ def test_the_small_scale_stands_in_for_the_full_one(tmp_path):
         read_plan(path, small=True)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare/*.yaml")), ids=lambda path: path.stem)
-def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    plan = read_plan(path)
-    assert len(plan.runs) > 1 and {run.arguments["eval_strategy"] for run in plan.runs} <= {"steps", "epoch"}
-
-
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -304,21 +276,16 @@ def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkey
     ("changes", "words"),
     [
         ({"grid": []}, "unknown key 'grid'; did you mean grids"),
-        ({"grids": []}, "grids: give a list"),
-        ({"grids": [{}]}, "number 1: it is empty"),
+        ({"grids": []}, "grids: each must be a mapping"),
+        ({"grids": [{}]}, "grids: each must be a mapping"),
         ({"grids": [{"v0": ["zeros"]}, {"warmup": []}]}, "number 2: warmup has no values"),
         ({"grids": [{"v0": ["data_drivn"]}]}, "did you mean data_driven"),
         ({"grids": [{"warmup_steps": [5]}]}, "is set by the axis warmup"),
         ({"grids": [{"output_dir": ["x"]}]}, "output_dir is set by the comparison"),
+        ({"grids": [{"v0": {"v0_init": "random", "output_dir": "x"}}]}, "output_dir is set by the comparison"),
+        ({"grids": [{"v0": {"v0_init": "random", "seed": 3}}]}, "seed is 3 by the axis v0 and 42 by seed"),
         ({"grids": [{"hub_token": ["x", "y"]}]}, "hub_token is a secret, by which nothing is compared; give it in `arguments`"),
-        ({"grids": [{"lr": [1e-3]}]}, "lr is no axis; did you mean learning_rate?"),
-        ({"grids": [{"seeds": [1, 2]}]}, "seeds is no axis; did you mean seed?"),
-        ({"grids": [{"learning_rates": [1e-3]}]}, "did you mean learning_rate?"),
-        ({"grids": [{"learnin_rate": [1e-3]}]}, "did you mean learning_rate?"),
-        ({"grids": [{"optimizers": ["adamw"]}]}, "did you mean optimizer?"),
-        ({"grids": [{"Warmup": [1]}]}, "did you mean warmup?"),
         ({"slurm": ["gpu"]}, "slurm: ['gpu'] must be a mapping"),
-        ({"slurm": {"gpus_per_node": 4}}, "write launch: torchrun --nproc_per_node 4, or gpus_per_node: 1"),
         ({"grids": [{"learning_rate": ["fast"]}]}, "learning_rate: 'fast'"),
         ({"grids": [{"learning_rate": [0]}]}, "learning_rate: 0"),
         ({"grids": [{"seed": [-1]}]}, "seed: -1"),
@@ -326,34 +293,24 @@ def test_the_comparisons_that_come_with_the_package_can_be_laid_out(path, monkey
         ({"grids": [{"v0": "random", "optimizer": "sgd"}]}, "keeps no second moment"),
         ({"grids": [{"warmup": 5}], "arguments": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "does no warmup"),
         ({"grids": [{"v0": [{"name": "a", "v0_init": "random"}, {"name": "a", "v0_init": "data_driven"}]}]}, "two settings are named 'a' but differ in v0_init"),
-        ({"grids": [{"v0": "data_driven 10"}, {"v0": {"name": "data_driven 10", "v0_init": "random"}}]}, "the name 'data_driven 10' stands for v0_init=data_driven v0_scale=10"),
+        ({"grids": [{"v0": "data_driven 10"}, {"v0": {"name": "data_driven 10", "v0_init": "random"}}]}, "two settings are named 'data_driven 10'"),
         ({"arguments": {"v0_scale": 1}}, "v0_scale is set by the axis v0"),
-        ({"arguments": {"optim": "sgd"}}, "optim is set by the axis optimizer"),
         ({"arguments": {"output-dir": "x"}}, "output_dir is set by the comparison"),
-        ({"arguments": {"max-steps": 1, "max_steps": 2}}, "max_steps is given twice"),
         ({"arguments": ["x"]}, "must be a mapping"),
-        ({"arguments_file": "nowhere.yaml"}, "there is no file nowhere.yaml"),
-        ({"script": "run_clmm"}, "did you mean run_clm"),
-        ({"script": "my/script.py"}, "there is no file my/script.py"),
-        ({"script": None}, "script: None must be text"),
+        ({"arguments_file": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"script": "run_clmm"}, "there is no file run_clmm, here or in"),
+        ({"script": None}, "script is missing"),
         ({"launch": "no_such_launcher x"}, "no program"),
-        ({"launch": "python 'x"}, "cannot be read"),
-        ({"launch": ""}, "no program"),
-        ({"small": "yes"}, "small: 'yes' must be true, false or a mapping"),
-        ({"small": {"seeds": [1]}}, "small: unknown key 'seeds'; did you mean seed"),
+        ({"small": {"seeds": [1]}}, "unknown key 'seeds'; did you mean seed"),
         ({"test_metrics": 3}, "test_metrics: 3"),
-        ({"metric": "eval_quality"}, "greater_is_better: true or greater_is_better: false"),
-        ({"metric": "eval_accuracy_loss"}, "cannot be told from its name"),
+        ({"metric": "eval_quality"}, "greater_is_better: true or false"),
         ({"greater_is_better": "yes"}, "greater_is_better: 'yes' must be true or false"),
-        ({"prune": {"after": 3}}, "prune"),
-        ({"prune": {"after_step": 0, "above": 2}}, "after_step=0"),
-        ({"prune": {"after_step": 5, "above": 1}}, "above=1"),
-        ({"confirm_seeds": -1}, "confirm_seeds: -1 must be how many fresh seeds (0 for none), or a list"),
-        ({"confirm_seeds": [41, 42]}, "seed 42 is one of the grids', by which settings are chosen"),
-        ({"confirm_seeds": [1, 1]}, "a seed is given twice"),
-        ({"margin": "some"}, "margin: 'some' must be a percentage of the warmup's mean, such as 1%, or a number > 0"),
+        ({"confirm_seeds": -1}, "confirm_seeds: -1 must be"),
+        ({"confirm_seeds": [41, 42]}, "give fresh ones, each once; the grids have [42]"),
+        ({"confirm_seeds": [1, 1]}, "give fresh ones, each once"),
+        ({"margin": "some"}, "margin: 'some'"),
         ({"margin": 0}, "margin: 0 must be"),
-        ({"published": ["table_99"]}, "published: table_99: no such table of the paper; one of table_1"),
+        ({"published": ["table_99"]}, "the paper has the tables table_1"),
         ({"arguments": {"do_eval": False}}, "eval_loss is of an evaluation, and there is none: write do_eval: true"),
         ({"grids": [{"v0": [{"v0_init": "random", "learning_rate": 1e-3}], "learning_rate": [1e-2]}]}, "learning_rate is 0.001 by the axis v0 and 0.01 by learning_rate: set it in one"),
         ({"grids": [{"warmup": [{"name": "w", "v0_init": "random", "warmup_steps": 5}], "v0": ["zeros"]}]}, "v0_init is zeros by the axis v0 and random by warmup"),
@@ -396,11 +353,8 @@ def test_a_user_s_script_is_found_beside_the_file_and_known_by_its_whole_path(pl
 
 
 def test_what_is_asked_of_slurm_is_in_submitit_s_words(plan_of):
-    assert plan_of(MINIMAL).slurm == {}
     text = "script: run_clm\narguments: {do_eval: true}\ngrids: [{v0: zeros}]\nslurm: {partition: gpu, time: 4:00:00}"
     assert plan_of(text).slurm == {"partition": "gpu", "time": "4:00:00"}
-    several = plan_of(MINIMAL, launch="accelerate launch --num_processes 4", slurm={"gpus_per_node": 4})
-    assert several.slurm["gpus_per_node"] == 4
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -518,46 +472,13 @@ def test_each_optimizer_word_makes_that_optimizer_with_the_run_s_settings(plan_o
     assert rates == pytest.approx(warmed_up)
 
 
-def test_a_warmup_below_1_is_that_fraction_of_training(plan_of, tmp_path, gpt2, sequences):
-    (run,) = plan_of(
-        MINIMAL, arguments={"lr_scheduler_type": "constant"}, grids=[{"warmup": 0.3, "learning_rate": 0.5}]
-    ).runs
-    assert (run.setting, run.arguments["lr_scheduler_type"]) == ("warmup 0.3", "constant_with_warmup")
-    trainer = make_trainer(run, tmp_path, gpt2, sequences)  # of 20 steps
-    rates = []
-    for _ in range(8):
-        rates.append(trainer.lr_scheduler.get_last_lr()[0])
-        trainer.lr_scheduler.step()
-    assert rates == pytest.approx([0.5 * min(1.0, t / 6) for t in range(8)])
-
-
-@pytest.mark.parametrize(
-    ("word", "factor"),
-    [
-        ("untuned_linear", lambda t: min(1.0, t * (1 - 0.9) / 2)),  # Ma & Yarats (2021): over 2 / (1 - beta2) steps
-        ("untuned_exponential", lambda t: 1 - math.exp(-(1 - 0.9) * t)),
-    ],
-)
-def test_untuned_warmups_multiply_the_schedule(plan_of, tmp_path, gpt2, sequences, word, factor):
-    common = {"adam_beta2": 0.9, "lr_scheduler_type": "constant"}
-    (run,) = plan_of(MINIMAL, arguments=common, grids=[{"warmup": word, "learning_rate": 0.5}]).runs
-    trainer = make_trainer(run, tmp_path, gpt2, sequences)
-    rates = []
-    for _ in range(25):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.lr_scheduler.step()
-    assert rates == pytest.approx([0.5 * factor(t) for t in range(1, 26)])
-
-
 @pytest.mark.parametrize(
     ("metric", "given", "expected"),
     [
         ("eval_loss", None, False),
-        ("eval_accuracy", None, True),
-        ("eval_sacrebleu", None, True),
-        ("eval_frechet_distance_classifier", None, False),
         ("eval_perplexity", None, False),
-        ("eval_quality", True, True),
+        ("eval_accuracy", True, True),
+        ("eval_frechet_distance", False, False),
         ("eval_loss", True, True),
     ],
 )
@@ -594,6 +515,21 @@ def test_what_a_mapping_holds_is_used_and_decides_the_family(plan_of):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("axis", "value", "setting", "family"),
+    [
+        ("v0", {"name": "", "v0_init": "random"}, "random", "v0"),
+        ("v0", {"name": "zeros", "v0_init": "random"}, "zeros", "v0"),
+        ("warmup", {"name": "none", "warmup_steps": 5}, "warmup none", "warmup"),
+        ("optimizer", {"name": "adamw", "optim": "adafactor"}, "adamw", "adamw"),
+    ],
+)
+def test_a_name_decides_nothing(plan_of, axis, value, setting, family):
+    """None of these lands among the runs without a warmup."""
+    plain, run = plan_of(MINIMAL, grids=[{"warmup": ["none"]}, {axis: [value]}, {"warmup": [7]}]).runs[:2]
+    assert (plain.setting, plain.family, run.setting, run.family) == ("no warmup", "no warmup", setting, family)
+
+
 def test_a_secret_in_a_mapping_is_used_and_named_nowhere(plan_of):
     grids = [{"v0": [{"v0_init": "random", "hub_token": "s3cret", "lr_scheduler_kwargs": {"api_key": "s3cret"}}]}]
     grids += [{"warmup": [{"warmup_steps": 4, "db_password": "s3cret"}]}]
@@ -605,7 +541,7 @@ def test_a_secret_in_a_mapping_is_used_and_named_nowhere(plan_of):
     assert "s3cret" not in json.dumps(plan.to_dict()) + "".join(run.name for run in plan.runs)
     for refused in (
         {"v0_init": "none", "hub_token": "s3cret"},
-        {"v0_init": "random", "seed": 3, "hub_token": "s3cret"},
+        {"v0_init": "random", "output_dir": "x", "hub_token": "s3cret"},
     ):
         with pytest.raises(InputError) as error:
             plan_of(MINIMAL, grids=[{"v0": [refused]}])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from comparison_folders import make_entry, write_grid, write_plan, write_run
 
@@ -154,34 +153,14 @@ def test_the_table_has_every_confirmed_setting_its_test_metrics_and_what_it_cost
     assert table.loc["no warmup", "steps to its loss"] == "not reached (0 of 3)"
 
 
-def test_files_for_programs_have_the_same_numbers(tmp_path):
-    folder = write_grid(tmp_path, outcome_of(), rates=(1e-3, 1e-2))
-    write_report(folder)
-    settings = pd.read_csv(folder / "settings.csv")
-    v0 = settings[(settings["stage"] == "confirm") & (settings["family"] == "v0")].iloc[0]
-    assert v0["final_mean"] == pytest.approx(3.0 - 0.001 / 3) and v0["final_n"] == 3
-    assert settings[settings["stage"] == "tune"]["is_chosen"].sum() == 3
-    assert f"{v0['final_mean']:.3f} ± {v0['final_std']:.3f}" in (folder / "report.md").read_text()
-    assert len(pd.read_csv(folder / "results.csv")) == 15
-
-
 def test_a_copy_gives_the_same_report_and_keeps_its_tables(tmp_path):
     folder = write_grid(tmp_path / "whole", outcome_of(), rates=(1e-3, 1e-2))
     write_report(folder, summary_dir=tmp_path / "copy")
     before = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir() if path.is_file()}
-    assert set(before) == {PLAN_FILE, "results.csv", "evaluations.csv", "machines.json", "settings.csv", "report.md"}
+    assert set(before) == {PLAN_FILE, "results.csv", "evaluations.csv", "machines.json", "report.md"}
     assert write_report(tmp_path / "copy") == tmp_path / "copy" / "report.md"
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir() if path.is_file()}
     assert before["report.md"] == (folder / "report.md").read_bytes()
-
-
-def test_a_report_at_a_step_says_what_it_is_worth(tmp_path):
-    folder = write_grid(tmp_path, outcome_of())
-    report = write_report(folder, at_step=200)
-    text = (folder / "at_step_200" / "report.md").read_text()
-    assert report.parent == folder / "at_step_200" and "after optimizer step 200, not at its end" in text
-    assert "judge by whole runs" in text and "predict_bleu" not in text
-    assert write_report(folder / "at_step_200").name == "report.md"  # a folder of its own
 
 
 def test_failed_and_diverged_runs_are_seen(tmp_path):
@@ -264,7 +243,7 @@ def test_committed_results_follow_from_their_committed_numbers(plan, tmp_path):
     for path in plan.parent.glob("*.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {"results.csv", "report.md", "settings.csv"} <= set(before)
+    assert {"results.csv", "report.md"} <= set(before)
     write_report(folder)
     without = re.sub(rb"\n!\[.*\n\n\*.*\*\n", b"", before["report.md"])  # the figures are not drawn here
     assert (folder / "report.md").read_bytes().split() == without.split()

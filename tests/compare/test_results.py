@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from comparison_folders import EVAL_STEPS, make_entry, make_losses, write_grid, write_plan, write_run
 
-from hf_v0init.compare.results import list_odd_beginnings, read_comparison, truncate_at_step, write_tables
+from hf_v0init.compare.results import list_odd_beginnings, read_comparison, write_tables
 from hf_v0init.errors import InputError
 
 
@@ -97,9 +97,19 @@ def test_the_tables_are_all_that_is_needed(tmp_path):
     pd.testing.assert_frame_equal(copy.runs, whole.runs, check_dtype=False)
     pd.testing.assert_frame_equal(copy.evaluations, whole.evaluations, check_dtype=False)
     assert (copy.plan, copy.machines) == (whole.plan, whole.machines)
-    (tmp_path / "copy" / "results.csv").write_text("name\nx\n")
-    with pytest.raises(InputError, match=r"results.csv cannot be read"):
-        read_comparison(tmp_path / "copy")
+
+
+def test_what_a_run_did_not_leave_is_named(tmp_path):
+    entry = make_entry("zeros", "none", 1e-3, 1)
+    write_plan(tmp_path, [entry], test_metrics=["predict_chrf"])
+    write_run(tmp_path, entry, 3.0)
+    output = tmp_path / "runs" / entry["name"] / "output"
+    (output / "all_results.json").write_text("{}")
+    with (output / "run_log.jsonl").open("a") as log:
+        log.write('{"loss": 2.0, "step": 500}\n')
+    (output / "trainer_state.json").unlink()
+    problems = read_comparison(tmp_path).runs.iloc[0]["problems"]
+    assert "left no predict_chrf" in problems and "last evaluated at step 400" in problems
 
 
 def test_runs_that_began_otherwise_are_named(tmp_path):
@@ -114,18 +124,3 @@ def test_runs_that_began_otherwise_are_named(tmp_path):
         assert list_odd_beginnings(read_comparison(folder).runs) == [f"seed 2: {words} in 1 of 3 runs: {odd}"]
     path.write_text(json.dumps(begun | {"batches": begun["batches"][:2]}))  # it ended within two steps
     assert list_odd_beginnings(read_comparison(folder).runs) == []
-
-
-def test_every_run_as_it_stood_at_a_step(tmp_path):
-    outcomes = {2: 3.0, 3: "interrupted", 4: "diverged"}
-    folder = write_grid(tmp_path, lambda v0, warmup, rate, seed: outcomes[seed], tune=(), settings=[("zeros", "none")])
-    at = truncate_at_step(read_comparison(folder), 200)
-    assert list(at.runs["state"]) == ["finished"] * 3 and set(at.runs["num_steps"]) == {200}
-    assert list(at.runs["scored_loss"]) == pytest.approx(
-        [make_losses(3.0)[2], make_losses(5.0)[2], make_losses(5.0)[2]]
-    )
-    assert at.runs["predict_bleu"].isna().all() and at.evaluations["step"].max() == 200 and at.plan["at_step"] == 200
-    with pytest.raises(
-        InputError, match=r"at_step=150: no run was evaluated after .*; the last ones are 100, 200, 300, 400"
-    ):
-        truncate_at_step(read_comparison(folder), 150)

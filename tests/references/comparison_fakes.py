@@ -10,11 +10,9 @@ from unittest import mock
 
 import yaml
 
-from hf_v0init.compare.claims import join_folder, lock_plan
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor
-from hf_v0init.compare.folder import require_usable_folder
-from hf_v0init.compare.session import train_stages
+from hf_v0init.compare.session import require_usable_folder, train_stages
 
 # Behaves as a training script does, at once: `--losses a,b,...` are the validation losses at steps 0, 10, 20, ...
 FAKE_SCRIPT = """
@@ -37,16 +35,11 @@ if behaviour == "refuse":
 if behaviour == "no_start":
     raise ValueError("Some specified arguments are not used by the HfArgumentParser: ['--widht=16']")
 resumed_at = int(flags["resume_from_checkpoint"].rsplit("-", 1)[1]) if "resume_from_checkpoint" in flags else 0
-if behaviour == "cannot_resume":
-    resumed_at = 0
 os.makedirs(output, exist_ok="resume_from_checkpoint" in flags)
-weights = {"other_weights": "w2"}.get(behaviour, "w1") + flags["seed"]
-batches = ["b1", "b2", "b9" if behaviour == "other_data" else "b3", "b4"]
-begun = {"initial_weights": weights, "batches": batches[:2] if behaviour == "short" else batches, "rng": "r"}
+begun = {"initial_weights": "w" + flags["seed"], "batches": ["b1", "b2", "b3", "b4"], "rng": "r"}
 if not resumed_at:
-    json.dump(begun, open(output + "/fingerprint.new", "w"))
-    os.replace(output + "/fingerprint.new", output + "/fingerprint.json")
-if flags["v0_init"] != "zeros" and behaviour != "no_v0_report":
+    json.dump(begun, open(output + "/fingerprint.json", "w"))
+if flags["v0_init"] != "zeros":
     json.dump({"strategy": flags["v0_init"], "num_samples": 0, "seconds": 0.0}, open(output + "/v0_init.json", "w"))
 words = flags.get("losses", "6,4,3").split(",")  # `wait` among them: nothing more happens until somebody stops it
 losses = [float(loss) for loss in words if loss != "wait"]
@@ -58,7 +51,7 @@ with open(log_file, "w") as log:
         if resumed_at and 10 * number <= resumed_at:
             continue
         entry = {"eval_loss": loss, "step": 10 * number, "epoch": 0.5 * number}
-        if behaviour == "no_metric" or behaviour == "early_evaluate" and number == len(losses) - 1:
+        if behaviour == "no_metric":
             entry["loss"] = entry.pop("eval_loss")
         if behaviour == "nan" and number == 1:
             entry = {"loss": float("nan"), "step": 10, "epoch": 0.5}
@@ -66,7 +59,7 @@ with open(log_file, "w") as log:
             entry = {"loss": 5.0, "step": 1, "epoch": 0.05}
         log.write(json.dumps(entry) + "\\n")
         log.flush()
-        if words[number + 1 : number + 2] == ["wait"] and not os.path.exists(flags["journal"] + ".nowait"):
+        if words[number + 1 : number + 2] == ["wait"]:
             time.sleep(60)
         time.sleep(float(flags.get("pause", 0)))
 if behaviour == "hang_once" and not os.path.exists(flags["journal"] + ".once"):
@@ -80,9 +73,9 @@ if behaviour == "killed":
 if behaviour == "save":
     os.makedirs(output + "/checkpoint-10")
     for name in ("model.safetensors", "checkpoint-10/optimizer.pt", "tokenizer.json", "config.json", "v0_init.json"):
-        open(output + "/" + name, "w").write("{}")
+        open(output + "/" + name, "w").write(" " * 2**21 if name == "model.safetensors" else "{}")
 results = {"eval_loss": losses[-1], "predict_bleu": 1.0}
-if behaviour not in ("plain_evaluate", "early_evaluate"):
+if behaviour != "plain_evaluate":
     json.dump({} if behaviour == "no_metric" else results, open(output + "/all_results.json", "w"))
 print("done")
 """
@@ -92,7 +85,7 @@ class Recorder:
     """A `Progress` that keeps what it was told."""
 
     def __init__(self):
-        self.ends, self.elsewhere, self.warnings, self.told, self.most_active = [], [], [], [], 0
+        self.ends, self.warnings, self.told, self.most_active = [], [], [], 0
 
     def begin_stage(self, plan, runs):
         pass
@@ -101,9 +94,7 @@ class Recorder:
         self.most_active = max(self.most_active, len(active))
 
     def report_end(self, run, state, reason, trace, seconds):
-        if trace is None:
-            self.elsewhere.append((run.setting, run.seed, state))
-        else:
+        if trace is not None:  # trained by this worker
             self.ends.append((run.setting, run.seed, state, reason))
 
     def tell(self, message):
@@ -136,11 +127,9 @@ class Comparison:
     def run(self, jobs=1, retry_failed=False, resume=False, devices=None, poll_seconds=0.01) -> Recorder:
         """Train both stages, as the command does."""
         plan, recorder = read_plan(self.config), Recorder()
-        require_usable_folder(plan, self.folder)
+        require_usable_folder(self.folder)
         self.last = recorder
-        with lock_plan(self.folder):  # makes the folder
-            pass
-        with join_folder(self.folder), mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
+        with mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
             executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
             train_stages(plan, self.folder, executor, retry_failed)
         return recorder

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def make_entry(
     setting = " + ".join(parts) or "no warmup"
     family = FAMILIES[v0 != "zeros", warmup != "none"] if optimizer == "adamw" else optimizer
     condition = ", ".join(f"{name}={value}" for name, value in (other or {}).items())
-    name = f"{setting.replace(' + ', '+').replace(' ', '-')}_lr{rate:g}_seed{seed}_0"
+    name = f"{setting.replace(' + ', '+').replace(' ', '-')}_lr{rate:g}_seed{seed}"
+    name += f"_{zlib.crc32(f'{stage} {name}'.encode()):08x}"
     arguments = {
         "learning_rate": rate,
         "seed": seed,

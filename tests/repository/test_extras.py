@@ -87,7 +87,6 @@ MISSING = [
     ),
     ("PIL", ["hf-v0init", "images", "nosuch.yaml"], COMMAND, "images"),
     ("scipy", ["hf-v0init", "compare", "configs/compare/tiny.yaml", "--output_dir", "nosuch"], COMMAND, "compare"),
-    ("matplotlib", ["hf-v0init", "explain", "--v0_scale", "1", "--figure", "m.png"], COMMAND, "compare"),
     ("matplotlib", ["hf-v0init", "saddle", "--figure", "m.png"], COMMAND, "compare"),
 ]
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["estimation", "second_moment"],
     ["settings", "sharding", "state_guard", "plots"],
     ["method", "extras"],
-    ["errors", "third_party_messages"],
+    ["errors", "third_party_messages", "yaml_file"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may not be loaded by these, not even through others.

@@ -1,4 +1,4 @@
-"""`hf-v0init probe` and `--probe_only`: what is printed is what was measured, and no run is left behind."""
+"""`--probe_only`: what is printed is what was measured, and no run is left behind."""
 
 import json
 import re
@@ -8,11 +8,10 @@ from unittest import mock
 import pytest
 import yaml
 from image_sets import write_image_folder
-from script_runs import ROOT, quiet_logging  # noqa: F401
+from script_runs import quiet_logging  # noqa: F401
 
 from hf_v0init import InputError, compute_warmup_length
 from hf_v0init.cli import main as cli
-from hf_v0init.cli.probe import find_script
 from hf_v0init.tasks import probing
 from hf_v0init.tasks.run import RunArguments
 
@@ -44,11 +43,15 @@ def write_config(folder: Path, task: str) -> Path:
     return config
 
 
-def run_probe(capsys, *words) -> str:
-    """Run `hf-v0init probe` in this process; return what it printed."""
-    with mock.patch("sys.argv", ["hf-v0init", "probe", *map(str, words)]), pytest.raises(SystemExit) as stop:
+COMMANDS = {"run_clm": "clm", "run_translation": "translate", "run_image_classification": "images"}
+
+
+def run_probe(capsys, task, *words) -> str:
+    """Run `hf-v0init TASK ... --probe_only` in this process; return what it printed."""
+    argv = ["hf-v0init", COMMANDS[task], *map(str, words), "--probe_only"]
+    with mock.patch("sys.argv", argv), pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 0
+    assert not stop.value.code
     return capsys.readouterr().out
 
 
@@ -59,7 +62,7 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
     measure = probing.measure_run
     monkeypatch.setattr(probing, "measure_run", lambda *args: measured.append(measure(*args)) or measured[-1])
     monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
-    output = run_probe(capsys, config, "--learning_rate", "0.002", "--figure", tmp_path / "curve.svg")
+    output = run_probe(capsys, task, config, "--learning_rate", "0.002", "--probe_figure", tmp_path / "curve.svg")
     ((radius, _),) = measured
     printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", output))
     assert {float(d): float(rho) for d, rho in printed.items()} == {
@@ -72,34 +75,8 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
     assert "rho" in (tmp_path / "curve.svg").read_text()
 
 
-def test_the_script_is_found_by_its_flags(tmp_path):
-    folders = {"translation": "run_translation", "language_modeling": "run_clm"}
-    folders["image_classification"] = "run_image_classification"
-    for folder, script in folders.items():
-        for config in sorted((ROOT / "configs" / folder).glob("*.yaml")):
-            assert find_script(str(config)) == ("run_mlm" if "_mlm_" in config.name else script), config.name
-    config = tmp_path / "mine.yaml"
-    config.write_text("vary_block_size: true\nmax_stepz: 3\n")
-    with pytest.raises(InputError, match="run_clm takes all but max_stepz"):
-        find_script(str(config))
-    config.write_text("max_steps: 3\n")
-    with pytest.raises(InputError, match="say which, --script run_"):
-        find_script(str(config))
-
-
-def test_bad_words_are_refused_before_anything_is_built(tmp_path, capsys):
-    config = write_config(tmp_path, "run_clm")
-    for words, message in (
-        (["--script", "run_gan"], "script='run_gan': choose one of run_translation"),
-        (["--figure", tmp_path / "curve.txt"], "the extension must be one of"),
-        (["--block_sizes", "8"], "did you mean --block_size?"),
-    ):
-        argv = ["hf-v0init", "probe", str(config), *map(str, words)]
-        with mock.patch("sys.argv", argv), pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
 def test_a_figure_without_a_probe_is_refused():
     with pytest.raises(InputError, match="--probe_only; add it"):
         RunArguments(probe_figure="curve.png")
+    with pytest.raises(InputError, match="the extension must be one of"):
+        RunArguments(probe_only=True, probe_figure="curve.txt")

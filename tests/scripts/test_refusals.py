@@ -181,7 +181,7 @@ OWN = [
     ("gan", "--do_predict", ["--do_predict=True", "no effect"]),
     ("gan", "--save_strategy best --metric_for_best_model loss", ["--save_strategy=best"]),
     # files of flags
-    ("translation", "{0}/twice.yaml", ["twice.yaml", "'seed' is given twice", "lines 1 and 3"]),
+    ("translation", "{0}/twice.yaml", ["twice.yaml", "'seed' is given twice", "line 3"]),
     ("translation", "{0}/twice_spelt.yaml", ["'learning_rate' is given twice"]),
     ("translation", "{0}/twice.json", ["'seed' is given twice"]),
     ("translation", "{0}/nan.yaml", ["--learning_rate=nan"]),

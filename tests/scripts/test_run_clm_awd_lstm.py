@@ -17,7 +17,7 @@ from test_awd_lstm import compute_loss_slowly, run_slowly
 from test_run_clm import SCRIPT, cache, data, flags, run_clm  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_v0init.analysis.checkpoint_data import load_model
+from hf_v0init.analysis.checkpoint_loss import load_model
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmForCausalLM
 
 gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
@@ -113,7 +113,7 @@ def test_a_trained_model_is_evaluated_alone(awd_flags, tmp_path):
     run_clm.main(awd_flags(do_eval=True, output_dir=tmp_path / "first"))
     perplexity = read_results(tmp_path / "first")["eval_perplexity"]
     pretrained = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "first"}
-    assert type(load_model(tmp_path / "first", "cpu")) is AwdLstmForCausalLM  # as the analysis commands load it
+    assert type(load_model(tmp_path / "first")) is AwdLstmForCausalLM  # as the analysis commands load it
     run_clm.main(awd_flags(**pretrained, do_train=None, do_eval=True, output_dir=tmp_path / "second"))
     assert read_results(tmp_path / "second")["eval_perplexity"] == pytest.approx(perplexity, rel=1e-6)
 
