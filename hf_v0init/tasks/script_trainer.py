@@ -174,15 +174,9 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
             return
         path = Path(self.args.output_dir, CARD_FILE)
         if self._has_trained or not path.is_file():
-            of_results = logging.getLogger("transformers.modelcard")  # what it drops of the results is put in below
-            level = of_results.level
-            of_results.setLevel(logging.ERROR)
-            try:
-                super().create_model_card(*args, **kwargs)
-            finally:
-                of_results.setLevel(level)
+            super().create_model_card(*args, **kwargs)
         if path.is_file():
-            results = self._read_results()
+            results = self.read_results()
             text = add_results_section(path.read_text(encoding="utf-8"), results, self.card_samples)
             card = RepoCard(text)
             listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
@@ -195,18 +189,19 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
     def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:
         return [
             EvalResult(
-                task_type=task,
-                dataset_type="".join(c if c.isalnum() or c in "-_./" else "-" for c in dataset),
-                dataset_name=dataset,
+                task,
+                dataset.replace(" ", "-"),
+                dataset,
+                name,
+                round(results[f"{stage}_{name}"], 4),
                 dataset_split=split,
-                metric_type=name,
-                metric_value=round(results[f"{stage}_{name}"], 4),
             )
             for stage, split in STAGES.items()
             for name in CARD_METRICS
             if isinstance(results.get(f"{stage}_{name}"), (int, float))
         ]
 
-    def _read_results(self) -> dict:
+    def read_results(self) -> dict:
+        """Read what `save_metrics` has written into the output folder; empty if there is nothing."""
         path = Path(self.args.output_dir, RESULTS_FILE)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -152,8 +152,6 @@ class TokenBudgetMixin:
     """
 
     def __init__(self, *args, max_tokens_per_batch: int | None = None, **kwargs):
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
-            raise InputError(f"max_tokens_per_batch={max_tokens_per_batch}: must be 1 or more, or left out")
         self.max_tokens_per_batch = max_tokens_per_batch
         self._token_budget_sampler = None
         super().__init__(*args, **kwargs)
@@ -175,35 +173,18 @@ class TokenBudgetMixin:
         )
         return self.accelerator.prepare(loader)
 
-    def _inner_training_loop(self, *args, **kwargs):
-        """Train as the Trainer does, whose log would name --per_device_train_batch_size, which has no effect here."""
-        if self.max_tokens_per_batch is None:
-            return super()._inner_training_loop(*args, **kwargs)
-        sampler = self._get_token_budget_sampler()
-        sizes = sampler.compute_batch_sizes()
-        log = logging.getLogger("transformers.trainer")
-        log.addFilter(_is_true_under_budget)
-        logger.info(
-            f"batches by token budget: {len(sizes):,} of at most {self.max_tokens_per_batch:,} tokens, with {min(sizes):,} to "
-            f"{max(sizes):,} samples, {sum(sizes) / len(sizes):.1f} on average; samples per optimizer step: "
-            f"{self.get_v0_effective_batch_size():.1f} on average"
-        )
-        try:
-            return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            log.removeFilter(_is_true_under_budget)
-
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the card as the Trainer does, with the token budget in place of a batch size that had no effect."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir, "README.md")
         if self.max_tokens_per_batch is None or not self.is_world_process_zero() or not path.is_file():
             return
-        mean = self.get_v0_effective_batch_size()
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"^- total_train_batch_size: .*\n", "", text, flags=re.MULTILINE)
-        budget = f"- train_batch_size: {self.max_tokens_per_batch} tokens per batch; {mean:.1f} samples per optimizer step on average"
-        text = re.sub(r"^- train_batch_size: .*$", budget, text, flags=re.MULTILINE)
+        budget = (
+            f"{self.max_tokens_per_batch} tokens per batch; {self.get_v0_effective_batch_size():.1f} samples per step"
+        )
+        text = re.sub(r"^(- train_batch_size: ).*$", rf"\g<1>{budget}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
 
     def get_v0_effective_batch_size(self) -> float:
@@ -219,6 +200,11 @@ class TokenBudgetMixin:
             self._token_budget_sampler = build_token_budget_sampler(
                 self.train_dataset, self.args, self.data_collator, self.max_tokens_per_batch
             )
+            sizes = self._token_budget_sampler.compute_batch_sizes()
+            logger.info(
+                f"batches by token budget: {len(sizes):,} of at most {self.max_tokens_per_batch:,} tokens, with {min(sizes):,} to "
+                f"{max(sizes):,} samples, {sum(sizes) / len(sizes):.1f} on average"
+            )
         return self._token_budget_sampler
 
     def _select_model_columns(self, dataset):
@@ -226,12 +212,6 @@ class TokenBudgetMixin:
             return dataset
         accepted = {*inspect.signature(self.model.forward).parameters, "labels"}
         return dataset.select_columns([name for name in dataset.column_names if name in accepted])
-
-
-def _is_true_under_budget(record: logging.LogRecord) -> bool:
-    """Whether a line of the Trainer's log speaks of something else than the fixed batch size."""
-    message = record.getMessage()
-    return "Instantaneous batch size" not in message and "Total train batch size" not in message
 
 
 def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int) -> TokenBudgetBatchSampler:

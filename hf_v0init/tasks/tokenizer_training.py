@@ -117,14 +117,13 @@ def train_on_main_process(
     outcome: list = [None]
     if PartialState().is_main_process:
         try:
-            outcome[0] = train()
+            outcome = [train()]
         except InputError as error:
-            outcome[0] = error
-    if PartialState().num_processes > 1:
-        broadcast_object_list(outcome, from_process=0)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
+            outcome = [error]
+    (made,) = broadcast_object_list(outcome, from_process=0)
+    if isinstance(made, InputError):
+        raise made
+    return made
 
 
 def _require_text(texts: Iterable[str]) -> Iterable[str]:
