@@ -80,7 +80,7 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict, evalu
     """
     folder = Path(training.output_dir)
     require_same_run(folder, run)
-    changed = list_differences(folder, run, "settings", "order")
+    changed = list_differences(folder, run, "settings")
     anew = "to train anew give --overwrite_output_dir or another --output_dir"
     if changed:
         raise InputError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_v0init import InputError, V0InitArguments
-
-logger = logging.getLogger("hf_v0init")
 
 REMEDY = "To continue it, give what it was started with; to start anew, --overwrite_output_dir or another --output_dir"
 RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE = "HfV0InitRun", "trainer_state.json", "train_results.json"
@@ -31,16 +28,13 @@ IDENTITY_FLAGS = (
     "max_target_length", "block_size", "max_train_samples", "streaming", "whole_word_mask", "line_by_line",
     "mlm_probability", "optim", "optim_args", "v0_optimizer", "latent_size", "base_channels",
 )  # fmt: skip
-# With another value the run goes on, but not as it would have: the order of the samples is another.
-ORDER_FLAGS = (
-    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "world_size",
-)  # fmt: skip
 LENGTH_FLAGS = ("max_steps", "num_train_epochs")
 # With another value a finished run would have come to another model.
 SETTING_FLAGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
     "weight_decay", "max_grad_norm", "label_smoothing_factor", "lr_decay_epochs", "lr_decay_factor", "average_checkpoints",
-    "random_crop", "random_flip",
+    "random_crop", "random_flip", "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_tokens_per_batch", "world_size",
     *(name for name in V0InitArguments.__dataclass_fields__ if name not in ("v0_optimizer", "v0_record_run")),
 )  # fmt: skip
 TRAIN_PATHS = ("train_file", "train_source_file", "train_target_file", "train_dir")
@@ -55,14 +49,14 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
         others: the script's other dataclasses of flags.
 
     Returns:
-        "identity", "order", "length" and "settings", each a mapping of flags (and files) to plain values.
+        "identity", "length" and "settings", each a mapping of flags (and files) to plain values.
     """
     flags: dict[str, Any] = {"world_size": training.world_size}
     for arguments in (*others, training):
         flags |= vars(arguments)
     for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):  # whose folder may have been moved
         flags[name] = flags.get(name) and Path(flags[name]).name
-    kinds = {"identity": IDENTITY_FLAGS, "order": ORDER_FLAGS, "length": LENGTH_FLAGS, "settings": SETTING_FLAGS}
+    kinds = {"identity": IDENTITY_FLAGS, "length": LENGTH_FLAGS, "settings": SETTING_FLAGS}
     record = {
         kind: {name: _make_plain(flags[name]) for name in names if name in flags} for kind, names in kinds.items()
     }
@@ -103,22 +97,19 @@ def read_state(folder: str | os.PathLike) -> dict[str, Any]:
         return {}
 
 
-def list_differences(folder: str | os.PathLike, now: Mapping[str, Any], *kinds: str) -> list[str]:
-    """List in which flags of these kinds the run of a folder differs from the one asked for, in words."""
-    then = get_record(read_state(folder).get("stateful_callbacks", {}))
-    differences = []
-    for kind in kinds:
-        old, new = then.get(kind, {}), now[kind]
-        both = {**old, **new}
-        names = [name for name in both if (name in old and name in new) or (old and name in TRAIN_PATHS)]
-        for name in [name for name in names if old.get(name) != new.get(name)]:
-            values = f"was {old.get(name)} and is now {new.get(name)}"
-            differences.append(f"{name} {'has other content' if name in TRAIN_PATHS else values}")
-    return differences
+def list_differences(folder: str | os.PathLike, now: Mapping[str, Any], kind: str) -> list[str]:
+    """List in which flags of a kind the run of a folder differs from the one asked for, in words."""
+    old, new = get_record(read_state(folder).get("stateful_callbacks", {})).get(kind, {}), now[kind]
+    names = [name for name in {**old, **new} if (name in old and name in new) or (old and name in TRAIN_PATHS)]
+    return [
+        f"{name} has other content" if name in TRAIN_PATHS else f"{name} was {old[name]} and is now {new[name]}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
 
 
 def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with what makes it another one; warn of what changes the order of its samples.
+    """Refuse to continue a run with what makes it another one.
 
     Args:
         folder: a checkpoint, or the output folder of a finished run.
@@ -130,12 +121,6 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     others = list_differences(folder, now, "identity")
     if others:
         raise InputError(f"{folder} is of another run: {'; '.join(others)}. {REMEDY}")
-    changed = list_differences(folder, now, "order")
-    if changed:
-        logger.warning(
-            f"{folder} was saved with other settings ({'; '.join(changed)}): the run goes on, but with the samples in another "
-            "order than a run in one piece"
-        )
 
 
 def find_finished_step(training: TrainingArguments) -> int | None:

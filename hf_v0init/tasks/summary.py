@@ -63,8 +63,6 @@ def print_summary(trainer, console: Console | None = None) -> None:
 
 def _describe_training(trainer, results: Mapping[str, Any]) -> str:
     words = [f"{trainer.state.global_step:,} steps", f"{trainer.state.epoch or 0:.2f} epochs"]
-    if results.get("train_samples_seen"):
-        words.append(f"{results['train_samples_seen']:,} samples")
     if results.get("train_runtime"):
         words.append(f"{results['train_runtime']:.0f} s")
     return ", ".join(words)

@@ -4,7 +4,6 @@ A batch costs max(padded source length, padded target length) * samples. Batches
 Which of the equally long samples share a batch, and the order of the batches, depend on seed and epoch alone.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
 
@@ -160,10 +159,11 @@ class TokenBudgetMixin:
         """The training batches of this process. Raises InputError as the sampler does."""
         if self.max_tokens_per_batch is None:
             return super().get_train_dataloader()
-        sampler = self._get_token_budget_sampler()
-        args = self.args
+        sampler, args, dataset = self._get_token_budget_sampler(), self.args, self.train_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
         loader = DataLoader(
-            _EpochForwardingDataset(self._select_model_columns(self.train_dataset), sampler),
+            _EpochForwardingDataset(dataset, sampler),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -195,6 +195,12 @@ class TokenBudgetMixin:
         samples_per_batch = len(sampler.source_lengths) / len(sampler)
         return samples_per_batch * self.args.gradient_accumulation_steps * self.args.world_size
 
+    def get_total_train_batch_size(self, args) -> int:
+        """Samples of an optimizer step, for the Trainer's log and speeds; under a budget the mean."""
+        if self.max_tokens_per_batch is None:
+            return super().get_total_train_batch_size(args)
+        return round(self.get_v0_effective_batch_size())
+
     def _get_token_budget_sampler(self) -> TokenBudgetBatchSampler:
         if self._token_budget_sampler is None:
             self._token_budget_sampler = build_token_budget_sampler(
@@ -207,12 +213,6 @@ class TokenBudgetMixin:
             )
         return self._token_budget_sampler
 
-    def _select_model_columns(self, dataset):
-        if not self.args.remove_unused_columns or not isinstance(dataset, datasets.Dataset):
-            return dataset
-        accepted = {*inspect.signature(self.model.forward).parameters, "labels"}
-        return dataset.select_columns([name for name in dataset.column_names if name in accepted])
-
 
 def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int) -> TokenBudgetBatchSampler:
     """Builds the sampler that a Trainer with these arguments uses. Call it earlier to have its errors earlier.
@@ -224,13 +224,8 @@ def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int
         max_tokens: the budget.
 
     Raises:
-        InputError: as the sampler does; a stream; an accelerator_config that cuts batches apart.
+        InputError: as the sampler does.
     """
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-        raise InputError("max_tokens_per_batch: needs a training set with a length, not a stream")
-    config = training_args.accelerator_config
-    if config.split_batches or config.dispatch_batches:
-        raise InputError("max_tokens_per_batch: excludes accelerator_config's split_batches and dispatch_batches")
     source_lengths, target_lengths = _compute_lengths(dataset)
     return TokenBudgetBatchSampler(
         source_lengths,

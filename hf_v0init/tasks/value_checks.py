@@ -38,7 +38,7 @@ RANGES = (
      ("logging_steps", "save_steps", "eval_steps")),
     ("0, a number of steps, or a share of the run between 0 and 1", lambda x: x >= 0 and (x < 1 or x == int(x)),
      ("warmup_steps",)),
-    ("a finite number, 0 or more", lambda x: x >= 0, ("learning_rate", "weight_decay", "max_grad_norm", "eval_delay")),
+    ("a finite number, 0 or more", lambda x: x >= 0, ("learning_rate", "adam_epsilon", "weight_decay", "max_grad_norm", "eval_delay")),
     ("a finite number above 0", lambda x: x > 0, ("num_train_epochs", "neftune_noise_alpha")),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
     ("above 0 and less than 1", lambda x: 0 < x < 1, ("mlm_probability", "lr_decay_factor")),
