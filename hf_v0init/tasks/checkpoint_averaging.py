@@ -41,9 +41,7 @@ def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, 
 
 
 def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
-    """Find the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first.
-
-    If there are fewer, these are averaged, and that is logged: the training that they are of is not thrown away.
+    """Find the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first; of fewer, all.
 
     Raises:
         InputError: there is none.
@@ -51,13 +49,11 @@ def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
     folders = [Path(folder) for folder in list_checkpoints(output_dir) if find_defect(folder) is None]
     if not folders:
         raise InputError(f"--average_checkpoints={num_checkpoints}: {output_dir} has no whole checkpoint")
-    if len(folders) < num_checkpoints:
-        logger.warning(f"--average_checkpoints={num_checkpoints}: {output_dir} has only {len(folders)}")
     return folders[:num_checkpoints][::-1]
 
 
-def load_average_of_last(trainer, num_checkpoints: int) -> list[Path]:
-    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model; return their folders.
+def load_average_of_last(trainer, num_checkpoints: int) -> None:
+    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model, and log which they are.
 
     Raises:
         InputError: there is none, or one of them is of another model.
@@ -67,21 +63,14 @@ def load_average_of_last(trainer, num_checkpoints: int) -> list[Path]:
     network = trainer.accelerator.unwrap_model(trainer.model)
     network.load_state_dict(average_checkpoints(network, folders))
     network.tie_weights()
-    return folders
+    logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
 
 
 def require_enough_checkpoints(training: TrainingArguments, num_checkpoints: int) -> None:
-    """Refuse save settings that cannot leave `num_checkpoints` checkpoints, before any training.
-
-    Raises:
-        InputError: naming the setting to change.
-    """
-    limit, strategy, remedy = training.save_total_limit, training.save_strategy, None
-    if training.load_best_model_at_end:
-        remedy = "excludes load_best_model_at_end; choose one of the two"
-    elif strategy not in ("epoch", "steps"):
-        remedy = f"save_strategy is '{strategy.value}'; set it to 'steps' or 'epoch'"
-    elif limit is not None and 0 < limit < num_checkpoints:
-        remedy = f"save_total_limit={limit} deletes all but {limit}; raise or drop it"
-    if remedy:
-        raise InputError(f"--average_checkpoints={num_checkpoints}: {remedy}")
+    """Refuse save settings that cannot leave `num_checkpoints` checkpoints, before any training."""
+    saves, limit = training.save_strategy in ("epoch", "steps"), training.save_total_limit or num_checkpoints
+    if not saves or limit < num_checkpoints or training.load_best_model_at_end:
+        raise InputError(
+            f"--average_checkpoints={num_checkpoints}: needs --save_strategy steps or epoch, a --save_total_limit of "
+            f"{num_checkpoints} or more, and no --load_best_model_at_end"
+        )

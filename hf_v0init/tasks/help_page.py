@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from hf_v0init import V0InitArguments
 
 HELP_FLAGS, HELP_ALL_FLAGS = ("-h", "--help"), ("--help_all", "--help-all")
-WIDTH, FLAG_WIDTH = 121, 34  # argparse keeps one column free
+WIDTH, FLAG_WIDTH = 120, 34
 COMMON_TRAINING_FLAGS = {
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "per_device_train_batch_size", "per_device_eval_batch_size",

@@ -77,6 +77,10 @@ class ModelArguments(HubArguments):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
             )
+        if self.model_type and not (
+            self.model_type in CONFIG_MAPPING and CONFIG_MAPPING[self.model_type] in self.auto_class._model_mapping
+        ):
+            raise InputError(f"--model_type={self.model_type}: is no model type of {self.auto_class.__name__}")
         if self.model_name_or_path and self.config_overrides:
             raise InputError(
                 f"--config_overrides={self.config_overrides}: is for training from scratch; drop it, or "

@@ -40,15 +40,12 @@ def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
     require_makeable_folder("output_dir", path)
 
 
-def find_place_to_start(
-    training: TrainingArguments, overwrite: bool, run: dict, evaluates_anew: bool = False
-) -> str | None:
+def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict) -> str | None:
     """Find where a run begins, and refuse what can be refused before any data is read.
 
     Args:
         overwrite: whether the user asked to start afresh.
         run: what `describe_run` returned, held against the run that the output folder or the checkpoint is of.
-        evaluates_anew: a finished training is done, whatever results there are of it (the script evaluates it by another call).
 
     Returns:
         The folder to continue from, if any: a checkpoint, or the output folder of a run that is trained but not evaluated.
@@ -63,7 +60,7 @@ def find_place_to_start(
     if not overwrite and training.resume_from_checkpoint in (None, *IS_TRUE):
         step = find_finished_step(training)
         if step is not None:
-            require_stages_left(training, step, run, evaluates_anew)
+            require_stages_left(training, step, run)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
     if checkpoint is not None:
@@ -71,7 +68,7 @@ def find_place_to_start(
     return checkpoint
 
 
-def require_stages_left(training: TrainingArguments, step: int, run: dict, evaluates_anew: bool) -> None:
+def require_stages_left(training: TrainingArguments, step: int, run: dict) -> None:
     """Of a run that has been trained to its end: return if results are still to be made of it.
 
     Raises:
@@ -88,7 +85,7 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict, evalu
         )
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
-    if not left or evaluates_anew:
+    if not left:
         raise NothingToDoError(
             f"{folder}: finished at step {step}; nothing to do; {anew}; to measure again, --model_name_or_path {folder} without "
             "--do_train"

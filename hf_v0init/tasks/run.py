@@ -17,15 +17,14 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, Train
 from hf_v0init import InputError
 
 from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
-from .data import find_needed_roles, is_stream
+from .data import find_needed_roles
 from .output_folder import RemoveWhatIsStale, find_place_to_start
 from .probing import probe_and_print, require_possible_figure, turn_into_probe
 from .run_identity import describe_run
 from .schedules import require_possible_schedule
-from .script_support import flag, parse_arguments, say, start_logging
+from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
-from .token_budget import build_token_budget_sampler
 from .value_checks import require_available_metric
 
 logger = logging.getLogger("hf_v0init")
@@ -138,14 +137,10 @@ class Task:
 
     def predict(self, trainer: Trainer, samples) -> None:
         """Measure the test samples, and write what is predicted."""
-        self.save_results(trainer, self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
+        trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
     def finish(self, trainer: Trainer) -> None:
         """Write whatever else is asked for, such as a sample of text."""
-
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say in a line or two how good the model is, of one stage ("eval", "test", ...); nothing for others."""
-        return []
 
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run to `create_model_card`; of local files or folders only the names are told."""
@@ -154,13 +149,6 @@ class Task:
             card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
             return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
         return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
-
-    def save_results(self, trainer: Trainer, stage: str, metrics: dict[str, Any]) -> None:
-        """Print one stage's scores, and write its metrics to its JSON file and to all_results.json."""
-        trainer.save_metrics(stage, metrics)
-        if trainer.is_world_process_zero():
-            for line in self.describe_scores(stage, metrics):
-                say(line)
 
 
 def run(task_class: type[Task], argv: list[str]) -> None:
@@ -183,19 +171,19 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     config = task.load_config()
     set_seed(training.seed)
 
-    samples, collator = task.prepare(config, place), task.make_collator()
+    samples = task.prepare(config, place)
     if training.do_train:
-        require_trainable(samples["train"], collator, options, training)
+        require_a_batch(samples["train"], training)
     common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
-    trainer = task.make_trainer(samples, args=training, data_collator=collator, **common)
+    trainer = task.make_trainer(samples, args=training, data_collator=task.make_collator(), **common)
     if options.probe_only:
         probe_and_print(trainer, options)
         return
     if training.do_train:
-        task.save_results(trainer, "train", train_and_save(trainer, place, options))
+        trainer.save_metrics("train", train_and_save(trainer, place, options))
         trainer.save_state()
     if training.do_eval:
-        task.save_results(trainer, "eval", task.evaluate(trainer))
+        trainer.save_metrics("eval", task.evaluate(trainer))
     if training.do_predict:
         task.predict(trainer, samples["test"])
     task.finish(trainer)
@@ -238,15 +226,10 @@ def make_early_stopping(options: RunArguments, training: TrainingArguments) -> l
     return [EarlyStoppingCallback(options.early_stopping_patience)]
 
 
-def require_trainable(samples, collator, options: RunArguments, training: TrainingArguments) -> None:
-    """Refuse what would only show when training begins."""
-    if is_stream(samples) or not hasattr(samples, "__len__"):
-        return
-    if options.max_tokens_per_batch is not None:
-        build_token_budget_sampler(samples, training, collator, options.max_tokens_per_batch)
-        return
+def require_a_batch(samples, training: TrainingArguments) -> None:
+    """Refuse `--dataloader_drop_last` where it leaves nothing to train on."""
     batch_size = training.train_batch_size * training.world_size
-    if training.dataloader_drop_last and len(samples) < batch_size:
+    if training.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch_size:
         raise InputError(
             f"--dataloader_drop_last: leaves nothing of {len(samples)} training samples, fewer than the {batch_size} of a batch; "
             "drop it, or lower --per_device_train_batch_size"
@@ -266,9 +249,10 @@ def train_and_save(trainer: Trainer, place: str | None, options: RunArguments) -
     fresh = place is None and options.overwrite_output_dir
     trainer.add_callback(RemoveWhatIsStale(with_checkpoints=fresh))  # added last, so called when v0 has been chosen
     metrics = dict(trainer.train(resume_from_checkpoint=place).metrics)
+    if not metrics.get("train_steps_per_second"):  # resumed at its end: not a step was made
+        metrics.pop("train_loss", None)
     if options.average_checkpoints is not None:
-        folders = load_average_of_last(trainer, options.average_checkpoints)
-        logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
+        load_average_of_last(trainer, options.average_checkpoints)
     trainer.save_model()
     if hasattr(trainer.train_dataset, "__len__"):
         metrics["train_samples"] = len(trainer.train_dataset)

@@ -38,7 +38,7 @@ SETTING_FLAGS = (
     *(name for name in V0InitArguments.__dataclass_fields__ if name not in ("v0_optimizer", "v0_record_run")),
 )  # fmt: skip
 TRAIN_PATHS = ("train_file", "train_source_file", "train_target_file", "train_dir")
-HASHED_BYTES = 1 << 20  # at either end of a file: whoever edits or replaces it changes its size or these
+HASHED_BYTES = 1 << 24  # of a file: whoever edits or replaces it changes its size or these
 
 
 def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
@@ -70,16 +70,12 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
 def describe_content(path: Path) -> str:
     """A word that is another one for other content of a file or folder; one that is missing is found by whoever reads it."""
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
             digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
-    elif path.is_file():
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            for start in {0, max(0, size - HASHED_BYTES)}:
-                file.seek(start)
-                digest.update(file.read(HASHED_BYTES))
+    if path.is_file():
+        with open(path, "rb") as content:
+            digest.update(content.read(HASHED_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -50,28 +50,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
 
     def __init__(self, *args, run_identity: dict | None = None, **kwargs) -> None:
         self.run_identity = run_identity or {}
-        self.card_samples: list[dict[str, str]] = []
-        self._has_trained = False
-        self._first_step = 0  # of this call
         super().__init__(*args, **kwargs)
-
-    def train(self, *args, **kwargs):
-        """Train as the Trainer does; after a resume `train_loss` and speeds are of the steps of this call."""
-        self._first_step = 0
-        output = super().train(*args, **kwargs)
-        self._has_trained = True
-        return output
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as the Trainer does, which after a resume counts the steps before it as if they were of this call."""
-        if "train_loss" in logs and self._first_step:
-            share = 1 - self._first_step / self.state.global_step
-            loss = logs.pop("train_loss")
-            if share:
-                logs["train_loss"] = loss / share
-            for name in ("train_samples_per_second", "train_steps_per_second"):
-                logs[name] *= share
-        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         self._record_run()
@@ -87,7 +66,6 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
         self.state.stateful_callbacks[RECORD_KEY] = {"args": {}, "attributes": self.run_identity}
 
     def _load_callback_state(self) -> None:
-        self._first_step = self.state.global_step
         self.state.stateful_callbacks.pop(RECORD_KEY, None)  # or it would be named as a callback that is missing
         super()._load_callback_state()
 
@@ -115,7 +93,6 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
         self._move_model_to_device(self.model, self.args.device)
         self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
         self._v0_callback.report = read_report(folder)
-        self._has_trained = True
         return json.loads((folder / TRAIN_RESULTS_FILE).read_text(encoding="utf-8"))
 
     # ---- results and card --------------------------------------------------------------------------------------------
@@ -125,11 +102,11 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir, CARD_FILE)
-        if self._has_trained or not path.is_file():
+        if self.state.global_step or not path.is_file():
             super().create_model_card(*args, **kwargs)
         if path.is_file():
             results = self.read_results()
-            text = add_results_section(path.read_text(encoding="utf-8"), results, self.card_samples)
+            text = add_results_section(path.read_text(encoding="utf-8"), results)
             card = RepoCard(text)
             listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
             if listed:

@@ -4,6 +4,7 @@ A batch costs max(padded source length, padded target length) * samples. Batches
 Which of the equally long samples share a batch, and the order of the batches, depend on seed and epoch alone.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -69,10 +70,6 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self._boundaries) - 1
-
-    def compute_batch_sizes(self) -> list[int]:
-        """Returns the numbers of samples of an epoch's batches, from the shortest samples to the longest."""
-        return np.diff(self._boundaries).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration: the same epoch gives the same order."""
@@ -152,14 +149,13 @@ class TokenBudgetMixin:
 
     def __init__(self, *args, max_tokens_per_batch: int | None = None, **kwargs):
         self.max_tokens_per_batch = max_tokens_per_batch
-        self._token_budget_sampler = None
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of this process. Raises InputError as the sampler does."""
         if self.max_tokens_per_batch is None:
             return super().get_train_dataloader()
-        sampler, args, dataset = self._get_token_budget_sampler(), self.args, self.train_dataset
+        sampler, args, dataset = self._token_budget_sampler, self.args, self.train_dataset
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         loader = DataLoader(
@@ -191,7 +187,7 @@ class TokenBudgetMixin:
         """Mean number of samples an optimizer step sees, over accumulation and processes."""
         if self.max_tokens_per_batch is None:
             return super().get_v0_effective_batch_size()
-        sampler = self._get_token_budget_sampler()
+        sampler = self._token_budget_sampler
         samples_per_batch = len(sampler.source_lengths) / len(sampler)
         return samples_per_batch * self.args.gradient_accumulation_steps * self.args.world_size
 
@@ -201,40 +197,20 @@ class TokenBudgetMixin:
             return super().get_total_train_batch_size(args)
         return round(self.get_v0_effective_batch_size())
 
-    def _get_token_budget_sampler(self) -> TokenBudgetBatchSampler:
-        if self._token_budget_sampler is None:
-            self._token_budget_sampler = build_token_budget_sampler(
-                self.train_dataset, self.args, self.data_collator, self.max_tokens_per_batch
-            )
-            sizes = self._token_budget_sampler.compute_batch_sizes()
-            logger.info(
-                f"batches by token budget: {len(sizes):,} of at most {self.max_tokens_per_batch:,} tokens, with {min(sizes):,} to "
-                f"{max(sizes):,} samples, {sum(sizes) / len(sizes):.1f} on average"
-            )
-        return self._token_budget_sampler
-
-
-def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int) -> TokenBudgetBatchSampler:
-    """Builds the sampler that a Trainer with these arguments uses. Call it earlier to have its errors earlier.
-
-    Args:
-        dataset: the training set, with the fields "input_ids" and "labels"; it must have a length.
-        training_args: for seed (`data_seed`, else `seed`) and number of processes.
-        collator: its `pad_to_multiple_of`, if any, is counted.
-        max_tokens: the budget.
-
-    Raises:
-        InputError: as the sampler does.
-    """
-    source_lengths, target_lengths = _compute_lengths(dataset)
-    return TokenBudgetBatchSampler(
-        source_lengths,
-        target_lengths,
-        max_tokens,
-        num_processes=training_args.world_size,
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        pad_to_multiple_of=getattr(collator, "pad_to_multiple_of", None),
-    )
+    @functools.cached_property
+    def _token_budget_sampler(self) -> TokenBudgetBatchSampler:
+        sampler = TokenBudgetBatchSampler(
+            *_compute_lengths(self.train_dataset),
+            self.max_tokens_per_batch,
+            num_processes=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            pad_to_multiple_of=getattr(self.data_collator, "pad_to_multiple_of", None),
+        )
+        logger.info(
+            f"batches by token budget: {len(sampler):,} of at most {self.max_tokens_per_batch:,} tokens, "
+            f"{len(sampler.source_lengths) / len(sampler):.1f} samples on average"
+        )
+        return sampler
 
 
 def _compute_lengths(dataset) -> tuple[list[int], list[int]]:

@@ -94,7 +94,7 @@ OWN = [
     ("translation", "--config_overrides d_model=30", ["30"]),
     ("clm", "--config_overrides n_embd=10,n_head=3", ["10", "3"]),
     ("clm", "--model_type gtp2", ["gtp2"]),
-    ("translation", "--model_type gpt2", ["GPT2Config"]),
+    ("translation", "--model_type gpt2", ["gpt2"]),
     ("translation", "--model_type bart --config_name post_norm", ["--config_name", "--model_type"]),
     ("clm", "-model_type", ["--model_type"]),
     # names and folders
@@ -114,7 +114,7 @@ OWN = [
     ("translation", "--max_source_length 5000", ["--max_source_length=5000", "1024"]),
     ("translation", "--vocab_size 0", ["--vocab_size=0"]),
     ("translation", "--vocab_size 100", ["100"]),
-    ("translation", "--average_checkpoints 3 --save_total_limit 2", ["save_total_limit=2"]),
+    ("translation", "--average_checkpoints 3 --save_total_limit 2", ["=3", "--save_total_limit"]),
     ("translation", "--v0_init random --optim sgd", ["SGD"]),
     ("images", "--lr_decay_factor 0.5", ["--lr_decay_factor=0.5", "--lr_decay_epochs"]),
     ("images", "--max_tokens_per_batch 64", ["--max_tokens_per_batch=64"]),

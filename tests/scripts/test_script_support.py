@@ -135,7 +135,7 @@ def test_missing_required_flag_and_not_utf8(config, tmp_path):
     with pytest.raises(InputError, match="place"):
         parse_arguments([NeedyArguments], [])
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
-    with pytest.raises(InputError, match="latin.yaml"):
+    with pytest.raises(InputError, match=r"latin\.yaml"):
         parse_toy(str(tmp_path / "latin.yaml"))
 
 

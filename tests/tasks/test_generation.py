@@ -66,7 +66,7 @@ def test_beams_and_penalty_reach_the_models_settings():
 
 
 def test_sources_alone_are_translated(model, tmp_path):
-    flags = {"val_max_target_length": 8, "num_sample_translations": 2}
+    flags = {"val_max_target_length": 8}
     lines = translate(model, tmp_path / "alone", **flags)
     results = json.loads((tmp_path / "alone" / "all_results.json").read_text())
     assert len(lines) == 16 and results["predict_samples"] == 16

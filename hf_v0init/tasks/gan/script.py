@@ -238,7 +238,7 @@ def train_and_measure(argv: list[str]) -> None:
     require_possible(training)
     identity = describe_run(training, model_args, data_args, quality_args)
     overwrite = quality_args.overwrite_output_dir
-    checkpoint = find_place_to_start(training, overwrite, identity, evaluates_anew=True)
+    checkpoint = find_place_to_start(training, overwrite, identity)
     # In a comparison a run is judged by its figures at the start and at the end.
     training.eval_on_start = training.eval_on_start or (training.v0_record_run and training.do_eval)
     evaluates = training.do_eval or training.eval_strategy != "no" or training.eval_on_start

@@ -20,9 +20,6 @@ class GenerationArguments:
     num_return_sequences: int | None = flag(
         None, "Best translations of each test sentence, at most --num_beams, to generated_nbest.jsonl. Default: 1."
     )
-    num_sample_translations: int = flag(
-        3, "Sentences shown with their translations in the log and on the card; 0: none."
-    )
     sacrebleu_tokenize: str | None = flag(
         None,
         "sacrebleu's --tokenize, such as 13a, intl, zh, ja-mecab, char, none. Default: what sacrebleu takes for --target_lang.",

@@ -29,12 +29,12 @@ def choose_languages(source_lang: str | None, target_lang: str | None, tokenizer
 
 def find_language_id(tokenizer, flag_name: str, language: str | None) -> int:
     """Find the id of a language's token; refuse a language that is missing, or that the tokenizer does not know."""
+    has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
     try:
-        has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
-        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(language)
+        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(str(language))
     except KeyError:
         token_id = None
-    if language is None or token_id in (None, tokenizer.unk_token_id):
+    if token_id in (None, tokenizer.unk_token_id):
         raise InputError(
             f"--{flag_name}={language}: is no language of {type(tokenizer).__name__}; give a code such as de_DE or deu_Latn"
         )

@@ -1,7 +1,6 @@
 """BLEU and chrF of translations, by sacrebleu, with its signatures; and the files that translations are written to."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from ...errors import InputError
-
-logger = logging.getLogger("hf_v0init")
 
 
 def make_bleu(tokenize: str | None, lowercase: bool, target_language: str = "") -> BLEU:
@@ -50,25 +47,19 @@ class TranslationMetrics:
 
     Args:
         tokenizer: decodes the predictions.
-        pairs: the raw texts; "target" may be missing.
-        order: the predictions are those of `pairs.select(order)`.
+        references: the raw texts, in the order of the data set; perhaps none.
+        order: sample i of the predictions is number order[i] of the data set.
         bleu, chrf: sacrebleu's metrics.
-        num_samples: so many sources are kept beside their translations in `samples`.
         num_best: translations of each sentence in the predictions' rows; the first of each counts.
     """
 
-    def __init__(
-        self, tokenizer, pairs, order, bleu: BLEU, chrf: CHRF, num_samples: int = 0, num_best: int = 1
-    ) -> None:
+    def __init__(self, tokenizer, references: Sequence[str], order, bleu: BLEU, chrf: CHRF, num_best: int = 1) -> None:
         self.tokenizer, self.bleu, self.chrf, self.num_best = tokenizer, bleu, chrf, num_best
-        self.references = list(pairs["target"]) if "target" in pairs.column_names else []
-        self.sources = pairs["source"][:num_samples]
-        self.places = np.argsort(order)
-        self.samples: list[dict[str, str]] = []
+        self.references, self.places = list(references), np.argsort(order)
         self.signatures: dict[str, str] = {}
 
     def decode(self, token_ids: np.ndarray) -> list[list[str]]:
-        """Return the `num_best` texts of each row of predictions, in the order of the pairs."""
+        """Return the `num_best` texts of each row of predictions, in the order of the data set."""
         token_ids = np.where(token_ids < 0, self.tokenizer.pad_token_id, token_ids)[self.places]
         rows = token_ids.reshape(len(token_ids) * self.num_best, -1)
         texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -79,7 +70,6 @@ class TranslationMetrics:
         best = [texts[0] for texts in self.decode(evaluation.predictions)]
         result = compute_scores(best, self.references, self.bleu, self.chrf)
         self.signatures = {name: result.pop(name) for name in ("bleu_signature", "chrf_signature")}
-        self.keep_samples(best)
         rows = evaluation.predictions.reshape(len(best), self.num_best, -1)[:, 0]
         return {**result, "gen_len": float(np.mean([self.count_tokens(row) for row in rows]))}
 
@@ -90,17 +80,6 @@ class TranslationMetrics:
         if len(ends):  # beam search may fill with ends instead of padding
             return int(ends[0]) + 1
         return int(np.isin(generated, (-100, self.tokenizer.pad_token_id), invert=True).sum())
-
-    def keep_samples(self, translations: list[str]) -> None:
-        """Keep the first translations beside their sources and references, and log them."""
-        self.samples = []
-        for number, source in enumerate(self.sources):
-            sample = {"source": source, "translation": translations[number]}
-            if self.references:
-                sample["reference"] = self.references[number]
-            self.samples.append(sample)
-            words = " | ".join(f"{name}: {text}" for name, text in sample.items())
-            logger.info(f"sample {number + 1}: {words}")
 
 
 def write_predictions(folder: Path, sources: list[str], texts: list[list[str]]) -> None:

@@ -289,17 +289,15 @@ class TranslationTask(Task):
         }
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
-        """Make what measures and keeps the translations of a role's pairs."""
-        num_samples = self.generation.num_sample_translations
-        return TranslationMetrics(
-            self.tokenizer, self.pairs[role], self.orders[role], self.bleu, self.chrf, num_samples, num_best
-        )
+        """Make what measures the translations of a role's pairs."""
+        rows = self.pairs[role]
+        references = rows["target"] if "target" in rows.column_names else []
+        return TranslationMetrics(self.tokenizer, references, self.orders[role], self.bleu, self.chrf, num_best)
 
     def evaluate(self, trainer: TranslationTrainer) -> dict:
         """Evaluate, with the signatures of BLEU and chrF."""
         results = {**trainer.evaluate(metric_key_prefix="eval"), "eval_samples": len(trainer.eval_dataset)}
         if self.validation_metrics is not None:
-            trainer.card_samples = self.validation_metrics.samples
             results |= {f"eval_{name}": text for name, text in self.validation_metrics.signatures.items()}
         return results
 
@@ -311,21 +309,10 @@ class TranslationTask(Task):
         trainer.compute_metrics = metrics if metrics.references else None
         prediction = trainer.predict(samples, metric_key_prefix="predict", num_return_sequences=num_best)
         signatures = {f"predict_{name}": text for name, text in metrics.signatures.items()}
-        self.save_results(trainer, "predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
+        trainer.save_metrics("predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
         texts = metrics.decode(prediction.predictions)
-        if not metrics.references:
-            metrics.keep_samples([best[0] for best in texts])
-        trainer.card_samples = metrics.samples
         if trainer.is_world_process_zero():
             write_predictions(Path(trainer.args.output_dir), self.pairs["test"]["source"], texts)
-
-    def describe_scores(self, stage: str, metrics: dict) -> list[str]:
-        """Say BLEU and chrF with their signatures."""
-        return [
-            f"{stage}: {name} {metrics[f'{stage}_{key}']:.2f} [{metrics[f'{stage}_{key}_signature']}]"
-            for key, name in (("bleu", "BLEU"), ("chrf", "chrF"))
-            if f"{stage}_{key}" in metrics
-        ]
 
     def describe_for_card(self) -> dict:
         """Describe the run, with the languages."""
