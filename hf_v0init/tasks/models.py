@@ -56,6 +56,9 @@ class ModelArguments(HubArguments):
     """
 
     auto_class: ClassVar[type]
+    model_types: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]  # in words, for errors
+    other_script: ClassVar[str] = ""  # that takes models which this one refuses
     needs_source: ClassVar[bool] = True
 
     model_name_or_path: str | None = flag(
@@ -77,10 +80,7 @@ class ModelArguments(HubArguments):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
             )
-        if self.model_type and not (
-            self.model_type in CONFIG_MAPPING and CONFIG_MAPPING[self.model_type] in self.auto_class._model_mapping
-        ):
-            raise InputError(f"--model_type={self.model_type}: is no model type of {self.auto_class.__name__}")
+        self.require_kind(self.model_type)
         if self.model_name_or_path and self.config_overrides:
             raise InputError(
                 f"--config_overrides={self.config_overrides}: is for training from scratch; drop it, or "
@@ -101,9 +101,18 @@ class ModelArguments(HubArguments):
                 config = AutoConfig.from_pretrained(name, **self.get_hub_options())
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the configuration of {self.model_type or name} cannot be loaded: {error}") from error
+        self.require_kind(config.model_type)
         if self.config_overrides:
             override_config(config, self.config_overrides)
         return config
+
+    def require_kind(self, model_type: str | None) -> None:
+        """Refuse a model type of transformers that is not for this task; others may be code of the user's own."""
+        if model_type in CONFIG_MAPPING and model_type not in self.model_types:
+            other = f"; use {self.other_script}" if self.other_script else ""
+            raise InputError(
+                f"{self.model_name_or_path or self.config_name or '--model_type'}: {model_type} is no {self.kind}{other}"
+            )
 
     def build(self, config: PreTrainedConfig, **options) -> PreTrainedModel:
         """Load the pretrained model, or build one from scratch of `config`.

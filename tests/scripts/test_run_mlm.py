@@ -106,7 +106,7 @@ def test_a_run_from_scratch_trains_evaluates_averages_tests_and_guesses(flags, d
     assert "fill-mask" in card and "arxiv:2412.02153" in card and "data_driven" in card
     guesses = (out / "filled_sample.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(":")[0] for line in guesses] == [f"mask {n} of 'the <mask> sees a <mask>'" for n in (1, 2)]
-    assert "eval: pseudo-perplexity" in capsys.readouterr().out
+    assert f"pseudo perplexity {results['eval_pseudo_perplexity']:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["blocks", "lines", "token_budget"])
@@ -210,14 +210,14 @@ def test_positions_that_begin_behind_the_padding_are_counted(flags, tmp_path, mo
 # --------------------------------------------------------------------------------------------------- bad input
 
 BAD_INPUT = {
-    "unknown flag": ({"mlm_probabilty": "0.1"}, ["--mlm_probabilty", "--mlm_probability"]),
-    "nothing to guess": ({"mlm_probability": "0"}, ["--mlm_probability=0", "0.15"]),
-    "everything to guess": ({"mlm_probability": "15"}, ["--mlm_probability=15", "0.15"]),
+    "unknown flag": ({"mlm_probabilty": "0.1"}, ["--mlm_probabilty"]),
+    "nothing to guess": ({"mlm_probability": "0"}, ["--mlm_probability=0"]),
+    "everything to guess": ({"mlm_probability": "15"}, ["--mlm_probability=15"]),
     "negative share": ({"random_replace_prob": "-0.1"}, ["--random_replace_prob=-0.1"]),
     "shares above 1": ({"mask_replace_prob": "0.95"}, ["--mask_replace_prob=0.95", "--random_replace_prob=0.1"]),
     "no model": ({"model_type": None, "config_overrides": None}, ["--model_name_or_path", "--model_type"]),
     "causal model": ({"model_type": "gpt2", "config_overrides": None}, ["gpt2", "masked", "run_clm"]),
-    "encoder-decoder": ({"model_type": "bart", "config_overrides": None}, ["bart", "masked", "bert"]),
+    "encoder-decoder": ({"model_type": "bart", "config_overrides": None}, ["bart", "masked"]),
     "causal tokenizer": ({"tokenizer_name": "CAUSAL"}, ["mask token", "--tokenizer_name"]),
     "pretrained causal model": (
         {"model_type": None, "config_overrides": None, "model_name_or_path": "CAUSAL"},
@@ -229,14 +229,13 @@ BAD_INPUT = {
     "sample beyond the budget": ({"max_tokens_per_batch": 5, "line_by_line": True}, ["max_tokens_per_batch=5"]),
     "budget of a stream": (
         {"max_tokens_per_batch": 64, "line_by_line": True, "streaming": True},
-        ["--max_tokens_per_batch=64", "--streaming"],
+        ["--max_tokens_per_batch", "--streaming"],
     ),
     "sample without a mask": ({"sample_text": "the cat"}, ["'the cat'", "<mask>"]),
     "missing file": ({"train_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
     "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
     "stream of unknown length": ({"streaming": True, "max_steps": None}, ["--streaming", "--max_steps"]),
     "evaluation of nothing": ({"do_train": None, "do_eval": True}, ["--model_name_or_path"]),
-    "too few checkpoints": ({"average_checkpoints": 9}, ["average_checkpoints=9", "3"]),
 }
 
 

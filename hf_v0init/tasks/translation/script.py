@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
@@ -58,6 +59,8 @@ class ModelArguments(TextModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForSeq2SeqLM
+    model_types: ClassVar[tuple[str, ...]] = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    kind: ClassVar[str] = "encoder-decoder"
     needs_source: ClassVar[bool] = False
 
     config_name: str | None = flag(
