@@ -247,7 +247,7 @@ def test_as_a_command_stderr_holds_the_line_and_no_traceback(tmp_path):
 def test_push_sends_model_tokenizer_card_and_v0(data, tmp_path):
     flags = {
         **TINY, **data, "do_train": True, "do_eval": True, "max_steps": 3, "save_strategy": "no", "v0_init": "random",
-        "predict_with_generate": True, "source_lang": "de", "target_lang": "en", "output_dir": tmp_path / "out",
+        "v0_decay": "beta2", "predict_with_generate": True, "source_lang": "de", "target_lang": "en", "output_dir": tmp_path / "out",
         "cache_dir": tmp_path / "cache", "push_to_hub": True, "hub_model_id": "someone/words",
     }  # fmt: skip
     with LoopbackHub() as hub:
