@@ -8,7 +8,7 @@ from .errors import InputError
 
 # Extra -> the packages that code of ours imports by this name. pyproject.toml holds the versions; a test keeps the two together.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "scripts": ("datasets", "evaluate", "sacrebleu", "tokenizers"),
+    "scripts": ("datasets", "sacrebleu", "tokenizers"),
     "compare": ("pandas", "scipy", "matplotlib", "jinja2", "markdown_it", "filelock", "psutil"),
     "demo": ("matplotlib",),
     "images": ("PIL", "sklearn", "torchmetrics"),

@@ -115,6 +115,7 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     # Imported here: the process that only shows progress needs none of it.
     import datasets
     import torch
+    from sacrebleu.metrics import CHRF
     from transformers import DataCollatorForSeq2Seq, MarianMTModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils import logging as transformers_logging
@@ -122,7 +123,7 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     from hf_v0init import V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
     from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
     from hf_v0init.tasks.translation.embedded_corpus import load_embedded_corpus
-    from hf_v0init.tasks.translation.metrics import SacreBleu
+    from hf_v0init.tasks.translation.metrics import compute_scores, make_bleu
     from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
 
     class DemoTrainer(ExactEvaluationMixin, V0InitSeq2SeqTrainer):
@@ -230,7 +231,8 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     predicted = trainer.predict(tokenized["test"]).predictions
     predicted[predicted < 0] = tokenizer.pad_token_id
     translations = tokenizer.batch_decode(predicted, skip_special_tokens=True)
-    scores = SacreBleu().compute(predictions=translations, references=corpus["test"]["target"])
+    references = list(corpus["test"]["target"])
+    scores = compute_scores(translations, references, make_bleu(None, lowercase=False), CHRF())
 
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return ArmResult(

@@ -1,16 +1,18 @@
 """The mean of the weights of several checkpoints of one run, as translation papers evaluate it."""
 
-import math
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_v0init import InputError
 
 from ..records.checkpoints import find_defect, list_checkpoints
 from .whole_weights import read_whole_weights
+
+logger = logging.getLogger("hf_v0init")
 
 
 def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, torch.Tensor]:
@@ -25,10 +27,8 @@ def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, 
         model's dtype. Integer and boolean tensors (counters) are the last checkpoint's.
 
     Raises:
-        InputError: no folder given, or one that is not whole or of another model.
+        InputError: one of them is not whole or of another model.
     """
-    if not folders:
-        raise InputError("average_checkpoints: no checkpoint given; give at least one folder")
     sums: dict[str, torch.Tensor] = {}
     for folder in folders:
         weights = read_whole_weights(model, folder)
@@ -41,57 +41,36 @@ def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, 
 
 
 def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
-    """Find the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first.
+    """Find the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first; of fewer, all.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there is none.
     """
     folders = [Path(folder) for folder in list_checkpoints(output_dir) if find_defect(folder) is None]
-    if len(folders) < num_checkpoints:
-        raise InputError(
-            f"average_checkpoints={num_checkpoints}: {output_dir} has only {len(folders)} whole checkpoints; "
-            "average fewer or save more often"
-        )
+    if not folders:
+        raise InputError(f"--average_checkpoints={num_checkpoints}: {output_dir} has no whole checkpoint")
     return folders[:num_checkpoints][::-1]
 
 
-def load_average_of_last(trainer, num_checkpoints: int) -> list[Path]:
-    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model; return their folders.
+def load_average_of_last(trainer, num_checkpoints: int) -> None:
+    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model, and log which they are.
 
     Raises:
-        InputError: there are fewer, or one of them is of another model.
+        InputError: there is none, or one of them is of another model.
     """
     trainer.accelerator.wait_for_everyone()
     folders = find_last_checkpoints(trainer.args.output_dir, num_checkpoints)
     network = trainer.accelerator.unwrap_model(trainer.model)
     network.load_state_dict(average_checkpoints(network, folders))
     network.tie_weights()
-    return folders
+    logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
 
 
-def require_enough_checkpoints(training_args, num_checkpoints: int, num_steps: int | None = None) -> None:
-    """Refuse save settings that cannot leave `num_checkpoints` checkpoints, before any training.
-
-    Args:
-        num_steps: optimizer steps of the run, where known.
-
-    Raises:
-        InputError: naming the setting to change.
-    """
-    remedy, num_saves = None, None
-    limit, strategy = training_args.save_total_limit, training_args.save_strategy.value
-    if strategy == "epoch":
-        num_saves = math.ceil(training_args.num_train_epochs) if training_args.max_steps <= 0 else None
-    elif strategy == "steps" and num_steps is not None:
-        interval = training_args.save_steps
-        num_saves = math.ceil(num_steps / (interval if interval >= 1 else math.ceil(num_steps * interval)))
-    if training_args.load_best_model_at_end:
-        remedy = "excludes load_best_model_at_end; choose one of the two"
-    elif strategy not in ("epoch", "steps"):
-        remedy = f"save_strategy is '{strategy}'; set it to 'steps' or 'epoch'"
-    elif limit is not None and 0 < limit < num_checkpoints:
-        remedy = f"save_total_limit={limit} deletes all but {limit}; raise or drop it"
-    elif num_saves is not None and num_saves < num_checkpoints:
-        remedy = f"this run will save only {num_saves}; lower save_steps or train longer"
-    if remedy:
-        raise InputError(f"average_checkpoints={num_checkpoints}: {remedy}")
+def require_enough_checkpoints(training: TrainingArguments, num_checkpoints: int) -> None:
+    """Refuse save settings that cannot leave `num_checkpoints` checkpoints, before any training."""
+    saves, limit = training.save_strategy in ("epoch", "steps"), training.save_total_limit or num_checkpoints
+    if not saves or limit < num_checkpoints or training.load_best_model_at_end:
+        raise InputError(
+            f"--average_checkpoints={num_checkpoints}: needs --save_strategy steps or epoch, a --save_total_limit of "
+            f"{num_checkpoints} or more, and no --load_best_model_at_end"
+        )

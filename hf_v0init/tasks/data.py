@@ -36,9 +36,7 @@ class DatasetArguments:
         if self.dataset_name and local:
             raise InputError(f"--dataset_name and --{local[0]}: give one source of data, not both")
         if not self.dataset_name and not local:
-            raise InputError(
-                f"no data: give --dataset_name, or {' and '.join(f'--{name}' for name in self.local_flags[:2])}"
-            )
+            raise InputError(f"no data: give --dataset_name or --{self.local_flags[0]}")
 
     def load_dataset(self, hub: HubArguments, streaming: bool = False):
         """Load all splits of `dataset_name`, as streams if asked: a mapping of split names to data sets.
@@ -52,7 +50,6 @@ class DatasetArguments:
                 self.dataset_config_name,
                 revision=self.dataset_revision,
                 cache_dir=hub.cache_dir,
-                token=hub.token,
                 streaming=streaming,
             )
         except Exception as error:  # of many kinds: no network, no such name, no such configuration
@@ -89,29 +86,29 @@ class TextDataArguments(SplitDataArguments):
     )
     validation_file: str | None = flag(None, "The same for validation.")
     test_file: str | None = flag(None, "The same for test.")
+    preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
+
+    def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
+        """Choose how rows are tokenized and kept."""
+        return {"num_proc": self.preprocessing_num_workers, "cache_dir": cache_dir}
+
+
+@dataclass
+class StreamedTextDataArguments(TextDataArguments):
+    """data: what it is trained and measured on"""
+
     streaming: bool = flag(
         False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
     )
     shuffle_buffer_size: int | None = flag(
         None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
     )
-    preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
-    overwrite_cache: bool = flag(False, "Tokenize again although a cached result exists.")
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
         if self.shuffle_buffer_size and not self.streaming:
             raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
-
-    def choose_map_options(self, training: TrainingArguments, cache_dir: str | None) -> dict[str, Any]:
-        """Choose how rows are tokenized and kept."""
-        return {
-            "num_proc": self.preprocessing_num_workers,
-            "cache_dir": cache_dir,
-            # the other processes read what the first has just written
-            "overwrite_cache": self.overwrite_cache and training.local_process_index == 0,
-        }
 
 
 def find_needed_roles(training: TrainingArguments) -> list[str]:
@@ -147,7 +144,6 @@ def map_with_cache(
     *,
     num_proc: int | None = None,
     cache_dir: str | None = None,
-    overwrite_cache: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """`rows.map(function)` without the columns that were there, kept on disk and found again by content, tokenizer and `key`.
 
@@ -166,7 +162,7 @@ def map_with_cache(
         features=features,
         num_proc=num_proc,
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=not overwrite_cache,
+        load_from_cache_file=True,
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )

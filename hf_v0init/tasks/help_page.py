@@ -7,8 +7,8 @@ writes these files anew, and a test compares them with the flags.
 from __future__ import annotations
 
 import argparse
+import copy
 import re
-import textwrap
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
@@ -45,62 +45,54 @@ def compose_help(
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
     ours = set(V0InitArguments.__dataclass_fields__)
-    lines = [f"usage: {program} [FILE.yaml | FILE.json] --flag value ...", ""]
-    lines += ["FILE holds flags as a mapping; flags on the command line override it.", ""]
-    if examples:
-        lines += [
-            "examples:",
-            *(f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()),
-            "",
-        ]
-    shown, num_left_out = set(), 0
+    commands = [f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()]
+    head = [
+        f"usage: {program} [FILE.yaml | FILE.json] --flag value ...\n",
+        "FILE holds flags as a mapping; flags on the command line override it.\n",
+        *(["examples:", *commands, ""] if commands else []),
+    ]
+    page = argparse.HelpFormatter(program, max_help_position=FLAG_WIDTH, width=WIDTH)
+    shown: set[str] = set()
     for kind in dataclass_types:
-        of_trainer = issubclass(kind, TrainingArguments)
         names = [name for name in kind.__dataclass_fields__ if name in actions and name not in shown]
         shown.update(names)
-        taken = getattr(kind, "taken_flags", None)
-        kept = [name for name in names if taken is None or name in taken]
-        if of_trainer:
-            common = [name for name in kept if name in COMMON_TRAINING_FLAGS or name in ours]
-            num_left_out += 0 if everything else len(kept) - len(common)
-            kept = kept if everything else common
+        names = [name for name in names if name in getattr(kind, "taken_flags", names)]
+        groups = {(kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."): names}
+        if issubclass(kind, TrainingArguments):
+            common = [name for name in names if everything or name in COMMON_TRAINING_FLAGS]
             groups = {
-                "v0: how Adam's second moment starts": [name for name in kept if name in ours],
-                "training: transformers' own flags": [name for name in kept if name not in ours],
+                "v0: how Adam's second moment starts": [name for name in names if name in ours],
+                "training: transformers' own flags": [name for name in common if name not in ours],
             }
-        else:
-            groups = {(kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."): kept}
         for title, members in groups.items():
-            lines.append(title)
-            for name in members:
-                lines += _compose_flag(actions[name], is_short=of_trainer and name not in ours and not everything)
-            lines.append("")
-    if num_left_out:
-        lines.append(
-            f"--help_all lists {num_left_out} more flags of transformers' TrainingArguments, and the texts in full."
-        )
-    return "\n".join(lines).rstrip() + "\n"
+            page.start_section(title)
+            is_short = title.startswith("training") and not everything
+            page.add_arguments([_describe_flag(actions[name], is_short) for name in members])
+            page.end_section()
+    tail = (
+        []
+        if everything
+        else ["\n--help_all lists all flags of transformers' TrainingArguments, and the texts in full."]
+    )
+    return "\n".join([*head, page.format_help().strip(), *tail]) + "\n"
 
 
-def _compose_flag(action: argparse.Action, is_short: bool) -> list[str]:
-    text = " ".join((action.help or "").replace("%%", "%").split())
+def _describe_flag(action: argparse.Action, is_short: bool) -> argparse.Action:
+    """The flag as it is shown: by one name, and where its text is short, with the first sentence of it."""
+    action = copy.copy(action)
+    text = " ".join((action.help or "").split())
     if is_short:
         text = re.split(r"(?<=[.:;])\s", text.replace("`", ""), maxsplit=1)[0].rstrip(":;")
     default = getattr(action.default, "value", action.default)
     if "efault" not in text and default not in (None, "", [], {}) and default is not argparse.SUPPRESS:
-        text = f"{text.rstrip('.')}. Default: {default}." if text else f"Default: {default}."
-    head = f"  --{action.dest} {_name_value(action)}".rstrip()
-    body = textwrap.wrap(text, WIDTH - FLAG_WIDTH) or [""]
-    if len(head) >= FLAG_WIDTH:
-        return [head, *(" " * FLAG_WIDTH + line for line in body)]
-    return [f"{head:<{FLAG_WIDTH}}{body[0]}".rstrip(), *(" " * FLAG_WIDTH + line for line in body[1:])]
-
-
-def _name_value(action: argparse.Action) -> str:
-    if action.choices is not None:
-        names = [str(getattr(choice, "value", choice)) for choice in action.choices]
-        return "{" + ",".join(names) + "}" if len(names) <= 4 and sum(map(len, names)) < 40 else "NAME"
-    if action.nargs == "?":
-        return ""
-    word = {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(action.type, "__name__", ""), "VALUE")
-    return f"{word} ..." if action.nargs == "+" else word
+        text = f"{text.rstrip('.')}. Default: {default}.".lstrip(". ")
+    action.help, action.option_strings = text.replace("%%", "%").replace("%", "%%"), [f"--{action.dest}"]
+    if action.choices is not None and len(list(action.choices)) > 4:
+        action.choices, action.metavar = None, "NAME"
+    elif action.choices is not None:
+        action.choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+    elif action.nargs == "?":  # a switch may be given without its value
+        action.nargs = 0
+    elif action.nargs != 0:
+        action.metavar = {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(action.type, "__name__", ""), "VALUE")
+    return action

@@ -18,7 +18,7 @@ from ..records.checkpoints import (
     list_checkpoints,
     require_valid,
 )
-from .run_identity import find_finished_step, list_changed_settings, require_same_run
+from .run_identity import find_finished_step, list_differences, require_same_run
 from .script_support import NothingToDoError
 from .value_checks import require_makeable_folder
 
@@ -33,22 +33,11 @@ IS_TRUE = ("true", "True", True)
 
 
 def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be written or that holds something else. Creates nothing.
-
-    Args:
-        path: the folder; it need not exist.
-        overwrite: that the folder may hold files (the user asked to overwrite, or the run resumes from it).
-
-    Raises:
-        InputError: not a folder, not writable, or not empty without `overwrite`.
-    """
+    """Refuse an output folder that cannot be written, or that holds something without `overwrite`. Makes nothing."""
     path = Path(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(
-            f"the output folder {path} is not empty; give another --output_dir or --overwrite_output_dir, "
-            "or resume with --resume_from_checkpoint"
-        )
-    require_makeable_folder("output_dir", str(path))
+        raise InputError(f"the output folder {path} is not empty; give another --output_dir, or --overwrite_output_dir")
+    require_makeable_folder("output_dir", path)
 
 
 def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict) -> str | None:
@@ -88,7 +77,7 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict) -> No
     """
     folder = Path(training.output_dir)
     require_same_run(folder, run)
-    changed = list_changed_settings(folder, run)
+    changed = list_differences(folder, run, "settings")
     anew = "to train anew give --overwrite_output_dir or another --output_dir"
     if changed:
         raise InputError(
@@ -98,8 +87,8 @@ def require_stages_left(training: TrainingArguments, step: int, run: dict) -> No
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
     if not left:
         raise NothingToDoError(
-            f"{folder}: finished at step {step}; nothing to do. {anew.capitalize()}; to train longer, a larger --max_steps or "
-            f"--num_train_epochs; to measure again, --model_name_or_path {folder} without --do_train"
+            f"{folder}: finished at step {step}; nothing to do; {anew}; to measure again, --model_name_or_path {folder} without "
+            "--do_train"
         )
     logger.warning(f"{folder}: training finished at step {step}; what is left is {' and '.join(left)}")
 
@@ -116,31 +105,29 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
         InputError: the checkpoint does not exist or is not whole, or `require_writable_output` refuses the folder.
     """
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    is_main = training.process_index == 0
     wanted = None if wanted in ("false", "False", False) else wanted
-    checkpoints = list_checkpoints(output_dir)
-    continues = wanted is not None or (bool(checkpoints) and not overwrite)
-    if wanted in IS_TRUE and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint-* folder")
     if wanted not in (None, *IS_TRUE):
         if not Path(wanted).is_dir():
-            raise InputError(
-                f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-* folder, or 'true' "
-                "for the last one of --output_dir"
-            )
+            raise InputError(f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-*, or 'true'")
         require_valid(wanted, list_checkpoints(Path(wanted).absolute().parent))
-    elif continues:
-        was_asked_for = wanted is not None
-        wanted, skipped = find_newest_valid(checkpoints)
-        if skipped and is_main:
-            logger.warning(describe_skipped(skipped, wanted))
-        if wanted is not None and not was_asked_for and is_main:
-            logger.warning(
-                f"{output_dir} holds checkpoints of this run: it goes on from {Path(wanted).name}; to start anew instead, give "
-                "--overwrite_output_dir or another --output_dir"
-            )
+        require_writable_output(output_dir, overwrite=True)
+        return wanted
+    checkpoints = list_checkpoints(output_dir)
+    if wanted is not None and not checkpoints:
+        raise InputError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint-* folder")
+    continues = wanted is not None or (bool(checkpoints) and not overwrite)
     require_writable_output(output_dir, overwrite=overwrite or continues)
-    return wanted
+    if not continues:
+        return None
+    newest, skipped = find_newest_valid(checkpoints)
+    if skipped and training.process_index == 0:
+        logger.warning(describe_skipped(skipped, newest))
+    if newest is not None and wanted is None and training.process_index == 0:
+        logger.warning(
+            f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start anew instead, give "
+            "--overwrite_output_dir or another --output_dir"
+        )
+    return newest
 
 
 def remove_what_is_stale(output_dir: str | os.PathLike, with_checkpoints: bool) -> None:

@@ -51,77 +51,43 @@ def turn_into_probe(training: TrainingArguments) -> None:
         training.log_level = "warning"
 
 
-def probe_and_print(trainer, probe) -> TrustRadius:
-    """Prepare the run as for training, measure, print, draw; return what was measured."""
+def probe_and_print(trainer, probe) -> None:
+    """Prepare the run as for training, measure, print what follows for it, draw."""
     try:
         radius, learning_rate = measure_run(trainer)
     finally:
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    num_steps = trainer.state.max_steps
-    if trainer.is_world_process_zero():
-        console = Console(highlight=False, markup=False)
-        print_probe(console, radius, learning_rate, num_steps, trainer.args.get_warmup_steps(num_steps))
-        if probe.probe_figure is not None and radius.rho:
-            draw_trust_radius(
-                probe.probe_figure,
-                radius.displacements,
-                radius.rho,
-                d50=radius.d50,
-                learning_rate=learning_rate,
-            )
-            console.print(f"Plot: {probe.probe_figure}", soft_wrap=True)
-    return radius
-
-
-def print_probe(
-    console: Console, radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
-) -> None:
-    """Print the curve as a table, and in words what follows for this run.
-
-    Args:
-        num_steps: optimizer steps of the run.
-        warmup_steps: of the run as it is configured.
-    """
+    if not trainer.is_world_process_zero():
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if radius.rho:
         table = Table(title="rho(d): decrease of the loss over the decrease that the gradient predicts")
         table.add_column("displacement d", justify="right")
         table.add_column("rho", justify="right")
-        table.add_column("d / learning rate", justify="right")
         for displacement, rho in zip(radius.displacements, radius.rho, strict=True):
-            table.add_row(f"{displacement:.3g}", f"{rho:.3f}", f"{displacement / learning_rate:.3g}")
+            table.add_row(f"{displacement:.3g}", f"{rho:.3f}")
         console.print(table)
-    console.print(
-        f"the batch of the first optimizer step, its loss computed {radius.num_forwards} times, "
-        f"{radius.seconds:.1f} s, {radius.num_elements:,} parameters; loss at the initial weights {radius.loss:.4g}",
-        soft_wrap=True,
-    )
     if radius.d50 is None:
-        console.print(f"the trust radius could not be measured: {radius.reason}.", soft_wrap=True)
+        console.print(f"the trust radius could not be measured: {radius.reason}.")
         return
-    console.print(f"trust radius (d50, where rho is 0.5): {radius.d50:.3g}", style="bold")
-    for line in describe_length(radius, learning_rate, num_steps, warmup_steps):
-        console.print(line, soft_wrap=True)
-
-
-def describe_length(
-    radius: TrustRadius, learning_rate: float, num_steps: int, warmup_steps: int | None = None
-) -> list[str]:
-    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
-    x = compute_relative_rate(learning_rate, radius.d50)
-    length = compute_warmup_length(x, num_steps)
-    lines = [f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {radius.d50:.3g} = {x:.3g}"]
-    if is_cut_short(x, num_steps):
-        lines.append(
-            f"Warm up for {length:,} of {num_steps:,} steps: --warmup_steps {length}. {STEPS_PER_X:g} times it would be "
-            f"{STEPS_PER_X * x:,.0f}, more than this run has room for: lower the learning rate or train longer."
+    for line in describe_length(radius, learning_rate, trainer.state.max_steps):
+        console.print(line)
+    if probe.probe_figure is not None:
+        draw_trust_radius(
+            probe.probe_figure, radius.displacements, radius.rho, d50=radius.d50, learning_rate=learning_rate
         )
-    else:
-        why = f"{STEPS_PER_X:g} times it" if length == round(STEPS_PER_X * x) else "a third, the least"
-        lines.append(f"Warm up for {length:,} of {num_steps:,} steps ({why}): --warmup_steps {length}")
-    if warmup_steps is not None:
-        lines.append(f"This run as configured: a warmup of {warmup_steps:,} steps.")
-    lines.append(
-        f"Largest learning rate that {num_steps:,} steps leave room for: "
-        f"{compute_largest_rate_with_room(radius.d50, num_steps):.3g}"
-    )
-    return lines
+
+
+def describe_length(radius: TrustRadius, learning_rate: float, num_steps: int) -> list[str]:
+    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
+    d50, x = radius.d50, compute_relative_rate(learning_rate, radius.d50)
+    length = compute_warmup_length(x, num_steps)
+    why = f"{STEPS_PER_X:g} times it" if length == round(STEPS_PER_X * x) else "a third, the least"
+    if is_cut_short(x, num_steps):
+        why = f"two thirds, where {STEPS_PER_X:g} times it would be {STEPS_PER_X * x:,.0f}"
+    return [
+        f"trust radius (d50, where rho is 0.5): {d50:.3g}",
+        f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {d50:.3g} = {x:.3g}",
+        f"Warm up for {length:,} of {num_steps:,} steps ({why}): --warmup_steps {length}",
+        f"Largest learning rate that {num_steps:,} steps leave room for: {compute_largest_rate_with_room(d50, num_steps):.3g}",
+    ]

@@ -7,7 +7,6 @@ flags -> refusals -> where to start -> configuration -> data, tokenizer, model, 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,14 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, Train
 from hf_v0init import InputError
 
 from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
-from .data import find_needed_roles, is_stream
+from .data import find_needed_roles
 from .output_folder import RemoveWhatIsStale, find_place_to_start
 from .probing import probe_and_print, require_possible_figure, turn_into_probe
-from .run_identity import describe_run, require_same_model
+from .run_identity import describe_run
 from .schedules import require_possible_schedule
-from .script_support import explain_hub_errors, flag, parse_arguments, say, start_logging
+from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
-from .token_budget import build_token_budget_sampler
 from .value_checks import require_available_metric
 
 logger = logging.getLogger("hf_v0init")
@@ -34,11 +32,7 @@ logger = logging.getLogger("hf_v0init")
 
 @dataclass
 class RunArguments:
-    """run: how it trains and what it keeps, beside transformers' own flags
-
-    Raises:
-        InputError: a flag that needs another one.
-    """
+    """run: how it trains and what it keeps, beside transformers' own flags"""
 
     overwrite_output_dir: bool = flag(
         False,
@@ -57,9 +51,6 @@ class RunArguments:
         "End when --metric_for_best_model (default: loss) has not become better in so many evaluations one after the other, and "
         "keep the best model. Needs --eval_strategy and --load_best_model_at_end.",
     )
-    early_stopping_threshold: float | None = flag(
-        None, "By how much a metric must be better to count as better. Default: 0."
-    )
     lr_decay_epochs: list[int] | None = field(
         default=None,
         metadata={
@@ -68,12 +59,6 @@ class RunArguments:
         },
     )
     lr_decay_factor: float | None = flag(None, "Factor of --lr_decay_epochs, between 0 and 1. Default: 0.1.")
-    warmup_init_lr: float | None = flag(
-        None, "Learning rate at which the warmup of --warmup_steps begins, such as fairseq's 1e-7. Default: 0."
-    )
-    min_lr: float | None = flag(
-        None, "Learning rate below which the schedule does not fall after the warmup, such as 1e-9. Default: none."
-    )
     probe_only: bool = flag(
         False,
         "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs.",
@@ -83,10 +68,6 @@ class RunArguments:
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         require_possible_figure(self)
-        if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise InputError(
-                f"--early_stopping_threshold={self.early_stopping_threshold}: needs --early_stopping_patience"
-            )
 
 
 class Task:
@@ -97,17 +78,14 @@ class Task:
         trainer_class: of the Trainer that trains and measures.
         examples: commands for `--help`.
         metrics: names of what its evaluations measure, without "eval_".
-        missing_metrics: those that the flags have left out, with what would produce them.
         card_task: the Hub's name of the task.
         test_name: under which results of the test set are kept.
-        takes_token_budget: in words for an error, when --max_tokens_per_batch makes sense.
     """
 
     arguments: ClassVar[tuple[type, ...]]
     trainer_class: ClassVar[type[Trainer]]
     examples: ClassVar[str] = ""
     metrics: Sequence[str] = ("loss",)
-    missing_metrics: ClassVar[dict[str, str]] = {}
     card_task: ClassVar[str]
     test_name: ClassVar[str] = "predict"
 
@@ -158,14 +136,10 @@ class Task:
 
     def predict(self, trainer: Trainer, samples) -> None:
         """Measure the test samples, and write what is predicted."""
-        self.save_results(trainer, self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
+        trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
     def finish(self, trainer: Trainer) -> None:
         """Write whatever else is asked for, such as a sample of text."""
-
-    def describe_scores(self, stage: str, metrics: dict[str, Any]) -> list[str]:
-        """Say in a line or two how good the model is, of one stage ("eval", "test", ...); nothing for others."""
-        return []
 
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run to `create_model_card`; of local files or folders only the names are told."""
@@ -174,13 +148,6 @@ class Task:
             card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
             return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
         return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
-
-    def save_results(self, trainer: Trainer, stage: str, metrics: dict[str, Any]) -> None:
-        """Print one stage's scores, and write its metrics to its JSON file and to all_results.json."""
-        trainer.save_metrics(stage, metrics)
-        if trainer.is_world_process_zero():
-            for line in self.describe_scores(stage, metrics):
-                say(line)
 
 
 def run(task_class: type[Task], argv: list[str]) -> None:
@@ -195,29 +162,27 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         turn_into_probe(training)
     start_logging(training)
     callbacks = make_early_stopping(options, training)
-    require_available_metric(training, task.metrics, task.missing_metrics)
+    require_available_metric(training, task.metrics)
     require_possible_run(task)
     task.refuse()
     identity = describe_run(training, task.model, task.data, options, *task.others)
     place = find_place_to_start(training, options.overwrite_output_dir, identity)
     config = task.load_config()
-    require_same_model(place, config)
     set_seed(training.seed)
 
-    samples, collator = task.prepare(config, place), task.make_collator()
+    samples = task.prepare(config, place)
     if training.do_train:
-        require_trainable(samples["train"], collator, options, training)
+        require_a_batch(samples["train"], training)
     common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
-    with explain_hub_errors(training):
-        trainer = task.make_trainer(samples, args=training, data_collator=collator, **common)
+    trainer = task.make_trainer(samples, args=training, data_collator=task.make_collator(), **common)
     if options.probe_only:
         probe_and_print(trainer, options)
         return
     if training.do_train:
-        task.save_results(trainer, "train", train_and_save(trainer, place, options))
+        trainer.save_metrics("train", train_and_save(trainer, place, options))
         trainer.save_state()
     if training.do_eval:
-        task.save_results(trainer, "eval", task.evaluate(trainer))
+        trainer.save_metrics("eval", task.evaluate(trainer))
     if training.do_predict:
         task.predict(trainer, samples["test"])
     task.finish(trainer)
@@ -235,11 +200,9 @@ def require_possible_run(task: Task) -> None:
     if streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
     if streaming and options.max_tokens_per_batch:
-        raise InputError(
-            f"--max_tokens_per_batch={options.max_tokens_per_batch}: not with --streaming; drop one of the two"
-        )
+        raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
-        require_possible_schedule(options, training, streaming)
+        require_possible_schedule(options, streaming)
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
 
@@ -250,45 +213,26 @@ def make_early_stopping(options: RunArguments, training: TrainingArguments) -> l
     A resumed run goes on with the count of its checkpoint (`restore_callback_states_from_checkpoint` is switched on).
 
     Raises:
-        InputError: the run does not train, does not evaluate while it trains, or does not keep its best model.
+        InputError: the run does not evaluate while it trains, or does not keep its best model.
     """
     if options.early_stopping_patience is None:
         return []
-    given = f"--early_stopping_patience={options.early_stopping_patience}"
-    if not training.do_train:
-        raise InputError(f"{given}: is for training; add --do_train, or drop it")
-    if training.eval_strategy == "no":
-        raise InputError(f"{given}: compares evaluations during training; add --eval_strategy steps, or epoch")
-    if not training.load_best_model_at_end:
-        raise InputError(f"{given}: ends with the best model; add --load_best_model_at_end")
+    if training.eval_strategy == "no" or not training.load_best_model_at_end:
+        raise InputError(
+            f"--early_stopping_patience={options.early_stopping_patience}: needs --eval_strategy and --load_best_model_at_end"
+        )
     training.restore_callback_states_from_checkpoint = True
-    return [EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold or 0.0)]
+    return [EarlyStoppingCallback(options.early_stopping_patience)]
 
 
-def require_trainable(samples, collator, options: RunArguments, training: TrainingArguments) -> None:
-    """Refuse what would only show during or after training."""
-    if is_stream(samples) or not hasattr(samples, "__len__"):
-        return
-    budget = options.max_tokens_per_batch
-    if budget is not None:
-        build_token_budget_sampler(samples, training, collator, budget)
+def require_a_batch(samples, training: TrainingArguments) -> None:
+    """Refuse `--dataloader_drop_last` where it leaves nothing to train on."""
     batch_size = training.train_batch_size * training.world_size
-    if budget is None and training.dataloader_drop_last and len(samples) < batch_size:
+    if training.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch_size:
         raise InputError(
             f"--dataloader_drop_last: leaves nothing of {len(samples)} training samples, fewer than the {batch_size} of a batch; "
             "drop it, or lower --per_device_train_batch_size"
         )
-    if options.average_checkpoints is not None:
-        num_steps = count_steps(training, len(samples)) if budget is None or training.max_steps > 0 else None
-        require_enough_checkpoints(training, options.average_checkpoints, num_steps)
-
-
-def count_steps(training: TrainingArguments, num_samples: int) -> int:
-    """Count the optimizer steps of the run before the Trainer does."""
-    if training.max_steps > 0:
-        return training.max_steps
-    batches = math.ceil(num_samples / (training.train_batch_size * training.world_size))
-    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
 def train_and_save(trainer: Trainer, place: str | None, options: RunArguments) -> dict[str, Any]:
@@ -304,9 +248,10 @@ def train_and_save(trainer: Trainer, place: str | None, options: RunArguments) -
     fresh = place is None and options.overwrite_output_dir
     trainer.add_callback(RemoveWhatIsStale(with_checkpoints=fresh))  # added last, so called when v0 has been chosen
     metrics = dict(trainer.train(resume_from_checkpoint=place).metrics)
+    if not metrics.get("train_steps_per_second"):  # resumed at its end: not a step was made
+        metrics.pop("train_loss", None)
     if options.average_checkpoints is not None:
-        folders = load_average_of_last(trainer, options.average_checkpoints)
-        logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
+        load_average_of_last(trainer, options.average_checkpoints)
     trainer.save_model()
     if hasattr(trainer.train_dataset, "__len__"):
         metrics["train_samples"] = len(trainer.train_dataset)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import contextvars
-import difflib
 import json
 import logging
 import os
@@ -13,7 +9,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -21,39 +17,24 @@ from typing import Any
 import datasets
 import huggingface_hub.utils
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError
 
 from ..yaml_file import read_mapping
-from .full_disk import describe_full_disk
 from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
-from .value_checks import (
-    choose_better_direction,
-    join_lines,
-    require_deepspeed_mapping,
-    require_in_range,
-    require_possible_training,
-)
+from .value_checks import choose_better_direction, join_lines, require_in_range, require_possible_training
 
 logger = logging.getLogger("hf_v0init")
 
 CONFIG_FILE_SUFFIXES = (".yaml", ".yml", ".json")
-HUB_ERROR_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
-MOST_CHOICES_NAMED = 8
-NOTHING = ("None", "null")  # on the command line they take back what FILE says
 
 # How long another process waits for the main one to report the same error first. The launcher ends this
 # process as soon as the main one has exited, so the wait is only served in full if the main one is well.
 SECONDS_FOR_MAIN_PROCESS_TO_REPORT = 10.0
-
-# Of the run whose flags were read last: where `run_script` looks for a checkpoint when something fails.
-_output_dir: contextvars.ContextVar[str | None] = contextvars.ContextVar("output_dir", default=None)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------------
@@ -68,15 +49,7 @@ class _OneLineParser(HfArgumentParser):
     """`HfArgumentParser` whose complaints are an `InputError` and whose flags cannot be abbreviated."""
 
     def error(self, message: str) -> typing.NoReturn:
-        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", join_lines(message))
-        found = re.fullmatch(r"--(\w+): invalid choice: (.*) \(choose from (.*)\)", message)
-        if found is not None:  # argparse would list all choices, of which some flags have hundreds
-            choices = [choice.strip("' ") for choice in found[3].split(",")]
-            closest = difflib.get_close_matches(found[2].strip("'").lower(), choices, n=3, cutoff=0.0)
-            few = len(choices) <= MOST_CHOICES_NAMED
-            known = ", ".join(choices) if few else f"its {len(choices)} choices; the closest are {', '.join(closest)}"
-            message = f"--{found[1]}: {found[2]} is none of {known}"
-        raise InputError(message)
+        raise InputError(re.sub(r"^argument (--\w+)\S*:", r"\1:", join_lines(message)))
 
 
 def make_parser(dataclass_types: Sequence[type]) -> HfArgumentParser:
@@ -92,19 +65,18 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
 
     Args:
         dataclass_types: dataclasses whose fields are the flags, as `HfArgumentParser` takes them.
-        argv: `[FILE] --flag value ...`. FILE (.yaml, .yml or .json) holds flags as a flat mapping; flags on
-            the command line override it, and `--flag=null` takes one back. In FILE, `1e-3` is a number (plain YAML reads
-            text), `no` is the choice "no" where a flag has such a choice, and lists and mappings are taken where the flag's
-            type has them.
+        argv: `[FILE] --flag value ...`. FILE (.yaml, .yml or .json) holds flags as a flat mapping; flags on the command line
+            override it. In FILE, `1e-3` is a number (plain YAML reads text), `no` is the choice "no" where a flag has such a
+            choice, and `null` stands for the flag's default.
         examples: commands that `--help` shows on top, one a line, with `{}` for the program.
 
     Returns:
         A tuple of instances, in the order of `dataclass_types`. `--help` and `--help_all` print and exit with status 0.
 
     Raises:
-        InputError: FILE is missing or not a mapping; an unknown flag (the closest valid one is named); a value of the wrong
-            type, not among the choices, or that can never be right; whatever the dataclasses' own checks refuse; several
-            processes that were started together but are not joined; a tracker that is not installed.
+        InputError: FILE cannot be read; an unknown flag; a value of the wrong type, not among the choices, or that can never
+            be right; whatever the dataclasses' own checks refuse; several processes that were started together but are not
+            joined.
     """
     argv, parser = list(argv), make_parser(dataclass_types)
     if {*HELP_FLAGS, *HELP_ALL_FLAGS} & {*argv}:
@@ -112,50 +84,29 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
         program = "hf-v0init " + sys.argv[0].split()[-1] if " " in sys.argv[0] else Path(sys.argv[0]).name
         say(compose_help(parser, dataclass_types, program, examples, everything).rstrip())
         raise SystemExit(0)
-    path = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    values = {} if path is None else read_configuration_file(path)
-    known = {name: kind for t in dataclass_types for name, kind in typing.get_type_hints(t).items()}
-    for token in [t for t in argv if t.startswith("--") and t.partition("=")[2] in NOTHING]:
-        name = token.partition("=")[0].lstrip("-").replace("-", "_")
-        if type(None) in typing.get_args(known.get(name)):
-            argv.remove(token)
-            values[name] = None
-    tokens = _turn_values_into_flags(parser, known, values, path)
-    overridden = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
-    _require_readable_settings([*tokens, *argv])
+    values = {}
+    if argv and not argv[0].startswith("-"):
+        values = read_configuration_file(argv.pop(0))
+    tokens = [*_turn_values_into_flags(parser, values), *argv]
+    _require_deepspeed_mapping(tokens)
     try:
-        # Warnings of the dataclasses' own checks stay; what they raise about the values is the user's to fix.
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
-        )
-    except InputError as error:
-        name = re.match(r"--(\w+):", str(error))
-        from_file = name is not None and name[1] in set(values) - overridden
-        raise InputError(f"{path}: {error}" if from_file else str(error)) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"the JSON value {error.doc!r} cannot be parsed: {error}") from error
-    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        parsed = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
+        given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}
+        for arguments in parsed:
+            require_in_range(arguments)
+            if isinstance(arguments, TrainingArguments):
+                _finish_training_arguments(arguments, given)
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:  # an InputError is a ValueError
         raise InputError(join_lines(str(error)) or type(error).__name__) from error
-    if unknown:
-        wrong = next((token for token in unknown if token.startswith("-")), unknown[0])
-        if not wrong.startswith("-"):
-            raise InputError(
-                f"{wrong!r} belongs to no flag: every value follows its --flag (only a file may come first)"
-            )
-        raise InputError(f"unknown flag {wrong.split('=')[0]}{_suggest_flag(parser, wrong)}")
-    for arguments in parsed:
-        require_in_range(arguments)
-        if isinstance(arguments, TrainingArguments):
-            _output_dir.set(arguments.output_dir)
-            _finish_training_arguments(arguments, overridden | set(values))
     return tuple(parsed)
 
 
-def _require_readable_settings(tokens: list[str]) -> None:
+def _require_deepspeed_mapping(tokens: list[str]) -> None:
     """Refuse a DeepSpeed file that `TrainingArguments` would meet with a traceback."""
-    for number, token in enumerate(tokens):
-        if token.split("=")[0] == "--deepspeed":
-            require_deepspeed_mapping(token.partition("=")[2] or "".join(tokens[number + 1 : number + 2]))
+    words = [word for token in tokens for word in token.split("=", 1)]
+    path = Path(words[words.index("--deepspeed") + 1]) if "--deepspeed" in words[:-1] else None
+    if path is not None and path.is_file() and not path.read_text(encoding="utf-8").lstrip().startswith("{"):
+        raise InputError(f"--deepspeed={path}: must hold one JSON object of settings")
 
 
 def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> None:
@@ -164,13 +115,7 @@ def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> 
     require_possible_training(training)
     choose_better_direction(training, was_given="greater_is_better" in given)
     _require_joined_processes(training)
-    available = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise InputError(f"--report_to={name}: unknown; choose of {known}, none")
-        if name not in available and name != "flyte":  # which is never listed
-            raise InputError(f"--report_to={name}: is not installed (pip install {name}); or use --report_to none")
+    get_reporting_integration_callbacks(training.report_to)  # refuses a name that it does not know
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # without effect there, but torch would warn of it
     if "disable_tqdm" not in given and not sys.stderr.isatty():
@@ -194,14 +139,11 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
         Flag names (underscores, no leading dashes) to values as the file has them.
 
     Raises:
-        InputError: another suffix, missing or unreadable file, bad syntax (with its line), a key that is given
-            twice, no flat mapping.
+        InputError: another suffix, missing or unreadable file, bad syntax, no flat mapping.
     """
     path = Path(path)
     if path.suffix.lower() not in CONFIG_FILE_SUFFIXES:
-        raise InputError(
-            f"the first argument, {str(path)!r}, is neither a --flag nor a file of flags (.yaml, .yml, .json)"
-        )
+        raise InputError(f"{str(path)!r}: is neither a --flag with its value nor a file of flags (.yaml, .yml, .json)")
     named: dict[str, Any] = {}
     for key, value in read_mapping(path).items():
         name = key.lstrip("-").replace("-", "_")
@@ -213,40 +155,21 @@ def read_configuration_file(path: str | os.PathLike) -> dict[str, Any]:
     return named
 
 
-def _turn_values_into_flags(
-    parser: HfArgumentParser, hints: dict[str, Any], values: dict[str, Any], path: str | None
-) -> list[str]:
+def _turn_values_into_flags(parser: HfArgumentParser, values: dict[str, Any]) -> list[str]:
     """Command-line tokens for the values of a file; None becomes the flag's default."""
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {action.dest: action for action in parser._actions}
     tokens = []
     for key, value in values.items():
-        if key not in actions:
-            raise InputError(f"{path}: unknown key {key!r}{_suggest_flag(parser, key)}")
-        accepted = {typing.get_origin(t) or t for t in typing.get_args(hints[key]) or (hints[key],)}
-        takes_lists = typing.get_origin(hints[key]) is list or actions[key].nargs == "+"
-        if value is None:
-            if type(None) not in accepted:
-                raise InputError(f"{path}: --{key} cannot be null; remove the key or give a value")
+        choices = [getattr(choice, "value", choice) for choice in getattr(actions.get(key), "choices", None) or ()]
+        if value is None and key in actions:
             parser.set_defaults(**{key: None})
-        elif isinstance(value, list) and takes_lists:
+        elif isinstance(value, list):
             tokens += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict | list) and type(value) not in accepted:
-            kind = "list" if isinstance(value, list) else "mapping"
-            raise InputError(f"{path}: --{key}: expects a single value, got a {kind}")
-        elif isinstance(value, dict | list):
-            parser.set_defaults(**{key: value})
-            actions[key].required = False
+        elif isinstance(value, dict):
+            tokens.append(f"--{key}={json.dumps(value)}")
         else:
-            choices = [str(getattr(choice, "value", choice)) for choice in actions[key].choices or ()]
             tokens.append(f"--{key}={'no' if value is False and 'no' in choices else value}")
     return tokens
-
-
-def _suggest_flag(parser: argparse.ArgumentParser, flag_name: str) -> str:
-    names = [action.dest for action in parser._actions]
-    name = flag_name.split("=")[0].lstrip("-").replace("-", "_")
-    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean --{closest[0]}?" if closest else "; --help lists the flags"
 
 
 # ---- exit status -------------------------------------------------------------------------------------------------------
@@ -259,10 +182,9 @@ class NothingToDoError(Exception):
 def run_script(main: Callable[[list[str]], Any]) -> None:
     """Call `main(sys.argv[1:])` and turn bad input into one line on stderr and exit status 2.
 
-    `InputError` ends with `error: ...` and status 2, Ctrl-C with one line and status 130, a full disk with one line
-    that names the newest whole checkpoint and status 74, `NothingToDoError` with its message on stdout and status 0;
-    every other exception is a defect and keeps its traceback. With several processes the main one prints the line;
-    another one prints only if the main process has not failed too (a file that one machine lacks).
+    `InputError` ends with `error: ...` and status 2, Ctrl-C with one line and status 130, `NothingToDoError` with its message
+    on stdout and status 0; every other exception is a defect and keeps its traceback. With several processes the main one prints
+    the line; another one prints only if the main process has not failed too (a file that one machine lacks).
     """
     try:
         main(sys.argv[1:])
@@ -273,11 +195,6 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
         exit_with_line(f"error: {join_lines(str(error))}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         exit_with_line("interrupted", EXIT_INTERRUPTED)
-    except Exception as error:
-        line = describe_full_disk(error, _output_dir.get())
-        if line is None:
-            raise
-        exit_with_line(f"error: {line}", EXIT_DISK_FULL)
 
 
 def exit_with_line(line: str, status: int) -> typing.NoReturn:
@@ -294,25 +211,6 @@ def exit_with_line(line: str, status: int) -> typing.NoReturn:
 def say(line: str, file: typing.TextIO | None = None) -> None:
     """Write a line to the terminal, or to `file`: all that a script says beside its log and its summary."""
     print(line, file=file, flush=True)
-
-
-@contextlib.contextmanager
-def explain_hub_errors(training_args: TrainingArguments) -> Iterator[None]:
-    """Around the making of a Trainer: with `--push_to_hub` it makes the repository, and may not be allowed to.
-
-    Raises:
-        InputError: instead of the errors of the Hub's client and of its connection; others pass.
-    """
-    try:
-        yield
-    except Exception as error:
-        from_hub = type(error).__module__.split(".")[0] in HUB_ERROR_PACKAGES
-        if not (training_args.push_to_hub and from_hub):
-            raise
-        raise InputError(
-            f"--push_to_hub: the repository cannot be made ({join_lines(str(error))}); check the network, --hub_model_id "
-            "and `hf auth login`, or drop the flag and push later"
-        ) from error
 
 
 # ---- the log -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ SCORES = {
     "bleu": "{:.2f}", "chrf": "{:.2f}",
 }  # fmt: skip
 STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": "test"}
-FILES = {
-    "model.safetensors": "model", "README.md": "card", "all_results.json": "results", "v0_init.json": "v0",
-    "generated_predictions.txt": "translations", "generated_nbest.jsonl": "best translations",
-    "generated_completions.jsonl": "completions",
-}  # fmt: skip
 LOG_WIDTH = 120
 
 
@@ -51,8 +45,7 @@ def print_summary(trainer, console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(file=console.file, width=LOG_WIDTH)
     folder = Path(trainer.args.output_dir)
-    path = folder / "all_results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = trainer.read_results()
     table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -65,23 +58,13 @@ def print_summary(trainer, console: Console | None = None) -> None:
     for title, words in list_scores(results):
         table.add_row(title, words)
     table.add_row("folder", str(folder))
-    kept = [f"{name} ({what})" for name, what in FILES.items() if (folder / name).is_file()]
-    if kept:
-        table.add_row("in it", ", ".join(kept))
     console.print(table)
 
 
 def _describe_training(trainer, results: Mapping[str, Any]) -> str:
-    words = [f"{trainer.state.global_step:,} steps"]
-    if trainer.state.epoch:
-        words.append(f"{trainer.state.epoch:.2f} epochs")
-    if results.get("train_samples_seen"):
-        of_data = f" (the data has {results['train_samples']:,})" if results.get("train_samples") else ""
-        words.append(f"{results['train_samples_seen']:,} samples{of_data}")
+    words = [f"{trainer.state.global_step:,} steps", f"{trainer.state.epoch or 0:.2f} epochs"]
     if results.get("train_runtime"):
-        words.append(
-            f"{results['train_runtime']:.0f} s, {results.get('train_samples_per_second', 0):.1f} samples per second"
-        )
+        words.append(f"{results['train_runtime']:.0f} s")
     return ", ".join(words)
 
 
@@ -91,14 +74,8 @@ def _describe_v0(report: Mapping[str, Any] | None) -> str:
         return "zero, as in torch"
     length = report.get("length") or {}
     measured = f" (measured: learning rate / d50 = {length['x']:.3g})" if length.get("x") is not None else ""
-    if length.get("is_capped"):
-        measured = measured[:-1] + ", cut to two thirds of the run)"
     if report.get("strategy") == "zeros":
-        return f"zero, as in torch, beside a warmup of {report.get('warmup_steps', 0):,} steps{measured}"
-    words = [str(report["strategy"])]
+        return f"zero, as in torch, beside a warmup of {report.get('warmup_steps') or 0:,} steps{measured}"
     if report.get("decay") == "linear":
-        words.append(f"linear decay over {report['decay_steps']:,} steps{measured}")
-    else:
-        scale = report.get("scale")
-        words.append("decay by beta2" + (f", scale {scale:g}" if isinstance(scale, (int, float)) else ""))
-    return ", ".join(words)
+        return f"{report['strategy']}, linear decay over {report['decay_steps']:,} steps{measured}"
+    return f"{report['strategy']}, decay by beta2, scale {report.get('scale')}"

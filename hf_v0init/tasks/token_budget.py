@@ -4,7 +4,7 @@ A batch costs max(padded source length, padded target length) * samples. Batches
 Which of the equally long samples share a batch, and the order of the batches, depend on seed and epoch alone.
 """
 
-import inspect
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
 
@@ -70,10 +70,6 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self._boundaries) - 1
-
-    def compute_batch_sizes(self) -> list[int]:
-        """Returns the numbers of samples of an epoch's batches, from the shortest samples to the longest."""
-        return np.diff(self._boundaries).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration: the same epoch gives the same order."""
@@ -152,20 +148,18 @@ class TokenBudgetMixin:
     """
 
     def __init__(self, *args, max_tokens_per_batch: int | None = None, **kwargs):
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
-            raise InputError(f"max_tokens_per_batch={max_tokens_per_batch}: must be 1 or more, or left out")
         self.max_tokens_per_batch = max_tokens_per_batch
-        self._token_budget_sampler = None
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of this process. Raises InputError as the sampler does."""
         if self.max_tokens_per_batch is None:
             return super().get_train_dataloader()
-        sampler = self._get_token_budget_sampler()
-        args = self.args
+        sampler, args, dataset = self._token_budget_sampler, self.args, self.train_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
         loader = DataLoader(
-            _EpochForwardingDataset(self._select_model_columns(self.train_dataset), sampler),
+            _EpochForwardingDataset(dataset, sampler),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -175,91 +169,48 @@ class TokenBudgetMixin:
         )
         return self.accelerator.prepare(loader)
 
-    def _inner_training_loop(self, *args, **kwargs):
-        """Train as the Trainer does, whose log would name --per_device_train_batch_size, which has no effect here."""
-        if self.max_tokens_per_batch is None:
-            return super()._inner_training_loop(*args, **kwargs)
-        sampler = self._get_token_budget_sampler()
-        sizes = sampler.compute_batch_sizes()
-        log = logging.getLogger("transformers.trainer")
-        log.addFilter(_is_true_under_budget)
-        logger.info(
-            f"batches by token budget: {len(sizes):,} of at most {self.max_tokens_per_batch:,} tokens, with {min(sizes):,} to "
-            f"{max(sizes):,} samples, {sum(sizes) / len(sizes):.1f} on average; samples per optimizer step: "
-            f"{self.get_v0_effective_batch_size():.1f} on average"
-        )
-        try:
-            return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            log.removeFilter(_is_true_under_budget)
-
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the card as the Trainer does, with the token budget in place of a batch size that had no effect."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir, "README.md")
         if self.max_tokens_per_batch is None or not self.is_world_process_zero() or not path.is_file():
             return
-        mean = self.get_v0_effective_batch_size()
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"^- total_train_batch_size: .*\n", "", text, flags=re.MULTILINE)
-        budget = f"- train_batch_size: {self.max_tokens_per_batch} tokens per batch; {mean:.1f} samples per optimizer step on average"
-        text = re.sub(r"^- train_batch_size: .*$", budget, text, flags=re.MULTILINE)
+        budget = (
+            f"{self.max_tokens_per_batch} tokens per batch; {self.get_v0_effective_batch_size():.1f} samples per step"
+        )
+        text = re.sub(r"^(- train_batch_size: ).*$", rf"\g<1>{budget}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
 
     def get_v0_effective_batch_size(self) -> float:
         """Mean number of samples an optimizer step sees, over accumulation and processes."""
         if self.max_tokens_per_batch is None:
             return super().get_v0_effective_batch_size()
-        sampler = self._get_token_budget_sampler()
+        sampler = self._token_budget_sampler
         samples_per_batch = len(sampler.source_lengths) / len(sampler)
         return samples_per_batch * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _get_token_budget_sampler(self) -> TokenBudgetBatchSampler:
-        if self._token_budget_sampler is None:
-            self._token_budget_sampler = build_token_budget_sampler(
-                self.train_dataset, self.args, self.data_collator, self.max_tokens_per_batch
-            )
-        return self._token_budget_sampler
+    def get_total_train_batch_size(self, args) -> int:
+        """Samples of an optimizer step, for the Trainer's log and speeds; under a budget the mean."""
+        if self.max_tokens_per_batch is None:
+            return super().get_total_train_batch_size(args)
+        return round(self.get_v0_effective_batch_size())
 
-    def _select_model_columns(self, dataset):
-        if not self.args.remove_unused_columns or not isinstance(dataset, datasets.Dataset):
-            return dataset
-        accepted = {*inspect.signature(self.model.forward).parameters, "labels"}
-        return dataset.select_columns([name for name in dataset.column_names if name in accepted])
-
-
-def _is_true_under_budget(record: logging.LogRecord) -> bool:
-    """Whether a line of the Trainer's log speaks of something else than the fixed batch size."""
-    message = record.getMessage()
-    return "Instantaneous batch size" not in message and "Total train batch size" not in message
-
-
-def build_token_budget_sampler(dataset, training_args, collator, max_tokens: int) -> TokenBudgetBatchSampler:
-    """Builds the sampler that a Trainer with these arguments uses. Call it earlier to have its errors earlier.
-
-    Args:
-        dataset: the training set, with the fields "input_ids" and "labels"; it must have a length.
-        training_args: for seed (`data_seed`, else `seed`) and number of processes.
-        collator: its `pad_to_multiple_of`, if any, is counted.
-        max_tokens: the budget.
-
-    Raises:
-        InputError: as the sampler does; a stream; an accelerator_config that cuts batches apart.
-    """
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
-        raise InputError("max_tokens_per_batch: needs a training set with a length, not a stream")
-    config = training_args.accelerator_config
-    if config.split_batches or config.dispatch_batches:
-        raise InputError("max_tokens_per_batch: excludes accelerator_config's split_batches and dispatch_batches")
-    source_lengths, target_lengths = _compute_lengths(dataset)
-    return TokenBudgetBatchSampler(
-        source_lengths,
-        target_lengths,
-        max_tokens,
-        num_processes=training_args.world_size,
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        pad_to_multiple_of=getattr(collator, "pad_to_multiple_of", None),
-    )
+    @functools.cached_property
+    def _token_budget_sampler(self) -> TokenBudgetBatchSampler:
+        sampler = TokenBudgetBatchSampler(
+            *_compute_lengths(self.train_dataset),
+            self.max_tokens_per_batch,
+            num_processes=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            pad_to_multiple_of=getattr(self.data_collator, "pad_to_multiple_of", None),
+        )
+        logger.info(
+            f"batches by token budget: {len(sampler):,} of at most {self.max_tokens_per_batch:,} tokens, "
+            f"{len(sampler.source_lengths) / len(sampler):.1f} samples on average"
+        )
+        return sampler
 
 
 def _compute_lengths(dataset) -> tuple[list[int], list[int]]:

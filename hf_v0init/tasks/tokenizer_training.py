@@ -106,25 +106,9 @@ def train_word_tokenizer(
     return _wrap(tokenizer, for_masking)
 
 
-def train_on_main_process(
-    train: Callable[[], PreTrainedTokenizerFast],
-) -> PreTrainedTokenizerFast:
-    """Call `train` on the main process only and return its tokenizer on every process; writes no file.
-
-    Raises:
-        InputError: on every process, whatever `train` raised of it.
-    """
-    outcome: list = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = train()
-        except InputError as error:
-            outcome[0] = error
-    if PartialState().num_processes > 1:
-        broadcast_object_list(outcome, from_process=0)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
+def train_on_main_process(train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """Call `train` on the main process only and return its tokenizer on every process; writes no file."""
+    return broadcast_object_list([train() if PartialState().is_main_process else None])[0]
 
 
 def _require_text(texts: Iterable[str]) -> Iterable[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, Trainer
-from transformers.utils import logging as transformers_logging
 
 from hf_v0init import InputError
 
@@ -35,10 +34,6 @@ def read_whole_weights(model: PreTrainedModel, folder: str | Path) -> dict[str, 
     Raises:
         InputError: a weight is missing, has another shape or belongs to no module of the model, or the file is damaged.
     """
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng():
             loaded, info = type(model).from_pretrained(
@@ -47,20 +42,11 @@ def read_whole_weights(model: PreTrainedModel, folder: str | Path) -> dict[str, 
     except Exception as error:  # of many kinds, from the readers of each format
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: its weights cannot be loaded ({reason}); give another checkpoint") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-    for kind, what in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has"),
-        ("mismatched_keys", "has in another shape"),
-    ):
-        names = sorted(str(name) for name in info[kind])
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
             raise InputError(
-                f"{folder}: {what} {names[0]}{more}, so it is not a checkpoint of this {type(model).__name__}; give one that is"
+                f"{folder}: is no checkpoint of this {type(model).__name__} ({kind}: {names}); give one that is"
             )
     return loaded.state_dict()
 

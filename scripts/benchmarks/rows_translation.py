@@ -1,7 +1,9 @@
 """The translation script's parts, each beside what the library under it does alone: training, tokenizing, generating."""
 
 import functools
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -151,7 +153,8 @@ def measure_preprocessing(conditions: Conditions) -> list[Row]:
     sides = [list(task.pairs[column]) for column in ("source", "target")]
 
     def tokenize_pairs() -> None:
-        tokenize(task.pairs, task.tokenizer, conditions.work_dir, again=True)
+        with tempfile.TemporaryDirectory(dir=conditions.work_dir) as cache_dir:
+            tokenize(task.pairs, task.tokenizer, Path(cache_dir))
 
     def tokenize_texts() -> None:
         for texts in sides:
@@ -207,6 +210,9 @@ def measure_generation(conditions: Conditions) -> list[Row]:
     num_sentences, batch_size = conditions.choose(96, 1000), 32
     task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
     order = np.random.default_rng(0).permutation(len(task.tokenized))[:num_sentences]
+    order = sorted(
+        order.tolist(), key=lambda index: -len(task.tokenized[index]["input_ids"])
+    )  # as the script sorts them
     test = task.tokenized.select(order)
     trainer = _make_trainer(
         conditions,
@@ -228,7 +234,7 @@ def measure_generation(conditions: Conditions) -> list[Row]:
         )
 
     model.generate = functools.wraps(generate)(generate_like_source)
-    rows = [task.tokenized[int(index)] for index in order]
+    rows = [task.tokenized[index] for index in order]
     rows.sort(key=lambda row: len(row["input_ids"]))
 
     def predict() -> None:

@@ -118,11 +118,9 @@ def _list_texts(pairs: datasets.Dataset) -> Iterable[str]:
     return (text for rows in pairs.iter(1000) for column in ("source", "target") for text in rows[column])
 
 
-def tokenize(pairs: datasets.Dataset, tokenizer, cache_dir: Path, again: bool = False) -> datasets.Dataset:
-    """Tokenize pairs as run_translation.py does; from the cache, unless `again`."""
-    return tokenize_pairs(
-        pairs, tokenizer, max_source_length=64, max_target_length=64, cache_dir=cache_dir, overwrite_cache=again
-    )
+def tokenize(pairs: datasets.Dataset, tokenizer, cache_dir: Path) -> datasets.Dataset:
+    """Tokenize pairs as run_translation.py does; from the cache, if they are there."""
+    return tokenize_pairs(pairs, tokenizer, max_source_length=64, max_target_length=64, cache_dir=cache_dir)
 
 
 def make_arguments(folder: Path, for_translation: bool = False, **settings):

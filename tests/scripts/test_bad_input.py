@@ -1,20 +1,15 @@
 """Every way to give bad input that we know of, in one table: one line, the value, the remedy, nothing spent, nothing written."""
 
-import gzip
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_gpt2, make_sequences
-from script_runs import load_script, quiet_logging, refuse  # noqa: F401
 from torch import nn
 from trainers import make_trainer
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
 from hf_v0init.second_moment.state import is_untouched
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # ---- settings: refused when the arguments are made ------------------------------------------------------------------
 
@@ -150,71 +145,3 @@ def test_more_samples_than_there_are_is_a_notice_not_an_error(tmp_path, caplog):
         trainer.train()
     assert "v0_num_samples=10000 is more than the 48 training samples: all are used" in caplog.text
     assert trainer.get_v0_report()["num_samples"] == 48
-
-
-# ---- scripts: exit status 2, one line, no traceback, nothing written -----------------------------------------------------
-
-GERMAN, ENGLISH = "ein haus\nzwei katzen\ndrei hunde\n", "a house\ntwo cats\nthree dogs\n"
-
-
-@pytest.fixture
-def files(tmp_path):
-    (tmp_path / "a.de").write_text(GERMAN)
-    (tmp_path / "a.en").write_text(ENGLISH)
-    (tmp_path / "short.en").write_text("a house\n")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "latin1.de").write_bytes("ein h\xe4uschen\nzwei\ndrei\n".encode("latin-1"))
-    (tmp_path / "corrupt.de.gz").write_bytes(gzip.compress(GERMAN.encode() * 200)[:60])
-    (tmp_path / "no_columns.jsonl").write_text('{"x": "a"}\n{"x": "b"}\n')
-    (tmp_path / "a_file").write_text("not a folder")
-    return tmp_path
-
-
-PARALLEL = "--train_source_file {0}/a.de --train_target_file {0}/a.en"
-SCRIPTS = [
-    ("run_translation", "--train_source_file {0}/a.de --train_target_file {0}/short.en", ["3", "1", "short.en"]),
-    ("run_translation", "--train_source_file {0}/latin1.de --train_target_file {0}/a.en", ["latin1.de", "UTF-8"]),
-    (
-        "run_translation",
-        "--train_source_file {0}/corrupt.de.gz --train_target_file {0}/a.en",
-        ["corrupt.de.gz", "gzip"],
-    ),
-    ("run_translation", "--train_source_file {0}/empty.txt --train_target_file {0}/empty.txt", ["empty.txt", "empty"]),
-    ("run_translation", "--train_file {0}/no_columns.jsonl", ["column", "x"]),
-    ("run_translation", "--train_source_file {0}/missing.de --train_target_file {0}/a.en", ["missing.de"]),
-    ("run_translation", PARALLEL + " --v0_init newton", ["newton", "data_driven"]),
-    ("run_translation", PARALLEL + " --v0_init random --v0_scale -3", ["v0_scale=-3.0", "> 0"]),
-    (
-        "run_translation",
-        PARALLEL + " --v0_scale 2 --v0_init data_driven --v0_decay_steps 3",
-        ["v0_scale=2.0", "give one"],
-    ),
-    ("run_translation", PARALLEL + " --v0_init random --optim sgd", ["SGD", "no second moment"]),
-    ("run_translation", PARALLEL + " --v0_inti random", ["--v0_inti", "v0_init"]),
-    ("run_translation", PARALLEL + " --output_dir {0}/a_file", ["a_file", "output_dir"]),
-    ("run_translation", "", ["--train_file"]),
-    ("run_clm", "--model_type gpt2 --train_file {0}/empty.txt", ["empty.txt", "empty"]),
-    ("run_clm", "--model_type gpt2 --train_file {0}/latin1.de", ["latin1.de", "UTF-8"]),
-    ("run_clm", "--model_type gpt2 --train_file {0}/corrupt.de.gz", ["corrupt.de.gz", "gzip"]),
-    ("run_clm", "--model_type gpt2 --train_file {0}/missing.txt", ["missing.txt"]),
-    (
-        "run_clm",
-        "--model_type gpt2 --train_file {0}/a.de --v0_init data_driven --v0_num_samples 0",
-        ["v0_num_samples=0", ">= 1"],
-    ),
-    ("run_clm", "--model_type gpt2 --train_file {0}/a.de --output_dir {0}/a_file", ["a_file", "output_dir"]),
-]
-
-
-@pytest.mark.parametrize(("script", "flags", "words"), SCRIPTS)
-def test_scripts(files, capsys, monkeypatch, script, flags, words):
-    before = {path: path.read_bytes() for path in files.iterdir()}
-    argv = flags.format(files).split()
-    if "--output_dir" not in argv:
-        argv += ["--output_dir", str(files / "out")]
-    argv += ["--do_train", "--use_cpu", "--report_to", "none"]
-    module = load_script({"run_translation": "translate", "run_clm": "clm"}[script])
-    refuse(module, argv, words, capsys, monkeypatch)
-    after = {path: path.read_bytes() for path in files.iterdir() if path.is_file()}
-    assert after == before
-    assert not list((files / "out").glob("**/*.safetensors"))

@@ -1,5 +1,7 @@
 """The average of checkpoints: numbers, dtypes, shards, and settings that cannot leave enough of them."""
 
+import contextlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,9 +67,8 @@ def test_checkpoints_that_do_not_match_are_refused(tmp_path):
         write_checkpoint(tmp_path / name, **tensors)
         model.config.save_pretrained(tmp_path / name)
     for folders, words in (
-        ([tmp_path / "whole", tmp_path / "lacks"], r"lacks: lacks .*not a checkpoint of this MarianMTModel"),
+        ([tmp_path / "whole", tmp_path / "lacks"], "lacks: is no checkpoint of this MarianMTModel"),
         ([tmp_path / "nothing"], r"nothing: its weights cannot be loaded"),
-        ([], "at least one folder"),
     ):
         with pytest.raises(InputError, match=words):
             average_checkpoints(model, folders)
@@ -79,43 +80,22 @@ def test_last_checkpoints_are_by_step_not_by_name_and_whole(tmp_path):
         (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
     (tmp_path / "checkpoint-1100" / "trainer_state.json").write_text('{"global')  # a save that was cut off
     assert [f.name for f in find_last_checkpoints(tmp_path, 2)] == ["checkpoint-900", "checkpoint-1000"]
-    with pytest.raises(InputError, match=r"average_checkpoints=4: .* has only 3 whole checkpoints"):
-        find_last_checkpoints(tmp_path, 4)
+    assert len(find_last_checkpoints(tmp_path, 4)) == 3  # the training is not thrown away
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        find_last_checkpoints(tmp_path / "other", 4)
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_steps", "words"),
+    ("settings", "is_enough"),
     [
-        ({"save_strategy": "no"}, 100, "save_strategy is 'no'"),
-        ({"save_steps": 10, "save_total_limit": 4}, 100, "save_total_limit=4"),
-        ({"save_steps": 30}, 100, "save only 4"),
-        ({"save_steps": 0.3}, 100, "save only 4"),
-        ({"save_strategy": "epoch", "num_train_epochs": 4}, None, "save only 4"),
-        (
-            {"save_steps": 10, "eval_strategy": "steps", "eval_steps": 10, "load_best_model_at_end": True},
-            100,
-            "load_best_model_at_end",
-        ),
+        ({"save_strategy": "no"}, False),
+        ({"save_steps": 10, "save_total_limit": 4}, False),
+        ({"save_steps": 10, "eval_strategy": "steps", "eval_steps": 10, "load_best_model_at_end": True}, False),
+        ({"save_steps": 10, "save_total_limit": 5}, True),
+        ({"save_strategy": "epoch"}, True),
     ],
-)
-def test_settings_that_cannot_leave_five_checkpoints(tmp_path, settings, num_steps, words):
+)  # fmt: skip
+def test_settings_that_cannot_leave_five_checkpoints(tmp_path, settings, is_enough):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    with pytest.raises(InputError, match=words):
-        require_enough_checkpoints(arguments, 5, num_steps)
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_steps"),
-    [
-        ({"save_steps": 10, "save_total_limit": 5}, 50),
-        ({"save_steps": 25}, 101),
-        ({"save_strategy": "epoch", "num_train_epochs": 4.2}, None),
-        ({"save_steps": 10}, None),
-    ],
-)
-def test_settings_that_can(tmp_path, settings, num_steps):
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    assert require_enough_checkpoints(arguments, 5, num_steps) is None
-    if num_steps is not None:  # and of one checkpoint more it says that there are too few
-        with pytest.raises(InputError, match="average_checkpoints=6"):
-            require_enough_checkpoints(arguments, 6, num_steps)
+    with contextlib.nullcontext() if is_enough else pytest.raises(InputError, match="--average_checkpoints=5"):
+        require_enough_checkpoints(arguments, 5)

@@ -1,13 +1,13 @@
-"""Limits to translations, several translations of each, language tokens, and what else `run_translation` offers beside training."""
+"""Several translations of each sentence, their scores, language tokens, test sets without references."""
 
 import json
-import logging
+import math
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import sacrebleu
 import torch
+from sacrebleu.metrics import CHRF
 from script_runs import quiet_logging, to_argv  # noqa: F401
 from test_right_results import LONG
 from test_run_translation import TINY
@@ -23,16 +23,10 @@ from transformers import (
 )
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.run import RunArguments
-from hf_v0init.tasks.schedules import shape_schedule
 from hf_v0init.tasks.translation import script as run_translation
-from hf_v0init.tasks.translation.generation import EndAtLimit, GenerationArguments
-from hf_v0init.tasks.translation.metrics import SacreBleu, make_bleu
-from hf_v0init.tasks.translation.pairs import (
-    PairCollator,
-    leave_out_empty_pairs,
-    load_pair_files,
-)
+from hf_v0init.tasks.translation.generation import GenerationArguments
+from hf_v0init.tasks.translation.metrics import compute_scores, make_bleu
+from hf_v0init.tasks.translation.pairs import PairCollator
 
 
 @pytest.fixture(scope="module")
@@ -61,75 +55,18 @@ def translate(model, out, **flags) -> list[str]:
     return (out / "generated_predictions.txt").read_text().splitlines()
 
 
-# ---- limits ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_sentence_ends_at_its_own_limit():
-    process = EndAtLimit(torch.tensor([2, 3]), end_id=1)
-    scores = torch.tensor(
-        [[0.5, 0.1, 0.2], [0.3, 0.2, 0.9], [0.1, 0.6, 0.3], [0.9, 0.1, 0.0]]
-    )  # two sentences, two beams
-    one_made, two_made = (
-        torch.zeros(4, 2, dtype=torch.long),
-        torch.zeros(4, 3, dtype=torch.long),
-    )  # beside the start token
-    ended = torch.tensor([-torch.inf, 0.0, -torch.inf]).expand(2, 3)
-    assert torch.equal(process(one_made, scores), torch.cat((ended, scores[2:])))
-    assert torch.equal(process(two_made, scores), torch.cat((ended, ended)))
-    assert torch.equal(process(one_made[:, :1], scores), scores)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "tokens", "expected"), [(None, None, 9, None), (1.5, 4, 9, 17), (None, 7, 9, 7), (2, None, 9, 18)]
-)
-def test_limits_are_a_times_length_plus_b(a, b, tokens, expected):
-    assert GenerationArguments(max_length_a=a, max_length_b=b).limit_length(tokens) == expected
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_limits_hold_for_each_sentence_whatever_its_batch_is(model, tmp_path, beams):
-    """An untrained model generates to the limit: as many tokens as the source has, and 1."""
-    tokenizer = AutoTokenizer.from_pretrained(model[0] / "out")
-    limits = [len(tokenizer(line)["input_ids"]) + 1 for line in (model[0] / "source").read_text().splitlines()]
-    made = {}
-    for batch in (1, 16):
-        flags = {"per_device_eval_batch_size": batch, "num_beams": beams, "max_length_a": 1.0, "max_length_b": 1}
-        heard = []
-        decode = run_translation.TranslationMetrics.decode
-
-        def listen(self, ids, heard=heard, decode=decode):
-            heard.append([self.count_tokens(row) for row in ids])
-            return decode(self, ids)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_translation.TranslationMetrics, "decode", listen)
-            made[batch] = translate(model, tmp_path / str(batch), **flags)
-        assert all(length <= limit for length, limit in zip(heard[-1], limits, strict=True))
-        assert sum(length == limit for length, limit in zip(heard[-1], limits, strict=True)) > 8
-    assert made[1] == made[16]
-
-
-def test_min_length_and_ngrams_reach_the_models_settings(model, tmp_path):
-    settings = SimpleNamespace(max_length=20, num_beams=1, length_penalty=1.0, min_length=0, no_repeat_ngram_size=0)
-    network = SimpleNamespace(generation_config=settings)
-    generation = GenerationArguments(min_length=7, no_repeat_ngram_size=2, num_beams=4, length_penalty=0.6)
-    run_translation.choose_generation(generation, 30, SimpleNamespace(generation_num_beams=None), network)
-    assert vars(settings) == {
-        "max_length": 31,
-        "num_beams": 4,
-        "length_penalty": 0.6,
-        "min_length": 8,
-        "no_repeat_ngram_size": 2,
-    }
-    words = [line.split() for line in translate(model, tmp_path / "a", no_repeat_ngram_size=1, max_length_b=12)]
-    assert all(len(set(line)) == len(line) for line in words)
+def test_beams_and_penalty_reach_the_models_settings():
+    settings = SimpleNamespace(max_length=20, num_beams=1, length_penalty=1.0)
+    network, training = SimpleNamespace(generation_config=settings), SimpleNamespace(generation_num_beams=None)
+    run_translation.choose_generation(GenerationArguments(num_beams=4, length_penalty=0.6), 30, training, network)
+    assert vars(settings) == {"max_length": 31, "num_beams": 4, "length_penalty": 0.6}
 
 
 # ---- test sets --------------------------------------------------------------------------------------------------------------
 
 
 def test_sources_alone_are_translated(model, tmp_path):
-    flags = {"val_max_target_length": 8, "num_sample_translations": 2}
+    flags = {"val_max_target_length": 8}
     lines = translate(model, tmp_path / "alone", **flags)
     results = json.loads((tmp_path / "alone" / "all_results.json").read_text())
     assert len(lines) == 16 and results["predict_samples"] == 16
@@ -168,81 +105,27 @@ def test_sacrebleus_flags_decide_the_score(model, tmp_path):
     expected = sacrebleu.corpus_bleu(lines, references, tokenize="char", lowercase=True).score
     assert results["predict_bleu"] == pytest.approx(expected)
     assert "case:lc" in results["predict_bleu_signature"] and "tok:char" in results["predict_bleu_signature"]
-    short = translate(model, tmp_path / "short", **flags, **{"tokenize": "char"})  # sacrebleu's own name of the flag
-    assert short == lines
-    assert "tok:char" in json.loads((tmp_path / "short" / "all_results.json").read_text())["predict_bleu_signature"]
 
 
 def test_sacrebleu_chooses_by_the_target_language():
     assert run_translation.get_language("zho_Hans") == "zh" and run_translation.get_language("de_DE") == "de"
-    result = SacreBleu().compute(predictions=["我们都很好"], references=["我们都很好吗"], target_language="zh")
-    assert "tok:zh" in result["bleu_signature"] and result["bleu"] > 50
-    plain = SacreBleu().compute(predictions=["a"], references=["a"], target_language="de")
-    assert "tok:13a" in plain["bleu_signature"]
-    with pytest.raises(InputError, match="--sacrebleu_tokenize=moses: choose one of 13a"):
+    assert "tok:zh" in score(["我们都很好"], ["我们都很好吗"], target_language="zh")["bleu_signature"]
+    with pytest.raises(InputError, match=r"--sacrebleu_tokenize=moses: .* 13a"):
         make_bleu("moses", lowercase=False)
 
 
-# ---- training pairs -----------------------------------------------------------------------------------------------------------
+def score(predictions, references, **options) -> dict:
+    return compute_scores(predictions, references, make_bleu(None, False, **options), CHRF())
 
 
-def test_empty_pairs_are_left_out_and_counted(caplog):
-    pairs = datasets.Dataset.from_dict({"source": ["a", " ", "b", ""], "target": ["x", "y", "", ""]})
-    with caplog.at_level(logging.INFO, logger="hf_v0init"):
-        assert leave_out_empty_pairs(pairs).to_dict() == {"source": ["a"], "target": ["x"]}
-    assert "3 of 4 pairs have an empty side (the first: 2)" in caplog.text
-    with pytest.raises(InputError, match="all pairs have an empty side"):
-        leave_out_empty_pairs(pairs.select([1, 2]))
-
-
-def test_a_stream_gives_the_run_of_the_same_data_in_order(tmp_path):
-    for name in ("source", "target"):
-        (tmp_path / name).write_text("".join(f"{line}\n" for line in [*LONG[:5], "", *LONG[5:]]))
-    flags = {
-        **TINY, "train_source_file": tmp_path / "source", "train_target_file": tmp_path / "target", "do_train": True, "max_steps": 6,
-        "per_device_train_batch_size": 4, "cache_dir": tmp_path / "cache", "save_strategy": "no",
-    }  # fmt: skip
-    losses = {}
-    for name, changes in (("whole", {"train_sampling_strategy": "sequential"}), ("stream", {"streaming": True})):
-        run_translation.main(to_argv({**flags, **changes, "output_dir": tmp_path / name}))
-        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        losses[name] = [row["loss"] for row in history if "loss" in row]
-    assert losses["stream"] == pytest.approx(losses["whole"], rel=1e-5) and len(losses["stream"]) == 6
-    assert losses["whole"][0] - losses["whole"][-1] > 1e-3
-
-
-def test_streams_of_local_files_are_read_again_and_say_what_is_wrong(tmp_path):
-    (tmp_path / "a").write_text("eins\nzwei\n")
-    (tmp_path / "b").write_text("one\n")
-    (tmp_path / "c.txt").write_text("eins\tone\nzwei\ttwo\n")
-    stream = load_pair_files("train", tmp_path / "c.txt", streaming=True)
-    assert list(stream) == list(stream) == [{"source": "eins", "target": "one"}, {"source": "zwei", "target": "two"}]
-    with pytest.raises(InputError, match="ends after line 1"):
-        list(load_pair_files("train", None, tmp_path / "a", tmp_path / "b", streaming=True))
-    with pytest.raises(InputError, match="no such file"):
-        load_pair_files("train", tmp_path / "nosuch.txt", streaming=True)
-
-
-# ---- learning rates -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_papers_schedule_from_its_start_to_its_floor():
-    """fairseq's inverse_sqrt: from 1e-7 in a straight line to 5e-4 at step 4, from there 5e-4 * sqrt(4 / t), not below 2e-4."""
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
-    scheduler = get_scheduler("inverse_sqrt", optimizer, num_warmup_steps=4)
-    shape_schedule(scheduler, RunArguments(warmup_init_lr=1e-7, min_lr=2e-4), 4, None)
-    rates = []
-    for _ in range(30):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    expected = [
-        1e-7 + step * (5e-4 - 1e-7) / 4 if step < 4 else max(2e-4, 5e-4 * (4 / step) ** 0.5) for step in range(30)
-    ]
-    assert rates == pytest.approx(expected, rel=1e-9)
-    assert rates[-1] == pytest.approx(2e-4) and rates[0] == pytest.approx(1e-7)
+def test_scores_are_those_counted_by_hand():
+    # 7 tokens; n-grams right: 6 of 7, 5 of 6, 4 of 5, 3 of 4; equal length, so no brevity penalty
+    result = score(["a b c d e f x"], ["a b c d e f g"], target_language="de")
+    assert result["bleu"] == pytest.approx(100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
+    assert result["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert result["chrf_signature"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+    assert score(["a b c d e"], ["a b c d e f g"])["bleu"] == pytest.approx(100 * math.exp(1 - 7 / 5))
+    assert score(["a b c d"], ["a b c d"])["chrf"] == 100
 
 
 # ---- languages ------------------------------------------------------------------------------------------------------------------
@@ -289,8 +172,7 @@ def test_a_multilingual_model_generates_as_it_was_trained(make):
     """What the decoder starts from in training is what generation starts from; a model that has learnt two pairs by heart says them."""
     torch.manual_seed(0)
     tokenizer, network, (source_lang, target_lang) = make()
-    data = SimpleNamespace(forced_bos_token=None, source_lang=source_lang, target_lang=target_lang)
-    run_translation.choose_languages(data, tokenizer, network)
+    run_translation.choose_languages(source_lang, target_lang, tokenizer, network)
     sources, targets = ["ein haus", "zwei katzen"], ["two cats", "house two cats"]
     rows = tokenizer(sources, text_target=targets)
     language = tokenizer.convert_tokens_to_ids(target_lang)

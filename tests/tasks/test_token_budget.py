@@ -166,12 +166,6 @@ def test_a_trainer_without_a_budget_is_the_stock_one(tmp_path):
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [7] * 8 + [4]
 
 
-def test_splitting_accelerator_settings_are_refused(tmp_path):
-    trainer = make_trainer(tmp_path, 1, accelerator_config={"split_batches": True})
-    with pytest.raises(InputError, match="split_batches"):
-        trainer.get_train_dataloader()
-
-
 TWO_PROCESSES = """
 import json, sys, torch
 from pathlib import Path

@@ -115,7 +115,7 @@ class MaskedTask(LanguageTask):
             *data.choose_text_columns(rows),
             separator=[tokenizer.sep_token_id] if has_separator else [],
             mark_words=data.whole_word_mask,
-            **data.choose_map_options(training, self.model.cache_dir),
+            **data.choose_map_options(self.model.cache_dir),
         )
         seed = None  # of evaluation
         if role == "train":

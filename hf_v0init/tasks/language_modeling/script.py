@@ -158,7 +158,7 @@ class CausalTask(LanguageTask):
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role."""
         data, training, tokenizer, limit = self.data, self.training, self.tokenizer, self.data.get_limit(role)
-        options = data.choose_map_options(training, self.model.cache_dir)
+        options = data.choose_map_options(self.model.cache_dir)
         columns = data.choose_text_columns(rows)
         if data.prompt_column is not None:
             options |= {"max_length": self.block_size, "prompt_prefix": data.prompt_prefix}

@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_v0init import InputError
 
-from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
+from ..data import StreamedTextDataArguments, find_needed_roles, is_stream, list_columns
 from ..models import TextModelArguments
 from ..run import Task, tokenize_first_on_main
 from ..script_support import flag
-from ..text_files import load_local_files, open_stream
+from ..text_files import load_local_files
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 from .samples import PaddingCollator, require_strings
 
@@ -36,7 +36,7 @@ class LanguageModelArguments(TextModelArguments):
 
 
 @dataclass
-class LanguageDataArguments(TextDataArguments):
+class LanguageDataArguments(StreamedTextDataArguments):
     """data: what it is trained and measured on"""
 
     column_flags: ClassVar[tuple[str, ...]] = ("text_column",)
@@ -150,7 +150,7 @@ def load_rows(data: LanguageDataArguments, hub, training) -> dict:
         if role in of_hub:
             rows[role] = of_hub[role]
         elif path is not None:
-            rows[role] = open_stream(path) if data.streaming else load_local_files(path, role=role)
+            rows[role] = load_local_files(path, role=role, streaming=data.streaming, cache_dir=hub.cache_dir)
         elif role != "validation":
             raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
     if "validation" in needed and "validation" not in rows:

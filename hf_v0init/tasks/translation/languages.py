@@ -5,45 +5,39 @@ from hf_v0init import InputError
 MULTILINGUAL_TOKENIZERS = ("MBart", "M2M100", "Nllb", "SeamlessM4T")
 
 
-def choose_languages(data, tokenizer, network) -> None:
+def choose_languages(source_lang: str | None, target_lang: str | None, tokenizer, network) -> None:
     """Tell multilingual tokenizers from what language into what, and the model what a translation begins with.
 
     Raises:
-        InputError: a language is missing or unknown, or `forced_bos_token` is no token.
+        InputError: a language is missing or unknown.
     """
     kind = type(tokenizer).__name__
-    first_token = data.forced_bos_token
-    if kind.startswith(MULTILINGUAL_TOKENIZERS):
-        for name in ("source_lang", "target_lang"):
-            if getattr(data, name) is None:
-                raise InputError(f"--{name} is missing: {kind} is multilingual; give a language code such as de_DE")
-            find_language_id(tokenizer, name, getattr(data, name))
-        tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
-        target_id = find_language_id(tokenizer, "target_lang", data.target_lang)
-        if kind.startswith("MBartTokenizer"):
-            # Unlike all others it puts the language at the end of the labels, from where it is wrapped around to start the
-            # decoder; the first token to be generated is the first of the sentence.
-            network.config.decoder_start_token_id = target_id
-            network.generation_config.decoder_start_token_id = target_id
-            network.generation_config.forced_bos_token_id = None
-        elif first_token is None:
-            network.generation_config.forced_bos_token_id = target_id
-    if first_token is not None:
-        first_token_id = tokenizer.convert_tokens_to_ids(first_token)
-        if first_token_id in (None, tokenizer.unk_token_id):
-            raise InputError(f"--forced_bos_token={first_token}: is no token of the tokenizer; give one that is")
-        network.generation_config.forced_bos_token_id = first_token_id
+    if not kind.startswith(MULTILINGUAL_TOKENIZERS):
+        return
+    find_language_id(tokenizer, "source_lang", source_lang)
+    target_id = find_language_id(tokenizer, "target_lang", target_lang)
+    tokenizer.src_lang, tokenizer.tgt_lang = source_lang, target_lang
+    if kind.startswith("MBartTokenizer"):
+        # Unlike all others it puts the language at the end of the labels, from where it is wrapped around to start the
+        # decoder; the first token to be generated is the first of the sentence.
+        network.config.decoder_start_token_id = target_id
+        network.generation_config.decoder_start_token_id = target_id
+        network.generation_config.forced_bos_token_id = None
+    else:
+        network.generation_config.forced_bos_token_id = target_id
 
 
-def find_language_id(tokenizer, flag_name: str, language: str) -> int:
-    """Find the id of a language's token; refuse a language that the tokenizer does not know."""
+def find_language_id(tokenizer, flag_name: str, language: str | None) -> int:
+    """Find the id of a language's token; refuse a language that is missing, or that the tokenizer does not know."""
+    has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
     try:
-        has_own_way = hasattr(tokenizer, "get_lang_id")  # M2M100 writes __de__ for de
-        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(language)
+        token_id = (tokenizer.get_lang_id if has_own_way else tokenizer.convert_tokens_to_ids)(str(language))
     except KeyError:
         token_id = None
     if token_id in (None, tokenizer.unk_token_id):
-        raise InputError(f"--{flag_name}={language}: {type(tokenizer).__name__} does not know it; check its codes")
+        raise InputError(
+            f"--{flag_name}={language}: is no language of {type(tokenizer).__name__}; give a code such as de_DE or deu_Latn"
+        )
     return token_id
 
 

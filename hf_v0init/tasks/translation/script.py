@@ -7,18 +7,21 @@ FILE.yaml or FILE.json holds flags; flags on the command line override it; --hel
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import datasets
+import numpy as np
+from sacrebleu.metrics import CHRF
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ..data import ROLES, TextDataArguments, find_needed_roles, is_stream, limit_rows
-from ..models import TextModelArguments, override_config, require_buildable
+from ..data import ROLES, TextDataArguments, find_needed_roles, limit_rows
+from ..models import TextModelArguments, override_config
 from ..run import RunArguments, Task, run, tokenize_first_on_main
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
@@ -26,17 +29,15 @@ from ..token_budget import TokenBudgetMixin
 from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
 from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
-from .generation import GenerationArguments, GenerationMixin, choose_generation, require_effect
+from .generation import GenerationArguments, NBestMixin, choose_generation
 from .languages import choose_languages, get_language
 from .metrics import TranslationMetrics, make_bleu, write_predictions
 from .pairs import PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
-from .sorted_evaluation import LengthSortedEvaluationMixin
 
 logger = logging.getLogger("hf_v0init")
 
 POST_NORM, EMBEDDED = "post_norm", "embedded"
-MAX_TOKENIZER_PAIRS = 1_000_000  # of a stream: a vocabulary does not get better from more
 PLACEHOLDER_VOCABULARY = 16  # until the tokenizer is known
 EXAMPLES = """
 # the paper's model on two parallel files, with its random v0
@@ -90,7 +91,6 @@ class ModelArguments(TextModelArguments):
         config = build_post_norm_config(PLACEHOLDER_VOCABULARY, pad_token_id=0, eos_token_id=1)
         if self.config_overrides:
             override_config(config, self.config_overrides)
-        require_buildable(config, self.auto_class, f"--config_overrides={self.config_overrides}")
         return config
 
 
@@ -123,9 +123,6 @@ class DataArguments(TextDataArguments):
     source_column: str | None = flag(None, "Column with source sentences. Default: found by itself.")
     target_column: str | None = flag(None, "Column with target sentences. Default: found by itself.")
     source_prefix: str = flag("", "Text put before every source sentence, for example T5's task prefix.")
-    forced_bos_token: str | None = flag(
-        None, "First token of every generated sentence. Default: the target language for multilingual tokenizers."
-    )
     max_source_length: int = flag(256, "Longest source in tokens; longer ones are truncated. Default: 256.")
     max_target_length: int = flag(256, "Longest target in tokens, likewise. Default: 256.")
     val_max_target_length: int | None = flag(
@@ -148,17 +145,8 @@ class DataArguments(TextDataArguments):
         return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub, streaming)
 
 
-class TranslationTrainer(
-    ScriptTrainerMixin,
-    TokenBudgetMixin,
-    LengthSortedEvaluationMixin,
-    ExactEvaluationMixin,
-    GenerationMixin,
-    V0InitSeq2SeqTrainer,
-):
-    """With token-budget batches, evaluation in batches of like length, an exact `eval_loss` (nats per target token, without
-    label smoothing), and a limit to the length of every translation.
-    """
+class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, NBestMixin, V0InitSeq2SeqTrainer):
+    """With token-budget batches, and an exact `eval_loss`: nats per target token, without label smoothing."""
 
 
 class TranslationTask(Task):
@@ -168,28 +156,22 @@ class TranslationTask(Task):
     trainer_class = TranslationTrainer
     examples = EXAMPLES
     card_task = "translation"
-    missing_metrics: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("bleu", "chrf", "gen_len"), "for BLEU and chrF add --predict_with_generate"
-    )
 
     def __init__(self, *parsed) -> None:
         super().__init__(*parsed)
         (self.generation,) = self.others
+        self.orders: dict[str, np.ndarray] = {}  # of the samples of each role that is measured
         if self.training.predict_with_generate:
-            self.metrics = ("loss", *self.missing_metrics)
+            self.metrics = ("loss", "bleu", "chrf", "gen_len")
 
     def refuse(self) -> None:
         """Refuse what the flags alone rule out."""
-        data, training = self.data, self.training
-        if training.batch_eval_metrics:
+        if self.training.batch_eval_metrics:
             raise InputError("--batch_eval_metrics: BLEU and chrF are of the whole set; leave it out")
-        self.generation.require_room()
-        if self.model.model_name_or_path is None:  # or the model has generation settings of its own
-            beams = self.generation.num_beams or training.generation_num_beams or 1
-            require_effect(self.generation, beams, data.val_max_target_length)
-        make_bleu(
-            self.generation.sacrebleu_tokenize, self.generation.sacrebleu_lowercase, get_language(data.target_lang)
-        )
+        options = self.generation
+        language = get_language(self.data.target_lang)
+        self.bleu = make_bleu(options.sacrebleu_tokenize, options.sacrebleu_lowercase, language)
+        self.chrf = CHRF(lowercase=options.sacrebleu_lowercase)
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration, and refuse lengths beyond its positions."""
@@ -206,52 +188,44 @@ class TranslationTask(Task):
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict:
         """Load pairs, tokenizer and model; tokenize."""
         self.pairs = self.load_pairs()
-        texts = self.iterate_texts(self.pairs["train"]) if "train" in self.pairs else None
+        texts = self.iterate_texts() if "train" in self.pairs else None
         self.tokenizer = self.model.get_tokenizer(
             texts, place, lambda texts: train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=True)
         )
         if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no padding or end token; give --tokenizer_name of another")
         self.network = self.build_network(config)
-        choose_languages(self.data, self.tokenizer, self.network)
+        choose_languages(self.data.source_lang, self.data.target_lang, self.tokenizer, self.network)
         choose_generation(self.generation, self.data.val_max_target_length, self.training, self.network)
         return tokenize_first_on_main(self, self.pairs, self.tokenize)
 
     def load_pairs(self) -> dict[str, datasets.Dataset]:
         """Load the sentence pairs of each role that the run needs; of the test set, perhaps the sources alone."""
         data, pairs = self.data, {}
-        of_hub = data.load_dataset(self.model, data.streaming) if data.dataset_name else {}
+        of_hub = data.load_dataset(self.model) if data.dataset_name else {}
         for role in find_needed_roles(self.training):
-            streaming = data.streaming and role == "train"
             files = [getattr(data, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
-            raw = of_hub[role] if role in of_hub else load_pair_files(role, *files, streaming)
+            raw = of_hub[role] if role in of_hub else load_pair_files(role, *files, cache_dir=self.model.cache_dir)
             if raw is None:
                 raise InputError(
                     f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
                     "or a --dataset_name that has this split"
                 )
-            raw = limit_rows(raw, data.get_limit(role))
-            if is_stream(raw) and not streaming:
-                raw = datasets.Dataset.from_list(list(raw))
             pairs[role] = select_pairs(
-                raw,
+                limit_rows(raw, data.get_limit(role)),
                 role=role,
                 source_column=data.source_column,
                 target_column=data.target_column,
                 source_lang=data.source_lang,
                 target_lang=data.target_lang,
-                may_lack_target=role == "test",
             )
         if "train" in pairs:
             pairs["train"] = leave_out_empty_pairs(pairs["train"])
-            if data.shuffle_buffer_size:
-                pairs["train"] = pairs["train"].shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
         return pairs
 
-    def iterate_texts(self, train):
+    def iterate_texts(self) -> Iterator[str]:
         """Yield the training sentences of both languages, for a joint vocabulary."""
-        train = train.take(MAX_TOKENIZER_PAIRS) if is_stream(train) else train
-        return (text for rows in train.iter(1000) for column in ("source", "target") for text in rows[column])
+        return (text for rows in self.pairs["train"].iter(1000) for side in ("source", "target") for text in rows[side])
 
     def build_network(self, config: PreTrainedConfig):
         """Load the pretrained model, or make one from scratch that fits the tokenizer."""
@@ -274,8 +248,10 @@ class TranslationTask(Task):
             apply_xavier_initialization(network)
         return network
 
-    def tokenize(self, rows, role: str):
-        """Tokenize the pairs of a role; say how many are cut off."""
+    def tokenize(self, rows, role: str) -> datasets.Dataset:
+        """Tokenize the pairs of a role; say how many are cut off. What is measured goes from the longest source to the shortest:
+        its batches hold samples of like length, and a generation ends when its few longest end.
+        """
         data = self.data
         max_target_length = data.max_target_length if role == "train" else data.val_max_target_length
         tokenized = tokenize_pairs(
@@ -284,36 +260,27 @@ class TranslationTask(Task):
             max_source_length=data.max_source_length,
             max_target_length=max_target_length,
             source_prefix=data.source_prefix,
-            **data.choose_map_options(self.training, self.model.cache_dir),
+            **data.choose_map_options(self.model.cache_dir),
         )
-        limits = {"input_ids": ("sources", data.max_source_length), "labels": ("targets", max_target_length)}
-        for column, (name, limit) in limits.items():
-            if is_stream(tokenized) or column not in tokenized.column_names:
-                continue
-            full = sum(
-                len(ids) >= limit for part in tokenized.select_columns([column]).iter(1000) for ids in part[column]
-            )
-            if full:
-                logger.info(
-                    f"{role}: {full} of {len(tokenized)} {name} fill the {limit} tokens allowed; the rest is cut off"
-                )
-        return tokenized
+        for name, limit in (("input_ids", data.max_source_length), ("labels", max_target_length)):
+            if name in tokenized.column_names:
+                lengths = [len(ids) for part in tokenized.select_columns([name]).iter(1000) for ids in part[name]]
+                full = sum(length >= limit for length in lengths)
+                if full:
+                    logger.info(
+                        f"{role}: {full} of {len(rows)} {name} fill the {limit} tokens allowed; the rest is cut off"
+                    )
+                if name == "input_ids":
+                    self.orders[role] = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+        return tokenized if role == "train" else tokenized.select(self.orders[role])
 
     def make_collator(self) -> PairCollator:
         """Make what pads pairs to a batch."""
-        data, training = self.data, self.training
-        # a stream's batches are cut and joined across processes, so they must all be of one length
-        joins_batches = data.streaming and training.world_size > 1
-        return PairCollator(
-            self.tokenizer,
-            model=self.network,
-            padding="max_length" if joins_batches else True,
-            max_length=max(data.max_source_length, data.max_target_length) if joins_batches else None,
-            pad_to_multiple_of=8 if training.fp16 or training.bf16 else None,
-        )
+        multiple = 8 if self.training.fp16 or self.training.bf16 else None
+        return PairCollator(self.tokenizer, model=self.network, pad_to_multiple_of=multiple)
 
     def choose_trainer_options(self, samples: dict) -> dict:
-        """Choose tokenizer, loss, metrics and how translations are generated."""
+        """Choose tokenizer, loss and metrics."""
         training = self.training
         measures = "validation" in samples and training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
@@ -322,28 +289,18 @@ class TranslationTask(Task):
             "compute_metrics": self.validation_metrics,
             "compute_loss_func": TokenCrossEntropy(training.label_smoothing_factor),
             "max_tokens_per_batch": self.options.max_tokens_per_batch if training.do_train else None,
-            "generation": self.generation,
         }
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
-        """Make what measures and keeps the translations of a role's pairs."""
+        """Make what measures the translations of a role's pairs."""
         rows = self.pairs[role]
-        return TranslationMetrics(
-            self.tokenizer,
-            references=rows["target"] if "target" in rows.column_names else [],
-            sources=rows["source"],
-            num_samples=self.generation.num_sample_translations,
-            num_best=num_best,
-            tokenize=self.generation.sacrebleu_tokenize,
-            lowercase=self.generation.sacrebleu_lowercase,
-            target_language=get_language(self.data.target_lang),
-        )
+        references = rows["target"] if "target" in rows.column_names else []
+        return TranslationMetrics(self.tokenizer, references, self.orders[role], self.bleu, self.chrf, num_best)
 
     def evaluate(self, trainer: TranslationTrainer) -> dict:
         """Evaluate, with the signatures of BLEU and chrF."""
         results = {**trainer.evaluate(metric_key_prefix="eval"), "eval_samples": len(trainer.eval_dataset)}
         if self.validation_metrics is not None:
-            trainer.card_samples = self.validation_metrics.samples
             results |= {f"eval_{name}": text for name, text in self.validation_metrics.signatures.items()}
         return results
 
@@ -351,25 +308,14 @@ class TranslationTask(Task):
         """Translate the test set, measure the translations if there are references, and write them down."""
         num_best = self.generation.num_return_sequences or 1
         metrics = self.make_metrics("test", num_best)
-        trainer.args.predict_with_generate, trainer.num_best = True, num_best
+        trainer.args.predict_with_generate = True
         trainer.compute_metrics = metrics if metrics.references else None
-        prediction = trainer.predict(samples, metric_key_prefix="predict")
+        prediction = trainer.predict(samples, metric_key_prefix="predict", num_return_sequences=num_best)
         signatures = {f"predict_{name}": text for name, text in metrics.signatures.items()}
-        self.save_results(trainer, "predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
+        trainer.save_metrics("predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
         texts = metrics.decode(prediction.predictions)
-        if not metrics.references:
-            metrics.keep_samples([best[0] for best in texts])
-        trainer.card_samples = metrics.samples
         if trainer.is_world_process_zero():
             write_predictions(Path(trainer.args.output_dir), self.pairs["test"]["source"], texts)
-
-    def describe_scores(self, stage: str, metrics: dict) -> list[str]:
-        """Say BLEU and chrF with their signatures."""
-        return [
-            f"{stage}: {name} {metrics[f'{stage}_{key}']:.2f} [{metrics[f'{stage}_{key}_signature']}]"
-            for key, name in (("bleu", "BLEU"), ("chrf", "chrF"))
-            if f"{stage}_{key}" in metrics
-        ]
 
     def describe_for_card(self) -> dict:
         """Describe the run, with the languages."""
