@@ -204,8 +204,8 @@ class V0InitArguments:
     v0_record_run: bool = field(
         default=False,
         metadata={
-            "help": "Write run_log.jsonl, fingerprint.json (initial weights, first batches, random state) and v0_diagnostics.json "
-            "into the output folder, as `hf-v0init compare` needs them. The run is the same. Default: False."
+            "help": "Write run_log.jsonl and fingerprint.json (initial weights, first batches, random state) into the output folder, "
+            "as `hf-v0init compare` needs them. The run is the same. Default: False."
         },
     )
 

@@ -72,7 +72,6 @@ class V0Hook:
         length: what was measured where `decay_steps` was "auto"; None otherwise.
         num_steps: optimizer steps made; None before the first.
         estimation_steps: K.
-        observers: called when v0 stands, before the step is made.
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class V0Hook:
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
-        self.observers: list[Callable[[], None]] = []
         self._hooks: StepHooks | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
         self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
@@ -279,9 +277,6 @@ class V0Hook:
         report.without_gradient = [shard.name for shard in self.shards.pending]
         if self.max_steps:
             report.add_expectation(self.max_steps)
-        for observe in self.observers:
-            observe()
-        self.observers = []
         if self.on_written is not None:
             self.on_written(report)
         else:

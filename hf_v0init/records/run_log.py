@@ -7,7 +7,6 @@
 | `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and two clocks in seconds since `train()` began, the v0 pass included: `seconds`, and `train_seconds` without the evaluations |
 | `fingerprint.json` | SHA-256 of the initial weights, of the batches of the first four optimizer steps and of torch's random state before the first step |
 | `v0_init.json` | what was done about v0, as beside a checkpoint, also of a run that saves nothing |
-| `v0_diagnostics.json` | see `diagnostics` |
 
 Runs that are to differ in the optimizer alone must have equal fingerprints: the same weights, the same data in the same
 order, the same dropout. Of sharded weights and distributed data the main process's own part is taken. The run itself is

@@ -13,7 +13,6 @@ import os
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
 from ..initialization.plan import require_materialised
 from ..records.model_card import add_task_and_metrics, add_v0_section, infer_metrics, infer_task, list_tags
@@ -52,7 +51,6 @@ class V0InitMixin:
         self._v0_callback.attach(self)
         self._run_record = None
         if self.v0_arguments.v0_record_run:
-            V0DiagnosticsCallback().attach(self)
             self._run_record = RunRecordCallback(self._v0_callback.get_record)
             self.callback_handler.callbacks.insert(0, self._run_record)
 

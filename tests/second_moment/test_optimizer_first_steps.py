@@ -128,7 +128,7 @@ def test_one_step_strategies_lose_no_step(case, strategy):
         set_training(optimizer)
         set_training(fresh)
         seen = []
-        steps.observers.append(lambda: seen.append(read_second_moment(optimizer, parameter).clone()))
+        steps.on_written = lambda _: seen.append(read_second_moment(optimizer, parameter).clone())
         step_at(optimizer, parameter, gradient, 1e-2)
         v0 = 2.0 * gradient.square()
         if strategy == "random":

@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_v0init import InputError, V0DiagnosticsCallback, V0InitArguments
+from hf_v0init import InputError, V0InitArguments
 
 from ...records.checkpoints import begin_save, complete_save, delete_checkpoint, delete_old_checkpoints
 from ...records.model_card import add_v0_section
@@ -36,7 +36,6 @@ logger = logging.getLogger("hf_v0init")
 SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
-DIAGNOSTICS = {"generator": "v0_diagnostics.json", "discriminator": "v0_diagnostics_discriminator.json"}
 V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
 
 
@@ -136,12 +135,10 @@ class GanRun:
         if self.accelerator.is_main_process:
             callbacks.append(PrinterCallback() if self.training.disable_tqdm else ProgressCallback())
         self.callbacks = CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
-        self.diagnostics: dict[str, V0DiagnosticsCallback] = {}
         if self.training.v0_record_run:  # what `hf-v0init compare` reads
             self.run_record = RunRecordCallback()
-            self.diagnostics = {name: V0DiagnosticsCallback(file_name=file) for name, file in DIAGNOSTICS.items()}
             # the record comes first, so that its clock starts before v0 is computed
-            self.callbacks.callbacks = [self.run_record, *callbacks, *self.diagnostics.values()]
+            self.callbacks.callbacks = [self.run_record, *callbacks]
 
     def _call(self, event: str, **options) -> None:
         getattr(self.callbacks, event)(self.training, self.state, self.control, **options)
@@ -225,14 +222,9 @@ class GanRun:
         self.accelerator.backward(loss)
         if self.training.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.networks[name].parameters(), self.training.max_grad_norm)
-        watched, optimizer = self.diagnostics.get(name), self.optimizers[name]
-        if watched is not None:
-            watched.on_pre_optimizer_step(self.training, self.state, self.control, optimizer=optimizer)
-        optimizer.step()
-        if watched is not None:
-            watched.on_optimizer_step(self.training, self.state, self.control, optimizer=optimizer)
+        self.optimizers[name].step()
         self.schedules[name].step()
-        optimizer.zero_grad()
+        self.optimizers[name].zero_grad()
 
     def _log_losses(self) -> None:
         means = (self.accelerator.reduce(self._sums, reduction="mean") / self._num_summed).tolist()
