@@ -131,7 +131,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
                 f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-* folder, or 'true' "
                 "for the last one of --output_dir"
             )
-        require_valid(wanted, list_checkpoints(Path(wanted).absolute().parent))
+        require_valid(wanted)
     elif continues:
         was_asked_for = wanted is not None
         wanted, skipped = find_newest_valid(checkpoints)

@@ -6,16 +6,15 @@ model and optimizer -> a checkpoint is loaded -> `on_train_begin` decides (see `
 
 import contextlib
 import copy
-import inspect
 import logging
-import os
+from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError
 from ..initialization.plan import require_materialised
-from ..records.model_card import add_task_and_metrics, add_v0_section, infer_metrics, infer_task, list_tags
+from ..records.model_card import add_v0_section, infer_task
 from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
@@ -138,20 +137,13 @@ class V0InitMixin:
             self._v0_callback.write_record(folder, with_state=with_state)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the Trainer's model card with the v0 section, its tags, task and metrics."""
-        write_card = super().create_model_card
-        given = inspect.signature(write_card).bind_partial(*args, **kwargs).arguments
-        tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
-        own = list_tags(self._v0_callback.get_record())
-        write_card(**given | {"tags": tags + [tag for tag in own if tag not in tags]})
-        path = os.path.join(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            task = given.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
-            text = add_task_and_metrics(text, task, infer_metrics(self.state.log_history))
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(add_v0_section(text, self._v0_callback.get_record()))
+        """Write the Trainer's model card with the v0 section, its tags and the task."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and path.is_file():
+            task = kwargs.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
+            text = add_v0_section(path.read_text(encoding="utf-8"), self._v0_callback.get_record(), task)
+            path.write_text(text, encoding="utf-8")
 
     def _choose_optimizer(self, was_passed: bool = False) -> None:
         """Take the optimizer class and arguments from `v0_optimizer`, if it is set."""
