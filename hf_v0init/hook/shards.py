@@ -9,12 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..initialization.plan import name_parameters
 from ..initialization.strategies import is_eligible
 from ..initialization.summary import describe_not_finite
 from ..second_moment.state import SecondMoment
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor
+from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters
 from ..sharding.tensor_statistics import compute_figures
 
 logger = logging.getLogger("hf_v0init")

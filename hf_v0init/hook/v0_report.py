@@ -6,7 +6,7 @@ import math
 import torch
 
 from ..errors import InputError
-from ..initialization.plan import NOTHING_TO_WRITE
+from ..initialization.per_sample import NOTHING_TO_WRITE
 from ..initialization.summary import add_parameters
 from ..records.report import V0Report, collect_versions
 from ..second_moment.state import SecondMoment

@@ -16,6 +16,11 @@ def clean_parameter_name(name: str) -> str:
     return _WRAPPER_PREFIXES.sub("", name)
 
 
+def name_parameters(model: nn.Module | None) -> dict[int, str]:
+    """Return id of a parameter -> its name without the prefixes of wrappers; of a shared one the first name."""
+    return {} if model is None else {id(p): clean_parameter_name(name) for name, p in model.named_parameters()}
+
+
 @dataclass(frozen=True)
 class Fragment:
     """What this process holds of a tensor that is partitioned flat: elements `start` and on of the flattened whole.

@@ -32,7 +32,7 @@ from ..second_moment.state import SecondMoment
 from ..settings import AUTO, TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
-from .per_sample import write_per_sample_v0
+from .per_sample import write_trainers_v0
 from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
 from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
 from .supported_runs import require_measurable, require_supported_run
@@ -378,7 +378,7 @@ class V0InitCallback(TrainerCallback):
 
     def _run_pass(self, start: "_Start") -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        report = write_per_sample_v0(self._trainer, start.plan, SecondMoment(start.optimizer))
+        report = write_trainers_v0(self._trainer, start.plan, start.optimizer)
         report.add_expectation(start.max_steps)
         return report
 

@@ -13,7 +13,6 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError
-from ..initialization.plan import require_materialised
 from ..records.model_card import add_v0_section, infer_task
 from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
@@ -83,8 +82,6 @@ class V0InitMixin:
             ) from error
         if self.v0_arguments.v0_init != "zeros":
             require_supported_run(self)
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there weights may still be on their way
-                require_materialised(self.model)
             # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
             if type(optimizer).__name__ != "DummyOptim":
                 self._v0_callback.attach_to(optimizer, self.model)

@@ -33,15 +33,6 @@ def require_supported_run(trainer) -> None:
             )
 
 
-def require_supported_pass(trainer) -> None:
-    """Raise `InputError` if the paper's pass before training cannot run in this set-up."""
-    if trainer.args.n_gpu > 1:
-        raise InputError(
-            f"v0_estimator=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
-            "GPU with `accelerate launch` or `torchrun`, or use v0_estimator=minibatch (the default)"
-        )
-
-
 # Their `step` does nothing, or their parameters move while gradients are being made.
 STEP_IN_BACKWARD = ("Lomo", "AdaLomo", "LayerWiseDummyOptimizer")
 

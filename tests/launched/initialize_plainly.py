@@ -109,7 +109,7 @@ def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
         loss_fn=loss_fn,
         accelerator=accelerator,
         v0_seed=3,
-        batches_per_step=4 // accelerator.num_processes,
+        effective_batch_size=16,
         **options,
     )
     moments = {name.removeprefix("module."): read_second_moment(optimizer, p) for name, p in model.named_parameters()}

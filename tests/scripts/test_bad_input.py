@@ -75,21 +75,6 @@ def sgd():
     return {"model": model, "kwargs": {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}}
 
 
-class LeftWhereItIs(V0InitTrainer):
-    """As under device maps and deferred initialisation: the Trainer does not move the model."""
-
-    def _move_model_to_device(self, model, device):
-        pass
-
-
-def on_meta():
-    model = make_gpt2()
-    with torch.device("meta"):
-        model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(torch.empty(16, 64))
-    optimizer = torch.optim.AdamW(model.parameters())
-    return {"model": model, "kwargs": {"optimizers": (optimizer, None)}, "trainer_class": LeftWhereItIs}
-
-
 def nothing_to_initialise():
     model = make_gpt2()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1])
@@ -100,7 +85,7 @@ class LossOf(V0InitTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * float(self.args.run_name) if self.calls == 8 else loss  # four for a look at three samples
+        return loss * float(self.args.run_name) if self.calls == 4 else loss
 
 
 class GradientOf(V0InitTrainer):
@@ -113,9 +98,8 @@ RUNS = [
     ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
     ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
     ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
-    ("meta device", {**on_meta(), "v0_init": "random"}, ["meta device", "'transformer.h.1.mlp.c_fc.weight'"]),
     ("no matrices", {**nothing_to_initialise(), "v0_init": "random", "v0_decay": "beta2"}, ["v0_include_bias_and_norm=True"]),
-    ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "v0_init=random"]),
+    ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "minibatch"]),
     ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", **PER_SAMPLE}, ["loss is nan in batch 3"]),
     ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", **PER_SAMPLE}, ["loss is inf in batch 3"]),
     ("gradient NaN", {"trainer_class": GradientOf, "v0_init": "data_driven"}, ["gradient of parameter", "is not finite"]),
