@@ -232,22 +232,17 @@ class V0InitArguments:
         ):
             if getattr(self, name) is not None:
                 _require_choice(name, getattr(self, name), allowed)
-        _require_count("v0_num_samples", self.v0_num_samples, "5000 samples is the paper's number")
-        _require_count("v0_stats_batch_size", self.v0_stats_batch_size, "1 is exact")
-        _require_count("v0_estimation_steps", self.v0_estimation_steps, "leave it out for the default")
+        for name in ("v0_num_samples", "v0_stats_batch_size", "v0_estimation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be a whole number >= 1")
         if self.v0_scale is not None:
-            require_scale(_require_number("v0_scale", self.v0_scale))
-        if self.v0_decay_steps is not None and self.v0_decay_steps != AUTO:
+            require_scale(self.v0_scale)
+        if self.v0_decay_steps not in (None, AUTO):
             require_decay_steps(self.v0_decay_steps)
-        if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
-            raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
-        if self.v0_init == "zeros":
-            self._require_nothing_to_decay()
+        if self.v0_init != "zeros":
+            self._require_preset()
+            self._require_consistent()
             return
-        self._require_preset()
-        self._require_consistent()
-
-    def _require_nothing_to_decay(self) -> None:
         for name in ("v0_decay_steps", "v0_estimation_steps"):
             if getattr(self, name) is not None:
                 raise InputError(
@@ -349,17 +344,6 @@ class V0InitArguments:
 def _require_choice(name: str, value: Any, allowed) -> None:
     if value not in allowed:
         raise InputError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
-
-
-def _require_count(name: str, value: Any, remedy: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}={value}: must be a whole number >= 1; {remedy}")
-
-
-def _require_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name}={value!r}: must be a number")
-    return float(value)
 
 
 def read_v0_arguments(arguments: Any) -> V0InitArguments:

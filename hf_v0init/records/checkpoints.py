@@ -95,7 +95,7 @@ def complete_save(folder: str | os.PathLike) -> None:
         for name in names:
             _sync(Path(parent, name))
         _sync(parent)
-    os.remove(Path(folder, MARK))
+    Path(folder, MARK).unlink(missing_ok=True)
     _sync(folder)
     _sync(Path(folder).absolute().parent)
 

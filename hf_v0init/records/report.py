@@ -5,9 +5,12 @@ import functools
 import json
 import logging
 import os
+import pickle
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
@@ -15,7 +18,7 @@ from ..method.multiplier import compute_multiplier_table, compute_washout_warnin
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
-DECAY_FILE = "v0_decay.safetensors"  # in checkpoints that are saved while v0 decays linearly
+DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while v0 decays linearly
 
 MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does not decay is worth a warning
 
@@ -193,18 +196,10 @@ def read_report(folder: str | os.PathLike) -> dict | None:
 
 
 def write_decay_state(state: dict, folder: str | os.PathLike) -> None:
-    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.safetensors` into `folder`, whole or not at all."""
-    from safetensors.torch import save_file
-
+    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
     path = Path(folder) / DECAY_FILE
     aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
-    tensors, numbers = {}, {key: value for key, value in state.items() if key != "held"} | {"held": {}}
-    for name, entry in state["held"].items():
-        numbers["held"][name] = {key: value for key, value in entry.items() if key not in ("rows", "columns")}
-        for key in ("rows", "columns"):
-            if key in entry:
-                tensors[f"{key}.{name}"] = entry[key].detach().cpu().contiguous()
-    save_file(tensors, aside, metadata={"state": json.dumps(numbers)})
+    torch.save(state, aside)
     os.replace(aside, path)
 
 
@@ -214,20 +209,13 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
     Raises:
         InputError: the file is there but is not whole.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(folder) / DECAY_FILE
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                key, _, parameter = name.partition(".")
-                state["held"][parameter][key] = file.get_tensor(name)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is damaged ({error}): resume from another checkpoint") from error
-    return state
 
 
 def collect_versions() -> dict[str, str]:

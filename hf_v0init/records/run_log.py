@@ -70,11 +70,6 @@ class RunRecordCallback(TrainerCallback):
         if len(self._fingerprint["batches"]) == NUM_BATCHES:
             self._write_fingerprint()
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Forget the batches that were looked at before the first step, to measure how long to hold back."""
-        if self._fingerprint is not None and state.global_step == 0:
-            self._fingerprint["batches"].clear()
-
     def on_step_begin(self, args, state, control, **kwargs):
         """Take the fingerprint of the random state before the first step."""
         if self._fingerprint is not None and self._fingerprint["rng"] is None:

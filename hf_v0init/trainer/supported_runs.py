@@ -15,8 +15,6 @@ def require_supported_run(trainer) -> None:
             "v0_init under FSDP1 (fsdp_version 1) is not possible: its parameters are one-dimensional pieces without rows and "
             "columns; use FSDP2 (fsdp_version: 2 in the accelerate config or fsdp_config), or v0_init=zeros"
         )
-    if getattr(trainer, "is_fsdp_xla_enabled", False):
-        raise InputError("v0_init under FSDP of torch_xla is not supported: use FSDP2 of torch, or v0_init=zeros")
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for owner, name, what in (

@@ -193,7 +193,7 @@ def kill_at_file_operation(trainer, report, save: int, operation: int) -> None:
     transformers.modeling_utils.safe_save_file = halfway(transformers.modeling_utils.safe_save_file)
     builtins.open = before(builtins.open, writes)
     os.replace = before(os.replace, lambda *args, **kwargs: True)
-    os.remove = before(os.remove, lambda path, *args, **kwargs: os.path.basename(path) == MARK)
+    os.unlink = before(os.unlink, lambda path, *args, **kwargs: os.path.basename(path) == MARK)
     log_save_evaluate = trainer._maybe_log_save_evaluate  # from the mark to its end, once per step
 
     def counted(*args, **kwargs):

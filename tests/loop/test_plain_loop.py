@@ -429,7 +429,6 @@ BAD = [
     ({"v0_scale": -1.0}, "v0_scale=-1|scale=-1"),
     ({"v0_scale": 1.0, "v0_decay_steps": 5}, "v0_scale=1.0 and v0_decay_steps=5 both"),
     ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is not a number of optimizer steps yet: give max_steps"),
-    ({"v0_seed": -1}, "v0_seed=-1"),
     ({"v0_num_samples": 0}, "v0_num_samples=0"),
     ({"batches": []}, "batches is empty"),
     ({"batches": [make_data(8)[:]]}, "^the 8 samples of .* fit into one batch, so their spread is not known; .* at most 4"),
