@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..sharding.processes import add_over_processes, fail_together, get_rank_and_world_size
-from ..state_guard import defer_interrupts, preserve_model, preserve_rng, raise_if_interrupted, seed_everything
+from ..state_guard import preserve_model, preserve_rng, raise_if_interrupted, seed_everything
 from .batches import SampleBatch, compute_batch_seed
 
 FP16_LOSS_SCALE = 1024.0  # keeps gradients in fp16 out of the subnormal range; divided out again
@@ -85,7 +85,7 @@ def estimate_grad_sq_mean(
     """
     start = time.perf_counter()
     sums = _Sums(named_parameters)
-    with fail_together(), defer_interrupts(), preserve_rng(), preserve_model(model, other_parameters):
+    with fail_together(), preserve_rng(), preserve_model(model, other_parameters):
         if not model.training:
             model.train()
         versions = {name: parameter._version for name, parameter in named_parameters}

@@ -71,7 +71,9 @@ def require_valid(folder: str | os.PathLike) -> None:
     if defect is not None:
         newest, _ = find_newest_valid(list_checkpoints(Path(folder).absolute().parent))
         instead = f"; the newest valid checkpoint is {newest}" if newest else ""
-        raise InputError(f"Can't find a valid checkpoint at {folder}: {defect}{instead}")  # begins as the Trainer's does
+        raise InputError(
+            f"Can't find a valid checkpoint at {folder}: {defect}{instead}"
+        )  # begins as the Trainer's does
 
 
 def describe_skipped(skipped: dict[str, str], newest: str | None) -> str:

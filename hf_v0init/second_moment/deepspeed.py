@@ -55,7 +55,12 @@ def require_supported_config(config: dict) -> None:
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise InputError(f"v0_init under DeepSpeed with zero_optimization.stage={stage} is not supported; {_REMEDY}")
-    for key, place in (("fp16", config), ("torch_autocast", config), ("offload_optimizer", zero), ("offload_param", zero)):
+    for key, place in (
+        ("fp16", config),
+        ("torch_autocast", config),
+        ("offload_optimizer", zero),
+        ("offload_param", zero),
+    ):
         settings = place.get(key) or {}
         if settings.get("enabled") is True or settings.get("device") not in (None, "none"):
             raise InputError(

@@ -176,19 +176,6 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def view_flat(tensor: torch.Tensor) -> torch.Tensor | None:
-    """View a tensor as one dimension, in the order of its memory; None if it is not dense."""
-    try:
-        return tensor.detach().permute(order_of_memory(tensor)).view(-1)
-    except RuntimeError:
-        return None
-
-
-def order_of_memory(tensor: torch.Tensor) -> list[int]:
-    """Return the dimensions from the farthest apart in memory to the closest."""
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
-
-
 def split_rows(tensor: torch.Tensor, max_numel: int) -> tuple[torch.Tensor, ...]:
     """Cut a tensor into views of whole rows (indices of its first dimension), each of at most `max_numel` elements or one row."""
     if tensor.dim() == 0 or tensor.numel() <= max_numel:

@@ -10,11 +10,9 @@ import logging
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError
 from ..records.model_card import add_v0_section, infer_task
-from ..records.report import read_report
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
 from ..second_moment.state import SecondMoment, unwrap_optimizer
@@ -112,26 +110,11 @@ class V0InitMixin:
             self._run_record.record_batches(batches[0])
         return batches
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """Load as the Trainer does; a damaged record is an error before any time is spent."""
-        if checkpoint is not None and self.v0_arguments.v0_init != "zeros":
-            read_report(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        self._write_record_beside_model(output_dir or self.args.output_dir, with_state=_internal_call)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
-        if self.args.hub_strategy != HubStrategy.END:
-            self._write_record_beside_model(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _write_record_beside_model(self, folder: str, with_state: bool = False) -> None:
         if self.args.should_save:
-            self._v0_callback.write_record(folder, with_state=with_state)
+            self._v0_callback.write_record(output_dir or self.args.output_dir, with_state=_internal_call)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the Trainer's model card with the v0 section, its tags and the task."""

@@ -73,7 +73,9 @@ def _choose_samples(trainer, num_samples: int, seed: int) -> tuple[Iterable, Cal
     """Choose samples as numbers, or take the first ones of a stream; with what makes the loss's inputs of some."""
     dataset = getattr(trainer, "get_v0_dataset", lambda: trainer.train_dataset)()  # segments bring their context along
     collate = copy.deepcopy(trainer.data_collator)
-    if hasattr(dataset, "remove_columns") and not _is_stream(dataset):  # of `datasets`, whose unused columns the Trainer removes itself
+    if hasattr(dataset, "remove_columns") and not _is_stream(
+        dataset
+    ):  # of `datasets`, whose unused columns the Trainer removes itself
         dataset = trainer._remove_unused_columns(dataset, description="training")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")

@@ -102,7 +102,9 @@ class SafeCheckpointsMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        if self._is_saving:  # the arguments have been saved, and the Trainer would delete before this checkpoint is complete
+        if (
+            self._is_saving
+        ):  # the arguments have been saved, and the Trainer would delete before this checkpoint is complete
             self.args.save_total_limit = None
 
     def _complete_save(self) -> None:

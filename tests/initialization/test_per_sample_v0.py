@@ -52,7 +52,9 @@ def test_v0_is_the_scaled_mean_square_and_all_else_starts_at_zero():
         v0 = read_second_moment(optimizer, p)
         assert (v0 is None) == (name not in expected)
         if v0 is not None:
-            assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} and not optimizer.state[p]["exp_avg"].any()
+            assert (
+                set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"} and not optimizer.state[p]["exp_avg"].any()
+            )
             torch.testing.assert_close(v0, 8.0 * expected[name], rtol=1e-5, atol=1e-12)
     assert report.measured_ratio > 8.0
     assert (report.scale, report.seed, report.num_samples, report.estimator) == (8.0, 4, 9, "per_sample")
@@ -76,7 +78,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_nothing_is_written(optimiz
     model = make_model()
     model[2].weight.register_hook(lambda gradient: gradient * float("nan"))
     optimizer = optimizer_class(model.parameters())
-    with pytest.raises(InputError, match="'2.weight' is not finite"):
+    with pytest.raises(InputError, match=r"'2\.weight' is not finite"):
         write(optimizer, model)
     assert SecondMoment(optimizer).is_untouched()
 

@@ -12,13 +12,12 @@ import torch
 import transformers.modeling_utils
 from conftest import make_gpt2, make_sequences
 from tqdm.auto import tqdm
-from trainers import make_trainer, weights_of
+from trainers import is_untouched, make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
 from hf_v0init.records.checkpoints import MARK, find_defect, list_checkpoints
-from hf_v0init.second_moment.state import is_untouched
 
 PAUSE = 0.004  # seconds that a batch of the pass takes at least, so that a kill can meet it
 

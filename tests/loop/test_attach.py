@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from trainers import is_untouched
 
 from hf_v0init import InputError, attach_v0, compute_multiplier, compute_scale_for_warmup, read_second_moment
 from hf_v0init.method.defaults import DEFAULT_SCALE
-from hf_v0init.second_moment.state import is_untouched
 
 
 def make_network(dtype=torch.float32) -> nn.Module:

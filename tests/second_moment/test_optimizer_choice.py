@@ -98,7 +98,10 @@ def test_an_optimizer_passed_to_the_trainer_excludes_it(tmp_path):
 
 
 def test_what_the_constructor_refuses_is_one_line_before_any_training(tmp_path):
-    for given, words in (("momentum=0.5", "momentum must not be 0.5"), ("lr_rate=3", "unexpected keyword argument 'lr_rate'")):
+    for given, words in (
+        ("momentum=0.5", "momentum must not be 0.5"),
+        ("lr_rate=3", "unexpected keyword argument 'lr_rate'"),
+    ):
         trainer = make_trainer(tmp_path, v0_optimizer=f"{HERE}:NoDecay", optim_args=given)
         before = weights_of(trainer)
         with pytest.raises(InputError, match=f"NoDecay' cannot be built with .*{words}"):

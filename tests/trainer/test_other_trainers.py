@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, make_gpt2, make_sequences
 from reference import per_sample_gradients
 from torch import nn
-from trainers import Recorder, assert_equal_weights, make_arguments, make_trainer, record, train, weights_of
+from trainers import Recorder, assert_equal_weights, make_arguments, make_trainer, record, train
 from transformers import Trainer, TrainerCallback
 
 from hf_v0init import InputError, V0InitCallback, V0InitTrainer

@@ -10,8 +10,8 @@ from conftest import make_gpt2
 from trainers import assert_equal_weights, make_trainer, train
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from hf_v0init.records.checkpoints import begin_save
 from hf_v0init import InputError, V0InitMixin, V0InitTrainer
+from hf_v0init.records.checkpoints import begin_save
 
 RUN = {
     "max_steps": 4,
