@@ -89,7 +89,8 @@ def require_sole_choice(spec: str, arguments, was_passed: bool) -> None:
     if was_passed:
         raise InputError(f"v0_optimizer={spec!r} and an optimizer passed to the Trainer: give one")
     if arguments.optim != _read_default(arguments, "optim"):
-        raise InputError(f"v0_optimizer={spec!r} and optim={arguments.optim} both name the optimizer: give one")
+        optim = getattr(arguments.optim, "value", arguments.optim)
+        raise InputError(f"v0_optimizer={spec!r} and optim={optim} both name the optimizer: give one")
 
 
 def _read_default(arguments, name: str) -> Any:
