@@ -82,13 +82,11 @@ class SteppedShards:
             )
         local = [get_local_part(gradient.detach()) for gradient in gradients]
         kinds = torch.zeros(len(gradients), dtype=torch.int64)
-        by_device: dict[torch.device, list[int]] = {}
-        for place, part in enumerate(local):
-            if part.numel():
-                by_device.setdefault(part.device, []).append(place)
-        for places in by_device.values():
-            extremes = [torch.stack(torch.aminmax(local[place])).float() for place in places]
-            values = torch.stack(extremes).abs().amax(1).cpu()  # one wait per device
+        places = [place for place, part in enumerate(local) if part.numel()]
+        if places:
+            device = local[places[0]].device  # one that is waited for once
+            extremes = [torch.stack(torch.aminmax(local[place])).float().to(device) for place in places]
+            values = torch.stack(extremes).abs().amax(1).cpu()
             kinds[places] = torch.where(values.isfinite(), (values > 0).long() * USABLE, NOT_FINITE)
         if self.is_sharded() and dist.is_initialized() and dist.get_world_size() > 1:
             on_device = kinds.to(local[0].device) if local else kinds

@@ -16,10 +16,7 @@ def take_elements(tensor: torch.Tensor | Fragment, numel: int | None = None) -> 
     """Take, of about 4,096 evenly spaced elements of the whole tensor (of `numel`), those that this process holds, in fp32."""
     local = get_local_part(tensor).detach()
     spacing = max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)
-    if local.is_contiguous():
-        return local.view(-1)[::spacing].float()
-    places = torch.arange(0, local.numel(), spacing, device=local.device)
-    return local[torch.unravel_index(places, local.shape)].float()
+    return local.reshape(-1)[::spacing].float()
 
 
 def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | None:

@@ -196,7 +196,7 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+        raise InputError(f"{path} is damaged: resume from another checkpoint") from error
 
 
 def collect_versions() -> dict[str, str]:

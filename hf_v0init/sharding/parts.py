@@ -176,13 +176,6 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def split_rows(tensor: torch.Tensor, max_numel: int) -> tuple[torch.Tensor, ...]:
-    """Cut a tensor into views of whole rows (indices of its first dimension), each of at most `max_numel` elements or one row."""
-    if tensor.dim() == 0 or tensor.numel() <= max_numel:
-        return (tensor,)
-    return tensor.split(max(1, max_numel // max(1, math.prod(tensor.shape[1:]))))
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter of `model` is spread over processes (a DTensor), so that its passes are collective."""
     return any(is_dtensor(parameter) for parameter in model.parameters())

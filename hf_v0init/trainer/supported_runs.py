@@ -31,20 +31,11 @@ def require_supported_run(trainer) -> None:
             )
 
 
-# Their `step` does nothing, or their parameters move while gradients are being made.
-STEP_IN_BACKWARD = ("Lomo", "AdaLomo", "LayerWiseDummyOptimizer")
-
-
 def require_measurable(optimizer) -> None:
     """Raise `InputError` if the trust radius of Adam's first update says nothing about this optimizer's."""
     inner = unwrap_optimizer(optimizer)
-    name = type(inner).__name__
-    if name in STEP_IN_BACKWARD:
-        raise InputError(
-            f"untuned_warmup=trust_radius with {name}, which moves the weights during the backward pass: give --warmup_steps"
-        )
     if not any("betas" in group or "beta2" in group for group in inner.param_groups):
         raise InputError(
-            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {name} is no optimizer of its kind (no "
+            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer of its kind (no "
             "beta2): give --warmup_steps"
         )

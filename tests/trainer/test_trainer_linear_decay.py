@@ -89,7 +89,7 @@ def test_a_checkpoint_without_what_v0_needs_is_refused(straight, tmp_path):
     with pytest.raises(InputError, match=r"lacks v0_decay\.pt"):
         make(tmp_path / "a", by_callback, strategy).train(resume_from_checkpoint=str(copied))
     (copied / "v0_decay.pt").write_bytes(b"half a file")
-    with pytest.raises(InputError, match=r"v0_decay\.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"v0_decay\.pt is damaged"):
         make(tmp_path / "b", by_callback, strategy).train(resume_from_checkpoint=str(copied))
 
 
