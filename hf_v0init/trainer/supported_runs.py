@@ -36,6 +36,6 @@ def require_measurable(optimizer) -> None:
     inner = unwrap_optimizer(optimizer)
     if not any("betas" in group or "beta2" in group for group in inner.param_groups):
         raise InputError(
-            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer of its kind (no "
-            "beta2): give --warmup_steps"
+            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer of its "
+            "kind (no beta2): give --warmup_steps"
         )
