@@ -24,7 +24,6 @@ The contract:
 """
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Callable
@@ -178,9 +177,6 @@ class V0Hook:
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.plan = self.plan if plan is None else plan
         self.shards.include_bias_and_norm = self.plan.include_bias_and_norm
-        steps = self.plan.decay_steps
-        if isinstance(steps, float) and self.max_steps:
-            self.plan = replace(self.plan, decay_steps=math.ceil(steps * self.max_steps))
         length = self.plan.decay_steps if self.plan.decay == "linear" else None
         if isinstance(length, int) and self.max_steps and length > self.max_steps:
             logger.warning(

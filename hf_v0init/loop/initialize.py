@@ -1,17 +1,4 @@
-"""The paper's per-sample estimation for a training loop without a Trainer: E[g^2] over the loop's own batches, before training (eq. 10).
-
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, accelerator=accelerator)
-    for batch in loader: ...                        # as ever
-
-`attach_v0` needs no pass, no batches and no loss function; this is for those who want the paper's statistic.
-
-Call it when model and optimizer are prepared and nothing has been trained; after a resume the checkpoint's state stands, so
-do not call it then (it refuses). Nothing but the optimizer's second moment changes: weights, buffers, modes, gradients, random
-states and the order of a `DataLoader` given as `batches` are as before, also after an exception.
-
-Under DDP each process gives its own batches, as accelerate's loaders do, and v0 is that of all of them together.
-"""
+"""The paper's per-sample estimation (eq. 10) for a training loop without a Trainer, over the loop's own batches."""
 
 import contextlib
 import itertools
@@ -58,6 +45,12 @@ def initialize_v0(
     max_steps: int | None = None,
 ) -> V0Report:
     """Give an optimizer's second moment the paper's data-driven v0, scale * E[g^2] of single samples, before its first step.
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, accelerator=accelerator)
+
+    `attach_v0` needs no pass and no batches. Nothing but the second moment changes, also when an exception passes. Under DDP each
+    process gives its own batches, and v0 is that of all of them together.
 
     Args:
         optimizer: torch's or another's with a second moment, plain or prepared by accelerate.
