@@ -45,7 +45,7 @@ from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
-from .v0_report import add_written, begin_report, require_possible
+from .v0_report import add_written, begin_decays_report, require_possible
 
 logger = logging.getLogger("hf_v0init")
 
@@ -261,7 +261,7 @@ class V0Hook:
 
     def _finish(self, written: list[ParamShard]) -> None:
         """Make the report, once all parameters that had a gradient have a v0 (ZeRO: after its last flat tensor)."""
-        report = begin_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
+        report = begin_decays_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
         add_written(report, written, self.shards, self.decay)
         self._draft = report
         self._unreported = [shard for shard in self._unreported if shard not in written]

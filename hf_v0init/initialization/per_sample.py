@@ -1,6 +1,5 @@
 """The paper's v0 from E[g^2] of single samples (eq. 10), by a pass before training, into an optimizer before its first step."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,13 +9,12 @@ from torch import nn
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
 from ..estimation.per_sample import estimate_grad_sq_mean
-from ..records.report import V0Report, collect_versions
+from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, is_sharded, name_parameters
-from ..sharding.processes import get_rank_and_world_size
 from .strategies import is_eligible
-from .summary import add_parameters
+from .summary import add_parameters, begin_report
 
 USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
 NOTHING_TO_WRITE = (
@@ -68,29 +66,10 @@ def write_per_sample_v0(
         effective_batch_size=effective_batch_size,
         other_parameters=other_parameters,
     )
-    report = V0Report(
-        strategy="data_driven",
-        scale=scales[0],
-        seed=seed,
-        decay=plan.decay,
-        decay_steps=plan.decay_steps,
-        estimator="per_sample",
-        optimizer=moments.name,
-        beta2=moments.read_beta2(chosen[0].group),
-        num_samples_requested=plan.num_samples,
-        num_samples=estimate.num_samples,
-        num_batches=estimate.num_batches,
-        num_skipped=estimate.num_skipped,
-        stats_batch_size=batch_size,
-        effective_batch_size=effective_batch_size,
-        include_bias_and_norm=plan.include_bias_and_norm,
-        mean_loss=estimate.mean_loss,
-        num_parameters_without_v0=len(skipped),
-        num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in skipped),
-        num_processes=get_rank_and_world_size()[1],
-        versions=collect_versions(),
-        seconds=estimate.seconds,
-    )
+    report = begin_report(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
+    report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
+    report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
+    report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
     tensors = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in chosen]
     add_parameters(report, tensors, False, scales)
     report.without_gradient = [name for name, numbers in report.parameters.items() if numbers["max"] == 0.0]
