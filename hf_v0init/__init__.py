@@ -8,7 +8,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__getattr__`
-    from .diagnostics.callback import V0DiagnosticsCallback as V0DiagnosticsCallback
+    from .diagnostics import V0DiagnosticsCallback as V0DiagnosticsCallback
     from .errors import InputError as InputError
     from .estimation.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
     from .hook import attach_v0 as attach_v0
@@ -43,7 +43,7 @@ _HOME = {
     "V0InitTrainer": "trainer.mixin",
     "V0InitSeq2SeqTrainer": "trainer.mixin",
     "SafeCheckpointsMixin": "trainer.safe_checkpoints",
-    "V0DiagnosticsCallback": "diagnostics.callback",
+    "V0DiagnosticsCallback": "diagnostics",
     "attach_v0": "hook",
     "initialize_v0": "loop.initialize",
     "measure_trust_radius": "estimation.trust_radius",

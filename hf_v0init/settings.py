@@ -3,6 +3,7 @@
 What the user wrote stays as it was written; `V0InitArguments.resolve` gives the frozen `V0Plan` that a run follows.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -87,6 +88,11 @@ class V0Plan:
         return compute_scale_for_warmup(self.decay_steps, beta2)
 
 
+def _flag(text: str, default: Any = None, choices: Sequence[str] = ()) -> Any:
+    """Make a dataclass field that `HfArgumentParser` shows with this help."""
+    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
+
+
 @dataclass
 class V0InitArguments:
     """How Adam's second moment starts. Equations: Abuduweili & Liu, arXiv 2412.02153; the linear decay is `method.decay`.
@@ -95,123 +101,82 @@ class V0InitArguments:
         InputError: (a ValueError) naming the value, what is allowed and the remedy.
     """
 
-    v0_init: str = field(
+    v0_init: str = _flag(
+        "Start of Adam's second moment, in place of a learning-rate warmup: 'zeros' (stock Adam), 'data_driven' (from the "
+        "mean of g^2, see --v0_estimator; eq. 10), 'random' (chi^2_1 draws, eq. 11) or 'first_gradient' (from g^2 of the first "
+        "step). Default: zeros.",
         default="zeros",
-        metadata={
-            "help": "Start of Adam's second moment, in place of a learning-rate warmup: 'zeros' (stock Adam), 'data_driven' (from the "
-            "mean of g^2, see --v0_estimator; eq. 10), 'random' (chi^2_1 draws, eq. 11) or 'first_gradient' (from g^2 of the first "
-            "step). Default: zeros.",
-            "choices": list(STRATEGIES),
-        },
+        choices=STRATEGIES,
     )
-    v0_decay: str | None = field(
-        default=None,
-        metadata={
-            "help": "How v0 leaves the second moment. 'linear': so that the step grows linearly over --v0_decay_steps, while the "
-            "schedule stays at its peak; the size of v0 follows. 'beta2': forgotten by Adam's beta2 alone, as in the paper, with "
-            "a size set by --v0_scale or --v0_decay_steps. Default: linear; beta2 where --v0_scale, --v0_preset or "
-            "--v0_estimator per_sample is given.",
-            "choices": list(DECAYS),
-        },
+    v0_decay: str | None = _flag(
+        "How v0 leaves the second moment. 'linear': so that the step grows linearly over --v0_decay_steps, while the "
+        "schedule stays at its peak; the size of v0 follows. 'beta2': forgotten by Adam's beta2 alone, as in the paper, with "
+        "a size set by --v0_scale or --v0_decay_steps. Default: linear; beta2 where --v0_scale, --v0_preset or "
+        "--v0_estimator per_sample is given.",
+        choices=DECAYS,
     )
-    v0_decay_steps: StepCount | None = field(
-        default=None,
-        metadata={
-            "help": "For how many optimizer steps v0 acts; below 1, as with --warmup_steps, a fraction of training. 'auto': measured "
-            "in the first step, between a third and two thirds of training (--probe_only prints it). With --v0_decay beta2: v0 is "
-            "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with "
-            "linear, none with beta2."
-        },
+    v0_decay_steps: StepCount | None = _flag(  # noqa: RUF009 (no call that makes a shared default)
+        "For how many optimizer steps v0 acts; below 1, as with --warmup_steps, a fraction of training. 'auto': measured "
+        "in the first step, between a third and two thirds of training (--probe_only prints it). With --v0_decay beta2: v0 is "
+        "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with "
+        "linear, none with beta2.",
     )
-    v0_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": "With --v0_decay beta2: sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven "
-            "and first_gradient. Excludes --v0_decay_steps."
-        },
+    v0_scale: float | None = _flag(
+        "With --v0_decay beta2: sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven "
+        "and first_gradient. Excludes --v0_decay_steps.",
     )
-    v0_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "'paper': the settings of arXiv 2412.02153: --v0_decay beta2, --v0_estimator per_sample over 5,000 samples, scale "
-            "1 for data_driven and 100 for random, the schedule as given. 'authors_code': what their released code does instead "
-            "(random twice as large, one-dimensional tensors too). Other flags must not contradict it. Default: none.",
-            "choices": list(PRESETS),
-        },
+    v0_preset: str | None = _flag(
+        "'paper': the settings of arXiv 2412.02153: --v0_decay beta2, --v0_estimator per_sample over 5,000 samples, scale "
+        "1 for data_driven and 100 for random, the schedule as given. 'authors_code': what their released code does instead "
+        "(random twice as large, one-dimensional tensors too). Other flags must not contradict it. Default: none.",
+        choices=tuple(PRESETS),
     )
-    v0_estimator: str | None = field(
-        default=None,
-        metadata={
-            "help": "Whose square data_driven takes: 'minibatch', of the gradients of the run's own first steps as Adam sees them "
-            "(accumulated, reduced, unscaled, clipped; --v0_estimation_steps), or 'per_sample', of single training samples by a pass "
-            "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: minibatch.",
-            "choices": list(ESTIMATORS),
-        },
+    v0_estimator: str | None = _flag(
+        "Whose square data_driven takes: 'minibatch', of the gradients of the run's own first steps as Adam sees them "
+        "(accumulated, reduced, unscaled, clipped; --v0_estimation_steps), or 'per_sample', of single training samples by a pass "
+        "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: minibatch.",
+        choices=ESTIMATORS,
     )
-    v0_estimation_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps K over which data_driven estimates the mean of g^2 (--v0_estimator minibatch). With --v0_decay "
-            "beta2 the first K - 1 make no update; with linear none is lost. Default: 6 with linear; a hundredth of training, "
-            "between 1 and 32, with beta2."
-        },
+    v0_estimation_steps: int | None = _flag(
+        "Optimizer steps K over which data_driven estimates the mean of g^2 (--v0_estimator minibatch). With --v0_decay "
+        "beta2 the first K - 1 make no update; with linear none is lost. Default: 6 with linear; a hundredth of training, "
+        "between 1 and 32, with beta2.",
     )
-    v0_num_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of random training samples of --v0_estimator per_sample, counted over all processes. More than the data "
-            "set has: all are used. Default: 5000 samples."
-        },
+    v0_num_samples: int | None = _flag(
+        "Number of random training samples of --v0_estimator per_sample, counted over all processes. More than the data "
+        "set has: all are used. Default: 5000 samples.",
     )
-    v0_stats_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Samples per forward and backward of --v0_estimator per_sample. E[g^2] is mean^2 + b*Var over batches of size b, "
-            "exact at 1. Default: 1; the training batch with batch norms and where parameters are sharded."
-        },
+    v0_stats_batch_size: int | None = _flag(
+        "Samples per forward and backward of --v0_estimator per_sample. E[g^2] is mean^2 + b*Var over batches of size b, "
+        "exact at 1. Default: 1; the training batch with batch norms.",
     )
-    v0_seed: int | None = field(
-        default=None,
-        metadata={
-            "help": "Seed of the random v0 (eq. 11) and of the choice of samples (eq. 10). Default: the value of --seed."
-        },
+    v0_seed: int | None = _flag(
+        "Seed of the random v0 (eq. 11) and of the choice of samples (eq. 10). Default: the value of --seed.",
     )
-    v0_include_bias_and_norm: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Give biases and norm weights a v0 too. By the paper's text only tensors of two or more dimensions get one, by its "
-            "Algorithm 2 all do. Default: True with linear, False with beta2."
-        },
+    v0_include_bias_and_norm: bool | None = _flag(
+        "Give biases and norm weights a v0 too. By the paper's text only tensors of two or more dimensions get one, by its "
+        "Algorithm 2 all do. Default: True with linear, False with beta2.",
     )
-    v0_optimizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "The optimizer as package:Class, such as pytorch_optimizer:AdaBelief, in place of --optim. It gets the Trainer's "
-            "learning rate, betas and weight decay and, before these, --optim_args 'k=v,...'. `hf-v0init optimizers` lists which "
-            "accept a v0. Default: none, --optim decides."
-        },
+    v0_optimizer: str | None = _flag(
+        "The optimizer as package:Class, such as pytorch_optimizer:AdaBelief, in place of --optim. It gets the Trainer's "
+        "learning rate, betas and weight decay and, before these, --optim_args 'k=v,...'. `hf-v0init optimizers` lists which "
+        "accept a v0. Default: none, --optim decides.",
     )
-    untuned_warmup: str | None = field(
-        default=None,
-        metadata={
-            "help": "A learning-rate warmup without a length to tune, a baseline for v0. By beta2 (Ma & Yarats, 2021): 'linear', "
-            "min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t), times the schedule. 'trust_radius': "
-            "--warmup_steps of the length that is measured in the first step, as --v0_decay_steps auto. Excludes --warmup_steps. "
-            "Default: none.",
-            "choices": [*UNTUNED_WARMUPS, TRUST_RADIUS],
-        },
+    untuned_warmup: str | None = _flag(
+        "A learning-rate warmup without a length to tune, a baseline for v0. By beta2 (Ma & Yarats, 2021): 'linear', "
+        "min(1, (1 - beta2) / 2 * t), or 'exponential', 1 - exp(-(1 - beta2) * t), times the schedule. 'trust_radius': "
+        "--warmup_steps of the length that is measured in the first step, as --v0_decay_steps auto. Excludes --warmup_steps. "
+        "Default: none.",
+        choices=(*UNTUNED_WARMUPS, TRUST_RADIUS),
     )
-    v0_record_run: bool = field(
+    v0_record_run: bool = _flag(
+        "Write run_log.jsonl and fingerprint.json (initial weights, first batches, random state) into the output folder, "
+        "as `hf-v0init compare` needs them. The run is the same. Default: False.",
         default=False,
-        metadata={
-            "help": "Write run_log.jsonl, fingerprint.json (initial weights, first batches, random state) and v0_diagnostics.json "
-            "into the output folder, as `hf-v0init compare` needs them. The run is the same. Default: False."
-        },
     )
 
     def __post_init__(self) -> None:
         """Check every value, then let the next class of the inheritance order check its own."""
-        self.v0_init = getattr(self.v0_init, "value", self.v0_init)
         self.require_valid()
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -223,82 +188,60 @@ class V0InitArguments:
         Raises:
             InputError: naming the value, what is allowed and the remedy.
         """
-        _require_choice("v0_init", self.v0_init, STRATEGIES)
-        for name, allowed in (
-            ("v0_decay", DECAYS),
-            ("v0_preset", PRESETS),
-            ("v0_estimator", ESTIMATORS),
-            ("untuned_warmup", (*UNTUNED_WARMUPS, TRUST_RADIUS)),
-        ):
-            if getattr(self, name) is not None:
-                _require_choice(name, getattr(self, name), allowed)
-        _require_count("v0_num_samples", self.v0_num_samples, "5000 samples is the paper's number")
-        _require_count("v0_stats_batch_size", self.v0_stats_batch_size, "1 is exact")
-        _require_count("v0_estimation_steps", self.v0_estimation_steps, "leave it out for the default")
+        for flag in fields(V0InitArguments):
+            value, allowed = getattr(self, flag.name), flag.metadata.get("choices")
+            if allowed and value not in (flag.default, *allowed):
+                raise InputError(f"{flag.name}={value!r}: choose one of {', '.join(allowed)}")
+        for name in ("v0_num_samples", "v0_stats_batch_size", "v0_estimation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be a whole number >= 1")
         if self.v0_scale is not None:
-            require_scale(_require_number("v0_scale", self.v0_scale))
-        if self.v0_decay_steps is not None and self.v0_decay_steps != AUTO:
+            require_scale(self.v0_scale)
+        if self.v0_decay_steps not in (None, AUTO):
             require_decay_steps(self.v0_decay_steps)
-        if self.v0_seed is not None and not (isinstance(self.v0_seed, int) and 0 <= self.v0_seed < 2**63):
-            raise InputError(f"v0_seed={self.v0_seed}: must be a whole number from 0 to 2^63 - 1")
+        for conflict in self._find_conflicts():
+            raise InputError(conflict)
+
+    def _find_conflicts(self) -> Iterator[str]:
+        """Find flags that contradict each other, or of which one makes another meaningless."""
+        is_given = {flag.name: getattr(self, flag.name) is not None for flag in fields(V0InitArguments)}
         if self.v0_init == "zeros":
-            self._require_nothing_to_decay()
+            for name in ("v0_decay_steps", "v0_estimation_steps"):
+                if is_given[name]:
+                    yield f"{name}={getattr(self, name)} with v0_init=zeros: there is no v0; use --warmup_steps, or v0_init=data_driven"
             return
-        self._require_preset()
-        self._require_consistent()
-
-    def _require_nothing_to_decay(self) -> None:
-        for name in ("v0_decay_steps", "v0_estimation_steps"):
-            if getattr(self, name) is not None:
-                raise InputError(
-                    f"{name}={getattr(self, name)} with v0_init=zeros: there is no v0; use --warmup_steps, or v0_init=data_driven"
+        if self.v0_preset is not None:
+            wanted = PRESETS[self.v0_preset].get(self.v0_init)
+            if wanted is None:
+                yield (
+                    f"v0_preset={self.v0_preset} with v0_init={self.v0_init}, which the paper does not have: choose "
+                    f"{' or '.join(PAPER_SCALE)}, or drop v0_preset"
                 )
-
-    def _require_preset(self) -> None:
-        """Refuse flags that contradict the preset."""
-        if self.v0_preset is None:
-            return
-        wanted = PRESETS[self.v0_preset].get(self.v0_init)
-        if wanted is None:
-            raise InputError(
-                f"v0_preset={self.v0_preset} with v0_init={self.v0_init}, which the paper does not have: choose "
-                f"{' or '.join(PAPER_SCALE)}, or drop v0_preset"
-            )
-        for name, value in (wanted | {"v0_decay": "beta2", "v0_decay_steps": None}).items():
-            given = getattr(self, name)
-            if given not in (None, value):
-                raise InputError(
-                    f"v0_preset={self.v0_preset} has {name}={value}, and {given} was given: drop one of the two"
-                )
-
-    def _require_consistent(self) -> None:
-        """Refuse flags of which one makes another meaningless."""
-        if self.v0_scale is not None and self.v0_decay_steps is not None:
-            raise InputError(
-                f"v0_scale={self.v0_scale} and v0_decay_steps={self.v0_decay_steps} both set the size of v0: give one"
-            )
+            for name, value in ((wanted or {}) | {"v0_decay": "beta2", "v0_decay_steps": None}).items():
+                if getattr(self, name) not in (None, value):
+                    yield f"v0_preset={self.v0_preset} has {name}={value}, and {getattr(self, name)} was given: drop one of the two"
+        if is_given["v0_scale"] and is_given["v0_decay_steps"]:
+            yield f"v0_scale={self.v0_scale} and v0_decay_steps={self.v0_decay_steps} both set the size of v0: give one"
         by_sample = self._get("v0_estimator") == "per_sample" and self.v0_init == "data_driven"
-        if self.v0_decay == "linear":
-            for name, given in (("v0_scale", self.v0_scale), ("v0_estimator", "per_sample" if by_sample else None)):
-                if given is not None:
-                    raise InputError(
-                        f"{name}={given} with v0_decay=linear, whose size follows from the gradients of the first steps: drop "
-                        f"{name}, or use v0_decay=beta2"
-                    )
-        if self.v0_estimation_steps is not None and (self.v0_init != "data_driven" or by_sample):
-            raise InputError(
-                f"v0_estimation_steps={self.v0_estimation_steps} with v0_init={self.v0_init}"
-                f"{', v0_estimator=per_sample' if by_sample else ''}: only data_driven with v0_estimator=minibatch takes the mean "
-                "over steps; drop v0_estimation_steps"
+        for name, is_in_the_way in (("v0_scale", is_given["v0_scale"]), ("v0_estimator", by_sample)):
+            if self.v0_decay == "linear" and is_in_the_way:
+                yield (
+                    f"{name}={getattr(self, name)} with v0_decay=linear, whose size follows from the gradients of the first steps: drop "
+                    f"{name}, or use v0_decay=beta2"
+                )
+        if is_given["v0_estimation_steps"] and (self.v0_init != "data_driven" or by_sample):
+            yield (
+                f"v0_estimation_steps={self.v0_estimation_steps} with v0_init={self.v0_init}: only data_driven with v0_estimator=minibatch "
+                "takes the mean over steps; drop v0_estimation_steps"
             )
-        if self.untuned_warmup is not None and self.resolve().keeps_plateau:
-            raise InputError(
+        if is_given["untuned_warmup"] and self.resolve().keeps_plateau:
+            yield (
                 f"untuned_warmup={self.untuned_warmup} and v0_init={self.v0_init}, which stands for a warmup, are two warmups: drop one, "
                 "or use v0_decay=beta2 without v0_decay_steps"
             )
         for name in ("v0_num_samples", "v0_stats_batch_size"):
-            if getattr(self, name) is not None and self.v0_init == "data_driven" and not by_sample:
-                raise InputError(
+            if is_given[name] and self.v0_init == "data_driven" and not by_sample:
+                yield (
                     f"{name}={getattr(self, name)} is of v0_init=data_driven with v0_estimator=per_sample: add --v0_estimator per_sample, or "
                     f"drop {name}"
                 )
@@ -344,22 +287,6 @@ class V0InitArguments:
             include_bias_and_norm=decay == "linear" if include is None else include,
             seed=self.v0_seed,
         )
-
-
-def _require_choice(name: str, value: Any, allowed) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
-
-
-def _require_count(name: str, value: Any, remedy: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}={value}: must be a whole number >= 1; {remedy}")
-
-
-def _require_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name}={value!r}: must be a number")
-    return float(value)
 
 
 def read_v0_arguments(arguments: Any) -> V0InitArguments:

@@ -3,10 +3,11 @@
 import collections
 import contextlib
 import copy
+import functools
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,45 +53,39 @@ def preserve_rng() -> Iterator[None]:
         write_rng_states(states)
 
 
-_interrupted = False
+_waiting: list[int] = []  # signals that came while interrupts are deferred
 
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[None]:
     """Let Ctrl-C wait for `raise_if_interrupted`, or for the end of this context, so that it never cuts off what is being put back.
 
-    A second Ctrl-C acts at once. Outside the main thread, which signals do not reach, and inside itself nothing changes.
+    A second Ctrl-C acts at once. Outside the main thread, which signals do not reach, nothing changes.
     """
-    global _interrupted
     previous = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not callable(previous) or getattr(previous, "defers", False):
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
 
     def note(signum, frame) -> None:
-        global _interrupted
-        if _interrupted:
+        if _waiting:
             previous(signum, frame)
-        _interrupted = True
+        _waiting.append(signum)
 
-    note.defers = True
-    _interrupted = False
     signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        waited, _interrupted = _interrupted, False
-        if waited:
+        if _waiting:
+            _waiting.clear()
             previous(signal.SIGINT, None)
 
 
 def raise_if_interrupted() -> None:
     """Raise `KeyboardInterrupt` if Ctrl-C was pressed since `defer_interrupts` began."""
-    global _interrupted
-    if _interrupted:
-        _interrupted = False
+    if _waiting:
+        _waiting.clear()
         raise KeyboardInterrupt
 
 
@@ -182,33 +177,28 @@ def preserve_model(
 @contextlib.contextmanager
 def preserve_generators(*owners: Any) -> Iterator[None]:
     """Restore the private random number generators of objects such as a data set or a collator, up to four attributes deep."""
-    found: dict[int, tuple[Any, Any]] = {}
+    undo: list[Callable[[], Any]] = []
     waiting, seen = collections.deque((owner, 0) for owner in owners), set()
     while waiting:
         owner, depth = waiting.popleft()  # the closest first, or its own attributes would be too deep
         if id(owner) in seen:
             continue
         seen.add(id(owner))
-        if isinstance(owner, torch.Generator):
-            found[id(owner)] = (owner, owner.get_state())
+        if isinstance(owner, (torch.Generator, np.random.RandomState)):
+            undo.append(functools.partial(owner.set_state, owner.get_state()))
         elif isinstance(owner, random.Random):
-            found[id(owner)] = (owner, owner.getstate())
-        elif isinstance(owner, np.random.RandomState):
-            found[id(owner)] = (owner, owner.get_state())
+            undo.append(functools.partial(owner.setstate, owner.getstate()))
         elif isinstance(owner, np.random.Generator):
-            found[id(owner)] = (owner, copy.deepcopy(owner.bit_generator.state))
+            undo.append(
+                functools.partial(setattr, owner.bit_generator, "state", copy.deepcopy(owner.bit_generator.state))
+            )
         elif depth < 4 and hasattr(owner, "__dict__") and not isinstance(owner, type):
             waiting += [(value, depth + 1) for value in vars(owner).values()]
     try:
         yield
     finally:
-        for generator, state in found.values():
-            if isinstance(generator, random.Random):
-                generator.setstate(state)
-            elif isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            else:
-                generator.set_state(state)
+        for restore in undo:
+            restore()
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

@@ -89,36 +89,18 @@ def has_targets(inputs: Any) -> bool:
 
 
 def iterate_batches(
-    samples: Iterable,
-    read: Callable[[list], list],
-    collate: Callable[[list], Any],
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
+    samples: Iterable, collate: Callable[[list], Any], batch_size: int, seed: int, rank: int, world_size: int
 ) -> Iterator[SampleBatch]:
     """Yield one process's batches of the pass.
 
     Args:
         samples: of all processes: their numbers, or the items of a stream.
-        read: maps a list of `samples` to what `collate` takes. Only this process's are read.
-        collate: makes the loss's inputs of them.
+        collate: makes the loss's inputs of a list of them. Only this process's are read.
         batch_size: samples per batch.
-        seed: what reads and collates batch k is seeded from (seed, k).
+        seed: what collates batch k is seeded from (seed, k).
         rank, world_size: this process, and the number of processes.
     """
     for index, own, counts in deal_out(cut_into_batches(samples, batch_size), rank, world_size):
         seed_everything(compute_batch_seed(seed, index))
-        inputs = collate(read(own))
+        inputs = collate(own)
         yield SampleBatch(inputs, len(own), index, counts, has_targets(inputs))
-
-
-def require_reiterable(dataset: Any) -> None:
-    """Raise `InputError` for a one-shot iterable: samples read for v0 would be missing in training."""
-    kept = [name for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, Iterator)]
-    if isinstance(dataset, Iterator) or kept:
-        what = f"holds the iterator {kept[0]!r}" if kept else "is an iterator"
-        raise InputError(
-            f"train_dataset of type {type(dataset).__name__} {what}, so it can be read only once and the samples read for v0 would "
-            "be lost to training; use a data set that can be iterated again, v0_init=random, or v0_init=zeros"
-        )

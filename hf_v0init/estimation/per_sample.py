@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..sharding.processes import add_over_processes, fail_together, get_rank_and_world_size
-from ..state_guard import defer_interrupts, preserve_model, preserve_rng, raise_if_interrupted, seed_everything
+from ..state_guard import preserve_model, preserve_rng, raise_if_interrupted, seed_everything
 from .batches import SampleBatch, compute_batch_seed
 
 FP16_LOSS_SCALE = 1024.0  # keeps gradients in fp16 out of the subnormal range; divided out again
@@ -52,35 +51,6 @@ class GradSqMean:
     measured_ratio: float | None = None
     seconds: float = 0.0
 
-    def save(self, path: str | Path) -> None:
-        """Save the estimate as a safetensors file."""
-        from safetensors.torch import save_file
-
-        numbers = {"num_samples": str(self.num_samples), "num_batches": str(self.num_batches)}
-        if self.measured_ratio is not None:
-            numbers["measured_ratio"] = repr(self.measured_ratio)
-        save_file(self.tensors, path, metadata=numbers)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "GradSqMean":
-        """Load what `save` wrote.
-
-        Raises:
-            InputError: the file is not there, or is no such file.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                numbers = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            estimate = cls(tensors, int(numbers["num_samples"]), int(numbers["num_batches"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path} holds no estimate of E[g^2] ({error}); write one with GradSqMean.save") from error
-        if "measured_ratio" in numbers:
-            estimate.measured_ratio = float(numbers["measured_ratio"])
-        return estimate
-
 
 def estimate_grad_sq_mean(
     named_parameters: list[tuple[str, nn.Parameter]],
@@ -91,7 +61,6 @@ def estimate_grad_sq_mean(
     seed: int = 0,
     loss_scale: float = 1.0,
     effective_batch_size: float | None = None,
-    on_batch: Callable[[], None] = lambda: None,
     other_parameters: Iterable[nn.Parameter] = (),
 ) -> GradSqMean:
     """Estimate E[g^2] of single samples (eq. 10), in fp32 or wider; see the head of the file for the formula.
@@ -108,7 +77,6 @@ def estimate_grad_sq_mean(
         seed: the dropout of batch k is seeded from (seed, k), so that it does not depend on which process runs it.
         loss_scale: the loss is multiplied by it before backward, and the gradients are divided by it (fp16).
         effective_batch_size: samples of one optimizer step over all processes, for `GradSqMean.measured_ratio`.
-        on_batch: called after each batch, for progress.
         other_parameters: outside of the model, such as a loss module's, whose gradients must be left as they were, too.
 
     Raises:
@@ -117,7 +85,7 @@ def estimate_grad_sq_mean(
     """
     start = time.perf_counter()
     sums = _Sums(named_parameters)
-    with fail_together(), defer_interrupts(), preserve_rng(), preserve_model(model, other_parameters):
+    with fail_together(), preserve_rng(), preserve_model(model, other_parameters):
         if not model.training:
             model.train()
         versions = {name: parameter._version for name, parameter in named_parameters}
@@ -132,8 +100,12 @@ def estimate_grad_sq_mean(
                 sums.num_skipped += batch.num_samples
             for parameter in model.parameters():
                 parameter.grad = None
-            _require_same_weights(named_parameters, versions)
-            on_batch()
+            changed = [name for name, parameter in named_parameters if parameter._version != versions[name]]
+            if changed:
+                raise InputError(
+                    f"the model's forward changes its own weights ({changed[0]!r}), so a pass before training would change the run: use "
+                    "v0_estimator=minibatch, which takes v0 from the run's own first steps"
+                )
             raise_if_interrupted()
     sums.reduce()
     num_samples, num_batches = sums.num_samples, sums.num_batches
@@ -233,13 +205,3 @@ class _Sums:
         add_over_processes([*sums, counts])
         *whole, self.loss = counts.tolist()
         self.num_samples, self.num_batches, self.num_skipped = map(int, whole)
-
-
-def _require_same_weights(named_parameters: list[tuple[str, nn.Parameter]], versions: dict[str, int]) -> None:
-    """Refuse a model whose forward changes the weights that are being trained, which a pass cannot leave as they were."""
-    changed = [name for name, parameter in named_parameters if parameter._version != versions[name]]
-    if changed:
-        raise InputError(
-            f"the model's forward changes its own weights ({changed[0]!r}), so a pass before training would change the run: use "
-            "v0_estimator=minibatch, which takes v0 from the run's own first steps"
-        )

@@ -7,7 +7,7 @@ import torch
 from ..initialization.strategies import compute_random_v0_mean
 from ..initialization.summary import compute_median, sample_ratio
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part, split_rows
+from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part
 from .shards import SteppedShards
 
 
@@ -132,7 +132,6 @@ class Beta2Decay:
 
 
 def _add_square_(out: torch.Tensor, gradient: torch.Tensor, factor: float) -> None:
-    """Add factor * g^2 to `out`, in its dtype and without a temporary of its size."""
-    for part, sums in zip(split_rows(gradient, 1 << 23), split_rows(out, 1 << 23), strict=True):
-        part = part.to(sums.dtype)
-        sums.addcmul_(part, part, value=factor)
+    """Add factor * g^2 to `out`, in its dtype."""
+    gradient = gradient.to(out.dtype)
+    out.addcmul_(gradient, gradient, value=factor)

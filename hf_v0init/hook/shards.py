@@ -9,12 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..initialization.plan import name_parameters
 from ..initialization.strategies import is_eligible
 from ..initialization.summary import describe_not_finite
 from ..second_moment.state import SecondMoment
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor
+from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters
 from ..sharding.tensor_statistics import compute_figures
 
 logger = logging.getLogger("hf_v0init")
@@ -83,13 +82,11 @@ class SteppedShards:
             )
         local = [get_local_part(gradient.detach()) for gradient in gradients]
         kinds = torch.zeros(len(gradients), dtype=torch.int64)
-        by_device: dict[torch.device, list[int]] = {}
-        for place, part in enumerate(local):
-            if part.numel():
-                by_device.setdefault(part.device, []).append(place)
-        for places in by_device.values():
-            extremes = [torch.stack(torch.aminmax(local[place])).float() for place in places]
-            values = torch.stack(extremes).abs().amax(1).cpu()  # one wait per device
+        places = [place for place, part in enumerate(local) if part.numel()]
+        if places:
+            device = local[places[0]].device  # one that is waited for once
+            extremes = [torch.stack(torch.aminmax(local[place])).float().to(device) for place in places]
+            values = torch.stack(extremes).abs().amax(1).cpu()
             kinds[places] = torch.where(values.isfinite(), (values > 0).long() * USABLE, NOT_FINITE)
         if self.is_sharded() and dist.is_initialized() and dist.get_world_size() > 1:
             on_device = kinds.to(local[0].device) if local else kinds

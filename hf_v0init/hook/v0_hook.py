@@ -24,7 +24,6 @@ The contract:
 """
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Callable
@@ -46,7 +45,7 @@ from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
-from .v0_report import add_written, begin_report, require_possible
+from .v0_report import add_written, begin_decays_report, require_possible
 
 logger = logging.getLogger("hf_v0init")
 
@@ -72,7 +71,6 @@ class V0Hook:
         length: what was measured where `decay_steps` was "auto"; None otherwise.
         num_steps: optimizer steps made; None before the first.
         estimation_steps: K.
-        observers: called when v0 stands, before the step is made.
     """
 
     def __init__(
@@ -93,7 +91,6 @@ class V0Hook:
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
-        self.observers: list[Callable[[], None]] = []
         self._hooks: StepHooks | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
         self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
@@ -180,9 +177,6 @@ class V0Hook:
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.plan = self.plan if plan is None else plan
         self.shards.include_bias_and_norm = self.plan.include_bias_and_norm
-        steps = self.plan.decay_steps
-        if isinstance(steps, float) and self.max_steps:
-            self.plan = replace(self.plan, decay_steps=math.ceil(steps * self.max_steps))
         length = self.plan.decay_steps if self.plan.decay == "linear" else None
         if isinstance(length, int) and self.max_steps and length > self.max_steps:
             logger.warning(
@@ -264,7 +258,7 @@ class V0Hook:
 
     def _finish(self, written: list[ParamShard]) -> None:
         """Make the report, once all parameters that had a gradient have a v0 (ZeRO: after its last flat tensor)."""
-        report = begin_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
+        report = begin_decays_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
         add_written(report, written, self.shards, self.decay)
         self._draft = report
         self._unreported = [shard for shard in self._unreported if shard not in written]
@@ -276,9 +270,6 @@ class V0Hook:
         report.without_gradient = [shard.name for shard in self.shards.pending]
         if self.max_steps:
             report.add_expectation(self.max_steps)
-        for observe in self.observers:
-            observe()
-        self.observers = []
         if self.on_written is not None:
             self.on_written(report)
         else:

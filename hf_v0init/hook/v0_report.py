@@ -1,18 +1,16 @@
 """What the report says of a v0 that was written in the first steps, and what is refused or warned of before them."""
 
 import logging
-import math
 
 import torch
 
 from ..errors import InputError
-from ..initialization.plan import NOTHING_TO_WRITE
-from ..initialization.summary import add_parameters
-from ..records.report import V0Report, collect_versions
+from ..initialization.per_sample import NOTHING_TO_WRITE
+from ..initialization.summary import add_parameters, begin_report
+from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard
-from ..sharding.processes import get_rank_and_world_size
 from .beta2_decay import Beta2Decay
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
@@ -22,27 +20,14 @@ logger = logging.getLogger("hf_v0init")
 NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
 
 
-def begin_report(shards: SteppedShards, plan: V0Plan, decay: LinearDecay | Beta2Decay) -> V0Report:
+def begin_decays_report(shards: SteppedShards, plan: V0Plan, decay: LinearDecay | Beta2Decay) -> V0Report:
     """Begin the report of a decay: what was asked for, of how many parameters."""
-    eligible = shards.list_eligible()
+    chosen = shards.list_eligible()
     without = [shard for shard in shards.list_all() if not shards.is_eligible(shard)]
-    group = eligible[0].group
-    return V0Report(
-        strategy=plan.init,
-        decay=plan.decay,
-        decay_steps=plan.decay_steps,
-        scale=None if plan.decay == "linear" else decay.find_scale(group),
-        seed=shards.seed,
-        estimator=plan.estimator,
-        estimation_steps=decay.estimation_steps if plan.init == "data_driven" else None,
-        include_bias_and_norm=plan.include_bias_and_norm,
-        optimizer=shards.moments.name,
-        beta2=shards.moments.read_beta2(group),
-        num_processes=get_rank_and_world_size()[1],
-        num_parameters_without_v0=len(without),
-        num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in without),
-        versions=collect_versions(),
-    )
+    scale = None if plan.decay == "linear" else decay.find_scale(chosen[0].group)
+    report = begin_report(plan, shards.moments, chosen, without, scale=scale, seed=shards.seed)
+    report.estimation_steps = decay.estimation_steps if plan.init == "data_driven" else None
+    return report
 
 
 def add_written(

@@ -11,8 +11,6 @@ second moment, sigma (here `scale`) its size.
 
 import math
 
-import torch
-
 
 def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Compute (fan_in, fan_out) as the paper's Algorithm 1 does: size(1) and size(0), times the receptive field.
@@ -35,25 +33,6 @@ def compute_random_v0_mean(shape: tuple[int, ...], scale: float) -> float:
     """
     fan_in, fan_out = compute_fans(shape)
     return scale / (fan_in + fan_out)
-
-
-def compute_random_v0_(standard_normal: torch.Tensor, shape: tuple[int, ...], scale: float) -> torch.Tensor:
-    """Turn standard normal draws into a random v0 in place (eq. 11): c * z^2 is c * chi^2_1.
-
-    Args:
-        standard_normal: draws z, floating point, any shape (a whole tensor or a shard of it); overwritten.
-        shape: the shape of the *whole* parameter, from which the fans are taken.
-        scale: sigma, see `compute_random_v0_mean`.
-
-    Returns:
-        `standard_normal`, now holding v0 in units of gradient squared.
-    """
-    return standard_normal.square_().mul_(compute_random_v0_mean(shape, scale))
-
-
-def compute_data_driven_v0_(grad_sq_mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """Turn E[g^2] into the data-driven v0 in place (eq. 10): scale * E[g^2]. Returns `grad_sq_mean`."""
-    return grad_sq_mean.mul_(scale)
 
 
 def is_eligible(shape: tuple[int, ...], include_bias_and_norm: bool = False) -> bool:

@@ -5,21 +5,49 @@ import math
 import torch
 
 from ..errors import InputError
-from ..records.report import V0Report
-from ..sharding.parts import Fragment, get_local_part
+from ..records.report import V0Report, collect_versions
+from ..second_moment.state import SecondMoment
+from ..settings import V0Plan
+from ..sharding.parts import Fragment, ParamShard, get_local_part
+from ..sharding.processes import get_rank_and_world_size
 from ..sharding.tensor_statistics import compute_figures, gather_values
 
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
+
+
+def begin_report(
+    plan: V0Plan,
+    moments: SecondMoment,
+    chosen: list[ParamShard],
+    without: list[ParamShard],
+    *,
+    scale: float | None,
+    seed: int,
+) -> V0Report:
+    """Begin a report: what was asked for, and of what; `chosen` get a v0, `without` do not."""
+    return V0Report(
+        strategy=plan.init,
+        scale=scale,
+        seed=seed,
+        decay=plan.decay,
+        decay_steps=plan.decay_steps,
+        estimator=plan.estimator,
+        num_samples_requested=plan.num_samples,
+        include_bias_and_norm=plan.include_bias_and_norm,
+        optimizer=moments.name,
+        beta2=moments.read_beta2(chosen[0].group),
+        num_processes=get_rank_and_world_size()[1],
+        num_parameters_without_v0=len(without),
+        num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in without),
+        versions=collect_versions(),
+    )
 
 
 def take_elements(tensor: torch.Tensor | Fragment, numel: int | None = None) -> torch.Tensor:
     """Take, of about 4,096 evenly spaced elements of the whole tensor (of `numel`), those that this process holds, in fp32."""
     local = get_local_part(tensor).detach()
     spacing = max(1, (tensor.numel() if numel is None else numel) // RATIO_SAMPLES)
-    if local.is_contiguous():
-        return local.view(-1)[::spacing].float()
-    places = torch.arange(0, local.numel(), spacing, device=local.device)
-    return local[torch.unravel_index(places, local.shape)].float()
+    return local.reshape(-1)[::spacing].float()
 
 
 def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | None:

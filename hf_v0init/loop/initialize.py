@@ -1,17 +1,4 @@
-"""The paper's per-sample estimation for a training loop without a Trainer: E[g^2] over the loop's own batches, before training (eq. 10).
-
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, accelerator=accelerator)
-    for batch in loader: ...                        # as ever
-
-`attach_v0` needs no pass, no batches and no loss function; this is for those who want the paper's statistic.
-
-Call it when model and optimizer are prepared and nothing has been trained; after a resume the checkpoint's state stands, so
-do not call it then (it refuses). Nothing but the optimizer's second moment changes: weights, buffers, modes, gradients, random
-states and the order of a `DataLoader` given as `batches` are as before, also after an exception.
-
-Under DDP each process gives its own batches, as accelerate's loaders do, and v0 is that of all of them together.
-"""
+"""The paper's per-sample estimation (eq. 10) for a training loop without a Trainer, over the loop's own batches."""
 
 import contextlib
 import itertools
@@ -28,14 +15,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
-from ..initialization.plan import USE_MINIBATCH, plan_v0
-from ..initialization.writing import write_v0
+from ..estimation.per_sample import FP16_LOSS_SCALE
+from ..initialization.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
-from ..second_moment.state import SecondMoment
-from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments, V0Plan
+from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments
 from ..sharding.processes import fail_together, gather_objects, get_rank_and_world_size
-from ..state_guard import defer_interrupts, preserve_model, preserve_rng
+from ..state_guard import defer_interrupts, preserve_generators, preserve_model, preserve_rng
 
 logger = logging.getLogger("hf_v0init")
 
@@ -54,13 +39,18 @@ def initialize_v0(
     v0_num_samples: int | None = DEFAULT_NUM_SAMPLES,
     v0_seed: int = 0,
     v0_include_bias_and_norm: bool = False,
-    batches_per_step: int | None = None,
     effective_batch_size: float | None = None,
-    count_samples: Callable[[Any], int] | None = None,
+    count_samples: Callable[[Any], int] = find_batch_size,
     other_modules: Sequence[nn.Module] = (),
     max_steps: int | None = None,
 ) -> V0Report:
     """Give an optimizer's second moment the paper's data-driven v0, scale * E[g^2] of single samples, before its first step.
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, accelerator=accelerator)
+
+    `attach_v0` needs no pass and no batches. Nothing but the second moment changes, also when an exception passes. Under DDP each
+    process gives its own batches, and v0 is that of all of them together.
 
     Args:
         optimizer: torch's or another's with a second moment, plain or prepared by accelerate.
@@ -72,10 +62,8 @@ def initialize_v0(
         accelerator: places the batches on its device and tells precision and accumulation.
         v0_scale, v0_decay_steps, v0_seed, v0_include_bias_and_norm: as the flags of these names.
         v0_num_samples: samples over all processes, rounded up to whole batches; None: all of `batches`.
-        batches_per_step: batches per process that one optimizer step averages over. Default: the accelerator's
-            `gradient_accumulation_steps`, or 1.
         effective_batch_size: samples of one optimizer step over all processes, which the log's outlook needs. Default: samples
-            of the first batch x `batches_per_step` x processes.
+            of the first batch x the accelerator's `gradient_accumulation_steps` x processes.
         count_samples: maps a batch to its number of samples. Default: the length of its first tensor.
         other_modules: further modules that `loss_fn` runs, such as a GAN's other network. They are left as they were, and their
             gradients are neither computed nor kept.
@@ -90,7 +78,7 @@ def initialize_v0(
             (FSDP2, ZeRO, tensor parallelism); no batches; a loss that is no scalar, not finite or without gradient. The optimizer is then
             as before.
     """
-    wanted = V0InitArguments(
+    plan = V0InitArguments(
         v0_init="data_driven",
         v0_estimator="per_sample",
         v0_scale=v0_scale,
@@ -99,44 +87,28 @@ def initialize_v0(
         v0_include_bias_and_norm=v0_include_bias_and_norm,
         **({} if v0_num_samples is None else {"v0_num_samples": v0_num_samples}),
     ).resolve(max_steps)
-    _require_counts(batches_per_step, effective_batch_size)
-    _require_one_model_per_process(model, accelerator)
-    for name, value in (("batches", batches), ("loss_fn", loss_fn)):
-        if value is None:
-            raise InputError(f"initialize_v0 takes v0 from gradients: give {name}; attach_v0 needs none")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InputError(f"initialize_v0 under FSDP1 is not supported: use DDP; or FSDP2, and there {USE_MINIBATCH}")
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    plan = plan_v0(optimizer, inner, v0_include_bias_and_norm)
-    _require_scale_known(wanted, plan.moments)
     with contextlib.ExitStack() as stack:
         for context in (defer_interrupts(), preserve_rng(), _preserve_order(batches), _refuse_wrapped(model)):
             stack.enter_context(context)
         for module in other_modules:
             stack.enter_context(preserve_model(module))
             stack.enter_context(_without_gradients(module, inner))
-        first, batches, sizes = _open(batches, count_samples or _count_samples)
+        first, batches, sizes = _open(batches, count_samples)
         num_batches = None if v0_num_samples is None else math.ceil(v0_num_samples / sizes[0])
-        per_step = batches_per_step or getattr(accelerator, "gradient_accumulation_steps", 1)
-        of_step = float(effective_batch_size or sum(sizes) * per_step)
-        estimate = estimate_grad_sq_mean(
-            plan.named_parameters,
-            _number(itertools.chain(first, batches), num_batches, accelerator, count_samples or _count_samples),
-            lambda batch: _compute_loss(loss_fn, inner, batch),
-            model=inner,
-            seed=v0_seed,
-            loss_scale=FP16_LOSS_SCALE if getattr(accelerator, "mixed_precision", "no") == "fp16" else 1.0,
-            effective_batch_size=of_step,
-        )
-        report = write_v0(
+        accumulation = getattr(accelerator, "gradient_accumulation_steps", 1)
+        report = write_per_sample_v0(
+            optimizer,
+            inner,
             plan,
-            estimate,
-            lambda beta2: wanted.get_scale(beta2 or 0.0),
+            _number(itertools.chain(first, batches), num_batches, accelerator, count_samples),
+            lambda batch: _compute_loss(loss_fn, inner, batch),
             seed=v0_seed,
-            include_bias_and_norm=v0_include_bias_and_norm,
-            decay=wanted.decay,
-            decay_steps=wanted.decay_steps,
-            num_samples_requested=v0_num_samples,
-            stats_batch_size=sizes[0],
-            effective_batch_size=of_step,
+            batch_size=sizes[0],
+            effective_batch_size=float(effective_batch_size or sum(sizes) * accumulation),
+            loss_scale=FP16_LOSS_SCALE if getattr(accelerator, "mixed_precision", "no") == "fp16" else 1.0,
         )
     if max_steps is not None:
         report.add_expectation(max_steps)
@@ -171,25 +143,12 @@ def _number(
         yield SampleBatch(batch, count_samples(batch), rank + place * num_processes)
 
 
-def _count_samples(batch: Any) -> int:
-    """Return the length of a batch's first tensor."""
-    try:
-        return find_batch_size(batch)
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(
-            f"a batch of type {type(batch).__name__} does not begin with a tensor whose length is its number of samples: give count_samples"
-        ) from error
-
-
 def _compute_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
     loss = loss_fn(model, batch)
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-        raise InputError(f"loss_fn returned {what}: it must return the mean loss of the batch, a scalar tensor")
-    if not loss.requires_grad:
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.requires_grad:
         raise InputError(
-            "loss_fn's loss has no gradient: it must be computed from the model that loss_fn is given, without no_grad, "
-            "detach or item"
+            f"loss_fn returned {type(loss).__name__} {tuple(getattr(loss, 'shape', ()))}: it must return the mean loss of the batch, a "
+            "scalar tensor with a gradient, computed from the model that it is given"
         )
     return loss
 
@@ -233,64 +192,19 @@ def _without_gradients(module: nn.Module, model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _preserve_order(batches: Any) -> Iterator[None]:
     """Let the next iteration over a `DataLoader` (accelerate's as well) be the one that it would have been."""
-    parts = _find_loader_parts(batches)
-    kept = [(part, name, vars(part)[name]) for part in parts for name in _ORDER if name in vars(part)]
-    generators = [(value, value.get_state()) for _, _, value in kept if isinstance(value, torch.Generator)]
-    try:
-        yield
-    finally:
-        for part in parts:
-            if hasattr(part, "gradient_state") and hasattr(part, "end"):
-                part.end()  # accelerate: this look is not an iteration of the run
-        for part, name, value in kept:
-            setattr(part, name, value)
-        for generator, state in generators:
-            generator.set_state(state)
-
-
-_ORDER = ("generator", "synchronized_generator", "iteration", "epoch")
-
-
-def _find_loader_parts(batches: Any) -> list:
-    """A loader, the loaders inside it and their samplers."""
-    found, waiting = [], [batches]
+    parts, waiting = [], [batches]
     while waiting:
         part = waiting.pop()
-        if isinstance(part, (DataLoader, Sampler)) and not any(part is other for other in found):
-            found.append(part)
+        if isinstance(part, (DataLoader, Sampler)) and not any(part is other for other in parts):
+            parts.append(part)
             waiting.extend(vars(part).values())
-    return found
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def _require_counts(batches_per_step, effective_batch_size) -> None:
-    value = batches_per_step
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"batches_per_step={value!r}: must be a whole number >= 1, or None")
-    if effective_batch_size is not None and not 1 <= effective_batch_size < math.inf:
-        raise InputError(f"effective_batch_size={effective_batch_size!r}: must be a number >= 1, or None")
-
-
-def _require_one_model_per_process(model: nn.Module, accelerator) -> None:
-    """Refuse what cuts the model up in ways that its parameters do not show; `plan_v0` refuses the others."""
-    kind = str(getattr(getattr(accelerator, "distributed_type", None), "value", ""))
-    if kind in ("DEEPSPEED", "MEGATRON_LM") or type(model).__name__ == "DeepSpeedEngine":
-        raise InputError(f"initialize_v0 under DeepSpeed (ZeRO) or Megatron-LM is not supported: {USE_MINIBATCH}")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise InputError(
-            f"initialize_v0 under FSDP1 is not supported: use DDP; or FSDP2 (fsdp_version: 2), and there {USE_MINIBATCH}"
-        )
-
-
-def _require_scale_known(wanted: V0Plan, moments: SecondMoment) -> None:
-    for group in moments.list_groups():
-        beta2 = moments.read_beta2(group)
-        if beta2 is not None:
-            wanted.get_scale(beta2)
-        elif wanted.decay_steps is not None:
-            raise InputError(
-                f"v0_decay_steps={wanted.decay_steps} with {moments.name}: its second moment "
-                "is no decaying mean of g^2, so the closed form gives no scale; use v0_scale"
-            )
+    kept = [(part, name, vars(part)[name]) for part in parts for name in ("iteration", "epoch") if name in vars(part)]
+    with preserve_generators(*parts):
+        try:
+            yield
+        finally:
+            for part in parts:
+                if hasattr(part, "gradient_state") and hasattr(part, "end"):
+                    part.end()  # accelerate: this look is not an iteration of the run
+            for part, name, value in kept:
+                setattr(part, name, value)

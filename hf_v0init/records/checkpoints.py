@@ -1,14 +1,8 @@
 """Tells which checkpoints a run can be resumed from, wherever a save was cut off. Knows no Trainer and no torch.
 
-A save has one mark, `save_state.json`. `begin_save` writes `{"complete": false}` before anything else in the folder is
-touched. When every file of every process is on the disk, `complete_save` replaces it by
-`{"complete": true, "files": {name: bytes}}`. Both are written aside and renamed.
-
-- With a mark, a checkpoint is valid if the mark says complete and every file it lists is there in its size. Files that
-  are added later do not matter. Who changes a listed file on purpose deletes the mark.
-- Without one (the stock Trainer's), it is valid if it has `trainer_state.json`, which the Trainer writes last.
-
-Nothing here deletes but `delete_checkpoint`, and `delete_old_checkpoints`, which does what `save_total_limit` asks for.
+`begin_save` puts a mark, the file `_save_in_progress`, into the folder before anything else in it is touched; `complete_save` takes it away
+when every file of every process is on the disk. A checkpoint is valid if it has no mark, and has `trainer_state.json`, which the Trainer
+writes last: so the stock Trainer's are judged as well.
 """
 
 import contextlib
@@ -17,60 +11,42 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
+from .run_files import STATE_FILE
 
-SAVE_STATE_FILE = "save_state.json"
-STATE_FILE = "trainer_state.json"
-NO_FOLDER = "there is no such folder"
+MARK = "_save_in_progress"  # pushes leave out names that begin with _
+CUT_OFF = "its save was cut off"
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems without fsync: no reason to stop a run
-
-Judge = Callable[[str], "str | None"]
 
 
 def find_defect(folder: str | os.PathLike) -> str | None:
-    """Say in a few words why a run cannot be resumed from a checkpoint folder; None if it can.
-
-    Whether `optimizer.pt` was saved at all is the choice of `save_only_model`, and no defect.
-    """
+    """Say in a few words why a run cannot be resumed from a checkpoint folder; None if it can."""
     folder = Path(folder)
     if not folder.is_dir():
-        return NO_FOLDER
+        return "there is no such folder"
+    if (folder / MARK).exists():
+        return CUT_OFF
     try:
-        mark = _read_json(folder / SAVE_STATE_FILE)
-        if mark is not None and mark.get("complete") is not True:
-            return "its save was cut off"
-        for name, saved in ({} if mark is None else mark.get("files", {})).items():
-            size = saved["bytes"] if isinstance(saved, dict) else saved  # 0.2 listed CRCs too
-            if not (folder / name).is_file():
-                return f"{name} is missing (if that was on purpose, delete {SAVE_STATE_FILE})"
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size} (if that was on purpose, delete {SAVE_STATE_FILE})"
-        state = _read_json(folder / STATE_FILE)
-        if state is None:
-            return f"{STATE_FILE}, which is written last, is missing"
-        return None if isinstance(state.get("global_step"), int) else f"{STATE_FILE} is damaged"
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"it cannot be read ({error})"
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        return f"{STATE_FILE}, which is written last, is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE_FILE} is damaged"
+    return None
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     """List the `checkpoint-N` folders of a run, valid or not, the largest N first; empty if there is no such folder."""
-    if not os.path.isdir(output_dir):
-        return []
-    matches = [match for name in os.listdir(output_dir) if (match := _CHECKPOINT.fullmatch(name))]
-    paths = [os.path.join(output_dir, match[0]) for match in sorted(matches, key=lambda match: -int(match[1]))]
-    return [path for path in paths if os.path.isdir(path)]
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [(int(match[1]), str(path)) for path in paths if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def find_newest_valid(checkpoints: Iterable[str], judge: Judge = find_defect) -> tuple[str | None, dict[str, str]]:
+def find_newest_valid(checkpoints: Iterable[str]) -> tuple[str | None, dict[str, str]]:
     """Find the first valid one of `checkpoints` (newest first).
 
     Returns:
@@ -78,31 +54,26 @@ def find_newest_valid(checkpoints: Iterable[str], judge: Judge = find_defect) ->
     """
     skipped = {}
     for folder in checkpoints:
-        defect = judge(folder)
+        defect = find_defect(folder)
         if defect is None:
             return folder, skipped
         skipped[folder] = defect
     return None, skipped
 
 
-def require_valid(folder: str | os.PathLike, others: Iterable[str], judge: Judge = find_defect) -> None:
+def require_valid(folder: str | os.PathLike) -> None:
     """Refuse to resume from a checkpoint that is not valid.
 
-    Args:
-        others: the checkpoints of which the newest valid one is named in the message, newest first.
-
     Raises:
-        InputError: what is wrong with `folder` and which one to take instead, after the stock Trainer's phrase.
+        InputError: what is wrong with `folder`, and which one beside it to take instead.
     """
-    defect = judge(str(folder))
-    if defect is None:
-        return
-    newest, _ = find_newest_valid((o for o in others if os.path.abspath(o) != os.path.abspath(folder)), judge)
-    if newest is not None:
-        defect += f"; the newest valid checkpoint is {newest}"
-    elif defect != NO_FOLDER:
-        defect += "; no other checkpoint there is valid: start from scratch"
-    raise InputError(f"Can't find a valid checkpoint at {folder}: {defect}")  # begins as the Trainer's does
+    defect = find_defect(folder)
+    if defect is not None:
+        newest, _ = find_newest_valid(list_checkpoints(Path(folder).absolute().parent))
+        instead = f"; the newest valid checkpoint is {newest}" if newest else ""
+        raise InputError(
+            f"Can't find a valid checkpoint at {folder}: {defect}{instead}"
+        )  # begins as the Trainer's does
 
 
 def describe_skipped(skipped: dict[str, str], newest: str | None) -> str:
@@ -115,22 +86,20 @@ def describe_skipped(skipped: dict[str, str], newest: str | None) -> str:
 def begin_save(folder: str | os.PathLike) -> None:
     """Mark a checkpoint folder as not complete, durably, before anything in it is written or deleted; make the folder."""
     os.makedirs(folder, exist_ok=True)
-    _write_mark(Path(folder), {"complete": False})
+    with open(Path(folder, MARK), "w"):
+        pass
+    _sync(folder)
 
 
 def complete_save(folder: str | os.PathLike) -> None:
-    """Bring every file of a checkpoint to the disk, then mark the folder as complete; again, if files have changed since."""
-    folder, sizes = Path(folder), {}
+    """Bring every file of a checkpoint to the disk, then take its mark away."""
     for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            name = path.relative_to(folder).as_posix()
-            if path.is_file() and name != SAVE_STATE_FILE:
-                _sync(path)
-                if path.suffix != ".md":  # people edit model cards
-                    sizes[name] = path.stat().st_size
+        for name in names:
+            _sync(Path(parent, name))
         _sync(parent)
-    _write_mark(folder, {"complete": True, "files": dict(sorted(sizes.items()))})
-    _sync(folder.absolute().parent)
+    Path(folder, MARK).unlink(missing_ok=True)
+    _sync(folder)
+    _sync(Path(folder).absolute().parent)
 
 
 def delete_old_checkpoints(
@@ -147,7 +116,7 @@ def delete_old_checkpoints(
     kept = {os.path.abspath(path) for path in (newest, best) if path is not None}
     folders = list_checkpoints(output_dir)[::-1]
     excess = len(folders) - max(limit or 0, len(kept))
-    if not limit or limit < 0 or excess <= 0:
+    if not limit or excess <= 0:
         return []
     candidates = [folder for folder in folders if os.path.abspath(folder) not in kept]
     candidates.sort(key=lambda folder: (find_defect(folder) is None, int(os.path.getmtime(folder))))
@@ -160,39 +129,14 @@ def delete_checkpoint(folder: str | os.PathLike) -> None:
     """Delete a checkpoint; as in the Trainer, what cannot be deleted stays. Cut off, it leaves nothing that looks valid."""
     with contextlib.suppress(OSError):
         begin_save(folder)
-        Path(folder, STATE_FILE).unlink(missing_ok=True)  # before the mark goes, without which this file decides
+        Path(folder, STATE_FILE).unlink(missing_ok=True)  # the mark may go first
         _sync(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is damaged")
-    return content
-
-
-def _write_mark(folder: Path, mark: dict) -> None:
-    aside = folder / f"_{SAVE_STATE_FILE}.tmp"
-    aside.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-    _sync(aside)
-    os.replace(aside, folder / SAVE_STATE_FILE)
-    _sync(folder)
-
-
 def _sync(path: str | os.PathLike) -> None:
-    """Bring a file, or the names in a folder, to the disk; folders that cannot be opened (Windows) are left."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        if os.path.isdir(path):
-            return
-        raise
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
-DECAY_FILE = "v0_decay.safetensors"  # in checkpoints that are saved while v0 decays linearly
-
-MUCH_WITHOUT_DECAY = 10.0  # v0 over g^2 beyond which a second moment that does not decay is worth a warning
+DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while v0 decays linearly
 
 logger = logging.getLogger("hf_v0init")
 
@@ -107,24 +107,15 @@ class V0Report:
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
         else:
             steps = self.estimation_steps or 1
-            source = (
-                "from the gradient of the first step"
-                if steps == 1
-                else f"from the gradients of the first {steps} steps"
-            )
-        zeros = ""
-        if self.num_zero_elements:
-            share = self.num_zero_elements / max(1, self.num_elements_with_v0)
-            zeros = f"; {share:.2%} of their elements had no gradient and start at 0, as in stock Adam"
+            source = f"from the gradients of the first {f'{steps} steps' if steps > 1 else 'step'}"
         later = ""
         if self.without_gradient:
-            shown = ", ".join(self.without_gradient[:3]) + (", ..." if len(self.without_gradient) > 3 else "")
             what = "start at 0" if self.estimator == "per_sample" else "get theirs at their first gradient"
-            later = f"; {len(self.without_gradient)} without a gradient so far {what}: {shown}"
+            later = f"; {len(self.without_gradient)} without a gradient so far {what}: {', '.join(self.without_gradient[:3])}"
         decay = f"linear decay over {self.decay_steps:,} steps" if self.decay == "linear" else f"scale {self.scale:g}"
         lines = [
-            f"v0 ({self.strategy}, {decay}) {source}: mean {self.v0_mean:.3g}, min {self.v0_min:.3g}, max "
-            f"{self.v0_max:.3g}; {self.num_parameters_with_v0} tensors with v0, {self.num_parameters_without_v0} without{zeros}{later}"
+            f"v0 ({self.strategy}, {decay}) {source}: mean {self.v0_mean:.3g}; {self.num_parameters_with_v0} tensors with v0, "
+            f"{self.num_parameters_without_v0} without{later}"
         ]
         if self.decay == "linear" and self.multiplier:
             factors = ", ".join(f"{value:.3g} at step {int(step):,}" for step, value in self.multiplier.items())
@@ -144,16 +135,8 @@ class V0Report:
             else:
                 remedy = "check that the loss depends on the optimizer's parameters"
             return f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"
-        if not self.max_steps or self.decay == "linear":
+        if not self.max_steps or self.decay == "linear" or self.beta2 is None:
             return None
-        if self.beta2 is None:
-            if self.ratio <= MUCH_WITHOUT_DECAY:
-                return None
-            return (
-                f"v0 is {self.ratio:.3g} times the gradients' square (median over elements), and this optimizer's second moment does not "
-                "decay as Adam's does: v0 may hold the steps back for the whole run. Remedy: --v0_init data_driven, whose v0 has the "
-                "gradients' own size"
-            )
         return compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.decay_steps)
 
     def log(self) -> None:
@@ -193,18 +176,10 @@ def read_report(folder: str | os.PathLike) -> dict | None:
 
 
 def write_decay_state(state: dict, folder: str | os.PathLike) -> None:
-    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.safetensors` into `folder`, whole or not at all."""
-    from safetensors.torch import save_file
-
+    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
     path = Path(folder) / DECAY_FILE
     aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
-    tensors, numbers = {}, {key: value for key, value in state.items() if key != "held"} | {"held": {}}
-    for name, entry in state["held"].items():
-        numbers["held"][name] = {key: value for key, value in entry.items() if key not in ("rows", "columns")}
-        for key in ("rows", "columns"):
-            if key in entry:
-                tensors[f"{key}.{name}"] = entry[key].detach().cpu().contiguous()
-    save_file(tensors, aside, metadata={"state": json.dumps(numbers)})
+    torch.save(state, aside)
     os.replace(aside, path)
 
 
@@ -214,20 +189,13 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
     Raises:
         InputError: the file is there but is not whole.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(folder) / DECAY_FILE
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                key, _, parameter = name.partition(".")
-                state["held"][parameter][key] = file.get_tensor(name)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): resume from another checkpoint") from error
-    return state
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of damaged bytes torch raises many kinds
+        raise InputError(f"{path} is damaged: resume from another checkpoint") from error
 
 
 def collect_versions() -> dict[str, str]:

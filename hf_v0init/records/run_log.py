@@ -7,7 +7,6 @@
 | `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and two clocks in seconds since `train()` began, the v0 pass included: `seconds`, and `train_seconds` without the evaluations |
 | `fingerprint.json` | SHA-256 of the initial weights, of the batches of the first four optimizer steps and of torch's random state before the first step |
 | `v0_init.json` | what was done about v0, as beside a checkpoint, also of a run that saves nothing |
-| `v0_diagnostics.json` | see `diagnostics` |
 
 Runs that are to differ in the optimizer alone must have equal fingerprints: the same weights, the same data in the same
 order, the same dropout. Of sharded weights and distributed data the main process's own part is taken. The run itself is
@@ -70,11 +69,6 @@ class RunRecordCallback(TrainerCallback):
         self._fingerprint["batches"].append(hash_tensors(named))
         if len(self._fingerprint["batches"]) == NUM_BATCHES:
             self._write_fingerprint()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Forget the batches that were looked at before the first step, to measure how long to hold back."""
-        if self._fingerprint is not None and state.global_step == 0:
-            self._fingerprint["batches"].clear()
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Take the fingerprint of the random state before the first step."""

@@ -55,22 +55,16 @@ def require_supported_config(config: dict) -> None:
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise InputError(f"v0_init under DeepSpeed with zero_optimization.stage={stage} is not supported; {_REMEDY}")
-    if (config.get("fp16") or {}).get("enabled") is True:
-        raise InputError(
-            'v0_init under DeepSpeed with fp16 is not supported (v0 of 1e-9 is zero in fp16): use "bf16" instead of the '
-            'ds_config key "fp16", or v0_init=zeros'
-        )
-    if (config.get("torch_autocast") or {}).get("enabled") is True:
-        raise InputError(
-            'v0_init under DeepSpeed with torch_autocast is not supported: use "bf16" instead of the ds_config key '
-            '"torch_autocast", or v0_init=zeros'
-        )
-    for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device") or "none"
-        if device != "none":
+    for key, place in (
+        ("fp16", config),
+        ("torch_autocast", config),
+        ("offload_optimizer", zero),
+        ("offload_param", zero),
+    ):
+        settings = place.get(key) or {}
+        if settings.get("enabled") is True or settings.get("device") not in (None, "none"):
             raise InputError(
-                f"v0_init under DeepSpeed with zero_optimization.{key}.device={device} is not supported: remove the ds_config key "
-                f'"{key}", or use v0_init=zeros'
+                f'v0_init under DeepSpeed with the ds_config key "{key}" is not supported: remove it ("bf16" is), or use v0_init=zeros'
             )
     optimizer = config.get("optimizer")
     if optimizer and str(optimizer.get("type", "")).lower() not in ("adam", "adamw"):

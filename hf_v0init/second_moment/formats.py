@@ -114,9 +114,7 @@ class AdagradFormat(StateFormat):
         return state["step"] > 0 or bool((get_local_part(state[self.row.key]) != start).any())
 
     def prime(self, optimizer, tensors: list[torch.Tensor], group: dict) -> None:
-        """Put a copy of the constructed state in its place, which may be taken back."""
-        for tensor in tensors:
-            optimizer.state[tensor] = {key: value.clone() for key, value in optimizer.state[tensor].items()}
+        """Leave the state that is there."""
 
 
 class GrokAdamWFormat(StateFormat):

@@ -195,11 +195,3 @@ def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | Fra
         InputError: as `SecondMoment`.
     """
     return SecondMoment(optimizer).read_parameter(parameter)
-
-
-def is_untouched(optimizer) -> bool:
-    """Whether the optimizer has made no step, loaded no state and got no v0; also of one that could not get a v0."""
-    try:
-        return SecondMoment(optimizer).is_untouched()
-    except InputError:  # refused for a v0: what lies in `optimizer.state` is its state all the same
-        return not any(unwrap_optimizer(optimizer).state.values())

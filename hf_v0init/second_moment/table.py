@@ -111,20 +111,13 @@ def _expand_braces(word: str) -> list[str]:
 
 ROWS = _read_rows()
 SUPPORTED_ROWS = tuple(row for row in ROWS if row.key)
-REFUSED_ROWS = tuple(row for row in ROWS if row.refusal)
 
 _BY_CLASS = {name: row for row in reversed(ROWS) for name in row.classes}
-_BY_OPTIM = {value: row for row in ROWS for value in row.optim}
 
 
 def find_row(class_name: str) -> OptimizerRow | None:
     """Find the first row that lists a class by its full name (module.qualname); None if no row does."""
     return _BY_CLASS.get(class_name)
-
-
-def find_row_of_optim(value: str) -> OptimizerRow | None:
-    """Find the row of a value of `TrainingArguments.optim`; None if no row names it."""
-    return _BY_OPTIM.get(value)
 
 
 # ---- as it is shown --------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ def clean_parameter_name(name: str) -> str:
     return _WRAPPER_PREFIXES.sub("", name)
 
 
+def name_parameters(model: nn.Module | None) -> dict[int, str]:
+    """Return id of a parameter -> its name without the prefixes of wrappers; of a shared one the first name."""
+    return {} if model is None else {id(p): clean_parameter_name(name) for name, p in model.named_parameters()}
+
+
 @dataclass(frozen=True)
 class Fragment:
     """What this process holds of a tensor that is partitioned flat: elements `start` and on of the flattened whole.
@@ -169,26 +174,6 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
-
-
-def view_flat(tensor: torch.Tensor) -> torch.Tensor | None:
-    """View a tensor as one dimension, in the order of its memory; None if it is not dense."""
-    try:
-        return tensor.detach().permute(order_of_memory(tensor)).view(-1)
-    except RuntimeError:
-        return None
-
-
-def order_of_memory(tensor: torch.Tensor) -> list[int]:
-    """Return the dimensions from the farthest apart in memory to the closest."""
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
-
-
-def split_rows(tensor: torch.Tensor, max_numel: int) -> tuple[torch.Tensor, ...]:
-    """Cut a tensor into views of whole rows (indices of its first dimension), each of at most `max_numel` elements or one row."""
-    if tensor.dim() == 0 or tensor.numel() <= max_numel:
-        return (tensor,)
-    return tensor.split(max(1, max_numel // max(1, math.prod(tensor.shape[1:]))))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -109,7 +109,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
     if wanted not in (None, *IS_TRUE):
         if not Path(wanted).is_dir():
             raise InputError(f"--resume_from_checkpoint: there is no folder {wanted}; give a checkpoint-*, or 'true'")
-        require_valid(wanted, list_checkpoints(Path(wanted).absolute().parent))
+        require_valid(wanted)
         require_writable_output(output_dir, overwrite=True)
         return wanted
     checkpoints = list_checkpoints(output_dir)

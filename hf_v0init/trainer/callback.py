@@ -17,7 +17,7 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import TrainerCallback
@@ -32,7 +32,7 @@ from ..second_moment.state import SecondMoment
 from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
-from .per_sample import write_per_sample_v0
+from .per_sample import write_trainers_v0
 from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
 from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
 from .supported_runs import require_measurable, require_supported_run
@@ -44,7 +44,7 @@ class V0InitCallback(TrainerCallback):
     """Gives the optimizer of a Trainer a v0, or its schedule a warmup of measured length; see the top of the file.
 
     Args:
-        settings: a `V0InitArguments`; or give its fields by name (`v0_init="data_driven", v0_decay_steps=0.1`). With neither, the
+        settings: a `V0InitArguments`; its fields may be given by name (`v0_init="data_driven", v0_decay_steps=0.1`). With neither, the
             Trainer's arguments say what is wanted, if they have the flags.
 
     Attributes:
@@ -57,11 +57,7 @@ class V0InitCallback(TrainerCallback):
     """
 
     def __init__(self, settings: V0InitArguments | None = None, **fields) -> None:
-        if settings is not None and fields:
-            raise InputError(
-                f"V0InitCallback takes settings or their fields by name, and {', '.join(fields)} came with settings"
-            )
-        self._given = V0InitArguments(**fields) if fields else settings
+        self._given = settings if not fields else replace(settings or V0InitArguments(), **fields)
         self.report: dict | None = None
         self.length: dict | None = None
         self.hook: V0Hook | None = None
@@ -334,8 +330,8 @@ class V0InitCallback(TrainerCallback):
         )
 
     def _compute_first_loss(self) -> float:
-        if self._recorder is None or not self._recorder.has_calls:
-            raise LossNotComputed("compute_loss was not called in the first step")
+        if self._recorder is None:
+            raise LossNotComputed("compute_loss is kept for the first step alone")
         return self._recorder.compute_again()
 
     def _take_length(self, length: WarmupLength) -> None:
@@ -373,7 +369,7 @@ class V0InitCallback(TrainerCallback):
 
     def _run_pass(self, start: "_Start") -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        report = write_per_sample_v0(self._trainer, start.plan, SecondMoment(start.optimizer))
+        report = write_trainers_v0(self._trainer, start.plan, start.optimizer)
         report.add_expectation(start.max_steps)
         return report
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..estimation.trust_radius import LossNotComputed
 from ..state_guard import read_rng_states, write_rng_states
 from .state import preserve_trainer
 
@@ -27,11 +28,6 @@ class LossRecorder:
         self._had_own = "compute_loss" in vars(trainer)
         trainer.compute_loss = self._record
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether `compute_loss` was called in this step."""
-        return bool(self._calls)
-
     def begin_step(self) -> None:
         """Forget the calls of an earlier step, which made no update."""
         self._calls = []
@@ -45,7 +41,13 @@ class LossRecorder:
             vars(self.trainer).pop("compute_loss", None)
 
     def compute_again(self) -> float:
-        """Compute the loss of the step at the weights as they are: the sum over its micro-batches."""
+        """Compute the loss of the step at the weights as they are: the sum over its micro-batches.
+
+        Raises:
+            LossNotComputed: `compute_loss` was not called in this step.
+        """
+        if not self._calls:
+            raise LossNotComputed("compute_loss was not called in the first step")
         total = 0.0
         for model, inputs, args, kwargs, states in self._calls:
             with preserve_trainer(self.trainer), self.trainer.compute_loss_context_manager():

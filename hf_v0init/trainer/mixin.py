@@ -6,18 +6,13 @@ model and optimizer -> a checkpoint is loaded -> `on_train_begin` decides (see `
 
 import contextlib
 import copy
-import inspect
 import logging
-import os
+from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import HubStrategy
 
-from ..diagnostics.callback import V0DiagnosticsCallback
 from ..errors import InputError
-from ..initialization.plan import require_materialised
-from ..records.model_card import add_task_and_metrics, add_v0_section, infer_metrics, infer_task, list_tags
-from ..records.report import read_report
+from ..records.model_card import add_v0_section, infer_task
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
 from ..second_moment.state import SecondMoment, unwrap_optimizer
@@ -52,7 +47,6 @@ class V0InitMixin:
         self._v0_callback.attach(self)
         self._run_record = None
         if self.v0_arguments.v0_record_run:
-            V0DiagnosticsCallback().attach(self)
             self._run_record = RunRecordCallback(self._v0_callback.get_record)
             self.callback_handler.callbacks.insert(0, self._run_record)
 
@@ -86,8 +80,6 @@ class V0InitMixin:
             ) from error
         if self.v0_arguments.v0_init != "zeros":
             require_supported_run(self)
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there weights may still be on their way
-                require_materialised(self.model)
             # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
             if type(optimizer).__name__ != "DummyOptim":
                 self._v0_callback.attach_to(optimizer, self.model)
@@ -118,42 +110,20 @@ class V0InitMixin:
             self._run_record.record_batches(batches[0])
         return batches
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """Load as the Trainer does; a damaged record is an error before any time is spent."""
-        if checkpoint is not None and self.v0_arguments.v0_init != "zeros":
-            read_report(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and `v0_init.json` beside it."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        self._write_record_beside_model(output_dir or self.args.output_dir, with_state=_internal_call)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
-        if self.args.hub_strategy != HubStrategy.END:
-            self._write_record_beside_model(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _write_record_beside_model(self, folder: str, with_state: bool = False) -> None:
         if self.args.should_save:
-            self._v0_callback.write_record(folder, with_state=with_state)
+            self._v0_callback.write_record(output_dir or self.args.output_dir, with_state=_internal_call)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the Trainer's model card with the v0 section, its tags, task and metrics."""
-        write_card = super().create_model_card
-        given = inspect.signature(write_card).bind_partial(*args, **kwargs).arguments
-        tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
-        own = list_tags(self._v0_callback.get_record())
-        write_card(**given | {"tags": tags + [tag for tag in own if tag not in tags]})
-        path = os.path.join(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            task = given.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
-            text = add_task_and_metrics(text, task, infer_metrics(self.state.log_history))
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(add_v0_section(text, self._v0_callback.get_record()))
+        """Write the Trainer's model card with the v0 section, its tags and the task."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and path.is_file():
+            task = kwargs.get("tasks") or infer_task(type(self.accelerator.unwrap_model(self.model)).__name__)
+            text = add_v0_section(path.read_text(encoding="utf-8"), self._v0_callback.get_record(), task)
+            path.write_text(text, encoding="utf-8")
 
     def _choose_optimizer(self, was_passed: bool = False) -> None:
         """Take the optimizer class and arguments from `v0_optimizer`, if it is set."""

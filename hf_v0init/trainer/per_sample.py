@@ -1,8 +1,8 @@
 """The paper's per-sample estimation through a Trainer: over training samples, with its own collator, precision and loss, before training.
 
 Random samples (of a stream the first), one to a batch unless asked otherwise, on all processes; the loss as training computes it, without
-the division by accumulation steps. What `compute_loss` alone does not say is refused: a loss that is no mean over its samples,
-training steps and loaders of a Trainer's own, data that can be read only once.
+the division by accumulation steps. What `compute_loss` alone does not say is refused: training steps and loaders of a Trainer's own,
+data that can be read only once.
 """
 
 import contextlib
@@ -14,122 +14,84 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers.utils import is_datasets_available, logging as transformers_logging
+from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..estimation.batches import IGNORED_LABEL, choose_samples, iterate_batches, require_reiterable
-from ..estimation.per_sample import FP16_LOSS_SCALE, estimate_grad_sq_mean
-from ..initialization.plan import USE_MINIBATCH, plan_v0
-from ..initialization.writing import write_v0
+from ..estimation.batches import choose_samples, iterate_batches
+from ..estimation.per_sample import FP16_LOSS_SCALE
+from ..initialization.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
-from ..second_moment.state import SecondMoment
+from ..second_moment.state import unwrap_optimizer
 from ..settings import V0Plan
-from ..sharding.processes import fail_together
-from ..state_guard import preserve_model, preserve_rng
 from .state import preserve_trainer
-from .supported_runs import require_supported_pass
 
 logger = logging.getLogger("hf_v0init")
 
-NUM_COMPARED = 3  # samples whose loss together is compared with theirs one by one
-TOLERANCE, TOLERANCE_NARROW = 1e-3, 3e-2  # relative, of that comparison
 
-
-def write_per_sample_v0(trainer, plan: V0Plan, moments: SecondMoment) -> V0Report:
+def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
     """Estimate E[g^2] over training samples of a Trainer and write v0 from it (eq. 10). Nothing else of the run changes.
 
     Args:
-        trainer: a `transformers.Trainer`, its model and optimizer prepared.
+        trainer: a `transformers.Trainer`, its model prepared.
         plan: with the per-sample estimator.
-        moments: of its optimizer, without state.
-
-    Returns:
-        What was written, see `V0Report`.
+        optimizer: its optimizer, without state.
 
     Raises:
-        InputError: (on every process) what the head of the file refuses; a model that is sharded; what the estimate and `write_v0`
-            raise.
+        InputError: (on every process) what the head of the file refuses, and what `write_per_sample_v0` does.
     """
     args = trainer.args
     seed = args.seed if plan.seed is None else plan.seed
-    require_supported_pass(trainer)
-    _require_readable_data(trainer)
-    _require_stock_training(trainer)
-    chosen = plan_v0(moments, trainer.model, plan.include_bias_and_norm)
-    plan.get_scale(chosen.beta2 or 0.0)  # one that is too large is refused before the pass
+    _require_pass_is_possible(trainer)
     batch_size = _choose_batch_size(trainer, plan)
     step_size = float(trainer.get_total_train_batch_size(args))
     if hasattr(trainer, "get_v0_effective_batch_size"):  # batches under a budget of tokens have another size
         step_size = trainer.get_v0_effective_batch_size()
-    others = _list_parameters_outside(trainer, moments)
-    with fail_together(), preserve_trainer(trainer), _count_items_locally(args):
-        _require_mean_over_samples(trainer, others)
     with preserve_trainer(trainer), _count_items_locally(args):
-        samples, read, collate = _choose_samples(trainer, plan.num_samples, seed)
+        samples, collate = _choose_samples(trainer, plan.num_samples, seed)
+        batches = iterate_batches(samples, collate, batch_size, seed, args.process_index, args.world_size)
         total = math.ceil(len(samples) / batch_size / args.world_size) if isinstance(samples, list) else None
         hidden = args.disable_tqdm or args.process_index != 0
-        with transformers_logging.tqdm(
-            total=total, desc="v0: gradient statistics", unit="batch", disable=hidden
-        ) as bar:
-            estimate = estimate_grad_sq_mean(
-                chosen.named_parameters,
-                iterate_batches(samples, read, collate, batch_size, seed, args.process_index, args.world_size),
-                lambda batch: _compute_loss(trainer, batch, in_training=True),
-                model=trainer.model,
-                seed=seed,
-                loss_scale=FP16_LOSS_SCALE if args.fp16 else 1.0,
-                effective_batch_size=step_size,
-                on_batch=bar.update,
-                other_parameters=others,
-            )
-    return write_v0(
-        chosen,
-        estimate,
-        lambda beta2: plan.get_scale(beta2 or 0.0),
-        seed=seed,
-        decay=plan.decay,
-        decay_steps=plan.decay_steps,
-        include_bias_and_norm=plan.include_bias_and_norm,
-        num_samples_requested=plan.num_samples,
-        stats_batch_size=batch_size,
-        effective_batch_size=step_size,
-        global_step=trainer.state.global_step,
-    )
+        report = write_per_sample_v0(
+            optimizer,
+            trainer.model,
+            plan,
+            transformers_logging.tqdm(
+                batches, total=total, desc="v0: gradient statistics", unit="batch", disable=hidden
+            ),
+            lambda batch: _compute_loss(trainer, batch),
+            seed=seed,
+            batch_size=batch_size,
+            effective_batch_size=step_size,
+            loss_scale=FP16_LOSS_SCALE if args.fp16 else 1.0,
+            other_parameters=_list_parameters_outside(trainer, optimizer),
+        )
+    report.global_step = trainer.state.global_step
+    return report
 
 
-# ---- samples and loss --------------------------------------------------------------------------------------------------
-
-
-def _is_stream(dataset) -> bool:
-    return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
-
-
-def _is_table(dataset) -> bool:
-    """Whether a data set is one of the `datasets` library with a length, whose unused columns the Trainer removes itself."""
-    if not is_datasets_available():
-        return False
-    import datasets
-
-    return isinstance(dataset, datasets.Dataset)
-
-
-def _choose_samples(trainer, num_samples: int, seed: int) -> tuple[Iterable, Callable[[list], list], Callable]:
-    """Choose samples as numbers, or take the first ones of a stream; with what reads them, and a collator of their own."""
+def _choose_samples(trainer, num_samples: int, seed: int) -> tuple[Iterable, Callable[[list], object]]:
+    """Choose samples as numbers, or take the first ones of a stream; with what makes the loss's inputs of some."""
     dataset = getattr(trainer, "get_v0_dataset", lambda: trainer.train_dataset)()  # segments bring their context along
     collate = copy.deepcopy(trainer.data_collator)
-    if _is_table(dataset):
+    if hasattr(dataset, "remove_columns") and not _is_stream(
+        dataset
+    ):  # of `datasets`, whose unused columns the Trainer removes itself
         dataset = trainer._remove_unused_columns(dataset, description="training")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
     if _is_stream(dataset):
-        return itertools.islice(iter(dataset), num_samples), list, collate
-    if hasattr(dataset, "__getitems__"):
-        read = dataset.__getitems__
-    else:
-        read = lambda numbers: [dataset[number] for number in numbers]  # noqa: E731
+        return itertools.islice(iter(dataset), num_samples), collate
     if num_samples > len(dataset):
         logger.info(f"v0_num_samples={num_samples} is more than the {len(dataset)} training samples: all are used")
-    return choose_samples(len(dataset), num_samples, seed), read, collate
+
+    def read(numbers: list[int]) -> list:
+        return dataset.__getitems__(numbers) if hasattr(dataset, "__getitems__") else [dataset[n] for n in numbers]
+
+    return choose_samples(len(dataset), num_samples, seed), lambda numbers: collate(read(numbers))
+
+
+def _is_stream(dataset) -> bool:
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
 
 
 def _choose_batch_size(trainer, plan: V0Plan) -> int:
@@ -144,9 +106,9 @@ def _choose_batch_size(trainer, plan: V0Plan) -> int:
     return min(trainer._train_batch_size, max(2, num_samples // 2))
 
 
-def _compute_loss(trainer, batch, in_training: bool) -> torch.Tensor:
+def _compute_loss(trainer, batch) -> torch.Tensor:
     """The mean loss of one batch, as training computes it, without the division by accumulation steps."""
-    trainer.model.train(in_training)
+    trainer.model.train()
     num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=num_items)
@@ -164,28 +126,20 @@ def _count_items_locally(args) -> Iterator[None]:
         args.average_tokens_across_devices = before
 
 
-def _list_parameters_outside(trainer, moments: SecondMoment) -> list[nn.Parameter]:
+def _list_parameters_outside(trainer, optimizer) -> list[nn.Parameter]:
     """List what the loss may use outside of the model: the optimizer's parameters, and those of modules that the Trainer holds."""
-    held = [parameter for group in moments.list_groups() for parameter in group["params"]]
+    held = [parameter for group in unwrap_optimizer(optimizer).param_groups for parameter in group["params"]]
     modules = [value for value in vars(trainer).values() if isinstance(value, nn.Module) and value is not trainer.model]
     return held + [parameter for module in modules for parameter in module.parameters()]
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
-
-
-def _require_readable_data(trainer) -> None:
-    """Raise `InputError` unless there are training data that can be read before the training reads them."""
-    dataset = trainer.train_dataset
-    if dataset is None or isinstance(dataset, dict):
-        what = "without a train_dataset" if dataset is None else "with a dictionary of training data sets"
-        raise InputError(f"v0_estimator=per_sample {what}: it reads samples before training; {USE_MINIBATCH}")
-    if _is_stream(dataset):
-        require_reiterable(dataset)
-
-
-def _require_stock_training(trainer) -> None:
-    """Raise `InputError` if the Trainer has a training step or a loader of its own, which a pass would not follow."""
+def _require_pass_is_possible(trainer) -> None:
+    """Raise `InputError` where a pass would not see what the training sees, or would take samples from it."""
+    if trainer.args.n_gpu > 1:
+        raise InputError(
+            f"v0_estimator=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
+            f"GPU with `accelerate launch` or `torchrun`; or {USE_MINIBATCH}"
+        )
     for name in ("training_step", "get_train_dataloader", "_get_train_sampler"):
         home = next((base.__module__ for base in type(trainer).__mro__ if name in vars(base)), "transformers.")
         if not home.startswith(("transformers.", "hf_v0init.")):
@@ -193,40 +147,13 @@ def _require_stock_training(trainer) -> None:
                 f"v0_estimator=per_sample with {type(trainer).__name__}, which has a {name} of its own: a pass over single samples would not "
                 f"see what the training sees; {USE_MINIBATCH}"
             )
-
-
-def _require_mean_over_samples(trainer, others: list[nn.Parameter]) -> None:
-    """Raise `InputError` if the loss of some samples together is the mean of theirs neither over samples nor over labels."""
-    samples, read, collate = _choose_samples(trainer, NUM_COMPARED, seed=0)
-    features = read(list(samples))
-    if len(features) < 2:
-        return
-    rows = [collate([feature]) for feature in features]
-    of_batch, *alone = [_evaluate_loss(trainer, batch, others) for batch in (collate(list(features)), *rows)]
-    means = []
-    for num_skipped in (None, 0, 1):  # a causal loss is a mean over all labels but the first of a row
-        weights = [1 if num_skipped is None else _count_labels(row, num_skipped) for row in rows]
-        if sum(weights):
-            means.append(sum(w * loss for w, loss in zip(weights, alone, strict=True)) / sum(weights))
-    if not math.isfinite(of_batch + sum(alone)):
-        return  # rows without targets
-    tolerance = TOLERANCE_NARROW if trainer.args.bf16 or trainer.args.fp16 else TOLERANCE
-    if not any(math.isclose(of_batch, mean, rel_tol=tolerance) for mean in means):
+    dataset = trainer.train_dataset
+    if dataset is None or isinstance(dataset, dict):
+        what = "without a train_dataset" if dataset is None else "with a dictionary of training data sets"
+        raise InputError(f"v0_estimator=per_sample {what}: it reads samples before training; {USE_MINIBATCH}")
+    kept = [name for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, Iterator)]
+    if _is_stream(dataset) and (isinstance(dataset, Iterator) or kept):
         raise InputError(
-            f"v0_estimator=per_sample with a loss that is no mean over its samples: {of_batch:.6g} for {len(features)} samples "
-            f"together, {means[0]:.6g} on average one by one (in-batch negatives?); {USE_MINIBATCH}"
+            f"train_dataset of type {type(dataset).__name__} can be read only once, so the samples read for v0 would be lost to training; "
+            f"use a data set that can be iterated again, or {USE_MINIBATCH}"
         )
-
-
-def _evaluate_loss(trainer, batch, others: list[nn.Parameter]) -> float:
-    """The loss of a batch in evaluation mode, after which all is as before, also what the model's forward moves."""
-    with preserve_rng(), preserve_model(trainer.model, others), torch.no_grad():
-        return float(_compute_loss(trainer, batch, in_training=False))
-
-
-def _count_labels(row, num_skipped: int) -> int:
-    """Count the labels of a row that are not ignored (-100), but for the first `num_skipped`; 1 without labels."""
-    labels = row.get("labels") if hasattr(row, "get") else None
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        return 1
-    return int(labels.reshape(-1)[num_skipped:].ne(IGNORED_LABEL).sum())

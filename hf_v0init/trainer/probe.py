@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import InputError
-from ..estimation.trust_radius import LossNotComputed, TrustRadius
+from ..estimation.trust_radius import TrustRadius
 from ..hook import find_largest_rate, measure_radius
 from ..second_moment.state import unwrap_optimizer
 from ..sharding.parts import get_local_part
@@ -31,15 +31,10 @@ class _Probe(TrainerCallback):
         def measure(inner, args, kwargs) -> None:
             gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
             if any(bool(get_local_part(gradient).any()) for gradient in gradients):
-                radius = measure_radius(optimizer, self.trainer.model, self._compute_loss)
+                radius = measure_radius(optimizer, self.trainer.model, self.recorder.compute_again)
                 raise _Probed(radius, find_largest_rate(optimizer))
 
         self.handle = unwrap_optimizer(optimizer).register_step_pre_hook(torch.compiler.disable(measure))
-
-    def _compute_loss(self) -> float:
-        if not self.recorder.has_calls:
-            raise LossNotComputed("compute_loss was not called in the first step")
-        return self.recorder.compute_again()
 
     def close(self) -> None:
         """Give the Trainer its own loss back."""

@@ -1,35 +1,24 @@
 """What a checkpoint's record says of the run that is resumed from it."""
 
+from dataclasses import replace
+
 from ..errors import InputError
 from ..records.report import DECAY_FILE, read_decay_state
 from ..settings import AUTO, V0Plan
 
+IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm")  # a record and a plan
+
 
 def describe_under_way(plan: V0Plan, estimation_steps: int) -> dict:
     """Say in a record what is under way before v0 stands; `read_plan` reads it back."""
-    return {
-        "strategy": plan.init,
-        "decay": plan.decay,
-        "decay_steps": plan.decay_steps,
-        "scale": plan.scale,
-        "estimator": plan.estimator,
-        "estimation_steps": estimation_steps,
-        "include_bias_and_norm": plan.include_bias_and_norm,
-        "is_written": False,
-    }
+    described = {name: getattr(plan, name) for name in IN_BOTH}
+    return {"strategy": plan.init, "estimation_steps": estimation_steps, "is_written": False} | described
 
 
 def read_plan(stored: dict) -> V0Plan:
     """Read from a record the plan that the run was begun with."""
-    is_sized_by_steps = stored.get("decay_steps") is not None
-    return V0Plan(
-        init=stored["strategy"],
-        decay=stored.get("decay"),
-        decay_steps=stored.get("decay_steps"),
-        scale=None if is_sized_by_steps else stored.get("scale"),
-        estimator=stored.get("estimator"),
-        include_bias_and_norm=stored.get("include_bias_and_norm", stored.get("decay") == "linear"),
-    )
+    plan = V0Plan(init=stored["strategy"], **{name: stored.get(name) for name in IN_BOTH})
+    return plan if plan.decay_steps is None else replace(plan, scale=None)
 
 
 def read_hook_state(folder: str, stored: dict, step: int) -> dict | None:

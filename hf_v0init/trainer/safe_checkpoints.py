@@ -4,19 +4,17 @@ import logging
 import os
 from typing import Any
 
-import torch.distributed as dist
-
 from ..errors import InputError
 from ..records.checkpoints import (
     begin_save,
     complete_save,
     delete_old_checkpoints,
     describe_skipped,
-    find_defect,
     find_newest_valid,
     list_checkpoints,
     require_valid,
 )
+from ..sharding.processes import fail_together, gather_objects
 
 logger = logging.getLogger("hf_v0init")
 
@@ -24,20 +22,17 @@ logger = logging.getLogger("hf_v0init")
 class SafeCheckpointsMixin:
     """Gives a `transformers.Trainer`, ours or any other, checkpoints that can be cut off without harm.
 
-    Put it first: `class MyTrainer(SafeCheckpointsMixin, V0InitTrainer)`. Every checkpoint gets a mark, `save_state.json`,
-    which says complete only when all processes have written their files and all callbacks have had their `on_save`.
+    Put it first: `class MyTrainer(SafeCheckpointsMixin, V0InitTrainer)`. While a checkpoint is being saved it has a mark, which goes when all
+    processes have written their files and all callbacks have had their `on_save`.
 
     - `train(resume_from_checkpoint=True)` takes the newest valid checkpoint of the output folder and names those skipped
       in a warning; if there are only broken ones it starts from scratch. A broken one asked for by name is an `InputError`.
     - `save_total_limit` never deletes the only valid checkpoint.
     - A finished run that is resumed makes no further step.
-
-    With several processes the first of every machine looks, and a checkpoint counts only if every machine finds it valid.
     """
 
     _on_save_follows = _is_saving = False
-    _saved_folder: str | None = None  # saved, and not yet marked as complete
-    _folder_to_push: str | None = None
+    _saved_folder: str | None = None  # saved, and still marked
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, from the checkpoint that `choose_checkpoint` finds."""
@@ -46,7 +41,7 @@ class SafeCheckpointsMixin:
     def choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         """Return the checkpoint folder that `train(resume_from_checkpoint=wanted)` resumes from; None for a new run.
 
-        Every process must call it, and gets the same answer.
+        Every process must call it, and gets what the first one finds.
 
         Raises:
             InputError: `wanted` is no valid checkpoint; or it is True and there is no checkpoint at all. The message
@@ -55,24 +50,19 @@ class SafeCheckpointsMixin:
         if wanted is None or wanted is False:
             return None
         if wanted is not True:
-            folder = os.fspath(wanted)
-            require_valid(folder, _gather(list_checkpoints(os.path.dirname(os.path.abspath(folder))))[0], self._judge)
-            return folder
-        checkpoints = _gather(list_checkpoints(self.args.output_dir))[0]
+            with fail_together():
+                require_valid(wanted)
+            return os.fspath(wanted)
+        checkpoints = list_checkpoints(self.args.output_dir)
+        checkpoints, (chosen, skipped) = gather_objects((checkpoints, find_newest_valid(checkpoints)))[0]
         if not checkpoints:
             raise InputError(
                 f"No valid checkpoint found in output directory ({self.args.output_dir}): give resume_from_checkpoint the "
                 "folder of a checkpoint, or leave it out to start from scratch"
             )
-        chosen, skipped = find_newest_valid(checkpoints, self._judge)
         if skipped and self.args.process_index == 0:
             logger.warning(describe_skipped(skipped, chosen))
         return chosen
-
-    def _judge(self, folder: str) -> str | None:
-        """Say what is wrong with a checkpoint on the first machine where something is."""
-        mine = find_defect(folder) if self.args.local_process_index == 0 else None
-        return next((defect for defect in _gather(mine) if defect is not None), None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the batches of the next step as the Trainer does; none for a run that is resumed at its end.
@@ -100,7 +90,7 @@ class SafeCheckpointsMixin:
         if self.args.should_save:
             begin_save(folder)
         self.accelerator.wait_for_everyone()  # no process writes into an older valid checkpoint of this step
-        limit, self._is_saving, self._folder_to_push = self.args.save_total_limit, True, None
+        limit, self._is_saving = self.args.save_total_limit, True
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -112,14 +102,10 @@ class SafeCheckpointsMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        if self._is_saving:
-            # Until the end of `_save_checkpoint`: the Trainer would delete old checkpoints before this one is complete. Not
-            # earlier, because `save_model` saves the arguments.
+        if (
+            self._is_saving
+        ):  # the arguments have been saved, and the Trainer would delete before this checkpoint is complete
             self.args.save_total_limit = None
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Let the push wait until the checkpoint is complete."""
-        self._folder_to_push = checkpoint_folder
 
     def _complete_save(self) -> None:
         folder, self._saved_folder = self._saved_folder, None
@@ -130,14 +116,3 @@ class SafeCheckpointsMixin:
             complete_save(folder)
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             delete_old_checkpoints(os.path.dirname(folder), limit, folder, best)
-        if self._folder_to_push is not None:
-            super()._push_from_checkpoint(self._folder_to_push)
-
-
-def _gather(mine) -> list:
-    """What every process has, by rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [mine]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

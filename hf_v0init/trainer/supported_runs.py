@@ -15,8 +15,6 @@ def require_supported_run(trainer) -> None:
             "v0_init under FSDP1 (fsdp_version 1) is not possible: its parameters are one-dimensional pieces without rows and "
             "columns; use FSDP2 (fsdp_version: 2 in the accelerate config or fsdp_config), or v0_init=zeros"
         )
-    if getattr(trainer, "is_fsdp_xla_enabled", False):
-        raise InputError("v0_init under FSDP of torch_xla is not supported: use FSDP2 of torch, or v0_init=zeros")
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for owner, name, what in (
@@ -33,29 +31,11 @@ def require_supported_run(trainer) -> None:
             )
 
 
-def require_supported_pass(trainer) -> None:
-    """Raise `InputError` if the paper's pass before training cannot run in this set-up."""
-    if trainer.args.n_gpu > 1:
-        raise InputError(
-            f"v0_estimator=per_sample with torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: start one process per "
-            "GPU with `accelerate launch` or `torchrun`, or use v0_estimator=minibatch (the default)"
-        )
-
-
-# Their `step` does nothing, or their parameters move while gradients are being made.
-STEP_IN_BACKWARD = ("Lomo", "AdaLomo", "LayerWiseDummyOptimizer")
-
-
 def require_measurable(optimizer) -> None:
     """Raise `InputError` if the trust radius of Adam's first update says nothing about this optimizer's."""
     inner = unwrap_optimizer(optimizer)
-    name = type(inner).__name__
-    if name in STEP_IN_BACKWARD:
-        raise InputError(
-            f"untuned_warmup=trust_radius with {name}, which moves the weights during the backward pass: give --warmup_steps"
-        )
     if not any("betas" in group or "beta2" in group for group in inner.param_groups):
         raise InputError(
-            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {name} is no optimizer of its kind (no "
-            "beta2): give --warmup_steps"
+            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer of its "
+            "kind (no beta2): give --warmup_steps"
         )

@@ -4,9 +4,8 @@ import time
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from benchmarks.measuring import WALL, Conditions, Row, measure_times
+from benchmarks.measuring import Conditions, Row, measure_times
 from benchmarks.tasks import make_arguments, make_gpt2, make_random_sequences
-from hf_v0init.diagnostics.callback import V0DiagnosticsCallback
 from hf_v0init.trainer.mixin import V0InitTrainer
 
 BATCH_SIZE = 8
@@ -30,7 +29,7 @@ class StepClock(TrainerCallback):
         return self.end - self.begin
 
 
-def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callbacks=(), **settings) -> float:
+def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, **settings) -> float:
     """Train from scratch; return the processor seconds of `num_steps` steps."""
     clock = StepClock()
     arguments = make_arguments(
@@ -41,26 +40,22 @@ def _train(conditions: Conditions, kind: type[Trainer], num_steps: int, callback
         **settings,
     )
     data = make_random_sequences(BATCH_SIZE * (num_steps + FIRST_STEPS))
-    trainer = kind(model=make_gpt2(), args=arguments, train_dataset=data, callbacks=[clock, *callbacks])
+    trainer = kind(model=make_gpt2(), args=arguments, train_dataset=data, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return clock.seconds
 
 
 def measure_trainer_steps(conditions: Conditions) -> list[Row]:
-    """Steps of the Trainer after a v0 beside those of the stock Trainer; and what the diagnostics add to them."""
-    num_steps, num_watched = conditions.choose(10, 60), conditions.choose(40, 200)
-    v0 = {"v0_init": "data_driven"}
+    """Steps of the Trainer after a v0 beside those of the stock Trainer."""
+    num_steps = conditions.choose(10, 60)
     times = measure_times(
         [
-            lambda: _train(conditions, V0InitTrainer, num_steps, **v0),
+            lambda: _train(conditions, V0InitTrainer, num_steps, v0_init="data_driven"),
             lambda: _train(conditions, Trainer, num_steps),
         ],
         conditions.choose(4, 8),
     )
-    watching = V0DiagnosticsCallback()
-    _train(conditions, V0InitTrainer, num_watched, [watching], **v0)
-    share = watching.get_diagnostics()["cost"]["share_of_time"]
     size = f"GPT-2, 4 layers of 128, {BATCH_SIZE} x 128 tokens"
     return [
         Row(
@@ -70,14 +65,5 @@ def measure_trainer_steps(conditions: Conditions) -> list[Row]:
             [ours / stock for ours, stock in times],
             aim=1.03,
             note=f"1 within noise; {num_steps} steps, {size}",
-        ),
-        Row(
-            "diagnostics",
-            f"the first {num_watched} steps with V0DiagnosticsCallback",
-            "the same without the time spent in it",
-            [1.0 / (1.0 - share)],
-            aim=1.02,
-            clock=WALL,
-            note=f"{size}; it looks at the first steps most",
         ),
     ]

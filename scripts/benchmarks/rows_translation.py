@@ -14,10 +14,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 from benchmarks.measuring import Conditions, Row, measure_pairs, measure_times
 from benchmarks.rows_training import FIRST_STEPS, StepClock
 from benchmarks.tasks import TranslationTask, load_translation_task, make_arguments, tokenize
-from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
-from hf_v0init.trainer.per_sample import write_per_sample_v0
+from hf_v0init.trainer.per_sample import write_trainers_v0
 
 MAX_TOKENS = 512
 NUM_PAIRS = 29_000
@@ -140,10 +139,10 @@ def _time_pass_sample(conditions: Conditions, task: TranslationTask) -> float:
     trainer = _make_trainer(
         conditions, task, 1, v0_estimator="per_sample", v0_num_samples=num_samples, v0_stats_batch_size=8
     )
-    moments = SecondMoment(trainer.create_optimizer())
+    optimizer = trainer.create_optimizer()
     plan = trainer.v0_arguments.resolve()
     begin = time.process_time()
-    write_per_sample_v0(trainer, plan, moments)
+    write_trainers_v0(trainer, plan, optimizer)
     return (time.process_time() - begin) / num_samples
 
 

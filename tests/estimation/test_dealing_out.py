@@ -12,7 +12,6 @@ from hf_v0init.estimation.batches import (
     deal_out,
     has_targets,
     iterate_batches,
-    require_reiterable,
 )
 
 
@@ -58,14 +57,11 @@ def test_a_process_reads_its_own_samples_and_says_what_counts():
     rows = [{"labels": torch.tensor([1, -100 if k == 2 else k])} for k in range(3)]
     read = []
 
-    def read_rows(numbers):
+    def collate(numbers):
         read.extend(numbers)
-        return [rows[number] for number in numbers]
+        return {"labels": torch.stack([rows[number]["labels"] for number in numbers]), "noise": torch.rand(1)}
 
-    def stack(features):
-        return {"labels": torch.stack([f["labels"] for f in features]), "noise": torch.rand(1)}
-
-    batches = [list(iterate_batches([0, 1, 2], read_rows, stack, 1, 0, rank, 2)) for rank in (0, 1)]
+    batches = [list(iterate_batches([0, 1, 2], collate, 1, 0, rank, 2)) for rank in (0, 1)]
     assert read == [0, 2, 1, 2]
     last = [mine[1] for mine in batches]
     assert [(b.index, b.num_samples, b.counts, b.has_loss) for b in last] == [(2, 1, True, False), (2, 1, False, False)]
@@ -79,14 +75,3 @@ def test_samples_are_chosen_once_each_by_the_seed():
     assert sorted(choose_samples(5, 20, 3)) == list(range(5))
     with pytest.raises(InputError, match="empty"):
         choose_samples(0, 20, 3)
-
-
-def test_what_can_be_read_once_is_refused():
-    class Holds:
-        def __init__(self):
-            self.rows = iter([1, 2])
-
-    for dataset, words in ((iter([1, 2]), "is an iterator"), (Holds(), "holds the iterator 'rows'")):
-        with pytest.raises(InputError, match=f"{words}, so it can be read only once"):
-            require_reiterable(dataset)
-    require_reiterable([1, 2])

@@ -277,12 +277,13 @@ def test_the_sums_and_the_estimate_take_two_tensors_a_parameter():
     model = nn.Linear(size, size, bias=False)
     x = torch.randn(4, size)
 
-    def count(*_) -> None:
-        gc.collect()
-        tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() == size * size)
-        alive.append(len({o.untyped_storage().data_ptr() for o in tensors}))
+    def make_batches():
+        for k in range(3):
+            gc.collect()
+            tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() == size * size)
+            alive.append(len({o.untyped_storage().data_ptr() for o in tensors}))
+            yield SampleBatch((x, x), 4, k)
 
-    batches = [SampleBatch((x, x), 4, k) for k in range(3)]
-    estimate(model, batches, on_batch=count)
+    estimate(model, make_batches())
     assert alive == [3, 3, 3]
     assert model.weight.grad is None

@@ -3,9 +3,7 @@ import torch
 
 from hf_v0init import InputError, V0InitArguments
 from hf_v0init.initialization.strategies import (
-    compute_data_driven_v0_,
     compute_fans,
-    compute_random_v0_,
     compute_random_v0_mean,
     is_eligible,
 )
@@ -31,8 +29,7 @@ def test_fans_agree_with_torch(shape):
 
 def test_random_v0_is_scale_over_fans_times_chi_squared():
     z = torch.randn(400, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v0 = compute_random_v0_(z.clone(), (400, 600), scale=100.0)
-    assert torch.equal(v0, z.square() * (100.0 / 1000))
+    v0 = z.square() * compute_random_v0_mean((400, 600), 100.0)
     # moments of c * chi^2_1: mean c, variance 2 c^2; 240,000 draws
     assert v0.mean().item() == pytest.approx(0.1, rel=0.02)
     assert v0.var().item() == pytest.approx(2 * 0.1**2, rel=0.05)
@@ -44,7 +41,7 @@ def test_twice_the_scale_is_the_squared_xavier_normal_of_the_authors_code():
     shape = (300, 500)
     xavier = torch.nn.init.xavier_normal_(torch.empty(shape), generator=torch.Generator().manual_seed(1))
     z = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(1))
-    ours = compute_random_v0_(z, shape, scale=2.0)
+    ours = z.square() * compute_random_v0_mean(shape, 2.0)
     torch.testing.assert_close(ours, xavier.square())
     assert compute_random_v0_mean(shape, 2.0) == 2 / 800
     authors, paper = (V0InitArguments(v0_init="random", v0_preset=name) for name in ("authors_code", "paper"))
@@ -64,11 +61,6 @@ def test_presets_are_the_pass_over_5000_samples(preset, include_bias_and_norm):
         V0InitArguments(v0_init="data_driven", v0_preset=preset, v0_scale=3.0)
     with pytest.raises(InputError, match="first_gradient, which the paper does not have"):
         V0InitArguments(v0_init="first_gradient", v0_preset=preset)
-
-
-def test_data_driven_is_its_formula():
-    g = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
-    assert torch.equal(compute_data_driven_v0_(g.square(), 3.0), 3.0 * g**2)
 
 
 @pytest.mark.parametrize(

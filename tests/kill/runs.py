@@ -12,13 +12,12 @@ import torch
 import transformers.modeling_utils
 from conftest import make_gpt2, make_sequences
 from tqdm.auto import tqdm
-from trainers import make_trainer, weights_of
+from trainers import is_untouched, make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_v0init import SafeCheckpointsMixin, V0InitTrainer
-from hf_v0init.records.checkpoints import find_defect, list_checkpoints
-from hf_v0init.second_moment.state import is_untouched
+from hf_v0init.records.checkpoints import MARK, find_defect, list_checkpoints
 
 PAUSE = 0.004  # seconds that a batch of the pass takes at least, so that a kill can meet it
 
@@ -153,7 +152,7 @@ def train(request: dict, report) -> None:
 
 
 def kill_at_file_operation(trainer, report, save: int, operation: int) -> None:
-    """Die in the `save`-th save, in its `operation`-th write: halfway through a file, or before an open or rename.
+    """Die in the `save`-th save, in its `operation`-th write: halfway through a file, or before an open, a rename or the end of the mark.
 
     Reports `write` at each; with `operation=0` nobody dies.
     """
@@ -193,7 +192,8 @@ def kill_at_file_operation(trainer, report, save: int, operation: int) -> None:
     transformers.modeling_utils.safe_save_file = halfway(transformers.modeling_utils.safe_save_file)
     builtins.open = before(builtins.open, writes)
     os.replace = before(os.replace, lambda *args, **kwargs: True)
-    log_save_evaluate = trainer._maybe_log_save_evaluate  # from the first write of a save to the mark, once per step
+    os.unlink = before(os.unlink, lambda path, *args, **kwargs: os.path.basename(path) == MARK)
+    log_save_evaluate = trainer._maybe_log_save_evaluate  # from the mark to its end, once per step
 
     def counted(*args, **kwargs):
         count["saves"] += 1

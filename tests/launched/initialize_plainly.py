@@ -75,13 +75,13 @@ def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
         options["loss_fn"] = lambda: sum(loss_fn(model, batch) for batch in current) / len(current)
     steps = attach_v0(optimizer, model, **options)
 
-    def look() -> None:
+    def look(_) -> None:
         for name, p in model.named_parameters():
             moment = read_second_moment(optimizer, p)
             if moment is not None and p.dim() >= 2:
                 found[name.removeprefix("module.")] = moment.clone()
 
-    steps.observers.append(look)
+    steps.on_written = look
     batches = make_batches(accelerator.process_index, accelerator.num_processes) * 3
     at_once = 2 // accelerator.num_processes
     for start in range(0, len(batches), at_once):
@@ -110,7 +110,7 @@ def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
         loss_fn=loss_fn,
         accelerator=accelerator,
         v0_seed=3,
-        batches_per_step=4 // accelerator.num_processes,
+        effective_batch_size=16,
         **options,
     )
     moments = {name.removeprefix("module."): read_second_moment(optimizer, p) for name, p in model.named_parameters()}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from trainers import is_untouched
 
 from hf_v0init import InputError, attach_v0, compute_multiplier, compute_scale_for_warmup, read_second_moment
 from hf_v0init.method.defaults import DEFAULT_SCALE
-from hf_v0init.second_moment.state import is_untouched
 
 
 def make_network(dtype=torch.float32) -> nn.Module:
@@ -59,13 +59,13 @@ def catch_v0(steps, optimizer, model) -> dict[str, torch.Tensor]:
     """Filled, when v0 has been written and before the step is made, with the second moments by name."""
     caught: dict[str, torch.Tensor] = {}
 
-    def look():
+    def look(_):
         for name, p in model.named_parameters():
             moment = read_second_moment(optimizer, p)
             if moment is not None and moment.any():  # a fused step that overflowed has made the others' states
                 caught[name] = moment.clone()
 
-    steps.observers.append(look)
+    steps.on_written = look
     return caught
 
 
@@ -270,7 +270,7 @@ def test_parameters_outside_of_the_model_get_a_v0_too():
         head(model(batch)).square().mean().backward()
         squares = head.weight.grad.square()
         seen = []
-        steps.observers.append(lambda o=optimizer, seen=seen: seen.append(read_second_moment(o, head.weight).clone()))
+        steps.on_written = lambda _, o=optimizer, seen=seen: seen.append(read_second_moment(o, head.weight).clone())
         optimizer.step()
         assert set(steps.report.parameters) == names
         assert torch.equal(seen[0], squares)

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,9 +169,6 @@ def test_counts_samples_by_the_first_tensor_or_as_told():
     rows = [{"rows": make_data(6)[i : i + 2], "text": ["a", "b"]} for i in range(0, 6, 2)]
     assert run(rows).num_samples == 6
     assert run(rows, count_samples=lambda batch: 5).num_samples == 15
-    for first in (["a", "b"], None, torch.tensor(3)):
-        with pytest.raises(InputError, match=r"does not begin with a tensor.*: give count_samples"):
-            run([{"first": first} | row for row in rows])
 
 
 # ---- what is left alone ------------------------------------------------------------------------------------------------
@@ -309,7 +305,7 @@ def test_an_optimizer_prepared_by_accelerate_with_accumulation(make_accelerator)
         optimizer, loader = make_adam(model), DataLoader(data, 4)
         if accelerator is not None:
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        options = {} if accelerator is not None else {"batches_per_step": 3}
+        options = {} if accelerator is not None else {"effective_batch_size": 12}
         report = initialize_v0(
             optimizer,
             model=model,
@@ -433,17 +429,12 @@ BAD = [
     ({"v0_scale": -1.0}, "v0_scale=-1|scale=-1"),
     ({"v0_scale": 1.0, "v0_decay_steps": 5}, "v0_scale=1.0 and v0_decay_steps=5 both"),
     ({"v0_decay_steps": 0.3}, "^v0_decay_steps=0.3 is not a number of optimizer steps yet: give max_steps"),
-    ({"v0_seed": -1}, "v0_seed=-1"),
     ({"v0_num_samples": 0}, "v0_num_samples=0"),
-    ({"batches_per_step": 0}, "batches_per_step=0"),
-    ({"effective_batch_size": float("inf")}, "effective_batch_size=inf"),
-    ({"batches": None}, "give batches; attach_v0 needs none"),
-    ({"loss_fn": None}, "give loss_fn; attach_v0 needs none"),
     ({"batches": []}, "batches is empty"),
     ({"batches": [make_data(8)[:]]}, "^the 8 samples of .* fit into one batch, so their spread is not known; .* at most 4"),
-    ({"loss_fn": lambda m, b: (m(b[0]) - b[1]).square()}, r"tensor of shape \(4, 1\)"),
-    ({"loss_fn": lambda m, b: 1.0}, "returned 1.0"),
-    ({"loss_fn": lambda m, b: mean_square(m, b).detach()}, "has no gradient"),
+    ({"loss_fn": lambda m, b: (m(b[0]) - b[1]).square()}, r"Tensor \(4, 1\)"),
+    ({"loss_fn": lambda m, b: 1.0}, "returned float"),
+    ({"loss_fn": lambda m, b: mean_square(m, b).detach()}, "scalar tensor with a gradient"),
     ({"loss_fn": lambda m, b: mean_square(m, b) * float("nan")}, "the loss is nan in batch 0"),
 ]  # fmt: skip
 
@@ -475,19 +466,6 @@ def test_optimizers_that_cannot_take_it_are_refused():
     with pytest.raises(InputError, match="parameters already have optimizer state"):
         initialize_v0(stepped, **options)
     assert all(torch.equal(v, before[name]) for name, v in read_all(stepped, model).items())
-
-
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
-def test_accelerators_that_cut_the_model_up_are_refused(kind):
-    model, accelerator = make_network(), SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
-    with pytest.raises(InputError, match=r"under DeepSpeed \(ZeRO\) or Megatron-LM .*use v0_estimator=minibatch"):
-        initialize_v0(
-            make_adam(model),
-            model=model,
-            batches=DataLoader(make_data(8), 4),
-            loss_fn=mean_square,
-            accelerator=accelerator,
-        )
 
 
 def test_decay_steps_below_one_are_a_share_of_max_steps():

@@ -21,7 +21,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_v0init import InputError, SafeCheckpointsMixin, V0InitCallback, V0InitMixin
 from hf_v0init.records.checkpoints import (
-    SAVE_STATE_FILE,
+    CUT_OFF,
+    MARK,
     begin_save,
     complete_save,
     delete_checkpoint,
@@ -33,8 +34,6 @@ from hf_v0init.records.checkpoints import (
 
 RUN = {"v0_init": "random", "v0_decay": "beta2", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 SAFE = RUN | {"trainer_class": SafeTrainer}
-CUT_OFF = "its save was cut off"
-ON_PURPOSE = f"(if that was on purpose, delete {SAVE_STATE_FILE})"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,10 @@ def list_names(output_dir) -> list[str]:
     return [os.path.basename(path) for path in list_checkpoints(output_dir)]
 
 
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_state(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
@@ -74,38 +77,7 @@ def test_what_the_trainer_saves_is_valid(run):
     assert [find_defect(folder) for folder in list_checkpoints(run)] == [None, None, None]
 
 
-def test_the_mark_lists_every_file_with_its_size(checkpoint):
-    mark = json.loads((checkpoint / SAVE_STATE_FILE).read_text())
-    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != SAVE_STATE_FILE}
-    assert mark == {"complete": True, "files": sizes}
-    assert {"model.safetensors", "optimizer.pt", "config.json", "trainer_state.json", "v0_init.json"} <= sizes.keys()
-
-
-def test_a_file_that_is_cut_off_or_missing_is_seen(checkpoint):
-    for name in json.loads((checkpoint / SAVE_STATE_FILE).read_text())["files"]:
-        content = (checkpoint / name).read_bytes()
-        for length in (0, len(content) // 2, len(content) - 1):
-            (checkpoint / name).write_bytes(content[:length])
-            expected = f"{name} has {length} bytes instead of {len(content)} {ON_PURPOSE}"
-            assert find_defect(checkpoint) == expected
-        (checkpoint / name).unlink()
-        assert find_defect(checkpoint) == f"{name} is missing {ON_PURPOSE}"
-        (checkpoint / name).write_bytes(content)
-    assert find_defect(checkpoint) is None
-
-
-def test_a_mark_of_an_older_version_counts(checkpoint):
-    """It has sizes and CRCs."""
-    mark = json.loads((checkpoint / SAVE_STATE_FILE).read_text())
-    mark["files"] = {name: {"bytes": size, "crc32": "0"} for name, size in mark["files"].items()}
-    (checkpoint / SAVE_STATE_FILE).write_text(json.dumps(mark))
-    assert find_defect(checkpoint) is None
-    (checkpoint / "config.json").write_text("{}")
-    assert "config.json has 2 bytes instead of" in find_defect(checkpoint)
-
-
 def test_without_a_mark_the_trainers_last_file_decides(checkpoint):
-    (checkpoint / SAVE_STATE_FILE).unlink()
     (checkpoint / "optimizer.pt").unlink()  # as with save_only_model, or on purpose
     assert find_defect(checkpoint) is None
     for text in ("[]", '{"epoch": 1}', "", '{"global_step": 3'):
@@ -113,47 +85,17 @@ def test_without_a_mark_the_trainers_last_file_decides(checkpoint):
         assert find_defect(checkpoint) == "trainer_state.json is damaged"
     (checkpoint / "trainer_state.json").unlink()
     assert find_defect(checkpoint) == "trainer_state.json, which is written last, is missing"
-
-
-def test_a_save_begun_is_not_valid_until_it_is_complete(checkpoint):
-    begin_save(checkpoint)
-    assert find_defect(checkpoint) == CUT_OFF
-    complete_save(checkpoint)
-    assert find_defect(checkpoint) is None
-    (checkpoint / "notes.txt").write_text("what is added later does not matter")
-    assert find_defect(checkpoint) is None
-    (checkpoint / SAVE_STATE_FILE).write_text('{"comp')
-    assert find_defect(checkpoint) == f"{SAVE_STATE_FILE} is damaged"
-    begin_save(checkpoint.parent / "checkpoint-4")
-    assert find_defect(checkpoint.parent / "checkpoint-4") == CUT_OFF
     assert find_defect(checkpoint.parent / "nowhere") == "there is no such folder"
 
 
-def test_every_cut_off_of_a_save_over_an_older_checkpoint_is_seen(checkpoint):
-    """Files arrive one by one over those of an older save of this step: valid only with the last rename, of the mark."""
-    names = sorted(path.name for path in checkpoint.iterdir() if path.name != SAVE_STATE_FILE)
+def test_a_save_begun_is_not_valid_until_it_is_complete(checkpoint):
+    before = snapshot(checkpoint)
     begin_save(checkpoint)
-    for name in names:
-        content = (checkpoint / name).read_bytes()
-        (checkpoint / name).write_bytes(content[: len(content) // 2])
-        assert find_defect(checkpoint) == CUT_OFF
-        (checkpoint / name).write_bytes(content + b"\n")
-        assert find_defect(checkpoint) == CUT_OFF
-    (checkpoint / f"_{SAVE_STATE_FILE}.tmp").write_text('{"complete": true}')  # not renamed
     assert find_defect(checkpoint) == CUT_OFF
-
-
-def test_files_in_folders_are_listed_as_sharded_saves_have_them(tmp_path):
-    write_state(tmp_path)
-    for name in ("optimizer_0/.metadata", "optimizer_0/__1_0.distcp", "rng_state_1.pth"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"shard")
-    complete_save(tmp_path)
-    for name in ("optimizer_0/.metadata", "optimizer_0/__1_0.distcp", "rng_state_1.pth"):
-        (tmp_path / name).rename(tmp_path / "elsewhere")
-        assert find_defect(tmp_path) == f"{name} is missing {ON_PURPOSE}"
-        (tmp_path / "elsewhere").rename(tmp_path / name)
-    assert find_defect(tmp_path) is None
+    complete_save(checkpoint)
+    assert find_defect(checkpoint) is None and snapshot(checkpoint) == before
+    begin_save(checkpoint.parent / "checkpoint-4")
+    assert find_defect(checkpoint.parent / "checkpoint-4") == CUT_OFF
 
 
 def kill_a_save(output_dir, seconds: float) -> None:
@@ -183,7 +125,7 @@ def test_kill_9_at_any_moment_leaves_only_valid_checkpoints_to_resume_from(tmp_p
 def test_a_deletion_that_is_cut_off_after_the_mark_leaves_nothing_that_looks_valid(tmp_path, monkeypatch):
     write_state(tmp_path / "checkpoint-1")
     complete_save(tmp_path / "checkpoint-1")
-    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: Path(folder, SAVE_STATE_FILE).unlink())
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: Path(folder, MARK).unlink())
     delete_checkpoint(tmp_path / "checkpoint-1")
     assert find_defect(tmp_path / "checkpoint-1") == "trainer_state.json, which is written last, is missing"
 
@@ -243,14 +185,8 @@ def test_the_stock_rotation_would_have_deleted_the_only_valid_one(tmp_path):
 # ---- in the Trainer --------------------------------------------------------------------------------------------------
 
 
-def snapshot(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def cut_off(run):
     """Leave the newest checkpoint of a run as a kill in its save does; returns its defect."""
-    if (run / "checkpoint-3" / SAVE_STATE_FILE).exists():
-        begin_save(run / "checkpoint-3")
     (run / "checkpoint-3" / "trainer_state.json").unlink()
     return find_defect(run / "checkpoint-3")
 
@@ -283,9 +219,6 @@ def test_a_broken_checkpoint_asked_for_by_name_is_one_clear_error(run):
             trainer.train(resume_from_checkpoint=folder)
         assert str(error.value) == f"{start}{folder}: {end}"
     assert trainer.state.global_step == 0
-    begin_save(run.parent / "alone" / "checkpoint-8")
-    with pytest.raises(InputError, match=r"no other checkpoint there is valid: start from scratch$"):
-        trainer.train(resume_from_checkpoint=str(run.parent / "alone" / "checkpoint-8"))
 
 
 def test_no_checkpoint_at_all_is_an_error_and_only_broken_ones_a_new_run(tmp_path, caplog):
@@ -407,46 +340,25 @@ def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_
     assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in caplog.text
     assert_equal_weights(straight, resumed)
     for folder in list_checkpoints(tmp_path / "out"):
-        with open(os.path.join(folder, SAVE_STATE_FILE)) as file:
-            assert "v0_init.json" in json.load(file)["files"]
-        assert find_defect(folder) is None
+        assert find_defect(folder) is None and os.path.isfile(os.path.join(folder, "v0_init.json"))
 
 
-class Prunes(TrainerCallback):
-    """As some do on `on_save`: the optimizer's state is thrown away, an adapter saved beside the weights."""
+class Looks(TrainerCallback):
+    """Sees the mark as long as callbacks have their `on_save`."""
+
+    def __init__(self):
+        self.marked = []
 
     def on_save(self, args, state, control, **kwargs):
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        os.remove(os.path.join(folder, "optimizer.pt"))
-        torch.save({}, os.path.join(folder, "adapter_model.bin"))
+        self.marked.append(os.path.exists(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", MARK)))
 
 
 @pytest.mark.parametrize("trainer_class", [SafeTrainer, SafeBehind])
-def test_what_callbacks_change_in_a_fresh_checkpoint_belongs_to_it(tmp_path, trainer_class):
-    train(tmp_path, callbacks=[Prunes()], trainer_class=trainer_class, **RUN)
-    for folder in list_checkpoints(tmp_path):
-        with open(os.path.join(folder, SAVE_STATE_FILE)) as file:
-            assert {"adapter_model.bin"} == set(json.load(file)["files"]) & {"adapter_model.bin", "optimizer.pt"}
-        assert find_defect(folder) is None
-
-
-def test_what_is_pushed_is_marked_as_complete(tmp_path):
-    pushed = []
-
-    class Pushes(Trainer):
-        def _push_from_checkpoint(self, checkpoint_folder):
-            with open(os.path.join(checkpoint_folder, SAVE_STATE_FILE)) as file:
-                pushed.append((json.load(file)["complete"], find_defect(checkpoint_folder), self.args.save_total_limit))
-
-    class Ours(SafeCheckpointsMixin, V0InitMixin, Pushes):
-        pass
-
-    trainer = make_trainer(tmp_path, trainer_class=Ours, **RUN | {"save_total_limit": 2})
-    trainer.args.push_to_hub = True
-    trainer._finish_current_push = lambda: None
-    trainer.train()
-    assert pushed == [(True, None, 2)] * 3
-    assert list_names(tmp_path) == ["checkpoint-3", "checkpoint-2"]
+def test_a_checkpoint_is_complete_when_the_callbacks_have_had_it(tmp_path, trainer_class):
+    looks = Looks()
+    train(tmp_path, callbacks=[looks], trainer_class=trainer_class, **RUN)
+    assert looks.marked == [True] * 3
+    assert [find_defect(folder) for folder in list_checkpoints(tmp_path)] == [None] * 3
 
 
 def test_a_save_outside_of_the_training_loop_is_complete_too(tmp_path):
@@ -454,4 +366,3 @@ def test_a_save_outside_of_the_training_loop_is_complete_too(tmp_path):
     trainer = train(tmp_path, trainer_class=SafeTrainer, v0_init="random")
     trainer._save_checkpoint(trainer.model, None)
     assert list_names(tmp_path) == ["checkpoint-5"] and find_defect(tmp_path / "checkpoint-5") is None
-    assert json.loads((tmp_path / "checkpoint-5" / SAVE_STATE_FILE).read_text())["complete"] is True

@@ -87,9 +87,3 @@ def test_continued_run_continues_its_log(tmp_path):
     assert [entry["step"] for entry in log] == [entry["step"] for entry in before]
     assert log[:2] == before[:2] and log[2]["seconds"] > log[1]["seconds"]
     assert read_fingerprint(tmp_path) == fingerprint
-
-
-def test_diagnostics_come_with_it(tmp_path):
-    train(tmp_path, v0_record_run=True)
-    diagnostics = json.loads((tmp_path / "v0_diagnostics.json").read_text())
-    assert diagnostics["updates"]["step"] == [1, 2, 3, 4, 5]

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_v0init import read_second_moment
 from hf_v0init.second_moment.state import SecondMoment
-from hf_v0init.second_moment.table import SUPPORTED_ROWS
+from hf_v0init.second_moment.table import ROWS, SUPPORTED_ROWS
 from hf_v0init.sharding.parts import ParamShard, get_local_part
 
 LR = 1e-2
@@ -263,3 +263,11 @@ def measure(case: Case, shape=SHAPE) -> tuple[float, float, float]:
             assert not update.any()
         before, expected_before = parameter.detach().double().clone(), w
     return stored, of_moment, of_update
+
+
+REFUSED_ROWS = tuple(row for row in ROWS if row.refusal)
+
+
+def find_row_of_optim(value: str):
+    """Find the row of a value of `TrainingArguments.optim`; None if no row names it."""
+    return next((row for row in ROWS if value in row.optim), None)

@@ -4,9 +4,17 @@ import torch
 from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_v0init import SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import InputError, SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
 from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
+
+
+def is_untouched(optimizer) -> bool:
+    """Whether an optimizer has made no step, loaded no state and got no v0; also of one that could not get a v0."""
+    try:
+        return SecondMoment(optimizer).is_untouched()
+    except InputError:
+        return not any(unwrap_optimizer(optimizer).state.values())
 
 
 class SafeTrainer(SafeCheckpointsMixin, V0InitTrainer):

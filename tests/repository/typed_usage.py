@@ -42,7 +42,9 @@ def train_with_our_trainer(model: nn.Module) -> dict[str, object] | None:
 
 def train_sequences(model: nn.Module) -> Seq2SeqTrainer:
     arguments = V0InitSeq2SeqTrainingArguments(output_dir="out", predict_with_generate=True, v0_scale=10.0)
-    return V0InitSeq2SeqTrainer(model=model, args=arguments, callbacks=[V0DiagnosticsCallback()])
+    trainer = V0InitSeq2SeqTrainer(model=model, args=arguments)
+    V0DiagnosticsCallback().attach(trainer)
+    return trainer
 
 
 def train_with_anybodys_trainer(model: nn.Module) -> Trainer:

@@ -5,11 +5,9 @@ import logging
 import pytest
 import torch
 from conftest import make_gpt2, make_sequences
-from torch import nn
-from trainers import make_trainer
+from trainers import is_untouched, make_trainer
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
-from hf_v0init.second_moment.state import is_untouched
 
 # ---- settings: refused when the arguments are made ------------------------------------------------------------------
 
@@ -33,7 +31,6 @@ SETTINGS = [
     ({"v0_num_samples": -5}, ["v0_num_samples=-5", ">= 1"]),
     ({"v0_stats_batch_size": 0}, ["v0_stats_batch_size=0", ">= 1"]),
     ({"v0_estimator": "median"}, ["v0_estimator='median'", "minibatch, per_sample"]),
-    ({"v0_seed": -1}, ["v0_seed=-1", "2^63"]),
     ({"v0_init": "data_driven", "v0_estimation_steps": 0}, ["v0_estimation_steps=0", ">= 1"]),
     ({"v0_init": "random", "v0_estimation_steps": 4}, ["v0_estimation_steps=4", "only data_driven"]),
     ({"v0_preset": "article"}, ["v0_preset='article'", "paper"]),
@@ -70,21 +67,6 @@ def sgd():
     return {"model": model, "kwargs": {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}}
 
 
-class LeftWhereItIs(V0InitTrainer):
-    """As under device maps and deferred initialisation: the Trainer does not move the model."""
-
-    def _move_model_to_device(self, model, device):
-        pass
-
-
-def on_meta():
-    model = make_gpt2()
-    with torch.device("meta"):
-        model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(torch.empty(16, 64))
-    optimizer = torch.optim.AdamW(model.parameters())
-    return {"model": model, "kwargs": {"optimizers": (optimizer, None)}, "trainer_class": LeftWhereItIs}
-
-
 def nothing_to_initialise():
     model = make_gpt2()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1])
@@ -95,7 +77,7 @@ class LossOf(V0InitTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * float(self.args.run_name) if self.calls == 8 else loss  # four for a look at three samples
+        return loss * float(self.args.run_name) if self.calls == 4 else loss
 
 
 class GradientOf(V0InitTrainer):
@@ -108,9 +90,8 @@ RUNS = [
     ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
     ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
     ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
-    ("meta device", {**on_meta(), "v0_init": "random"}, ["meta device", "'transformer.h.1.mlp.c_fc.weight'"]),
     ("no matrices", {**nothing_to_initialise(), "v0_init": "random", "v0_decay": "beta2"}, ["v0_include_bias_and_norm=True"]),
-    ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "v0_init=random"]),
+    ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "minibatch"]),
     ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", **PER_SAMPLE}, ["loss is nan in batch 3"]),
     ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", **PER_SAMPLE}, ["loss is inf in batch 3"]),
     ("gradient NaN", {"trainer_class": GradientOf, "v0_init": "data_driven"}, ["gradient of parameter", "is not finite"]),

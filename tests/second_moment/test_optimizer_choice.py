@@ -47,7 +47,7 @@ def test_arguments_are_parsed(text, expected):
     assert parse_optimizer_arguments(text) == expected
 
 
-@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,b", "a-b=1"])
+@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,b"])
 def test_what_is_no_argument_is_refused(text):
     with pytest.raises(InputError, match="is not of the form name=value"):
         parse_optimizer_arguments(text)
@@ -65,21 +65,18 @@ def args_without_optim_args(tmp_path):
     return make_arguments(tmp_path)
 
 
-def test_options_that_only_further_keywords_take_pass_unless_they_look_like_a_slip(tmp_path):
+def test_options_that_only_further_keywords_take_pass(tmp_path):
     args = make_arguments(tmp_path, optim_args="amsgrad=true")
     assert compute_optimizer_arguments(Tripled, args)["amsgrad"] is True
-    with pytest.raises(InputError, match="takes no argument 'rat'; did you mean rate"):
-        compute_optimizer_arguments(Tripled, make_arguments(tmp_path, optim_args="rat=2"))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"v0_optimizer": "AdaBelief"}, "give package:Class"),
-        ({"v0_optimizer": "no_such_package:AdaBelief"}, "no_such_package cannot be imported"),
-        ({"v0_optimizer": "torch.optim:AdamX"}, "has no optimizer class AdamX; it has Adam"),
-        ({"v0_optimizer": "torch:Tensor"}, "has no optimizer class Tensor"),
-        ({"v0_optimizer": f"{HERE}:NoDecay", "optim_args": "lr_rate=3"}, "takes no argument 'lr_rate'"),
+        ({"v0_optimizer": "no_such_package:AdaBelief"}, "No module named .no_such_package"),
+        ({"v0_optimizer": "torch.optim:AdamX"}, "has no attribute .AdamX"),
+        ({"v0_optimizer": "torch:Tensor"}, "is no torch.optim.Optimizer"),
         ({"v0_optimizer": f"{HERE}:NoDecay", "weight_decay": 0.1}, "NoDecay takes no weight_decay; set it to 0"),
         ({"v0_optimizer": "torch.optim:AdamW", "optim_args": "weight_decay=0.1"}, "use --weight_decay 0.1"),
         ({"v0_optimizer": "torch.optim:AdamW", "optim": "adafactor"}, "optim=adafactor both name the optimizer"),
@@ -101,11 +98,15 @@ def test_an_optimizer_passed_to_the_trainer_excludes_it(tmp_path):
 
 
 def test_what_the_constructor_refuses_is_one_line_before_any_training(tmp_path):
-    trainer = make_trainer(tmp_path, v0_optimizer=f"{HERE}:NoDecay", optim_args="momentum=0.5")
-    before = weights_of(trainer)
-    with pytest.raises(InputError, match=r"NoDecay' cannot be built with .*momentum must not be 0.5"):
-        trainer.train()
-    assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items())
+    for given, words in (
+        ("momentum=0.5", "momentum must not be 0.5"),
+        ("lr_rate=3", "unexpected keyword argument 'lr_rate'"),
+    ):
+        trainer = make_trainer(tmp_path, v0_optimizer=f"{HERE}:NoDecay", optim_args=given)
+        before = weights_of(trainer)
+        with pytest.raises(InputError, match=f"NoDecay' cannot be built with .*{words}"):
+            trainer.train()
+        assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items())
 
 
 @pytest.mark.parametrize("v0_init", ["zeros", "data_driven"])

@@ -8,7 +8,7 @@ from linear_decay import factor
 from optimizer_cases import CASES, make_gradients, make_parameter, name_of, quiet_and_eager, write
 
 from hf_v0init import InputError, attach_v0, read_second_moment
-from hf_v0init.initialization.strategies import compute_random_v0_
+from hf_v0init.initialization.strategies import compute_random_v0_mean
 from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import draw_standard_normal_
 
@@ -128,14 +128,14 @@ def test_one_step_strategies_lose_no_step(case, strategy):
         set_training(optimizer)
         set_training(fresh)
         seen = []
-        steps.observers.append(lambda: seen.append(read_second_moment(optimizer, parameter).clone()))
+        steps.on_written = lambda _: seen.append(read_second_moment(optimizer, parameter).clone())
         step_at(optimizer, parameter, gradient, 1e-2)
         v0 = 2.0 * gradient.square()
         if strategy == "random":
             v0 = torch.empty_like(gradient)
             draw_standard_normal_(
                 v0, name="group 0, parameter 0", seed=3, full_shape=v0.shape, offset=(0, 0),
-                transform=lambda z: compute_random_v0_(z, v0.shape, 2.0),
+                transform=lambda z: z.square_().mul_(compute_random_v0_mean(v0.shape, 2.0)),
             )  # fmt: skip
             stored = seen[0].float()  # of codes, where these are kept
             ratio = (stored / gradient.square()).flatten()[::2].median().item()

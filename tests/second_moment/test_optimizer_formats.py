@@ -22,9 +22,10 @@ from optimizer_cases import (
     write,
 )
 from torch import nn
+from trainers import is_untouched
 
 from hf_v0init import read_second_moment
-from hf_v0init.second_moment.state import SecondMoment, is_untouched
+from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.second_moment.table import EXACT
 
 

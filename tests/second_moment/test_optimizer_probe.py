@@ -8,10 +8,11 @@ import pytest
 import torch
 from optimizer_cases import load, make_gradients, make_parameter, make_v0, step, write
 from torch import nn
+from trainers import is_untouched
 
 from hf_v0init import InputError, read_second_moment
 from hf_v0init.second_moment.probe import probe_optimizer
-from hf_v0init.second_moment.state import SecondMoment, find_format, is_untouched
+from hf_v0init.second_moment.state import SecondMoment, find_format
 
 # What the dry run finds in pytorch_optimizer 4.1 beyond the rows of the table.
 FOUND_IN_PYTORCH_OPTIMIZER = [

@@ -1,18 +1,14 @@
 """Optimizers through the Trainer: what `--optim` and `--v0_optimizer` build holds, before its first step, the strategy's v0."""
 
-import logging
-
 import pytest
 import torch
 from conftest import make_gpt2
-from optimizer_cases import quiet_and_eager
+from optimizer_cases import REFUSED_ROWS, find_row_of_optim, quiet_and_eager
 from test_optimizer_probe import Mine
-from trainers import Recorder, assert_equal_weights, make_trainer, record, second_moments_of
+from trainers import Recorder, assert_equal_weights, is_untouched, make_trainer, record, second_moments_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_v0init import InputError
-from hf_v0init.second_moment.state import is_untouched
-from hf_v0init.second_moment.table import REFUSED_ROWS, find_row_of_optim
 
 STRATEGIES = ["random", "data_driven", "first_gradient"]
 EXACT_RUNS = [
@@ -238,11 +234,3 @@ def test_closed_form_takes_rmsprops_alpha(tmp_path):
     )
     assert trainer.get_v0_report()["beta2"] == 0.75
     assert trainer.get_v0_report()["multiplier"]["1"] == pytest.approx(0.5)
-
-
-def test_a_large_v0_that_does_not_decay_is_warned_of(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        make_trainer(tmp_path / "a", v0_init="data_driven", v0_decay="beta2", optim="adagrad", max_steps=1).train()
-        assert "does not decay" not in caplog.text
-        make_trainer(tmp_path / "b", v0_init="random", v0_decay="beta2", optim="adagrad", max_steps=1).train()
-    assert "does not decay as Adam's does: v0 may hold the steps back" in caplog.text

@@ -3,12 +3,12 @@ import torch
 from optimizer_cases import has_state, prime
 from reference import adamw_steps
 from torch import nn
+from trainers import is_untouched
 
 from hf_v0init import InputError, read_second_moment
 from hf_v0init.second_moment.state import (
     SecondMoment,
     find_format,
-    is_untouched,
     unwrap_optimizer,
 )
 

@@ -6,7 +6,17 @@ import warnings
 
 import pytest
 import torch
-from optimizer_cases import CASES, LR, SHAPE, load, make_gradients, make_parameter, step
+from optimizer_cases import (
+    CASES,
+    LR,
+    REFUSED_ROWS,
+    SHAPE,
+    find_row_of_optim,
+    load,
+    make_gradients,
+    make_parameter,
+    step,
+)
 from torch import nn
 from trainers import make_arguments
 from transformers.training_args import OptimizerNames
@@ -15,11 +25,9 @@ from hf_v0init import InputError, V0InitTrainer
 from hf_v0init.second_moment.formats import FORMATS
 from hf_v0init.second_moment.state import find_format
 from hf_v0init.second_moment.table import (
-    REFUSED_ROWS,
     ROWS,
     SUPPORTED_ROWS,
     find_row,
-    find_row_of_optim,
     make_markdown_table,
 )
 

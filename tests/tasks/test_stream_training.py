@@ -259,8 +259,6 @@ def test_resuming_with_other_streams_is_refused(tmp_path):
             tmp_path / "next", make_streams(num_streams=2), resume=str(tmp_path / "checkpoint-2"),
             per_device_train_batch_size=2, max_steps=4,
         )  # fmt: skip
-    # a completeness mark, where there is one, would say that a file is missing
-    Path(tmp_path, "checkpoint-2", "save_state.json").unlink(missing_ok=True)
     Path(tmp_path, "checkpoint-2", "stream_state.pt").rename(tmp_path / "checkpoint-2" / "stream_state_0.pt")
     with pytest.raises(InputError, match=r"other streams than this run's 4 on each of 1 process"):
         train(tmp_path / "next", make_streams(), resume=str(tmp_path / "checkpoint-2"), max_steps=4)

@@ -67,7 +67,7 @@ def test_a_size_or_the_paper_means_decay_by_beta2(given, scale, include):
         ({"v0_decay": "linear", "v0_scale": 2.0}, "v0_scale=2.0 with v0_decay=linear"),
         ({"v0_scale": 2.0, "v0_decay_steps": 9}, "both set the size of v0: give one"),
         ({"v0_num_samples": 9}, "v0_num_samples=9 is of v0_init=data_driven with v0_estimator=per_sample"),
-        ({"v0_num_samples": "auto"}, "v0_num_samples=auto: must be a whole number"),
+        ({"v0_num_samples": 0}, "v0_num_samples=0: must be a whole number"),
         ({"v0_init": "zeros", "v0_decay_steps": 9}, "v0_decay_steps=9 with v0_init=zeros: there is no v0"),
         ({"v0_init": "random", "v0_estimation_steps": 2}, "v0_estimation_steps=2 with v0_init=random"),
         ({"v0_decay_steps": 0}, "v0_decay_steps=0"),

@@ -152,7 +152,7 @@ def test_a_save_cut_off_at_some_of_its_writes(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_save_cut_off_at_every_one_of_its_writes(server, tmp_path):
-    """Files are cut in half, opens and renames do not happen: valid only when the last rename, of the mark, has."""
+    """Files are cut in half, opens and renames do not happen: valid only when the mark is gone."""
     straight = server.run(tmp_path / "straight", options=SHORT)
     last = count_writes(server, tmp_path / "count", options=SHORT)
     states = [check_kill_at(server, tmp_path / str(k), k, straight) for k in range(1, last + 1)]
@@ -267,16 +267,16 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_t
 @pytest.mark.slow
 def test_processes_agree_on_the_newest_valid_checkpoint_and_on_refusals(tmp_path):
     launch(2, tmp_path, options=TWO)
-    (tmp_path / "out" / "checkpoint-5" / "rng_state_1.pth").write_bytes(b"PK")
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{")
     _, results, said = launch(2, tmp_path, options=TWO)
     assert len(results) == 2
     for name in ("lives.jsonl", "lives.rank1.jsonl"):
         assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
-    assert said.count("checkpoint-5 (rng_state_1.pth has 2 bytes instead of") == 1  # one process speaks
+    assert said.count("checkpoint-5 (trainer_state.json is damaged") == 1  # one process speaks
     named = str(tmp_path / "out" / "checkpoint-4")
-    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK")
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text("{")
     status, results, said = launch(2, tmp_path, may_fail=True, options=TWO, resume=named)
-    assert status != 0 and results == [] and "optimizer.pt has 2 bytes instead of" in said
+    assert status != 0 and results == [] and "trainer_state.json is damaged" in said
 
 
 @pytest.mark.slow

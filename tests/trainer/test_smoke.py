@@ -75,7 +75,7 @@ def test_untuned_warmup_and_diagnostics(tmp_path):
     trainer = make_trainer(tmp_path, v0_init="data_driven", v0_decay="beta2", untuned_warmup="linear", adam_beta2=0.9)
     diagnostics = V0DiagnosticsCallback().attach(trainer)
     trainer.train()
-    rates = diagnostics.get_diagnostics()["updates"]["learning_rate"]
+    rates = [row["learning_rate"] for row in diagnostics.rows]
     assert rates[0] == pytest.approx(1e-2 * 0.05) and rates[1] == pytest.approx(1e-2 * 0.8 * 0.1)
 
 

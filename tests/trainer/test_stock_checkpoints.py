@@ -11,6 +11,7 @@ from trainers import assert_equal_weights, make_trainer, train
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_v0init import InputError, V0InitMixin, V0InitTrainer
+from hf_v0init.records.checkpoints import begin_save
 
 RUN = {
     "max_steps": 4,
@@ -102,7 +103,7 @@ def cut_v0_record(folder):
 
 
 def leave_begun(folder):
-    (folder / "save_state.json").write_text('{"complete": false}')
+    begin_save(folder)
 
 
 def resume(kind, folder, wanted, **options):

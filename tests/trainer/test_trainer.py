@@ -11,6 +11,7 @@ from torch import nn
 from trainers import (
     Recorder,
     assert_equal_weights,
+    is_untouched,
     make_arguments,
     make_trainer,
     record,
@@ -23,7 +24,6 @@ from transformers import Trainer, TrainerCallback
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
 from hf_v0init.errors import InputError
 from hf_v0init.hook import choose_estimation_steps
-from hf_v0init.second_moment.state import is_untouched
 
 STRATEGIES = {
     "random": {"v0_init": "random", "v0_decay": "beta2"},

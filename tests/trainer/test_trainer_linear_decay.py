@@ -77,19 +77,19 @@ def test_what_lies_beside_a_checkpoint(straight):
         stored = json.loads((checkpoint / "v0_init.json").read_text())
         assert (stored["strategy"], stored["decay"], stored["decay_steps"]) == (strategy, "linear", L)
         assert stored.get("is_written", True) == (step > first)
-        assert (checkpoint / "v0_decay.safetensors").exists() == (step < L), step
-    assert "v0_decay.safetensors" not in {path.name for path in folder.iterdir()}
+        assert (checkpoint / "v0_decay.pt").exists() == (step < L), step
+    assert "v0_decay.pt" not in {path.name for path in folder.iterdir()}
 
 
 def test_a_checkpoint_without_what_v0_needs_is_refused(straight, tmp_path):
     strategy, by_callback, _, folder = straight
     copied = tmp_path / "checkpoint-7"
     shutil.copytree(folder / "checkpoint-7", copied)
-    (copied / "v0_decay.safetensors").unlink()
-    with pytest.raises(InputError, match=r"lacks v0_decay\.safetensors"):
+    (copied / "v0_decay.pt").unlink()
+    with pytest.raises(InputError, match=r"lacks v0_decay\.pt"):
         make(tmp_path / "a", by_callback, strategy).train(resume_from_checkpoint=str(copied))
-    (copied / "v0_decay.safetensors").write_bytes(b"half a file")
-    with pytest.raises(InputError, match=r"v0_decay\.safetensors is damaged"):
+    (copied / "v0_decay.pt").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"v0_decay\.pt is damaged"):
         make(tmp_path / "b", by_callback, strategy).train(resume_from_checkpoint=str(copied))
 
 

@@ -1,1 +1,0 @@
-"""Watches what v0 does to a run's steps, without changing them."""

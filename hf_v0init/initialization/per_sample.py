@@ -1,0 +1,118 @@
+"""The paper's v0 from E[g^2] of single samples (eq. 10), by a pass before training, into an optimizer before its first step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..estimation.batches import SampleBatch
+from ..estimation.per_sample import estimate_grad_sq_mean
+from ..records.report import V0Report
+from ..second_moment.state import SecondMoment
+from ..settings import V0Plan
+from ..sharding.parts import ParamShard, is_sharded, name_parameters
+from .strategies import is_eligible
+from .summary import add_parameters, begin_report
+
+USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
+NOTHING_TO_WRITE = (
+    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
+    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
+)
+
+
+def write_per_sample_v0(
+    optimizer,
+    model: nn.Module,
+    plan: V0Plan,
+    batches: Iterable[SampleBatch],
+    compute_loss: Callable[[Any], torch.Tensor],
+    *,
+    seed: int,
+    batch_size: int,
+    effective_batch_size: float,
+    loss_scale: float = 1.0,
+    other_parameters: Iterable[nn.Parameter] = (),
+) -> V0Report:
+    """Write v0 = scale * E[g^2] of single samples into an optimizer's second moments.
+
+    Args:
+        optimizer: whose second moments are written; it has made no step.
+        model: whose parameters get a v0, not inside DDP.
+        plan: with the per-sample estimator.
+        batches, compute_loss, seed, effective_batch_size, loss_scale, other_parameters: see `estimate_grad_sq_mean`.
+        batch_size: samples per batch, for the report.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: the optimizer has no second moment that is known here, or has state already; the model is sharded; no parameter is
+            left to give a v0 to; a scale that beta2 does not give; what the estimate refuses. Nothing is written then.
+    """
+    moments = SecondMoment(optimizer)
+    chosen, skipped = _choose_parameters(moments, model, plan.include_bias_and_norm)
+    scales = [_find_scale(plan, moments, shard.group) for shard in chosen]
+    named = [(shard.name, shard.param) for shard in chosen]
+    estimate = estimate_grad_sq_mean(
+        named,
+        batches,
+        compute_loss,
+        model=model,
+        seed=seed,
+        loss_scale=loss_scale,
+        effective_batch_size=effective_batch_size,
+        other_parameters=other_parameters,
+    )
+    report = begin_report(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
+    report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
+    report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
+    report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
+    tensors = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in chosen]
+    add_parameters(report, tensors, False, scales)
+    report.without_gradient = [name for name, numbers in report.parameters.items() if numbers["max"] == 0.0]
+    if estimate.measured_ratio is not None:
+        report.measured_ratio = estimate.measured_ratio * report.scale
+    with torch.no_grad():
+        moments.prime(chosen)
+        for shard, scale in zip(chosen, scales, strict=True):
+            moments.change(shard, lambda v0, s=estimate.tensors[shard.name], f=scale: v0.copy_(s * f))
+    return report
+
+
+def _choose_parameters(
+    moments: SecondMoment, model: nn.Module, include_bias_and_norm: bool
+) -> tuple[list[ParamShard], list[ParamShard]]:
+    """Choose which of a model's parameters, held by an optimizer, get a v0; returns them and the others."""
+    if moments.zero is not None or is_sharded(model):
+        kind = "FSDP2 or tensor parallelism" if moments.zero is None else "DeepSpeed ZeRO"
+        raise InputError(
+            f"v0_estimator=per_sample under {kind} is not supported, since no process has whole gradients there: {USE_MINIBATCH}"
+        )
+    if not moments.is_untouched():
+        raise InputError(
+            "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
+            "stands; build a new optimizer to start again"
+        )
+    names = name_parameters(model)
+    trained = [s for s in moments.list_shards(names) if id(s.param) in names and s.param.requires_grad]
+    chosen = [
+        shard
+        for shard in trained
+        if is_eligible(shard.full_shape, include_bias_and_norm) and shard.param.is_floating_point()
+    ]
+    if not chosen:
+        raise InputError(NOTHING_TO_WRITE)
+    return chosen, [shard for shard in trained if shard not in chosen]
+
+
+def _find_scale(plan: V0Plan, moments: SecondMoment, group: dict) -> float:
+    beta2 = moments.read_beta2(group)
+    if beta2 is None and plan.decay_steps is not None:
+        raise InputError(
+            f"v0_decay_steps={plan.decay_steps} with {moments.name}: its second moment is no decaying mean of g^2, so the closed form "
+            "gives no scale; use v0_scale"
+        )
+    return plan.get_scale(beta2 or 0.0)
