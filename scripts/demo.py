@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hf_v0init.errors import InputError
-from hf_v0init.method.decay import DEFAULT_DECAY_FRACTION
+from hf_v0init.method.length import compute_bounds
 from hf_v0init.plots import TrainingCurve, draw_training_curves
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
@@ -187,7 +186,7 @@ def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     fractions = {CUSTOMARY: settings.customary_fraction, BEST: settings.best_fraction}
     warmup_steps = round(fractions.get(name, 0.0) * settings.steps)
     if name == LONG:
-        warmup_steps = math.ceil(DEFAULT_DECAY_FRACTION * settings.steps)  # for as long as v0 acts
+        warmup_steps = compute_bounds(settings.steps)[1]
     arguments = V0InitSeq2SeqTrainingArguments(
         output_dir=str(output_dir / FOLDERS[name]),
         max_steps=settings.steps,
@@ -336,7 +335,7 @@ def describe_outcome(results: list[ArmResult], settings: DemoSettings) -> str:
         f"nothing tuned, reached {bleu[V0]:.1f} BLEU: {_compare(bleu[V0], bleu[NO_WARMUP])} no warmup ({bleu[NO_WARMUP]:.1f}), "
         f"{_compare(bleu[V0], bleu[CUSTOMARY])} the customary {length[CUSTOMARY]} steps of warmup ({bleu[CUSTOMARY]:.1f}), "
         f"{_compare(bleu[V0], bleu[BEST])} the best of {RUNS_FOR_THE_BEST} lengths tried, {length[BEST]} steps ({bleu[BEST]:.1f}), and "
-        f"{_compare(bleu[V0], bleu[LONG])} a warmup as long as v0 acts ({bleu[LONG]:.1f})."
+        f"{_compare(bleu[V0], bleu[LONG])} one of {length[LONG]} steps ({bleu[LONG]:.1f})."
     )
 
 

@@ -107,7 +107,9 @@ class V0Report:
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
         else:
             steps = self.estimation_steps or 1
-            source = f"from the gradients of the first {f'{steps} steps' if steps > 1 else 'step'}"
+            source = (
+                f"from the gradients of the first {steps} steps" if steps > 1 else "from the gradient of the first step"
+            )
         later = ""
         if self.without_gradient:
             what = "start at 0" if self.estimator == "per_sample" else "get theirs at their first gradient"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,19 @@ def require_in_range(arguments: Any) -> None:
 
 
 def require_makeable_folder(name: str, folder: str | os.PathLike | None) -> None:
-    """Refuse a folder that is none, or that cannot be made or written. Makes nothing."""
+    """Refuse a folder that is none, or that cannot be made or written. Makes nothing that stays."""
     if folder is None:
         return
     existing = Path(folder).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--{name}={folder}: cannot be written, because of {existing}; give another folder")
+    if not existing.is_dir():
+        raise InputError(f"--{name}={folder}: {existing} is a file, so the folder cannot be made; give another")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--{name}={folder}: cannot be written ({error.strerror}); give another folder") from error
 
 
 def require_possible_training(training: TrainingArguments) -> None:

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import HubStrategy
 
 from ..errors import InputError
 from ..records.model_card import add_v0_section, infer_task
@@ -115,6 +116,12 @@ class V0InitMixin:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
             self._v0_callback.write_record(output_dir or self.args.output_dir, with_state=_internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push as the Trainer does, which copies the model to the top of the output folder: `v0_init.json` goes along."""
+        if self.args.hub_strategy != HubStrategy.END and self.args.should_save:
+            self._v0_callback.write_record(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the Trainer's model card with the v0 section, its tags and the task."""

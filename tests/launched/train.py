@@ -20,7 +20,7 @@ from hf_v0init import V0InitTrainer
 
 
 class FailsOnOneRank(V0InitTrainer):
-    """Raises in the third batch of the statistics pass, after a look at three samples, on the last process only."""
+    """Raises in the seventh batch of the statistics pass, on the last process only: the 14th of both."""
 
     calls = 0
 

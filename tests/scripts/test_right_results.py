@@ -138,7 +138,7 @@ def test_gen_len_counts_the_tokens_of_the_best_translation(trained):
 def test_evaluation_in_the_models_own_folder_keeps_its_card(run_translation, data, trained, tmp_path):
     out, flags = trained
     card = (out / "README.md").read_text()
-    assert "`data_driven`" in card and "## Results" in card and "| validation | loss |" in card
+    assert "--v0_init data_driven" in card and "## Results" in card and "| validation | loss |" in card
     kept = {"model_name_or_path": out, "output_dir": out, "do_eval": True}
     kept |= {
         name: flags[name] for name in (*data, "cache_dir", "use_cpu", "report_to", "log_level") if "train" not in name
@@ -203,7 +203,7 @@ def test_the_evaluation_that_was_missing_is_of_the_model_that_was_saved(run_tran
     run_translation.main(to_argv({**flags, "output_dir": tmp_path / "b", "do_eval": True}))
     losses = [read(tmp_path / name / "all_results.json")["eval_loss"] for name in "ab"]
     assert losses[0] == losses[1]
-    assert "`random`" in (tmp_path / "b" / "README.md").read_text()
+    assert "--v0_init random" in (tmp_path / "b" / "README.md").read_text()
 
 
 # ---- losses and speeds ------------------------------------------------------------------------------------------------------

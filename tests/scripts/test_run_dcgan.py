@@ -107,7 +107,7 @@ def test_a_run_leaves_figures_pictures_networks_and_a_record(finished, capsys):
     assert not (finished["zeros"] / "v0_init.json").exists()
     for name in ("generator", "discriminator"):
         card = (folder / name / "README.md").read_text()
-        assert "- hf_v0init\n" in card and "| scale | 1 |" in card and "| estimator | `minibatch` |" in card
+        assert "- hf_v0init\n" in card and "--v0_scale 1" in card and "--v0_estimator minibatch" in card
         assert json.loads((folder / name / "v0_init.json").read_text()) == report["networks"][name]
     assert "started at zero" in (finished["zeros"] / "generator" / "README.md").read_text()
 
@@ -202,12 +202,12 @@ def test_broken_checkpoints_are_passed_over_and_other_sizes_refused(images, fini
     cut = tmp_path / "cut"
     shutil.copytree(finished["data_driven"], cut)
     (cut / "train_results.json").unlink()
-    (cut / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    (cut / "checkpoint-6" / "_save_in_progress").write_text("")  # cut off while it was saved
     with pytest.raises(InputError, match=r"checkpoint-4 is of another run: base_channels was .* and is now 4"):
         run(images, cut, base_channels=4)
-    with pytest.raises(InputError, match=r"checkpoint-4 is of another run: v0_optimizer was not given"):
+    with pytest.raises(InputError, match=r"checkpoint-4 is of another run: v0_optimizer was None"):
         run(images, cut, v0_optimizer="torch.optim:SGD")
-    with pytest.raises(InputError, match=r"checkpoint-6: .*model\.safetensors"):
+    with pytest.raises(InputError, match=r"checkpoint-6: .*the newest valid checkpoint is .*checkpoint-4"):
         run(images, cut, resume_from_checkpoint=cut / "checkpoint-6")
 
 

@@ -148,7 +148,7 @@ def test_the_pass_sends_two_numbers_a_parameter_once(results):
     ("name", "words"),
     [
         ("fails", "disk full on this one"),
-        ("nan", "loss is nan in batch 5"),
+        ("nan", "loss is nan in batch 13"),
         ("nan_gradient", "not finite"),
         ("nan_gradient_of_a_step", "the gradient of parameter 'transformer.wte.weight' is not finite"),
     ],
