@@ -81,6 +81,14 @@ def compute_largest_rate_with_room(d50: float, num_steps: int) -> float:
     return compute_bounds(num_steps)[1] / STEPS_PER_X * _require_d50(d50)
 
 
+def describe_bound(x: float, steps: int) -> str:
+    """Say behind a measured length how it differs from what x asks for, as in ", cut from 900 to two thirds of training"."""
+    wanted = _compute_wanted(x)
+    if wanted > steps:
+        return f", cut from {wanted:,} to two thirds of training"
+    return f", raised from {wanted:,} to a third of training" if wanted < steps else ""
+
+
 @dataclass(frozen=True)
 class WarmupLength:
     """For how long a run warms up, and what was measured for it.
@@ -114,11 +122,7 @@ class WarmupLength:
                 f"the trust radius cannot be measured ({self.reason}): {what} a third of training, {self.steps:,} steps; give "
                 "--v0_decay_steps or --warmup_steps to choose yourself"
             )
-        wanted, bound = _compute_wanted(self.x), ""
-        if wanted > self.steps:
-            bound = f", cut from {wanted:,} to two thirds of training"
-        elif wanted < self.steps:
-            bound = f", raised from {wanted:,} to a third of training"
+        bound = describe_bound(self.x, self.steps)
         return (
             f"trust radius d50 {self.d50:.3g}, learning rate / d50 = {self.x:.3g}: {what} {self.steps:,} steps{bound}"
         )

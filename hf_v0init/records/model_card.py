@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import RepoCard
 from transformers import modelcard
 
+from ..method.length import describe_bound
+
 TAG, PAPER_TAG = "hf_v0init", "arxiv:2412.02153"  # the second for runs with a v0 alone
 SECTION_TITLE = "Start of Adam's second moment (v0)"
 SECTION = "hf_v0init"  # names in the comments around what is ours
@@ -159,10 +161,10 @@ def _describe_length(length: Mapping[str, Any]) -> str:
             f"The trust radius could not be measured ({length.get('reason')}): a third of training was taken, "
             f"{_format(length['steps'])} steps"
         )
-    cut = ", cut to two thirds of the run" if length.get("is_capped") else ""
+    bound = describe_bound(length["x"], length["steps"])
     return (
         f"Learning rate over the trust radius, measured in the first step: {_format(length['x'])} (d50 "
-        f"{_format(length['d50'])}): {_format(length['steps'])} steps{cut}"
+        f"{_format(length['d50'])}): {_format(length['steps'])} steps{bound}"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..method.length import describe_bound
+
 # Of all the numbers of `all_results.json` those that people look for; the file has the rest.
 SCORES = {
     "loss": "{:.4f}", "perplexity": "{:.3f}", "pseudo_perplexity": "{:.3f}", "accuracy": "{:.4f}", "top5_accuracy": "{:.4f}",
@@ -73,7 +75,9 @@ def _describe_v0(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "zero, as in torch"
     length = report.get("length") or {}
-    measured = f" (measured: learning rate / d50 = {length['x']:.3g})" if length.get("x") is not None else ""
+    measured = ""
+    if length.get("x") is not None:
+        measured = f" (learning rate / d50 = {length['x']:.3g}{describe_bound(length['x'], length['steps'])})"
     if report.get("strategy") == "zeros":
         return f"zero, as in torch, beside a warmup of {report.get('warmup_steps') or 0:,} steps{measured}"
     if report.get("decay") == "linear":

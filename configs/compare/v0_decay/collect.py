@@ -1,4 +1,4 @@
-"""Collects the finished runs of comparisons into results/TASK.csv; from the repository's root:
+"""Adds the finished runs of comparisons to results/TASK.csv; from the repository's root:
 
     hf-v0init compare configs/compare/v0_decay/llama.yaml --output_dir outputs/v0_decay/llama
     python configs/compare/v0_decay/collect.py llama outputs/v0_decay/llama    # more folders may follow
@@ -31,12 +31,14 @@ def read_run(record: Path) -> dict | None:
 
 
 def main(task: str, *folders: str) -> None:
-    """Write the task's file; of a run that several folders have, the first folder's."""
+    """Write the task's file: what it holds, and the folders' runs that it lacks."""
     rows = [read_run(record) for folder in folders for record in Path(folder).glob("runs/*/record.json")]
     table = pd.DataFrame([row for row in rows if row], columns=[*ORDER, "eval_loss", "decay_steps", "x"])
+    file = Path(__file__).parent / "results" / f"{task}.csv"
+    if file.is_file():
+        table = pd.concat([pd.read_csv(file), table])
     table = table.drop_duplicates(ORDER)
     table["decay_steps"] = table["decay_steps"].astype("Int64")
-    file = Path(__file__).parent / "results" / f"{task}.csv"
     table.round({"eval_loss": 6, "x": 3}).sort_values(ORDER).to_csv(file, index=False)
     print(f"{file}: {len(table)} runs")
 
