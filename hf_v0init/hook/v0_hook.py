@@ -203,8 +203,10 @@ class V0Hook:
             self._set_measured_length()
         if self.decay is None:
             self.decay = self._make_decay()
-        inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        stepped = [shard for shard in self.shards.list_all() if id(shard.param) in inside]  # all, but under ZeRO
+        stepped = self.shards.list_all()
+        if self.moments.zero is not None:  # one flat tensor after the other
+            inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            stepped = [shard for shard in stepped if id(shard.param) in inside]
         step = self._count(stepped) + 1
         self._makes_step = True
         with torch.no_grad():
