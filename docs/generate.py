@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not
 from hf_v0init.second_moment.table import SUPPORTED_ROWS, TORCH, make_markdown_table  # noqa: E402
 from hf_v0init.settings import V0InitArguments  # noqa: E402
 
-NUM_SEEDS = 5
+NUM_SEEDS = 5  # of v0 in each row
 
 
 def make_results() -> str:
@@ -43,7 +43,7 @@ def make_results() -> str:
         none = find_best(fresh[fresh["configuration"] == "no warmup"])
         warmup = find_best(fresh[fresh["configuration"].str.startswith("warmup")])
         v0 = find_best(fresh[tables.is_default_v0(fresh, task)])
-        if v0 is None or warmup is None:
+        if v0 is None or warmup is None or len(v0) < NUM_SEEDS:
             continue
         difference = tables.compare(v0, warmup).partition(":")[0]
         cells = [title, *map(write_estimate, (none, warmup, v0)), difference]

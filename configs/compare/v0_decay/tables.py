@@ -25,6 +25,7 @@ TASKS = {  # title in the README, optimizer steps of a run, L that the first ste
     "awd_lstm": ("PTB, AWD-LSTM", 400, 133),
     "fine_tuning": ("fine-tuning MiniLM", 100, 66),
 }
+COLUMNS = ["configuration", "rate", "seeds", "loss", "less the best warmup"]
 TUNING_SEED = 1
 MARGIN = 0.01  # of the warmup's loss, up to which v0 is not inferior
 
@@ -55,7 +56,7 @@ def describe(task: str) -> pd.DataFrame:
         row["loss"] = f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
         row["less the best warmup"] = "" if best is None or key == best else compare(by_seed[key], by_seed[best])
         rows.append(row)
-    return pd.DataFrame(rows).sort_values("loss")
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values("loss")
 
 
 def compare(ours: pd.Series, theirs: pd.Series) -> str:
@@ -81,6 +82,9 @@ def main() -> None:
             continue
         print(f"### {title}, {max_steps:,} steps\n")
         table = describe(task)
+        if table.empty:
+            print("no fresh seeds so far\n")
+            continue
         print("| " + " | ".join(table.columns) + " |\n|" + " --- |" * len(table.columns))
         for row in table.itertuples(index=False):
             print("| " + " | ".join(map(str, row)) + " |")
