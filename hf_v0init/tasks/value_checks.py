@@ -68,7 +68,7 @@ def require_makeable_folder(name: str, folder: str | os.PathLike | None) -> None
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"--{name}={folder}: {existing} is a file, so the folder cannot be made; give another")
+        raise InputError(f"--{name}={folder}: {existing} is a file, so the folder cannot be written; give another")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
