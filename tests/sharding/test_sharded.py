@@ -55,7 +55,7 @@ REFUSED = {
     "lamb": ({"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, 'remove the ds_config key "optimizer"'),
     "offload": (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-        'remove the ds_config key "offload_optimizer"',
+        'ds_config key "offload_optimizer" is not supported: remove it',
     ),
     "stage_0": ({"zero_optimization": {"stage": 0}}, "use ZeRO stage 1, 2 or 3"),
 }
