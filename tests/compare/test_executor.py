@@ -307,7 +307,7 @@ def test_a_continued_run_ends_as_the_straight_one_bit_for_bit(tmp_path):
     config = tmp_path / "grid.yaml"
     content = yaml.safe_load((ROOT / "configs" / "compare" / "tiny.yaml").read_text())
     content["arguments"] |= {"save_strategy": "steps", "save_steps": 10, "eval_on_start": True}
-    config.write_text(yaml.safe_dump(content | {"grids": [{"v0": ["data_driven 1"], "seed": [1]}]}))
+    config.write_text(yaml.safe_dump(content | {"confirm_seeds": 0, "grids": [{"v0": ["data_driven 1"], "seed": [1]}]}))
     command = make_call(config, tmp_path / "out")
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (folder,) = (tmp_path / "out" / "runs").iterdir()
