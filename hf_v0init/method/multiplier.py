@@ -89,7 +89,7 @@ def compute_scale_for_warmup(steps: float, beta2: float, target: float = WASHED_
 
 
 def require_decay_steps(steps: float) -> float:
-    """Return `v0_decay_steps` if it is a whole number of optimizer steps >= 1 (as an int) or a share of the run in (0, 1).
+    """Return `v0_decay_steps` if it is a whole number of optimizer steps >= 1 (as an int) or a fraction of training in (0, 1).
 
     Raises:
         InputError: neither.
@@ -100,7 +100,7 @@ def require_decay_steps(steps: float) -> float:
     if is_number and steps >= 1 and float(steps).is_integer():
         return int(steps)
     raise InputError(
-        f"v0_decay_steps={steps}: must be a whole number >= 1, optimizer steps, or a share of the run in (0, 1); for no v0 use "
+        f"v0_decay_steps={steps}: must be a whole number >= 1, optimizer steps, or a fraction of training in (0, 1); for no v0 use "
         "v0_init=zeros"
     )
 
@@ -168,7 +168,7 @@ def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_fo
     if asked_for is not None:
         remedy = f"--v0_decay_steps {third}: the {asked_for:g} given are more than the run has"
     else:
-        remedy = f"--v0_decay_steps {third} (a third of the run) instead of --v0_scale"
+        remedy = f"--v0_decay_steps {third} (a third of training) instead of --v0_scale"
     return (
         f"v0 will not have washed out: it still multiplies the step by {at_end:.3g} at the last step ({max_steps:,}) and reaches "
         f"{WASHED_OUT} only after {needed:,} steps. Remedy: {remedy}; or --v0_decay linear"

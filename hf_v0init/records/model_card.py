@@ -5,7 +5,7 @@ Trainer calls them on the card that it has written. Every function may be applie
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import RepoCard
@@ -17,7 +17,6 @@ TAG, PAPER_TAG = "hf_v0init", "arxiv:2412.02153"  # the second for runs with a v
 SECTION_TITLE = "Start of Adam's second moment (v0)"
 SECTION = "hf_v0init"  # names in the comments around what is ours
 RESULTS = "hf_v0init results"
-SAMPLES_HEADING = "### Samples"
 
 _PAPER = "[arXiv:2412.02153](https://arxiv.org/abs/2412.02153)"
 _ORIGINS = {
@@ -181,8 +180,8 @@ def _describe_measured_warmup(report: Mapping[str, Any]) -> str:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def add_results_section(card_text: str, results: Mapping[str, Any], samples: Sequence[Mapping[str, str]] = ()) -> str:
-    """Add what evaluations measured to a model card's text, and samples of what the model does.
+def add_results_section(card_text: str, results: Mapping[str, Any]) -> str:
+    """Add what evaluations measured to a model card's text.
 
     The section replaces an earlier one where there is one; else it goes before "## Training procedure", or to the end.
     Metadata and other text stay as they are.
@@ -191,24 +190,15 @@ def add_results_section(card_text: str, results: Mapping[str, Any], samples: Seq
         card_text: the card, as for `add_v0_section`.
         results: the metrics as in `all_results.json`, "eval_..." of validation, "predict_..." or "test_..." of test. Others,
             and those that tell of speed, are left out.
-        samples: rows of a table, by the names of its columns; without any, those of an earlier section stay.
 
     Returns:
         The new card; the card as it is, if there is nothing to add.
     """
-    card, parts = RepoCard(card_text), ["## Results"]
     rows = list(_list_results(results))
-    earlier = re.search(rf"{SAMPLES_HEADING}\n.*?(?=\n<!-- {RESULTS}: end -->)", card.text, flags=re.DOTALL)
-    if rows:
-        parts.append(_compose_table(("Data", "Metric", "Value"), rows))
-    if samples:
-        cells = [tuple(" ".join(row[name].replace("|", "\\|").split()) for name in samples[0]) for row in samples]
-        parts += [SAMPLES_HEADING, _compose_table(tuple(samples[0]), cells)]
-    elif earlier:
-        parts.append(earlier[0])
-    if len(parts) == 1:
+    if not rows:
         return card_text
-    card.text = _put_section(card.text, "\n\n".join(parts), RESULTS)
+    card, table = RepoCard(card_text), _compose_table(("Data", "Metric", "Value"), rows)
+    card.text = _put_section(card.text, f"## Results\n\n{table}", RESULTS)
     return str(card)
 
 

@@ -41,19 +41,19 @@ def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, 
 
 
 def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
-    """Find the folders of the last `num_checkpoints` whole checkpoints in `output_dir`, oldest first; of fewer, all.
+    """Find the folders of the last `num_checkpoints` valid checkpoints in `output_dir`, oldest first; of fewer, all.
 
     Raises:
         InputError: there is none.
     """
     folders = [Path(folder) for folder in list_checkpoints(output_dir) if find_defect(folder) is None]
     if not folders:
-        raise InputError(f"--average_checkpoints={num_checkpoints}: {output_dir} has no whole checkpoint")
+        raise InputError(f"--average_checkpoints={num_checkpoints}: {output_dir} has no valid checkpoint")
     return folders[:num_checkpoints][::-1]
 
 
 def load_average_of_last(trainer, num_checkpoints: int) -> None:
-    """Put the mean of the last `num_checkpoints` whole checkpoints of the run into the Trainer's model, and log which they are.
+    """Put the mean of the last `num_checkpoints` valid checkpoints of the run into the Trainer's model, and log which they are.
 
     Raises:
         InputError: there is none, or one of them is of another model.

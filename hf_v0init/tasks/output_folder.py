@@ -97,7 +97,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
     """Find the checkpoint folder this run continues from, or None for a fresh start; checks the output folder.
 
     `--resume_from_checkpoint FOLDER` is taken as given and `--resume_from_checkpoint true` means the newest
-    whole checkpoint of the output folder. Without either, an output folder with checkpoints is continued from
+    valid checkpoint of the output folder. Without either, an output folder with checkpoints is continued from
     its newest whole one, unless `overwrite`. Checkpoints whose save was cut off are skipped with a warning;
     if there are only such, the run starts anew in the same folder.
 

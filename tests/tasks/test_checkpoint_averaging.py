@@ -81,7 +81,7 @@ def test_last_checkpoints_are_by_step_not_by_name_and_whole(tmp_path):
     (tmp_path / "checkpoint-1100" / "trainer_state.json").write_text('{"global')  # a save that was cut off
     assert [f.name for f in find_last_checkpoints(tmp_path, 2)] == ["checkpoint-900", "checkpoint-1000"]
     assert len(find_last_checkpoints(tmp_path, 4)) == 3  # the training is not thrown away
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no valid checkpoint"):
         find_last_checkpoints(tmp_path / "other", 4)
 
 

@@ -423,7 +423,7 @@ def test_the_log_has_three_lines_at_most_that_agree(tmp_path, caplog):
     slow = lines_of("b", **STRATEGIES["random"])
     assert [level for level, _ in slow] == ["INFO", "INFO", "WARNING"]
     assert slow[0][1].startswith("v0 (random, scale 100) drawn: mean ")
-    assert "Remedy: --v0_decay_steps 4 (a third of the run) instead of --v0_scale" in slow[2][1]
+    assert "Remedy: --v0_decay_steps 4 (a third of training) instead of --v0_scale" in slow[2][1]
     mended = lines_of("c", **STRATEGIES["random"], v0_decay_steps=4)
     assert [level for level, _ in mended] == ["INFO"] * 3  # the first says that the schedule keeps its plateau
 
