@@ -72,8 +72,9 @@ class RunProcess:
         status = self.kill()
         state, reason = self._judge(status, plan.metric)
         self.record |= {"state": state, "reason": reason, "exit_status": status, "seconds": round(self.seconds, 3)}
-        if not plan.keep_models and state != files.INTERRUPTED:
-            remove_models(self.folder / files.OUTPUT_FOLDER)
+        output = self.folder / files.OUTPUT_FOLDER
+        if not plan.keep_models and state != files.INTERRUPTED and output.is_dir():  # a refused run has made none
+            remove_models(output)
             self.record["models_removed"] = True
         files.write_json(self.folder / files.RECORD_FILE, self.record)
         return state

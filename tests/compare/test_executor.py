@@ -338,8 +338,9 @@ def test_a_continued_run_ends_as_the_straight_one_bit_for_bit(tmp_path):
 # ---------------------------------------------------------------------------------------------- bad input, hopeless
 
 
-def test_a_refused_first_run_stops_everything_and_is_tried_again(comparison):
-    comparison.write([{"seed": [1, 2, 3]}], {"behaviour": "refuse"})
+@pytest.mark.parametrize("keep_models", [True, False])
+def test_a_refused_first_run_stops_everything_and_is_tried_again(comparison, keep_models):
+    comparison.write([{"seed": [1, 2, 3]}], {"behaviour": "refuse"}, keep_models=keep_models)
     with pytest.raises(
         InputError, match=r"the first run failed: --behaviour=refuse: choose another \(log: .*log.txt\)"
     ):
