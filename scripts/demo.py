@@ -268,7 +268,7 @@ def run_arm_process(name: str, settings: DemoSettings, connection: Connection) -
 
 
 def train_arms(settings: DemoSettings, console: Console) -> list[ArmResult]:
-    """Run the arms in processes of their own and show their progress; results in the order of `FOLDERS`."""
+    """Run the settings in processes of their own and show their progress; results in the order of `FOLDERS`."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("spawn")
@@ -359,7 +359,7 @@ def write_results(results: list[ArmResult], settings: DemoSettings) -> tuple[Pat
 
 
 def run_demo(settings: DemoSettings) -> list[ArmResult]:
-    """Load the corpus, train the arms, print the table and write picture and numbers."""
+    """Load the corpus, train the settings, print the table and write picture and numbers."""
     from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer
     from hf_v0init.tasks.translation.embedded_corpus import load_embedded_corpus
 

@@ -245,6 +245,29 @@ def test_optimizers_schedules_and_precision(images, tmp_path, options):
         assert rates == [2e-4, 2e-4]
 
 
+def test_the_committed_file_runs_as_it_stands_and_keeps_the_plateau_for_a_third_of_training(images, tmp_path):
+    flags = {
+        "train_dir": images,
+        "output_dir": tmp_path,
+        "image_size": 8,
+        "base_channels": 8,
+        "max_steps": 9,
+        "logging_steps": 1,
+    }
+    flags |= {
+        "per_device_train_batch_size": 8,
+        "num_eval_images": 60,
+        "lr_scheduler_type": "linear",
+        "eval_strategy": "no",
+    }
+    run_dcgan.main([str(ROOT / "configs" / "image_generation" / "digits_dcgan.yaml"), *to_argv(flags)])
+    report = json.loads((tmp_path / "v0_init.json").read_text())
+    assert (report["decay"], report["decay_steps"]) == ("linear", 3)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert rates == pytest.approx([2e-4 * min(1.0, (9 - made) / 6) for made in range(1, 10)])
+
+
 def test_color_images_of_32_pixels_without_classes(tmp_path):
     rng = np.random.default_rng(1)
     (tmp_path / "flat").mkdir()
@@ -371,7 +394,11 @@ def test_images_that_cannot_be_used_are_refused(broken, tmp_path, name, words):
         ({"optim": "schedule_free_adamw"}, ["AdamWScheduleFree", "two sets of weights"]),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, ["constant_with_warmup"]),
         ({"warmup_steps": 5, "untuned_warmup": "linear"}, ["two warmups"]),
-        ({"v0_init": "random", "v0_decay": "linear", "v0_decay_steps": "auto"}, ["a GAN has two"]),
+        ({"untuned_warmup": "trust_radius"}, ["--untuned_warmup=trust_radius", "a GAN has two"]),
+        (
+            {"v0_init": "random", "v0_decay": "linear", "warmup_steps": 5},
+            ["v0_init=random", "warmup_steps=5", "two warmups"],
+        ),
         ({"per_device_train_batch_size": 61}, ["60 training images are too few"]),
         ({"gradient_accumulation_steps": 4}, ["--gradient_accumulation_steps=4", "no effect"]),
         ({"fp16": True}, ["--fp16=True", "no effect"]),

@@ -9,12 +9,17 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainer
 
+from ...trainer.schedule import find_what_warms_up, keep_plateau, require_no_warmup
 
-def make_optimizer(network: nn.Module, training, max_steps: int):
+
+def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: int | None = None):
     """Make the optimizer and the schedule of one network: those of a Trainer with these flags, and nothing decays but matrices.
 
+    Args:
+        decay_steps: for how long the schedule stays at its peak, since v0 stands for a warmup of that length; None: as it is.
+
     Raises:
-        InputError: a warmup that the schedule has not, or an optimizer that the loop here cannot use.
+        InputError: a warmup that the schedule has not, one beside a v0 that stands for it, or an optimizer that the loop here cannot use.
     """
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     if training.get_warmup_steps(max_steps) and schedule == "constant":
@@ -41,4 +46,11 @@ def make_optimizer(network: nn.Module, training, max_steps: int):
             f"optimizer {type(trainer.optimizer).__name__} keeps two sets of weights, for training and evaluation, which this loop "
             "does not switch; use another, such as adamw_torch"
         )
-    return trainer.optimizer, trainer.create_scheduler(max_steps, trainer.optimizer)
+    trainer.state.max_steps = max_steps
+    scheduler = trainer.create_scheduler(max_steps, trainer.optimizer)
+    what = find_what_warms_up(training, training.resolve(max_steps))
+    if what is not None and training.untuned_warmup is None:  # which the Trainer has looked at
+        require_no_warmup(what, trainer, scheduler)
+    if decay_steps is not None:
+        keep_plateau(trainer, scheduler, decay_steps)
+    return trainer.optimizer, scheduler

@@ -130,7 +130,7 @@ class GanTrainingArguments(V0InitTrainingArguments):
 
 
 def require_possible(training: GanTrainingArguments) -> None:
-    """Refuse flags of the Trainer that would do nothing here, and what is measured on one network and one loss."""
+    """Refuse flags of the Trainer that would do nothing here, and a warmup that is measured on one network and one loss."""
     default = type(training)(output_dir=training.output_dir, use_cpu=training.use_cpu)
     for name in training.__dataclass_fields__:
         value = getattr(training, name)
@@ -138,10 +138,10 @@ def require_possible(training: GanTrainingArguments) -> None:
             raise InputError(f"--{name}={value}: has no effect on a GAN here; drop it")
     if training.save_strategy == "best":
         raise InputError("--save_strategy=best: a GAN keeps no best model here; use steps or epoch")
-    if getattr(training, "wants_length", False) or training.untuned_warmup not in (None, "linear", "exponential"):
+    if training.untuned_warmup not in (None, "linear", "exponential"):
         raise InputError(
-            "how long to warm up is measured on one network and its loss, and a GAN has two: give --v0_decay_steps or --warmup_steps "
-            "as a number, or --v0_decay beta2"
+            f"--untuned_warmup={training.untuned_warmup}: it is measured on one network and its loss, and a GAN has two: give "
+            "--warmup_steps as a number"
         )
     if not training.do_train:
         raise InputError("nothing to do: give --do_train; with --do_eval a finished run is measured that has not been")

@@ -29,7 +29,7 @@ from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
 from ..run_identity import RECORD_KEY, STATE_FILE
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .optimizers import make_optimizer
-from .v0 import attach_to_both, estimate_v0, join_reports
+from .v0 import attach_to_both, choose_decay_steps, estimate_v0, join_reports
 
 logger = logging.getLogger("hf_v0init")
 
@@ -104,9 +104,10 @@ class GanRun:
         self.order = ImageOrder(len(pixels), training.per_device_train_batch_size, training.seed, rank, world_size)
         epochs = math.ceil(training.num_train_epochs * self.order.steps_per_epoch)
         self.max_steps = training.max_steps if training.max_steps > 0 else epochs
+        self.decay_steps = choose_decay_steps(training, self.max_steps)
         self.wrapped, self.optimizers, self.schedules = {}, {}, {}
         for name, network in self.networks.items():
-            optimizer, schedule = make_optimizer(network, training, self.max_steps)
+            optimizer, schedule = make_optimizer(network, training, self.max_steps, self.decay_steps)
             self.wrapped[name], *_ = self.accelerator.prepare(network, optimizer, schedule)
             self.optimizers[name], self.schedules[name] = optimizer, schedule
         self.accelerator.register_for_checkpointing(self)

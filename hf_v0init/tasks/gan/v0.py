@@ -11,19 +11,35 @@ from torch import nn
 
 from hf_v0init import attach_v0, initialize_v0
 
+from ...method.length import choose_length
+from ...settings import AUTO
 from .dcgan import compute_discriminator_loss, compute_generator_loss
 
 logger = logging.getLogger("hf_v0init")
 
-V0_OPTIONS = ("v0_scale", "v0_decay_steps", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
+V0_OPTIONS = ("v0_scale", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
 SUMMED = ("num_samples", "num_batches", "num_skipped", "seconds")
+
+
+def choose_decay_steps(training, max_steps: int) -> int | None:
+    """Return for how many steps v0 decays, None if beta2 alone says so; a third of training where it would be measured.
+
+    What is measured elsewhere is how far one network may go by one loss.
+    """
+    steps = training.resolve(max_steps).decay_steps
+    if steps != AUTO:
+        return steps
+    reason = "a GAN has two networks, each with a loss of its own"
+    length = choose_length(None, training.learning_rate, max_steps, reason=reason)
+    length.log("v0 decays over")
+    return length.steps
 
 
 def attach_to_both(run) -> dict:
     """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
     training, hooks = run.training, {}
     options = {name: getattr(training, name) for name in V0_OPTIONS}
-    options |= {"v0_seed": choose_seed(training), "max_steps": run.max_steps}
+    options |= {"v0_seed": choose_seed(training), "max_steps": run.max_steps, "v0_decay_steps": run.decay_steps}
     for name, network in run.networks.items():
         hook = attach_v0(run.optimizers[name], network, training.v0_init, **options)
         if hook is not None:
