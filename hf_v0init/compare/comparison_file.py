@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from ..errors import InputError
 from ..yaml_file import read_mapping
 from .axes import OF_THE_RUN, OWNERS, clean_flags, suggest
@@ -23,11 +21,10 @@ DEFAULT_CONFIRM_SEEDS, DEFAULT_MARGIN = 5, "1%"
 # What a comparison needs and a single run does not; `arguments` may say otherwise.
 DEFAULT_FLAGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
 KEYS = (
-    "title small script launch arguments_file arguments metric greater_is_better test_metrics published grids confirm_seeds "
-    "extend margin keep_models slurm"
+    "title small script launch arguments_file arguments metric greater_is_better test_metrics grids confirm_seeds extend "
+    "margin keep_models slurm"
 ).split()
 SMALL_KEYS = ("arguments_file", "arguments", "test_metrics", "grids", "seed", "confirm_seeds")
-PUBLISHED_FILE = Path(__file__).with_name("published.csv")  # what the paper reports, by table
 KINDS = {str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 
 
@@ -105,7 +102,6 @@ def _make_plan(content: dict[str, Any], path: Path, small: bool) -> Plan:
         metric=metric,
         greater_is_better=_find_direction(metric, content),
         test_metrics=tuple(_take(content, "test_metrics", list, [])),
-        published=_read_published(content),
         arguments=common,
         keep_models=_take(content, "keep_models", bool, True),
         slurm=_take(content, "slurm", dict, {}),
@@ -134,14 +130,6 @@ def _find_direction(metric: str, content: Mapping[str, Any]) -> bool:
             f"metric: {metric}: write beside it whether more of it is better, greater_is_better: true or false"
         )
     return _take(content, "greater_is_better", bool, False)
-
-
-def _read_published(content: Mapping[str, Any]) -> tuple[str, ...]:
-    names = _take(content, "published", list, [])
-    known = set(pd.read_csv(PUBLISHED_FILE)["table"])
-    if not known.issuperset(names):
-        raise InputError(f"published: {names}: the paper has the tables {', '.join(sorted(known))}")
-    return tuple(names)
 
 
 def _read_confirm_seeds(value: Any, seeds: list[int]) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from . import files
 from .claims import LEASE_SECONDS, RunClaims
-from .launch import compute_script_hash
 from .plan import Plan, PlannedRun
 from .process import RunProcess, end_left_run, start_process
 
@@ -104,7 +103,6 @@ class LocalExecutor:
             KeyboardInterrupt: after the runs in progress have been stopped and recorded as interrupted.
         """
         self.plan, self.waiting = plan, find_waiting(self.folder, runs)
-        self._warn_of_changed_script()
         try:
             while self.waiting or self.active:
                 self._start_waiting()
@@ -114,18 +112,6 @@ class LocalExecutor:
         except BaseException:
             self._stop_all()
             raise
-
-    def _warn_of_changed_script(self) -> None:
-        """Warn if runs that are over were made by a script file that has changed since."""
-        records = [read_record(self.folder, run) for run in self.plan.runs]
-        counted = [record for record in records if record.get("state") in files.COUNTED]
-        now = compute_script_hash(self.plan.script)
-        num_changed = sum(record.get("script_hash") not in (None, now) for record in counted)
-        if num_changed:
-            self.progress.warn(
-                f"{self.plan.script} has changed since {num_changed} of the runs were made, so they say nothing about those made from "
-                f"now on. To train them from scratch, delete their folders in {self.folder / files.RUNS_FOLDER}"
-            )
 
     # ---- what is started -----------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 PYTHON, NO_DEVICES = "python", "none"
-PACKAGE = Path(__file__).resolve().parents[1]
 
 # The scripts that come with the package, by the name that a comparison's file gives.
 SCRIPT_MODULES = {
@@ -64,23 +62,18 @@ def find_script(name: str, folder: Path) -> str:
     )
 
 
-def compute_script_hash(script: str) -> str | None:
-    """Compute the SHA-256, as hex, of a script's own file; None if it cannot be read. What the script imports is left out."""
-    path = Path(script)
-    if script in SCRIPT_MODULES:
-        path = PACKAGE.parent.joinpath(*SCRIPT_MODULES[script].split(".")).with_suffix(".py")
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
-
-
 def split_launch(launch: str) -> list[str]:
     """Split a launcher into words: `python` is this interpreter, another program is sought beside it first.
 
     Raises:
-        InputError: there is no such program.
+        InputError: there is no such program, or a quote is left open.
     """
-    program, *words = shlex.split(launch) or [""]
+    try:
+        program, *words = shlex.split(launch) or [""]
+    except ValueError as error:
+        raise InputError(
+            f"launch: {launch!r} cannot be split into words ({str(error).lower()}); close the quote"
+        ) from None
     if program == PYTHON:
         return [sys.executable, *words]
     beside = Path(sys.executable).parent / program

@@ -17,7 +17,6 @@ import psutil
 
 from . import files
 from .launch import (
-    compute_script_hash,
     describe_hardware,
     kill_tree,
     list_versions,
@@ -117,7 +116,6 @@ def start_process(
         "reason": None,
         "exit_status": None,
         "command": command,
-        "script_hash": compute_script_hash(plan.script),
         "host": platform.node(),
         "started": datetime.now().astimezone().isoformat(),
         "seconds": None,

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 from markdown_it import MarkdownIt
 
 from . import files, results, tables
-from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
 from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
 from .summary import Condition, find_unknown_costs, summarize
@@ -103,8 +101,6 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
     failed = {
         stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
     }
-    has_gpus = any((machine.get("hardware") or {}).get("gpus") for machine in comparison.machines)
-    hours = runs.groupby("stage", sort=False)["hours"].sum()
     return {
         "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
@@ -120,9 +116,8 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "is_own_confirmation": not (runs["stage"] == files.TUNE).any(),
         "tuned_any": any(here.choices for here in conditions),
         "tuning": tables.make_tuning_table(comparison, conditions),
-        "rates": tables.make_rate_table(comparison, conditions),
+        "rates": tables.make_rate_table(comparison),
         "budget": tables.make_budget_table(conditions),
-        "published": [_read_published(name) for name in plan.get("published") or []],
         "runs": tables.make_run_table(comparison),
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
@@ -130,21 +125,10 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
             word: failed[stage] for word, stage in zip(("first", "second"), STAGES, strict=True) if failed[stage]
         },
         "unknown_costs": find_unknown_costs(comparison),
-        "hours": hours[hours > 0].to_dict(),
-        "hour_name": "accelerator-hours" if has_gpus else "machine-hours",
         "machines": [_describe_machine(machine) for machine in comparison.machines],
         "arguments": tables.describe_arguments(comparison),
         "left": LEFT,
     }
-
-
-def _read_published(name: str) -> dict[str, Any]:
-    """Return a table of the paper: its label, what it is of, and its rows."""
-    known = pd.read_csv(PUBLISHED_FILE, dtype=str).fillna("")
-    mine = known[known["table"] == name]
-    rows = mine.pivot_table(index="optimizer", columns="v0", values="value", aggfunc="first", sort=False).fillna("–")
-    label = name.replace("_", " ").capitalize()
-    return {"label": label, "what": mine["what"].iloc[0], "rows": rows.reset_index().rename_axis(None, axis=1)}
 
 
 def _describe_machine(machine: dict[str, Any]) -> str:

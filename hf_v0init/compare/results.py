@@ -29,7 +29,7 @@ RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE = "results.csv", "evaluations.csv"
 PLACE = ("name", "stage", "condition", "family", "setting", "v0", "warmup", "optimizer")
 FINGERPRINT = ("initial_weights", "rng", "batches")
 TEXTS = (*PLACE, "other", "state", "reason", *FINGERPRINT, "problems")
-COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "hours", "train_seconds")
+COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "train_seconds")
 COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
 NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
@@ -38,7 +38,6 @@ BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference
     "batches": "other first batches",
     "rng": "another random state before the first step",
 }
-OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Comparison:
         plan: the content of `plan.json`.
         runs: a row for each run, in the plan's order. Steps are optimizer steps; `train_seconds` is the time of training with the
             pass before it and without evaluations, `v0_samples` what that pass read, `v0_extra_steps` the same in steps of the run's
-            batch; `hours` are of an accelerator, or of the machine without one. NaN where it is not known.
+            batch. NaN where it is not known.
         evaluations: a row for each validation loss along a run.
         machines: what the runs were made with.
     """
@@ -142,7 +141,6 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
     record = _read(folder / files.RECORD_FILE, problems)
     state = record.get("state", files.RUNNING if record else files.PENDING)
     made_with = {"versions": record.get("versions") or {}, "hardware": record.get("hardware") or {}}
-    seconds = record.get("seconds")
     row = {key: entry.get(key) or "" for key in PLACE} | {
         "learning_rate": entry["learning_rate"],
         "seed": entry["seed"],
@@ -150,8 +148,7 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
         "state": state if state in files.STATES else files.RUNNING,
         "reason": record.get("reason") or "",
         "exit_status": record.get("exit_status"),
-        "seconds": seconds,
-        "hours": compute_hours(seconds, made_with["hardware"], plan.get("launch") or "python"),
+        "seconds": record.get("seconds"),
     }
     evaluations = _add_losses(row, output, metric, problems)
     _add_cost_of_v0(row, _read(output / files.V0_FILE, problems))
@@ -226,20 +223,6 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     if content is None and path.is_file():
         problems.append(f"{path.name} cannot be read")
     return content or {}
-
-
-def compute_hours(seconds: float | None, hardware: Mapping[str, Any], launch: str) -> float | None:
-    """Compute the accelerator-hours of a run, or machine-hours without an accelerator; None if its time is not known.
-
-    Wall-clock from start to end, evaluations included. Runs that went side by side (`jobs`) share what the machine has evenly, but
-    one started by plain Python never holds more than one accelerator.
-    """
-    if seconds is None:
-        return None
-    share = max(1, len(hardware.get("gpus") or [])) / (hardware.get("jobs") or 1)
-    if not any(launcher in launch for launcher in OF_SEVERAL_PROCESSES):
-        share = min(share, 1.0)
-    return seconds / 3600.0 * share
 
 
 def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:

@@ -1,4 +1,4 @@
-"""The numbers: paired t intervals with Holm's correction, non-inferiority, the best of k, learning-rate sensitivity.
+"""The numbers: paired t intervals with Holm's correction, non-inferiority, the best of k.
 
 Losses are by seed; a seed whose run diverged without a known loss at the start has a value that is not finite. "Better" is lower, or
 higher where more of the metric is better.
@@ -224,15 +224,6 @@ def _find_quantile(ordered: Sequence[float], chances: Sequence[float], quantile:
         if passed >= quantile * (1.0 - 1e-12):
             return value
     return ordered[-1]
-
-
-def compute_lr_sensitivity(losses: Mapping[float, float], start_loss: float = math.inf) -> float:
-    """Compute the mean over learning rates of min(loss, loss at start) - the best loss (Wortsman et al., 2023, with l0 as bound).
-
-    `losses` by learning rate; in their unit, lower is better.
-    """
-    bounded = [min(loss, start_loss) for loss in losses.values()]
-    return statistics.fmean(bounded) - min(bounded)
 
 
 def compute_steps_to_loss(

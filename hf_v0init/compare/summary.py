@@ -22,7 +22,6 @@ from .statistics import (
     NonInferiority,
     average_budgets,
     compute_budget,
-    compute_lr_sensitivity,
     judge_contrasts,
     judge_replacement,
 )
@@ -41,7 +40,6 @@ class Condition:
         replacement: whether v0 can replace the warmup; None without both.
         choices, edges: of the first stage.
         budgets: family -> the best of k trials of the first stage.
-        sensitivities: setting -> its learning-rate sensitivity in the first stage.
     """
 
     name: str
@@ -52,7 +50,6 @@ class Condition:
     choices: list[Choice] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     budgets: dict[str, BudgetCurve] = field(default_factory=dict)
-    sensitivities: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> str | None:
@@ -97,20 +94,12 @@ def _add_verdicts(here: Condition, comparison: Comparison) -> None:
 def _add_tuning(here: Condition, comparison: Comparison) -> None:
     tuned = comparison.get_counted(files.TUNE)
     tuned = tuned[tuned["condition"] == here.name]
-    rates = sorted(set(tuned["learning_rate"]))
-    sign = -1.0 if comparison.greater_is_better else 1.0
     for family, group in tuned.groupby("family", sort=False):
         trials = group.set_index(["setting", "learning_rate", "seed"])["scored_loss"].unstack("seed")
         trials = trials.dropna(axis="columns")  # seeds that all trials have
         if trials.shape[1] and len(trials) > 1:
             curves = [compute_budget(list(trials[seed]), comparison.greater_is_better) for seed in trials]
             here.budgets[family] = average_budgets(curves)
-        for setting, of_setting in group.groupby("setting", sort=False):
-            means = (sign * of_setting.groupby("learning_rate")["scored_loss"].mean()).dropna()
-            if len(rates) > 1 and sorted(means.index) == rates:
-                start = sign * of_setting["start_loss"].median()
-                bound = math.inf if math.isnan(start) else start
-                here.sensitivities[setting] = compute_lr_sensitivity(dict(means), bound)
 
 
 def find_unknown_costs(comparison: Comparison) -> list[str]:

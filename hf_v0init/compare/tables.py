@@ -120,12 +120,11 @@ def make_tuning_table(comparison: Comparison, conditions: Sequence[Condition]) -
     return make_table(rows)
 
 
-def make_rate_table(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
+def make_rate_table(comparison: Comparison) -> pd.DataFrame:
     """Make the table of every setting of the first stage at each learning rate, best first, its best rate bold."""
     tuned, rows = comparison.get_counted(files.TUNE), []
-    sensitivities = {(here.name, setting): v for here in conditions for setting, v in here.sensitivities.items()}
     sign = -1.0 if comparison.greater_is_better else 1.0
-    for (condition, family, setting), group in tuned.groupby(["condition", "family", "setting"], sort=False):
+    for (_, family, setting), group in tuned.groupby(["condition", "family", "setting"], sort=False):
         by_rate = group.groupby("learning_rate")["scored_loss"]
         means = sign * by_rate.mean()
         best = means.idxmin() if means.notna().any() else None
@@ -133,7 +132,6 @@ def make_rate_table(comparison: Comparison, conditions: Sequence[Condition]) -> 
         for rate in sorted(set(tuned["learning_rate"])):
             cell = format_estimate(by_rate.get_group(rate)) if rate in means.index else ABSENT
             row[f"lr {rate:g}"] = f"**{cell}**" if rate == best else cell
-        row["sensitivity"] = format_number(sensitivities.get((condition, setting)))
         rows.append((math.inf if best is None else means[best], row))
     return make_table([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
