@@ -182,9 +182,9 @@ class _Artist:
         for axes, here in zip(grid.flat, with_budget, strict=False):
             for family, curve in here.budgets.items():
                 colour, style, marker = self.looks[family]
-                trials = range(1, len(curve.expected) + 1)
-                axes.plot(trials, curve.expected, style, marker=marker, markersize=4, color=colour, label=family)
-                axes.fill_between(trials, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
+                trials = curve.index + 1
+                axes.plot(trials, curve["expected"], style, marker=marker, markersize=4, color=colour, label=family)
+                axes.fill_between(trials, curve["low"], curve["high"], color=colour, alpha=0.12, linewidth=0)
             axes.xaxis.set_major_locator(self.pyplot.MaxNLocator(integer=True))
             axes.set(xlabel="random trials", ylabel=f"best final {self.metric}", title=here.name)
             axes.legend()

@@ -7,7 +7,6 @@ evaluation at step 0; `failed` if its script ended with an error; or `interrupte
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -48,22 +47,15 @@ class LossTrace:
 
     def read_new(self, path: Path) -> None:
         """Take in the new whole lines of the file."""
-        try:
-            with path.open("rb") as file:
-                if path.stat().st_size < self._position:
-                    self._position = 0  # a continued run has dropped what it will log again
-                file.seek(self._position)
-                content = file.read()
-        except OSError:
-            return
-        whole = content[: content.rfind(b"\n") + 1]
-        self._position += len(whole)
-        self.has_logged = self.has_logged or bool(whole)
-        for line in whole.decode("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    self.add(entry)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if path.stat().st_size < self._position:
+                self._position = 0  # a continued run has dropped what it will log again
+            file.seek(self._position)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._position += len(line)
+                    self.has_logged = True
+                    self.add(files.parse_entry(line))
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in one logged entry."""
@@ -92,32 +84,23 @@ def judge_output(output: Path, metric: str) -> tuple[str, str | None]:
         the results nor in the log; else `finished` and None.
     """
     trace, log, results = LossTrace(), files.read_log(output), files.read_json(output / files.FINAL_FILE) or {}
-    for entry in log:
+    for entry in [*log, results]:
         trace.add(entry)
-    final = results.get("eval_loss", trace.eval_loss)
-    if "eval_loss" in results:
-        trace.add({"eval_loss": final})
-    value = find_metric(output, metric)
+    value = next((e[metric] for e in [results, *reversed(log)] if isinstance(e.get(metric), int | float)), None)
     if not trace.not_finite and value is not None and not math.isfinite(value):
         trace.not_finite = f"{metric} is {value} at the end"
     if trace.not_finite:
         return files.DIVERGED, trace.not_finite
     if value is None:
-        found = sorted(name for entry in [results, *log] for name in entry if name.startswith("eval_"))
+        found = dict.fromkeys(sorted(name for entry in [results, *log] for name in entry if name.startswith("eval_")))
         return files.FAILED, (
             f"the script ended well but left no {metric}, neither in {files.FINAL_FILE} nor in its log"
-            f" ({', '.join(dict.fromkeys(found)) or 'nothing was evaluated: set eval_strategy, or call trainer.evaluate()'})"
+            f" ({', '.join(found) or 'nothing was evaluated: set eval_strategy, or call trainer.evaluate()'})"
         )
-    start = trace.start_loss
+    start, final = trace.start_loss, trace.eval_loss
     if final is not None and start is not None and trace.step > 0 and final > start:
         return files.DIVERGED, f"the final validation loss, {final:.4g}, is above that at the start, {start:.4g}"
     return files.FINISHED, None
-
-
-def find_metric(output: Path, name: str) -> float | None:
-    """Find a metric in `all_results.json`, or else the last that was logged; None if there is none."""
-    entries = [*files.read_log(output), files.read_json(output / files.FINAL_FILE) or {}]
-    return next((e[name] for e in reversed(entries) if isinstance(e.get(name), int | float)), None)
 
 
 def find_error_line(log: Path) -> str:
@@ -125,10 +108,7 @@ def find_error_line(log: Path) -> str:
 
     What a launcher says about the processes it started names no cause.
     """
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     lines = [RANK.sub("", line).strip() for line in lines if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line) and not LAUNCHER_LINE.match(line)]
     return (errors or lines or [""])[-1][:500]

@@ -11,16 +11,16 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+import pandas as pd
+
 from . import files
 from .axes import has_v0
 from .plan import NONE, V0, WARMUP
 from .results import Comparison
 from .stages import Choice, Edge, choose_settings, find_edges
 from .statistics import (
-    BudgetCurve,
     Contrast,
     NonInferiority,
-    average_budgets,
     compute_budget,
     judge_contrasts,
     judge_replacement,
@@ -49,7 +49,7 @@ class Condition:
     replacement: NonInferiority | None = None
     choices: list[Choice] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
-    budgets: dict[str, BudgetCurve] = field(default_factory=dict)
+    budgets: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def best(self) -> str | None:
@@ -98,8 +98,8 @@ def _add_tuning(here: Condition, comparison: Comparison) -> None:
         trials = group.set_index(["setting", "learning_rate", "seed"])["scored_loss"].unstack("seed")
         trials = trials.dropna(axis="columns")  # seeds that all trials have
         if trials.shape[1] and len(trials) > 1:
-            curves = [compute_budget(list(trials[seed]), comparison.greater_is_better) for seed in trials]
-            here.budgets[family] = average_budgets(curves)
+            curves = [compute_budget(trials[seed], comparison.greater_is_better) for seed in trials]
+            here.budgets[family] = sum(curves) / len(curves)
 
 
 def find_unknown_costs(comparison: Comparison) -> list[str]:

@@ -16,7 +16,6 @@ from .results import Comparison
 from .statistics import Interval, compute_paired_interval, compute_steps_to_loss
 from .summary import Condition
 
-FEW_TRIALS = (1, 2, 4, 8, 16, 32)
 ABSENT = "–"
 
 
@@ -141,12 +140,11 @@ def make_budget_table(conditions: Sequence[Condition]) -> pd.DataFrame:
     rows = []
     for here in conditions:
         for family, curve in here.budgets.items():
-            row = {"condition": here.name, "family": family, "trials": str(len(curve.expected))}
-            for k in FEW_TRIALS:
-                if k <= len(curve.expected):
-                    band = f" ({format_number(curve.low[k - 1])} to {format_number(curve.high[k - 1])})"
-                    row[f"best of {k}"] = format_number(curve.expected[k - 1])
-                    row[f"best of {k}"] += band if k < len(curve.expected) else ""
+            row = {"condition": here.name, "family": family, "trials": str(len(curve))}
+            for k in (1, 2, 4, 8, 16, 32):
+                if k <= len(curve):
+                    best, low, high = map(format_number, curve.iloc[k - 1])
+                    row[f"best of {k}"] = f"{best} ({low} to {high})" if k < len(curve) else best
             rows.append(row)
     return make_table(rows)
 

@@ -181,7 +181,7 @@ def test_the_expected_best_is_the_mean_over_all_draws():
         ends = [next(v for v in best if sum(b <= v for b in best) >= q * len(best) - 1e-9) for q in (0.1, 0.9)]
         assert [curve.low[k - 1], curve.high[k - 1]] == ends
     mirrored = compute_budget([-loss for loss in losses], greater_is_better=True)
-    assert mirrored.expected == pytest.approx([-value for value in curve.expected])
+    assert list(mirrored.expected) == pytest.approx([-value for value in curve.expected])
 
 
 @pytest.mark.parametrize(("target", "steps"), [(5.0, 100.0), (4.5, 150.0), (4.0, 200.0), (9.5, 0.0), (1.0, None)])
