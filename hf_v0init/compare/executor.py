@@ -69,8 +69,7 @@ class LocalExecutor:
     """Trains runs as processes of this machine.
 
     Args:
-        plan: the comparison.
-        folder: its folder.
+        folder: of the comparison.
         jobs: runs side by side.
         progress: what is told how they go on.
         devices: as `launch.list_devices` returns them.
@@ -79,21 +78,18 @@ class LocalExecutor:
 
     def __init__(
         self,
-        plan: Plan,
         folder: Path,
         jobs: int,
         progress: ProgressDisplay,
         devices: tuple[str, ...] | None = None,
         resume: bool = False,
     ) -> None:
-        self.plan, self.folder, self.jobs, self.progress = plan, folder, jobs, progress
+        self.folder, self.jobs, self.progress = folder, jobs, progress
         self.devices, self.resume = devices, resume
         self.waiting: list[PlannedRun] = []
         self.active: list[RunProcess] = []
         self.claims = RunClaims(folder)
         self.retry_claim_at: dict[str, float] = {}
-        # Until a run has ended well, one goes alone until it has logged something: if the script refuses it, it would refuse all.
-        self.is_on_trial = len(find_waiting(folder, plan.runs)) == len(plan.runs)
 
     def run(self, plan: Plan, runs: Sequence[PlannedRun]) -> None:
         """Train runs of a plan until all are over; those of other workers are waited for.
@@ -103,6 +99,8 @@ class LocalExecutor:
             KeyboardInterrupt: after the runs in progress have been stopped and recorded as interrupted.
         """
         self.plan, self.waiting = plan, find_waiting(self.folder, runs)
+        # Until a run has ended well, one goes alone until it has logged something: if the script refuses it, it would refuse all.
+        self.is_on_trial = len(find_waiting(self.folder, plan.runs)) == len(plan.runs)
         try:
             while self.waiting or self.active:
                 self._start_waiting()
@@ -126,7 +124,11 @@ class LocalExecutor:
             if run is None:
                 return
             self.waiting.remove(run)
-            self._start(run)
+            folder = files.find_run(self.folder, run.name)
+            if end_left_run(folder):
+                self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
+            slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
+            self.active.append(start_process(self.plan, run, folder, slot, self.jobs, self.devices, self.resume))
 
     def _claim(self, run: PlannedRun) -> bool:
         """Claim a run; False if another worker has it, or has brought it to its end."""
@@ -147,19 +149,17 @@ class LocalExecutor:
         self.progress.report_end(run, state, record.get("reason"), None, record.get("seconds") or 0.0)
         return False
 
-    def _start(self, run: PlannedRun) -> None:
-        folder = files.find_run(self.folder, run.name)
-        if end_left_run(folder):
-            self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
-        slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
-        self.active.append(start_process(self.plan, run, folder, slot, self.jobs, self.devices, self.resume))
-
     # ---- what is in progress -------------------------------------------------------------------------------------
 
     def _follow_runs(self) -> None:
         for active in list(self.active):
-            if self.claims.is_lost(active.run.digest):
-                self._give_up(active)
+            if self.claims.is_lost(active.run.digest):  # its folder is the other worker's now
+                active.kill()
+                self.active.remove(active)
+                self.claims.release(active.run.digest)
+                self.progress.warn(
+                    f"{active.run.name} was taken over by another worker, since this one was silent for too long"
+                )
                 continue
             has_ended = active.process.poll() is not None
             active.read_progress()
@@ -169,15 +169,6 @@ class LocalExecutor:
                 self._end(active)
             elif time.monotonic() > active.kill_at:
                 active.kill()
-
-    def _give_up(self, active: RunProcess) -> None:
-        """End the process of a run that another worker has taken over, and leave its folder alone."""
-        active.kill()
-        self.active.remove(active)
-        self.claims.release(active.run.digest)
-        self.progress.warn(
-            f"{active.run.name} was taken over by another worker, since this one was silent for too long"
-        )
 
     def _end(self, active: RunProcess) -> None:
         """Record how a run ended whose process is gone, and draw what consequences it has."""

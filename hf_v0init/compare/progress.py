@@ -39,7 +39,7 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, jobs: int) -> None:
         self.console, self.jobs = console, jobs
-        self.num_runs, self.num_over, self.num_later = 0, 0, 0
+        self.num_runs, self.num_over, self.num_later = 1, 0, 0
         self.has_announced = False
         words = ("{task.description}", "{task.fields[state]}")
         columns = [TextColumn(words[0]), BarColumn(), TextColumn(words[1]), TimeElapsedColumn(), TimeRemainingColumn()]
@@ -90,10 +90,10 @@ class ProgressDisplay:
 
     def _announce(self, seconds: float) -> None:
         """Say how long a run takes, and until when the stages do."""
-        if self.has_announced:
+        num_left = self.num_runs - self.num_over
+        if self.has_announced or not num_left + self.num_later:
             return
         self.has_announced = True
-        num_left = self.num_runs - self.num_over
         ends = [
             datetime.now() + timedelta(seconds=seconds * n / self.jobs) for n in (num_left, num_left + self.num_later)
         ]
@@ -106,9 +106,9 @@ class ProgressDisplay:
         self, run: PlannedRun, state: str, reason: str | None, trace: LossTrace | None, seconds: float
     ) -> None:
         """Print a line for a run that is over; `trace` is None if another worker has trained it."""
+        self.num_over += state != files.INTERRUPTED
         if state == files.FINISHED:
             self._announce(seconds)
-        self.num_over += state != files.INTERRUPTED
         if run.name in self.of_run:
             self.bars.remove_task(self.of_run.pop(run.name))
         text = f"{time.strftime('%H:%M')} [{self.num_over}/{self.num_runs}] {run.name}: {state}"
