@@ -15,15 +15,7 @@ from typing import Any
 
 import psutil
 
-from . import files
-from .launch import (
-    describe_hardware,
-    kill_tree,
-    list_versions,
-    make_command,
-    make_environment,
-    signal_group,
-)
+from . import files, launch
 from .outcome import LossTrace, find_checkpoint, find_error_line, judge_output, remove_models
 from .plan import Plan, PlannedRun
 
@@ -59,11 +51,11 @@ class RunProcess:
         if self.stop_as is None:
             self.stop_as = (state, reason)
             self.kill_at = time.monotonic() + GRACE_SECONDS
-            signal_group(self.process.pid, signal.SIGINT)
+            launch.signal_group(self.process.pid, signal.SIGINT)
 
     def kill(self) -> int:
         """End the process and those it started; return the exit status."""
-        kill_tree(self.process.pid)
+        launch.kill_tree(self.process.pid)
         return self.process.wait()
 
     def write_end(self, plan: Plan) -> str:
@@ -107,8 +99,8 @@ def start_process(
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = run.arguments | ({} if checkpoint is None else {"resume_from_checkpoint": str(checkpoint)})
-    command = make_command(plan.launch, plan.script, arguments, folder / files.OUTPUT_FOLDER, jobs)
-    environment = make_environment(plan.launch, run.arguments, jobs, slot, devices)
+    command = launch.make_command(plan.launch, plan.script, arguments, folder / files.OUTPUT_FOLDER, jobs)
+    environment = launch.make_environment(plan.launch, run.arguments, jobs, slot, devices)
     shares = {name: environment[name] for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") if name in environment}
     record = {
         **plan.describe_run(run),
@@ -119,8 +111,8 @@ def start_process(
         "host": platform.node(),
         "started": datetime.now().astimezone().isoformat(),
         "seconds": None,
-        "versions": list_versions(),
-        "hardware": {**describe_hardware(), "jobs": jobs, **shares},
+        "versions": launch.list_versions(),
+        "hardware": {**launch.describe_hardware(), "jobs": jobs, **shares},
     }
     if checkpoint is not None:
         record["resumed_from"] = [*earlier.get("resumed_from", []), checkpoint.name]
@@ -155,7 +147,7 @@ def end_left_run(folder: Path) -> bool:
         process = psutil.Process(record["pid"])
         # A process of that number that writes elsewhere is another one.
         if any(word.endswith(f"{folder.name}/{files.OUTPUT_FOLDER}") for word in process.cmdline()):
-            kill_tree(process.pid)
+            launch.kill_tree(process.pid)
             process.wait(10)
             return True
     return False

@@ -28,26 +28,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import InputError
+from . import files
 from .axes import suggest
 from .claims import lock_plan
 from .cluster import SubmititExecutor
 from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record, stop_on_signals
-from .files import (
-    COUNTED,
-    FAILED,
-    INTERRUPTED,
-    LOCKS_FOLDER,
-    OUTPUT_FOLDER,
-    PLAN_FILE,
-    RECORD_FILE,
-    RUNNING,
-    RUNS_FOLDER,
-    TUNE,
-    find_run,
-    read_json,
-    write_json,
-)
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
@@ -66,8 +52,8 @@ def require_usable_folder(folder: Path) -> None:
     Raises:
         InputError: it has files, but no plan.
     """
-    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {LOCKS_FOLDER}
-    if is_used and read_json(folder / PLAN_FILE) is None:
+    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {files.LOCKS_FOLDER}
+    if is_used and files.read_json(folder / files.PLAN_FILE) is None:
         raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
 
 
@@ -75,8 +61,10 @@ def release_failed(plan: Plan, folder: Path) -> None:
     """Have runs that failed started again: as such that were interrupted."""
     for run in plan.runs:
         record = read_record(folder, run)
-        if record.get("state") == FAILED:
-            write_json(find_run(folder, run.name) / RECORD_FILE, {**record, "state": INTERRUPTED})
+        if record.get("state") == files.FAILED:
+            files.write_json(
+                files.find_run(folder, run.name) / files.RECORD_FILE, {**record, "state": files.INTERRUPTED}
+            )
 
 
 def update_plan(plan: Plan, folder: Path, retry_failed: bool = False) -> tuple[Plan, list[PlannedRun]]:
@@ -85,7 +73,7 @@ def update_plan(plan: Plan, folder: Path, retry_failed: bool = False) -> tuple[P
         if retry_failed:
             release_failed(lay_out_stages(plan, folder)[0], folder)
         known, runs = lay_out_stages(plan, folder)
-        write_json(folder / PLAN_FILE, known.to_dict())
+        files.write_json(folder / files.PLAN_FILE, known.to_dict())
     return known, runs
 
 
@@ -162,7 +150,7 @@ class Session:
                 "their last checkpoint."
             )
             return EXIT_INTERRUPTED
-        return EXIT_ALL_FAILED if states == {FAILED} else EXIT_OK
+        return EXIT_ALL_FAILED if states == {files.FAILED} else EXIT_OK
 
     def train_one(self, name: str) -> int:
         """Train one run, as a scheduler's job; return the exit status."""
@@ -173,9 +161,9 @@ class Session:
         with ProgressDisplay(self.console, 1) as progress, stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
             executor = LocalExecutor(self.folder, 1, progress, list_devices(plan), self.resume_runs)
             executor.run(plan, [runs[name]])
-        state = read_record(self.folder, runs[name]).get("state", RUNNING)
+        state = read_record(self.folder, runs[name]).get("state", files.RUNNING)
         self._tell(f"{name}: {state}.")
-        return {INTERRUPTED: EXIT_INTERRUPTED, FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
+        return {files.INTERRUPTED: EXIT_INTERRUPTED, files.FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
 
     def list_commands(self) -> list[str]:
         """List a command line for each run of the stage that is not over.
@@ -184,7 +172,7 @@ class Session:
         """
         plan, runs = lay_out_stages(self.plan, self.folder)
         if self.retry_failed:
-            runs += [known for known in plan.runs if read_record(self.folder, known).get("state") == FAILED]
+            runs += [known for known in plan.runs if read_record(self.folder, known).get("state") == files.FAILED]
         program = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(self.config.resolve())]
         program += ["--output_dir", str(self.folder.resolve())]
         options = ["--resume_runs", *["--small"] * self.small, *["--retry_failed"] * self.retry_failed]
@@ -205,10 +193,10 @@ class Session:
         for run in plan.runs:
             table.add_row(run.setting, run.family, f"{run.learning_rate:g}", str(run.seed), run.name)
         self.console.print(table)
-        num_later = len({(run.condition, run.family) for run in plan.list_runs(TUNE)}) * len(plan.confirm_seeds)
+        num_later = len({(run.condition, run.family) for run in plan.list_runs(files.TUNE)}) * len(plan.confirm_seeds)
         seeds = ", ".join(map(str, plan.confirm_seeds))
         later = f", then at most {num_later} to confirm on seeds {seeds}" if num_later else ""
-        output = self.folder / RUNS_FOLDER / first.name / OUTPUT_FOLDER
+        output = self.folder / files.RUNS_FOLDER / first.name / files.OUTPUT_FOLDER
         self._tell(f"{len(plan.runs)} runs{later}. The first:")
         self._tell(shlex.join(make_command(plan.launch, plan.script, first.arguments, output)))
         self._check_flags()
@@ -246,7 +234,7 @@ class Session:
         """Write the report if a run is over, print what it concludes, and return the states of the runs."""
         states = list(read_comparison(self.folder).runs["state"])
         self._tell(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + ".")
-        if set(states) & {*COUNTED, FAILED}:
+        if set(states) & {*files.COUNTED, files.FAILED}:
             report = write_report(self.folder)
             self._tell(f"\n{read_conclusion(report.parent)}\n")
             self._tell(f"Report: {report}")
