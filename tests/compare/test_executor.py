@@ -18,7 +18,7 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_cal
 from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output
+from hf_v0init.compare.process import LossTrace, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
