@@ -34,7 +34,7 @@ def outcome_of(none=4.0, warmup=3.0, v0=3.0):
 @pytest.fixture(autouse=True)
 def without_figures(request, monkeypatch):
     if "figures" not in request.node.name:
-        monkeypatch.setattr("hf_v0init.compare.report.draw_figures", lambda *given: {})
+        monkeypatch.setattr("hf_v0init.compare.report.draw_figures", lambda *given: [])
 
 
 def conclude(folder) -> str:
