@@ -162,7 +162,7 @@ class LocalExecutor:
                 )
                 continue
             has_ended = active.process.poll() is not None
-            active.read_progress()
+            active.trace.read_new(active.output / files.LOG_FILE)
             if active.trace.not_finite:
                 active.stop(files.DIVERGED, active.trace.not_finite)
             if has_ended:

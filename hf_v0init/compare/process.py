@@ -100,13 +100,14 @@ class RunProcess:
     kill_at: float = float("inf")
 
     @property
+    def output(self) -> Path:
+        """The folder that its script writes into."""
+        return self.folder / files.OUTPUT_FOLDER
+
+    @property
     def seconds(self) -> float:
         """Seconds it has taken, those before it was cut off included."""
         return time.monotonic() - self.started
-
-    def read_progress(self) -> None:
-        """Read what it has logged since."""
-        self.trace.read_new(self.folder / files.OUTPUT_FOLDER / files.LOG_FILE)
 
     def stop(self, state: str, reason: str) -> None:
         """Ask the process to end, once; `kill` is due after the grace period."""
@@ -125,9 +126,8 @@ class RunProcess:
         status = self.kill()
         state, reason = self._judge(status, plan.metric)
         self.record |= {"state": state, "reason": reason, "exit_status": status, "seconds": round(self.seconds, 3)}
-        output = self.folder / files.OUTPUT_FOLDER
-        if not plan.keep_models and state != files.INTERRUPTED and output.is_dir():  # a refused run has made none
-            remove_models(output)
+        if not plan.keep_models and state != files.INTERRUPTED and self.output.is_dir():  # a refused run has made none
+            remove_models(self.output)
             self.record["models_removed"] = True
         files.write_json(self.folder / files.RECORD_FILE, self.record)
         return state
@@ -135,7 +135,7 @@ class RunProcess:
     def _judge(self, status: int, metric: str) -> tuple[str, str | None]:
         """Return state and reason at the end."""
         if status == 0:
-            return judge_output(self.folder / files.OUTPUT_FOLDER, metric)
+            return judge_output(self.output, metric)
         if self.stop_as:
             return self.stop_as
         if self.trace.not_finite:
@@ -198,12 +198,8 @@ def end_left_run(folder: Path) -> bool:
     Returns:
         Whether there was one.
     """
-    record = files.read_json(folder / files.RECORD_FILE) or {}
-    if (
-        record.get("state") != files.RUNNING
-        or "pid" not in record
-        or record.get("host", platform.node()) != platform.node()
-    ):
+    record, here = files.read_json(folder / files.RECORD_FILE) or {}, platform.node()
+    if (record.get("state"), record.get("host", here)) != (files.RUNNING, here) or "pid" not in record:
         return False
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(record["pid"])
@@ -258,9 +254,9 @@ def find_checkpoint(output: Path) -> Path | None:
     """Return the newest checkpoint that can be gone on from, with the Trainer's and the optimizer's state; None without one."""
     found = {}
     for folder in output.glob("checkpoint-*"):
-        step = folder.name.rsplit("-", 1)[-1]
+        step = folder.name.removeprefix("checkpoint-")
         has_optimizer = any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))
-        if step.isdecimal() and has_optimizer and files.read_json(folder / "trainer_state.json") is not None:
+        if step.isdecimal() and has_optimizer and files.read_json(folder / files.STATE_FILE) is not None:
             found[int(step)] = folder
     return found[max(found)] if found else None
 
