@@ -51,20 +51,19 @@ def _lay_out_grid(grid: dict, common: Mapping[str, Any], script: str, launch: st
         arguments["learning_rate"] = rate
         other = {axis: value.flags[axis] for axis, value in values.items() if axis not in AXES}
         other = {flag: value for flag, value in other.items() if common.get(flag) != value}
+        named = dict(zip(other, axes.name_flags(other), strict=True))
         v0, warmup, optimizer = (
             values[axis].name if axis in values else _name_by_flags(axis, arguments) for axis in PARSERS
         )
-        named = dict(zip(other, axes.name_flags(other), strict=True))
-        is_renamed = (
-            "optimizer" in values and axes.get_optimizer(arguments) != axes.OPTIMIZERS[axes.MAIN_OPTIMIZER]["optim"]
-        )
         parts = [v0] if v0 != axes.NO_V0 or axes.has_v0(arguments) else []
         parts += [f"warmup {warmup}"] if warmup != axes.NO_WARMUP or axes.has_warmup(arguments) else []
-        parts += [optimizer] if optimizer != axes.MAIN_OPTIMIZER or is_renamed else []
+        is_other = (
+            "optimizer" in values and axes.get_optimizer(arguments) != axes.OPTIMIZERS[axes.MAIN_OPTIMIZER]["optim"]
+        )
+        parts += [optimizer] if optimizer != axes.MAIN_OPTIMIZER or is_other else []
         setting = " + ".join([*parts, *named.values()]) or NONE
-        seed = arguments["seed"]
         yield PlannedRun(
-            name=make_run_name(setting, rate, seed, script, launch, arguments),
+            name=make_run_name(setting, rate, arguments["seed"], script, launch, arguments),
             stage=TUNE,
             condition=", ".join(named[flag] for flag in sorted(named) if not flag.startswith("v0_")),
             family="",
@@ -74,7 +73,7 @@ def _lay_out_grid(grid: dict, common: Mapping[str, Any], script: str, launch: st
             optimizer=optimizer,
             other=other,
             learning_rate=rate,
-            seed=seed,
+            seed=arguments["seed"],
             arguments=arguments,
         )
 
@@ -85,11 +84,8 @@ def _name_by_flags(axis: str, arguments: Mapping[str, Any]) -> str:
         return axes.MAIN_OPTIMIZER
     if not (axes.has_v0 if axis == "v0" else axes.has_warmup)(arguments):
         return axes.NO_V0 if axis == "v0" else axes.NO_WARMUP
-    return " ".join(
-        axes.name_flags(
-            {flag: arguments[flag] for flag in axes.OWNERS if axes.OWNERS[flag] == axis and arguments.get(flag)}
-        )
-    )
+    flags = {flag: arguments[flag] for flag, owner in axes.OWNERS.items() if owner == axis and arguments.get(flag)}
+    return " ".join(axes.name_flags(flags))
 
 
 def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
@@ -97,9 +93,8 @@ def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
     lists = {}
     for axis, values in grid.items():
         if axis in axes.OWNERS:
-            raise InputError(
-                f"{axis} is set by the axis {axes.OWNERS[axis]}; write it as a mapping there, {{{axis}: value}}"
-            )
+            owner = axes.OWNERS[axis]
+            raise InputError(f"{axis} is set by the axis {owner}; write it as a mapping there, {{{axis}: value}}")
         values = values if isinstance(values, list) else [values]
         if not values:
             raise InputError(f"{axis} has no values; give at least one, or leave the axis out")
@@ -108,7 +103,7 @@ def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
         if axis in ("learning_rate", "seed"):
             kind = int if axis == "seed" else float
             values = [require_number(axis, value, kind) for value in values]
-        lists[axis] = ["no" if value is False and axis.endswith("_strategy") else value for value in values]
+        lists[axis] = [axes.clean_flags({axis: value})[axis] for value in values]
     return lists
 
 
