@@ -69,10 +69,10 @@ class SubmititExecutor:
             InputError: SLURM refuses the job.
         """
         queued = self._find_queued(runs)
-        new = [run for run in runs if run.name not in queued]
-        jobs = self._submit(new) if new else []
         if queued:
             self.progress.tell(f"{len(queued)} runs are in the queue already.")
+        new = [run for run in runs if run.name not in queued]
+        jobs = self._submit(new) if new else []
         if jobs:
             self.progress.tell(
                 f"Submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}; logs in {self.executor.folder}. This call waits for "

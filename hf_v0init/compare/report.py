@@ -20,13 +20,7 @@ from .results import Comparison, list_odd_beginnings, read_comparison, write_tab
 from .summary import Condition, find_unknown_costs, summarize
 
 MARKDOWN_FILE, HTML_FILE, FIGURES_FOLDER = "report.md", "report.html", "figures"
-COPIED = (
-    files.PLAN_FILE,
-    results.RESULTS_FILE,
-    results.EVALUATIONS_FILE,
-    results.MACHINES_FILE,
-    MARKDOWN_FILE,
-)
+COPIED = (files.PLAN_FILE, results.RESULTS_FILE, results.EVALUATIONS_FILE, results.MACHINES_FILE, MARKDOWN_FILE)
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
 # How the page shows a section; the others are plain.
@@ -81,9 +75,8 @@ def _copy(place: Path, destination: Path) -> None:
 
 def load_template(name: str) -> jinja2.Template:
     """Load a template of this folder, with the filters that it uses."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=False
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "cell": lambda value: _plain(value).replace("|", r"\|"),
         "plain": _plain,
@@ -98,9 +91,7 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
     states = {stage: list(runs.loc[runs["stage"] == stage, "state"]) for stage in STAGES}
-    failed = {
-        stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
-    }
+    failed = runs[runs["state"] == files.FAILED].groupby("stage")["setting"].agg(list)
     return {
         "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
@@ -122,7 +113,7 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
         "failures": {
-            word: failed[stage] for word, stage in zip(("first", "second"), STAGES, strict=True) if failed[stage]
+            word: failed[stage] for stage, word in zip(STAGES, ("first", "second"), strict=True) if stage in failed
         },
         "unknown_costs": find_unknown_costs(comparison),
         "machines": [_describe_machine(machine) for machine in comparison.machines],

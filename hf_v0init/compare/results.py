@@ -95,13 +95,11 @@ def read_comparison(folder: str | Path) -> Comparison:
     if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
         return collect_runs(plan, folder)
     runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
-    evaluations = pd.DataFrame(columns=list(EVALUATIONS))
-    if (folder / EVALUATIONS_FILE).is_file():
-        evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
-    runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
-    runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
+    runs = runs.fillna(dict.fromkeys(TEXTS, "")).astype(dict.fromkeys(NUMBERS, float)).astype({"seed": int})
+    has_evaluations = (folder / EVALUATIONS_FILE).is_file()
+    evaluations = pd.read_csv(folder / EVALUATIONS_FILE) if has_evaluations else pd.DataFrame(columns=list(EVALUATIONS))
     machines = (files.read_json(folder / MACHINES_FILE) or {}).get("machines", [])
-    return Comparison(folder, plan, runs.astype({"seed": int}), evaluations, machines)
+    return Comparison(folder, plan, runs, evaluations, machines)
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:

@@ -51,11 +51,6 @@ class Condition:
     edges: list[Edge] = field(default_factory=list)
     budgets: dict[str, pd.DataFrame] = field(default_factory=dict)
 
-    @property
-    def best(self) -> str | None:
-        """The confirmed family of the best mean."""
-        return next(iter(self.losses), None)
-
 
 def summarize(comparison: Comparison) -> list[Condition]:
     """Compute what each condition has shown; the families of each are in the order of their means, best first."""
@@ -80,7 +75,7 @@ def _add_verdicts(here: Condition, comparison: Comparison) -> None:
         here.settings[family] = (group["setting"].iloc[0], float(group["learning_rate"].iloc[0]))
     sign = -1.0 if comparison.greater_is_better else 1.0
     means = {family: sign * statistics.fmean(by_seed.values()) for family, by_seed in losses.items()}
-    order = sorted(losses, key=lambda family: means[family] if math.isfinite(means[family]) else math.inf)
+    order = sorted(means, key=lambda family: means[family] if math.isfinite(means[family]) else math.inf)
     here.losses = {family: losses[family] for family in order}
     here.contrasts = judge_contrasts(here.losses, PLANNED, comparison.greater_is_better)
     for contrast in here.contrasts:
@@ -104,7 +99,6 @@ def _add_tuning(here: Condition, comparison: Comparison) -> None:
 
 def find_unknown_costs(comparison: Comparison) -> list[str]:
     """List the runs with a v0 that left no record of what it cost."""
-    flags = {entry["name"]: comparison.get_arguments(entry) for entry in comparison.plan["runs"]}
+    with_v0 = [entry["name"] for entry in comparison.plan["runs"] if has_v0(comparison.get_arguments(entry))]
     counted = comparison.counted
-    unknown = counted.loc[counted["v0_extra_steps"].isna(), "name"]
-    return [name for name in unknown if has_v0(flags.get(name, {}))]
+    return list(counted.loc[counted["v0_extra_steps"].isna() & counted["name"].isin(with_v0), "name"])

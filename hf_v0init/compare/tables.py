@@ -65,11 +65,11 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def make_confirmed_table(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
     """Make the table of the confirmed settings: a row for each family of each condition, best first."""
-    confirmed, rows = comparison.runs[comparison.runs["stage"] == files.CONFIRM], []
+    confirmed, rows = comparison.runs[comparison.runs["stage"] == files.CONFIRM].groupby(["condition", "family"]), []
     for here in conditions:
         targets = here.losses.get(WARMUP, {})
         for family, losses in here.losses.items():
-            mine = confirmed[(confirmed["condition"] == here.name) & (confirmed["family"] == family)]
+            mine = confirmed.get_group((here.name, family))
             setting, rate = here.settings[family]
             interval = compute_paired_interval(losses, targets) if family != WARMUP else None
             row = {"condition": here.name, "family": family, "setting": setting, "lr": f"{rate:g}"}
