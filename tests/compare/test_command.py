@@ -128,6 +128,7 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     ended = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
     assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
+    assert all("[1/1] " in out and " 0 runs" not in out for out, _ in ended)
     assert not (comparison.folder / "report.html").exists()
     assert subprocess.run(program, capture_output=True, text=True).stdout.splitlines() == [lines[3]]
     assert len(comparison.read_journal()) == 3
