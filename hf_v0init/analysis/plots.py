@@ -30,12 +30,10 @@ def draw_saddle(path: str | os.PathLike, runs: Sequence[SaddleRun]) -> None:
         size_axes.plot([max(abs(x), 1e-12) for x in run.path], color=colour, ls=style, lw=1.6)
     loss_axes.set(xlabel="x", ylabel="f(x)", title="The loss, and where each run ends")
     path_axes.set(xlabel="step", ylabel="x", title="The way")
-    size_axes.set(
-        xlabel="step", ylabel="|x|, distance from the optimum", title="The same, on a logarithmic scale", yscale="log"
-    )
+    size_axes.set(ylabel="|x|, distance from the optimum", title="The same, on a logarithmic scale", yscale="log")
     for axes in (path_axes, size_axes):
         axes.axhline(SADDLE, color="0.7", lw=0.8, ls=":")
-        axes.set_xlim(0, len(runs[0].path) - 1)
+        axes.set(xlabel="step", xlim=(0, len(runs[0].path) - 1))
     path_axes.axhline(-SADDLE, color="0.7", lw=0.8, ls=":")
     for axes in (loss_axes, path_axes, size_axes):
         axes.grid(alpha=0.3)
@@ -69,7 +67,7 @@ def draw_linear_loss(path: str | os.PathLike, loss: LinearLoss, runs: Sequence[L
     write_figure(figure, path)
 
 
-def draw_landscape(path: str | os.PathLike, landscape: LossLandscape, *, title: str, num_levels: int = 20) -> None:
+def draw_landscape(path: str | os.PathLike, landscape: LossLandscape, *, title: str) -> None:
     """Draw the contours of a loss landscape into the file `path`; points whose loss is not finite are left white."""
     import numpy as np
 
@@ -79,7 +77,7 @@ def draw_landscape(path: str | os.PathLike, landscape: LossLandscape, *, title: 
     x = landscape.coordinates
     low, high = float(losses.min()), float(losses.max())
     # Close together at the bottom, where the differences are that matter.
-    levels = low + (high - low) * np.linspace(0.0, 1.0, num_levels) ** 2 if high > low else [low, low + 1.0]
+    levels = low + (high - low) * np.linspace(0.0, 1.0, 20) ** 2 if high > low else [low, low + 1.0]
     filled = axes.contourf(x, x, losses.T, levels=levels, cmap="viridis")
     if high > low:
         axes.contour(x, x, losses.T, levels=levels, colors="white", linewidths=0.5)
@@ -105,15 +103,9 @@ def draw_connectivity(path: str | os.PathLike, curves: Mapping[int, Connectivity
     if several:
         left.legend(frameon=False, fontsize=8)
         right, steps = panels[1], list(curves)
-        right.plot(steps, [c.barrier for c in curves.values()], color=COLOURS[0], marker="o", label="barrier (eq. 22)")
-        right.plot(
-            steps,
-            [c.barrier_above_line for c in curves.values()],
-            color=COLOURS[1],
-            ls="--",
-            marker="s",
-            label="above the line",
-        )
+        barriers, above = zip(*((curve.barrier, curve.barrier_above_line) for curve in curves.values()), strict=True)
+        right.plot(steps, barriers, color=COLOURS[0], marker="o", label="barrier (eq. 22)")
+        right.plot(steps, above, color=COLOURS[1], ls="--", marker="s", label="above the line")
         right.set(xlabel="optimizer step", ylabel="barrier", title="Along training")
         right.grid(alpha=0.3)
         right.legend(frameon=False)

@@ -13,7 +13,7 @@ small the gradient. Plain Python, fp64.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEGREE = 7
 SADDLE = 1.0  # b
@@ -25,7 +25,6 @@ START = -1e-6
 NUM_STEPS = 50
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-ADAM_LEARNING_RATE = 1.0
 SGD_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 RANDOM_V0 = 100.0
@@ -49,25 +48,18 @@ def compute_saddle_gradient(x: float) -> float:
     return 2.0 * x
 
 
-def run_adam(
-    v0: float = 0.0,
-    warmup_steps: int = 0,
-    *,
-    num_steps: int = NUM_STEPS,
-    learning_rate: float = ADAM_LEARNING_RATE,
-    start: float = START,
-) -> list[float]:
-    """Run Adam as torch.optim.Adam does, from a second moment of v0.
+def run_adam(v0: float = 0.0, warmup_steps: int = 0, *, num_steps: int = NUM_STEPS) -> list[float]:
+    """Run Adam as torch.optim.Adam does, with a learning rate of 1, from a second moment of v0.
 
     Args:
         v0: start of the second moment, in units of gradient squared, >= 0.
-        warmup_steps: the learning rate of step t (from 1) is `learning_rate` * min(1, t / warmup_steps); 0: no warmup.
+        warmup_steps: the learning rate of step t (from 1) is min(1, t / warmup_steps); 0: no warmup.
 
     Returns:
         x at the start and after each step, `num_steps` + 1 numbers.
     """
     beta1, beta2 = BETAS
-    x, first_moment, second_moment = start, 0.0, v0
+    x, first_moment, second_moment = START, 0.0, v0
     path = [x]
     for step in range(1, num_steps + 1):
         gradient = compute_saddle_gradient(x)
@@ -75,16 +67,14 @@ def run_adam(
         second_moment = beta2 * second_moment + (1.0 - beta2) * gradient**2
         denominator = math.sqrt(second_moment / (1.0 - beta2**step)) + EPS
         factor = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-        x -= factor * learning_rate * first_moment / (1.0 - beta1**step) / denominator
+        x -= factor * first_moment / (1.0 - beta1**step) / denominator
         path.append(x)
     return path
 
 
-def run_sgd(
-    learning_rate: float = SGD_LEARNING_RATE, *, num_steps: int = NUM_STEPS, start: float = START
-) -> list[float]:
+def run_sgd(learning_rate: float = SGD_LEARNING_RATE, *, num_steps: int = NUM_STEPS) -> list[float]:
     """Run gradient descent without momentum; returns x at the start and after each step."""
-    path = [start]
+    path = [START]
     for _ in range(num_steps):
         path.append(path[-1] - learning_rate * compute_saddle_gradient(path[-1]))
     return path
@@ -124,15 +114,12 @@ def run_saddle(
         warmup_steps: length of the linear warmup of the warmup run.
     """
     data_driven = compute_saddle_gradient(START) ** 2
-    published = num_steps == NUM_STEPS
-    return [
-        SaddleRun("Adam, v0 = 0", run_adam(num_steps=num_steps), "-0.96" if published else None),
-        SaddleRun(
-            f"Adam, linear warmup over {warmup_steps} steps",
-            run_adam(warmup_steps=warmup_steps, num_steps=num_steps),
-            "0.01" if published else None,
-        ),
-        SaddleRun(f"Adam, random v0 = {v0:g}", run_adam(v0, num_steps=num_steps), "1e-7" if published else None),
-        SaddleRun("SGD, lr 0.001", run_sgd(num_steps=num_steps), "9e-7" if published else None),
+    warmup = run_adam(warmup_steps=warmup_steps, num_steps=num_steps)
+    runs = [
+        SaddleRun("Adam, v0 = 0", run_adam(num_steps=num_steps), "-0.96"),
+        SaddleRun(f"Adam, linear warmup over {warmup_steps} steps", warmup, "0.01"),
+        SaddleRun(f"Adam, random v0 = {v0:g}", run_adam(v0, num_steps=num_steps), "1e-7"),
+        SaddleRun("SGD, lr 0.001", run_sgd(num_steps=num_steps), "9e-7"),
         SaddleRun(f"Adam, data-driven v0 = {data_driven:.0e}", run_adam(data_driven, num_steps=num_steps)),
     ]
+    return runs if num_steps == NUM_STEPS else [replace(run, published=None) for run in runs]

@@ -190,14 +190,6 @@ def connectivity(
     _write_outputs(figure, json_file, results)
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    app.command("saddle")(saddle)
-    app.command("linear-loss")(linear_loss)
-    app.command("landscape")(landscape)
-    app.command("connectivity")(connectivity)
-
-
 def _require_outputs(figure: str | None, json_file: str | None) -> None:
     """Find out whether the files can be written, before anything is computed."""
     if figure:

@@ -97,9 +97,3 @@ def report(
     from ..compare.report import write_report
 
     CONSOLE.print(f"Report: {write_report(folder, summary_dir)}", soft_wrap=True)
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.command("report")(report)
-    app.command("compare")(compare)

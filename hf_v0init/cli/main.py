@@ -5,7 +5,10 @@ Importing it imports neither torch nor transformers. Commands import what they n
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import platform
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -27,18 +30,28 @@ from ..method.multiplier import (
 from ..second_moment.table import make_cells, make_markdown_table
 from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
-from .analysis import add_commands
-from .compare import add_commands as add_comparison
+from .analysis import connectivity, landscape, linear_loss, saddle
+from .compare import compare, report
 from .console import CONSOLE, exit_with_error, make_table
-from .environment import add_commands as add_environment, read_version
-from .scripts import add_commands as add_scripts
+from .scripts import SCRIPTS, make_command
 
+PACKAGES = (
+    "hf_v0init torch transformers accelerate numpy safetensors datasets trl peft deepspeed bitsandbytes torchao".split()
+)
 TARGETS = (0.5, 0.9, 0.99)
 RATIOS = (1.0, 1e2, 1e4, 1e6)
 
 UsageError = typer.BadParameter.__base__  # what typer raises for flags it cannot read, whichever click it uses
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def read_version(package: str) -> str:
+    """Read the version of an installed distribution, or say that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,10 +139,26 @@ def optimizers(
     CONSOLE.print(table)
 
 
-add_commands(app)
-add_comparison(app)
-add_scripts(app)
-add_environment(app)
+for further in (saddle, linear_loss, landscape, connectivity, report, compare):
+    app.command()(further)
+for name, script in SCRIPTS.items():
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=f"{script.summary} Flags: hf-v0init {name} --help", context_settings=settings)(
+        make_command(name)
+    )
+
+
+@app.command()
+def env() -> None:
+    """Print the versions and devices that a report of a problem should contain."""
+    for package in PACKAGES:
+        typer.echo(f"- {package}: {read_version(package)}")
+    typer.echo(f"- Python: {platform.python_version()}")
+    typer.echo(f"- system: {platform.platform()}")
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"- devices: {', '.join(names) or 'no CUDA device'} (CUDA {torch.version.cuda})")
 
 
 def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
@@ -139,14 +168,18 @@ def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
     return plan.get_scale(beta2)
 
 
-def _print_linear(decay_steps: int, max_steps: int) -> None:
-    CONSOLE.print("Effective learning-rate factor of an element whose g² keeps its size:")
-    table = make_table("step t", "min(1, t / L)")
-    steps = {1, 10, 100, 1000, decay_steps // 2, decay_steps, max_steps}
-    for step in sorted(step for step in steps if 1 <= step <= max_steps):
-        factor = compute_linear_factor(step, decay_steps)
+def _print_factors(heading: str, factors: Mapping[int, float], max_steps: int) -> None:
+    table = make_table("step t", heading)
+    for step, factor in factors.items():
         table.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(factor))
     CONSOLE.print(table)
+
+
+def _print_linear(decay_steps: int, max_steps: int) -> None:
+    CONSOLE.print("Effective learning-rate factor of an element whose g² keeps its size:")
+    steps = sorted({*PRINTED_STEPS, decay_steps // 2, decay_steps, max_steps})
+    factors = {step: compute_linear_factor(step, decay_steps) for step in steps if 1 <= step <= max_steps}
+    _print_factors("min(1, t / L)", factors, max_steps)
     CONSOLE.print(
         f"The schedule stays at its peak for these {decay_steps:,} steps, as after a linear warmup of that length. Elements whose "
         "gradients grow meanwhile are slowed less, those whose gradients shrink are slowed more."
@@ -160,10 +193,7 @@ def _print_linear(decay_steps: int, max_steps: int) -> None:
 
 def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
     CONSOLE.print("m(t), the factor on Adam's step:")
-    over_time = make_table("step t", "m(t)")
-    for step, value in compute_multiplier_table(scale, beta2, max_steps).items():
-        over_time.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(value))
-    CONSOLE.print(over_time)
+    _print_factors("m(t)", compute_multiplier_table(scale, beta2, max_steps), max_steps)
 
     reached = make_table("m(t) reaches", "at step")
     for target in TARGETS:
@@ -172,11 +202,7 @@ def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
     CONSOLE.print(reached)
 
     linear_warmup = compute_similar_linear_warmup(scale, beta2, max_steps)
-    longer = (
-        f", longer than the run of {max_steps:,}, so it never reaches the full rate"
-        if linear_warmup > max_steps
-        else ""
-    )
+    longer = f", longer than the run of {max_steps:,}, so it never reaches the full rate" * (linear_warmup > max_steps)
     CONSOLE.print(
         f"Within this run v0 takes away as much step size as a linear warmup over {linear_warmup:,.0f} steps{longer} "
         "(the sum of 1 - m over the run, which for a linear warmup over L steps is L/2)."
@@ -185,10 +211,8 @@ def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
     if warning:
         CONSOLE.print(f"Warning: {warning}", style="yellow")
     else:
-        at_end = compute_multiplier(max_steps, scale, beta2)
-        CONSOLE.print(
-            f"v0 will have washed out by the end of the run: m({max_steps:,}) = {_format_multiplier(at_end)}."
-        )
+        at_end = _format_multiplier(compute_multiplier(max_steps, scale, beta2))
+        CONSOLE.print(f"v0 will have washed out by the end of the run: m({max_steps:,}) = {at_end}.")
     CONSOLE.print(
         "m(t) takes the gradients' size as constant. In a real network it changes by orders of magnitude in "
         "the first hundred steps: m is a guide, not a prediction."

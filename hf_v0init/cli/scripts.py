@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +42,6 @@ SCRIPTS = {
     "images": Script("run_image_classification", "images.script", "Train and evaluate an image classifier.", "images"),
     "dcgan": Script("run_dcgan", "gan.script", "Train a DCGAN on images.", "images"),
 }
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register a command for each script; what follows its name goes to the script as it is, `--help` too."""
-    for name, script in SCRIPTS.items():
-        settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-        app.command(name, help=f"{script.summary} Flags: hf-v0init {name} --help", context_settings=settings)(
-            _make_command(name)
-        )
 
 
 def run_named(name: str) -> None:
@@ -85,7 +77,9 @@ def write_help_files() -> None:
         (HELP_FOLDER / f"{name}.txt").write_text(compose_help_of(name), encoding="utf-8")
 
 
-def _make_command(name: str):
+def make_command(name: str) -> Callable[[typer.Context], None]:
+    """Make the command of a script; what follows its name goes to the script as it is, `--help` too."""
+
     def command(context: typer.Context) -> None:
         sys.argv = [f"hf-v0init {name}", *context.args]
         run_named(name)

@@ -207,18 +207,24 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
         for flag, value in of_axis.items():
             if flag in OF_THE_RUN:
                 raise InputError(f"{axis}: {flag} is set by the comparison for each run; leave it out")
-            if flag in flags and flags[flag] != value:
+            if flags.setdefault(flag, value) != value:
                 one, other = (format_value(mask_secrets({flag: given})[flag]) for given in (flags[flag], value))
                 raise InputError(f"{flag} is {one} by the axis {setter[flag]} and {other} by {axis}: set it in one")
-            flags.setdefault(flag, value)
             setter.setdefault(flag, axis)
-    flags = {**common, **flags}
-    flags.setdefault("v0_init", NO_V0)
+    flags = {"v0_init": NO_V0, **common, **flags}
     if not has_warmup(flags):
         flags.setdefault("warmup_steps", 0)
     if "v0_optimizer" not in flags:
         flags.setdefault("optim", OPTIMIZERS[MAIN_OPTIMIZER]["optim"])
-    _adapt_schedule(flags, setter.get("lr_scheduler_type") == "warmup")
+    if _get_steps(flags) > 0 or flags.get("untuned_warmup") == UNTUNED["trust_radius"]:
+        schedule = str(flags.get("lr_scheduler_type", "linear"))
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise InputError(
+                f"a warmup with lr_scheduler_type={schedule}, which does no warmup: choose another schedule"
+            )
+        is_chosen = setter.get("lr_scheduler_type") == "warmup"
+        if schedule == "constant" and not is_chosen and not str(flags.get("optim", "")).startswith("schedule_free"):
+            flags["lr_scheduler_type"] = "constant_with_warmup"
     optimizer = str(flags.get("v0_optimizer") or flags.get("optim"))
     if has_v0(flags) and re.search(r"(^|[_:.])(sgd|lion)", optimizer, re.IGNORECASE):
         raise InputError(
@@ -229,17 +235,6 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
         for name, beta in (("beta1", flags.get("adam_beta1", 0.9)), ("beta2", flags.get("adam_beta2", 0.999))):
             flags["optim_args"] = flags["optim_args"].replace(f"{{{name}}}", format_value(beta))
     return {flag: value for flag, value in flags.items() if value is not None}
-
-
-def _adapt_schedule(flags: dict[str, Any], is_chosen: bool) -> None:
-    """Take the schedule that can do the warmup, if it has one of optimizer steps, known or measured."""
-    if not (_get_steps(flags) > 0 or flags.get("untuned_warmup") == UNTUNED["trust_radius"]):
-        return
-    schedule = str(flags.get("lr_scheduler_type", "linear"))
-    if schedule in ("reduce_lr_on_plateau", "greedy"):
-        raise InputError(f"a warmup with lr_scheduler_type={schedule}, which does no warmup: choose another schedule")
-    if schedule == "constant" and not is_chosen and not str(flags.get("optim", "")).startswith("schedule_free"):
-        flags["lr_scheduler_type"] = "constant_with_warmup"
 
 
 def has_v0(flags: Mapping[str, Any]) -> bool:

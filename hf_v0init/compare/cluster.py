@@ -6,74 +6,26 @@ may be started twice, on whatever machine: the claim on the run and its record d
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .comparison_file import read_plan
-from .executor import LocalExecutor, find_waiting, is_over, read_record, stop_on_signals
-from .files import INTERRUPTED, RUNNING, read_json, write_json
-from .launch import list_devices
+from .executor import is_over, read_record
+from .files import read_json, write_json
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
-from .stages import lay_out_stages
+
+if TYPE_CHECKING:
+    from .session import TrainRun
 
 # What a task asks for unless the file's `slurm` says otherwise: minutes until it is put back into the queue, how often that may be.
 DEFAULT_OPTIONS = {"time": 60, "gpus_per_node": 1, "cpus_per_task": 8, "stderr_to_stdout": True, "max_num_timeout": 10}
 JOBS_FOLDER, JOBS_FILE = "jobs", "jobs.json"
-SECONDS_FOR_SIGNAL = 30.0
 POLL_SECONDS = 2.0
-
-
-@dataclass
-class TrainRun:
-    """What a task does; pickled by submitit. It reads the comparison's file itself, so no secret of it is written anywhere.
-
-    Attributes:
-        config: the comparison's file, whole path.
-        folder: its folder, whole path.
-        small: whether at small scale.
-    """
-
-    config: Path
-    folder: Path
-    small: bool = False
-
-    def __call__(self, name: str) -> str:
-        """Train the run of this name if it is not over and no other worker has it; return its state."""
-        plan, _ = lay_out_stages(read_plan(self.config, self.small), self.folder)
-        state = train_one(plan, self.folder, name)
-        if state == INTERRUPTED:
-            # The scheduler has ended the script; its signal to put the task back into the queue is on the way.
-            time.sleep(SECONDS_FOR_SIGNAL)
-            raise RuntimeError(f"{name} was interrupted; submit it again to go on")
-        return state
-
-    def checkpoint(self, name: str):
-        """Return what is to be done after the task has been put back into the queue: the same, from the last checkpoint."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self, name)
-
-
-def train_one(plan: Plan, folder: Path, name: str, resume: bool = True) -> str:
-    """Train one run of a plan, unless it is over or another worker has it; return its state."""
-    (run,) = (run for run in plan.runs if run.name == name)
-    if find_waiting(folder, [run]):
-        with ProgressDisplay(Console(highlight=False, markup=False), 1) as progress:
-            executor = LocalExecutor(plan, folder, 1, progress, list_devices(plan), resume)
-            with stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
-                executor.run(plan, [run])
-    return read_record(folder, run).get("state", RUNNING)
 
 
 class SubmititExecutor:
@@ -81,19 +33,15 @@ class SubmititExecutor:
 
     Args:
         plan: the comparison, with what a run asks of the cluster.
-        folder: its folder.
-        config: its file.
+        task: what trains a run by its name (`session.TrainRun`), in `task.folder`.
         progress: what is told how the runs go on.
         launcher: `slurm`, or `submitit` for processes that submitit starts on this machine.
-        small: whether at the file's small scale.
 
     Raises:
         InputError: submitit is not installed, there is no SLURM here, or an option that it does not know.
     """
 
-    def __init__(
-        self, plan: Plan, folder: Path, config: Path, progress: ProgressDisplay, launcher: str, small: bool = False
-    ) -> None:
+    def __init__(self, plan: Plan, task: TrainRun, progress: ProgressDisplay, launcher: str) -> None:
         try:
             import submitit
         except ImportError as error:
@@ -102,8 +50,7 @@ class SubmititExecutor:
             raise InputError(
                 "launcher=slurm: there is no sbatch here; call it where SLURM is, or use --list_commands for another scheduler"
             )
-        self.folder, self.progress, self.is_slurm = folder.resolve(), progress, launcher == "slurm"
-        self.task = TrainRun(config.resolve(), self.folder, small)
+        self.task, self.folder, self.progress, self.is_slurm = task, task.folder, progress, launcher == "slurm"
         place, options = self.folder / JOBS_FOLDER, {**DEFAULT_OPTIONS, **plan.slurm}
         if self.is_slurm:
             self.executor = submitit.SlurmExecutor(place, max_num_timeout=options.pop("max_num_timeout"))
@@ -122,10 +69,10 @@ class SubmititExecutor:
             InputError: SLURM refuses the job.
         """
         queued = self._find_queued(runs)
-        new = [run for run in runs if run.name not in queued]
-        jobs = self._submit(new) if new else []
         if queued:
             self.progress.tell(f"{len(queued)} runs are in the queue already.")
+        new = [run for run in runs if run.name not in queued]
+        jobs = self._submit(new) if new else []
         if jobs:
             self.progress.tell(
                 f"Submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}; logs in {self.executor.folder}. This call waits for "

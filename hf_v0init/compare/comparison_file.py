@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from ..errors import InputError
 from ..yaml_file import read_mapping
 from .axes import OF_THE_RUN, OWNERS, clean_flags, suggest
@@ -22,13 +20,14 @@ from .plan import Plan, PlannedRun
 DEFAULT_CONFIRM_SEEDS, DEFAULT_MARGIN = 5, "1%"
 # What a comparison needs and a single run does not; `arguments` may say otherwise.
 DEFAULT_FLAGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
-KEYS = (
-    "title small script launch arguments_file arguments metric greater_is_better test_metrics published grids confirm_seeds "
-    "extend margin keep_models slurm"
-).split()
+# Of keys whose value is of one kind; those of `AS_GIVEN` are the plan's as they are.
+KINDS: dict[str, type] = dict.fromkeys(("script", "launch", "arguments_file", "metric"), str)
+KINDS |= dict.fromkeys(("arguments", "slurm"), dict) | {"test_metrics": list}
+KINDS |= dict.fromkeys(("greater_is_better", "extend", "keep_models"), bool)
+AS_GIVEN = ("launch", "metric", "greater_is_better", "extend", "keep_models", "slurm")
+KEYS = ("title", "small", "grids", "confirm_seeds", "margin", *KINDS)
 SMALL_KEYS = ("arguments_file", "arguments", "test_metrics", "grids", "seed", "confirm_seeds")
-PUBLISHED_FILE = Path(__file__).with_name("published.csv")  # what the paper reports, by table
-KINDS = {str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
+KIND_WORDS = {str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 
 
 def read_plan(path: str | Path, small: bool = False) -> Plan:
@@ -47,101 +46,76 @@ def read_plan(path: str | Path, small: bool = False) -> Plan:
     path = Path(path)
     content = read_mapping(path)
     try:
-        _require_keys(content, KEYS)
-        return _make_plan(_choose_scale(content, small), path, small)
+        command = f"hf-v0init compare {path.as_posix()} --output_dir FOLDER" + (" --small" if small else "")
+        return _make_plan(_choose_scale(_take_known(content, KEYS), small), path, command)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _require_keys(content: Mapping[str, Any], known: Iterable[str]) -> None:
-    for key in content:
+def _take_known(content: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return the keys that have a value; refuse unknown ones, and values of another kind."""
+    for key, value in content.items():
         if key not in known:
             raise InputError(f"unknown key {key!r}{suggest(key, known)}; choose {', '.join(known)}")
+        if value is not None and not isinstance(value, KINDS.get(key, object)):
+            raise InputError(f"{key}: {value!r} must be {KIND_WORDS[KINDS[key]]}")
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _choose_scale(content: dict[str, Any], small: bool) -> dict[str, Any]:
     """Return the file's content at full or at small scale."""
     scale = content.get("small", False)
+    if not isinstance(scale, bool | dict):
+        raise InputError(f"small: {scale!r} must be true, false or a mapping")
     if small and not scale:
         raise InputError("--small: the file has no small scale (a mapping `small`); leave the flag out")
     if isinstance(scale, bool):
         return content
-    scale = _take(content, "small", dict)
-    _require_keys(scale, SMALL_KEYS)
+    scale = _take_known(scale, SMALL_KEYS)
     if not small:
         return {**content, "small": False}
     content = {**content, "arguments": {}, **scale, "small": True}
     seed = content.pop("seed", None)
-    if seed is not None:
-        content["grids"] = [{**grid, "seed": seed} for grid in _take_grids(content)]
-    return content
+    return content if seed is None else {**content, "grids": [{**grid, "seed": seed} for grid in _take_grids(content)]}
 
 
-def _make_plan(content: dict[str, Any], path: Path, small: bool) -> Plan:
-    script = find_script(_take(content, "script", str), path.parent)
-    launch = _take(content, "launch", str, "python")
-    split_launch(launch)
-    common = _read_common_arguments(content, path.parent)
-    metric = _take(content, "metric", str, "eval_loss")
-    runs = lay_out(_take_grids(content), common, script, launch)
-    _require_evaluation(script, metric, runs)
+def _make_plan(content: dict[str, Any], path: Path, command: str) -> Plan:
+    if "script" not in content:
+        raise InputError("script is missing")
+    plan = Plan(
+        title=str(content.get("title", path.stem)),
+        script=find_script(content["script"], path.parent),
+        runs=(),
+        small=content.get("small", False),
+        test_metrics=tuple(content.get("test_metrics", [])),
+        arguments=_read_common_arguments(content, path.parent),
+        command=command,
+        **{key: content[key] for key in AS_GIVEN if key in content},
+    )
+    split_launch(plan.launch)
+    if "greater_is_better" not in content and not plan.metric.endswith(("loss", "perplexity")):
+        raise InputError(
+            f"metric: {plan.metric}: write beside it whether more of it is better, greater_is_better: true or false"
+        )
+    runs = lay_out(_take_grids(content), plan.arguments, plan.script, plan.launch)
+    _require_evaluation(plan, runs)
     seeds = list(dict.fromkeys(run.seed for run in runs))
     candidates = {(run.condition, run.family, run.setting, run.learning_rate) for run in runs}
     has_choice = max(Counter(candidate[:2] for candidate in candidates).values()) > 1
     fresh = _read_confirm_seeds(content.get("confirm_seeds", DEFAULT_CONFIRM_SEEDS if has_choice else 0), seeds)
     if not has_choice and not fresh:  # nothing is chosen, so the grid's own seeds judge
         runs = [replace(run, stage=CONFIRM) for run in runs]
+    runs = tuple(sorted(runs, key=lambda run: seeds.index(run.seed)))  # stopped early, it has compared all settings
     margin, is_relative = _read_margin(content.get("margin", DEFAULT_MARGIN))
-    return Plan(
-        title=str(content.get("title", path.stem)),
-        script=script,
-        runs=tuple(sorted(runs, key=lambda run: seeds.index(run.seed))),  # stopped early, it has compared all settings
-        confirm_seeds=fresh,
-        extend=_take(content, "extend", bool, False),
-        margin=margin,
-        margin_is_relative=is_relative,
-        small=_take(content, "small", bool, False),
-        launch=launch,
-        metric=metric,
-        greater_is_better=_find_direction(metric, content),
-        test_metrics=tuple(_take(content, "test_metrics", list, [])),
-        published=_read_published(content),
-        arguments=common,
-        keep_models=_take(content, "keep_models", bool, True),
-        slurm=_take(content, "slurm", dict, {}),
-        command=f"hf-v0init compare {path.as_posix()} --output_dir FOLDER" + (" --small" if small else ""),
-    )
-
-
-def _take(content: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    value = default if content.get(key) is None else content[key]
-    if not isinstance(value, kind):
-        raise InputError(f"{key} is missing" if value is None else f"{key}: {value!r} must be {KINDS[kind]}")
-    return value
+    return replace(plan, runs=runs, confirm_seeds=fresh, margin=margin, margin_is_relative=is_relative)
 
 
 def _take_grids(content: Mapping[str, Any]) -> list[dict]:
-    grids = [content["grids"]] if isinstance(content.get("grids"), dict) else _take(content, "grids", list)
-    if not grids or not all(isinstance(grid, dict) and grid for grid in grids):
+    grids = content.get("grids")
+    grids = [grids] if isinstance(grids, dict) else grids
+    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) and grid for grid in grids):
         raise InputError("grids: each must be a mapping of axes to values, such as - v0: [zeros, random 100]")
     return grids
-
-
-def _find_direction(metric: str, content: Mapping[str, Any]) -> bool:
-    """Say whether a greater value of the metric is better: as given, else not of a loss or perplexity."""
-    if "greater_is_better" not in content and not metric.endswith(("loss", "perplexity")):
-        raise InputError(
-            f"metric: {metric}: write beside it whether more of it is better, greater_is_better: true or false"
-        )
-    return _take(content, "greater_is_better", bool, False)
-
-
-def _read_published(content: Mapping[str, Any]) -> tuple[str, ...]:
-    names = _take(content, "published", list, [])
-    known = set(pd.read_csv(PUBLISHED_FILE)["table"])
-    if not known.issuperset(names):
-        raise InputError(f"published: {names}: the paper has the tables {', '.join(sorted(known))}")
-    return tuple(names)
 
 
 def _read_confirm_seeds(value: Any, seeds: list[int]) -> tuple[int, ...]:
@@ -163,11 +137,11 @@ def _read_margin(value: Any) -> tuple[float, bool]:
 def _read_common_arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Read the flags all runs have: this file's over those of `arguments_file` over the defaults of a comparison."""
     from_file: dict[str, Any] = {}
-    if content.get("arguments_file") is not None:
-        name = Path(_take(content, "arguments_file", str))
+    if "arguments_file" in content:
+        name = Path(content["arguments_file"])
         from_file = clean_flags(read_mapping(name if name.is_file() else folder / name))
         from_file = {key: value for key, value in from_file.items() if key not in OWNERS and key not in OF_THE_RUN}
-    given = clean_flags(_take(content, "arguments", dict, {}))
+    given = clean_flags(content.get("arguments", {}))
     for key in given:
         if key in OWNERS or key in OF_THE_RUN:
             owner = (
@@ -180,11 +154,10 @@ def _read_common_arguments(content: Mapping[str, Any], folder: Path) -> dict[str
     return common
 
 
-def _require_evaluation(script: str, metric: str, runs: Iterable[PlannedRun]) -> None:
+def _require_evaluation(plan: Plan, runs: Iterable[PlannedRun]) -> None:
     """Refuse runs of the package's scripts that evaluate nothing: by their flags they would leave no metric."""
-    for run in runs:
-        evaluates = run.arguments.get("do_eval") or run.arguments.get("eval_strategy", "no") != "no"
-        if script in SCRIPT_MODULES and metric.startswith("eval_") and not evaluates:
-            raise InputError(
-                f"metric: {metric} is of an evaluation, and there is none: write do_eval: true in `arguments`"
-            )
+    flags = [run.arguments for run in runs if plan.script in SCRIPT_MODULES and plan.metric.startswith("eval_")]
+    if not all(given.get("do_eval") or given.get("eval_strategy", "no") != "no" for given in flags):
+        raise InputError(
+            f"metric: {plan.metric} is of an evaluation, and there is none: write do_eval: true in `arguments`"
+        )

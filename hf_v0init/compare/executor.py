@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from . import files
 from .claims import LEASE_SECONDS, RunClaims
-from .launch import compute_script_hash
 from .plan import Plan, PlannedRun
 from .process import RunProcess, end_left_run, start_process
 
@@ -70,8 +69,7 @@ class LocalExecutor:
     """Trains runs as processes of this machine.
 
     Args:
-        plan: the comparison.
-        folder: its folder.
+        folder: of the comparison.
         jobs: runs side by side.
         progress: what is told how they go on.
         devices: as `launch.list_devices` returns them.
@@ -80,21 +78,18 @@ class LocalExecutor:
 
     def __init__(
         self,
-        plan: Plan,
         folder: Path,
         jobs: int,
         progress: ProgressDisplay,
         devices: tuple[str, ...] | None = None,
         resume: bool = False,
     ) -> None:
-        self.plan, self.folder, self.jobs, self.progress = plan, folder, jobs, progress
+        self.folder, self.jobs, self.progress = folder, jobs, progress
         self.devices, self.resume = devices, resume
         self.waiting: list[PlannedRun] = []
         self.active: list[RunProcess] = []
         self.claims = RunClaims(folder)
         self.retry_claim_at: dict[str, float] = {}
-        # Until a run has ended well, one goes alone until it has logged something: if the script refuses it, it would refuse all.
-        self.is_on_trial = len(find_waiting(folder, plan.runs)) == len(plan.runs)
 
     def run(self, plan: Plan, runs: Sequence[PlannedRun]) -> None:
         """Train runs of a plan until all are over; those of other workers are waited for.
@@ -104,7 +99,8 @@ class LocalExecutor:
             KeyboardInterrupt: after the runs in progress have been stopped and recorded as interrupted.
         """
         self.plan, self.waiting = plan, find_waiting(self.folder, runs)
-        self._warn_of_changed_script()
+        # Until a run has ended well, one goes alone until it has logged something: if the script refuses it, it would refuse all.
+        self.is_on_trial = len(find_waiting(self.folder, plan.runs)) == len(plan.runs)
         try:
             while self.waiting or self.active:
                 self._start_waiting()
@@ -114,18 +110,6 @@ class LocalExecutor:
         except BaseException:
             self._stop_all()
             raise
-
-    def _warn_of_changed_script(self) -> None:
-        """Warn if runs that are over were made by a script file that has changed since."""
-        records = [read_record(self.folder, run) for run in self.plan.runs]
-        counted = [record for record in records if record.get("state") in files.COUNTED]
-        now = compute_script_hash(self.plan.script)
-        num_changed = sum(record.get("script_hash") not in (None, now) for record in counted)
-        if num_changed:
-            self.progress.warn(
-                f"{self.plan.script} has changed since {num_changed} of the runs were made, so they say nothing about those made from "
-                f"now on. To train them from scratch, delete their folders in {self.folder / files.RUNS_FOLDER}"
-            )
 
     # ---- what is started -----------------------------------------------------------------------------------------
 
@@ -140,7 +124,11 @@ class LocalExecutor:
             if run is None:
                 return
             self.waiting.remove(run)
-            self._start(run)
+            folder = files.find_run(self.folder, run.name)
+            if end_left_run(folder):
+                self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
+            slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
+            self.active.append(start_process(self.plan, run, folder, slot, self.jobs, self.devices, self.resume))
 
     def _claim(self, run: PlannedRun) -> bool:
         """Claim a run; False if another worker has it, or has brought it to its end."""
@@ -161,37 +149,26 @@ class LocalExecutor:
         self.progress.report_end(run, state, record.get("reason"), None, record.get("seconds") or 0.0)
         return False
 
-    def _start(self, run: PlannedRun) -> None:
-        folder = files.find_run(self.folder, run.name)
-        if end_left_run(folder):
-            self.progress.warn(f"ended what a worker that was killed had left running: {run.name}")
-        slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
-        self.active.append(start_process(self.plan, run, folder, slot, self.jobs, self.devices, self.resume))
-
     # ---- what is in progress -------------------------------------------------------------------------------------
 
     def _follow_runs(self) -> None:
         for active in list(self.active):
-            if self.claims.is_lost(active.run.digest):
-                self._give_up(active)
+            if self.claims.is_lost(active.run.digest):  # its folder is the other worker's now
+                active.kill()
+                self.active.remove(active)
+                self.claims.release(active.run.digest)
+                self.progress.warn(
+                    f"{active.run.name} was taken over by another worker, since this one was silent for too long"
+                )
                 continue
             has_ended = active.process.poll() is not None
-            active.read_progress()
+            active.trace.read_new(active.output / files.LOG_FILE)
             if active.trace.not_finite:
                 active.stop(files.DIVERGED, active.trace.not_finite)
             if has_ended:
                 self._end(active)
             elif time.monotonic() > active.kill_at:
                 active.kill()
-
-    def _give_up(self, active: RunProcess) -> None:
-        """End the process of a run that another worker has taken over, and leave its folder alone."""
-        active.kill()
-        self.active.remove(active)
-        self.claims.release(active.run.digest)
-        self.progress.warn(
-            f"{active.run.name} was taken over by another worker, since this one was silent for too long"
-        )
 
     def _end(self, active: RunProcess) -> None:
         """Record how a run ended whose process is gone, and draw what consequences it has."""

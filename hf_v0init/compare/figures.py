@@ -14,7 +14,7 @@ from ..plots import PIXELS_PER_INCH, import_pyplot
 from .files import CONFIRM, TUNE
 from .plan import NONE, V0, V0_AND_WARMUP, WARMUP
 from .results import Comparison
-from .statistics import CONFIDENCE, compute_half_width, compute_paired_interval
+from .statistics import compute_half_width, compute_paired_interval
 from .summary import Condition
 
 # Told apart by the colour-blind, and in grey by style and marker; in that order for further families.
@@ -43,20 +43,19 @@ MAX_CURVES = 8
 
 def draw_figures(
     comparison: Comparison, conditions: Sequence[Condition], folder: Path, suffixes: Sequence[str] = (".svg",)
-) -> dict[str, dict[str, str]]:
+) -> list[str]:
     """Draw the figures for which there are numbers, and remove those that a former call has left.
 
-    Returns name -> title and caption; the files are NAME.svg in `folder`, and such of the other `suffixes`.
+    Returns their names; the files are NAME.svg in `folder`, and such of the other `suffixes`.
     """
-    artist, drawn = _Artist(comparison, conditions), {}
+    artist, drawn = _Artist(comparison, conditions), []
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("confirmed", "loss_curves", "learning_rates", "tuning_budget"):
         with artist.pyplot.rc_context(STYLE):
-            made = getattr(artist, f"draw_{name}")()
-            if made is None:
+            figure = getattr(artist, f"draw_{name}")()
+            if figure is None:
                 continue
-            figure, title, caption = made
-            drawn[name] = {"title": title, "caption": caption}
+            drawn.append(name)
             for suffix in suffixes:
                 metadata = {"Date": None} if suffix == ".svg" else {}
                 path = folder / f"{name}{suffix}"
@@ -69,7 +68,7 @@ def draw_figures(
 
 
 class _Artist:
-    """Draws one comparison; each method returns a figure, its title and its caption, or None where there are no numbers for it."""
+    """Draws one comparison; each method returns a figure, or None where there are no numbers for it."""
 
     def __init__(self, comparison: Comparison, conditions: Sequence[Condition]) -> None:
         self.comparison, self.conditions, self.pyplot = comparison, conditions, import_pyplot()
@@ -80,7 +79,7 @@ class _Artist:
         metric = comparison.plan.get("metric") or "eval_loss"
         self.metric = "validation loss" if metric == "eval_loss" else metric
 
-    def draw_confirmed(self) -> tuple[Any, str, str] | None:
+    def draw_confirmed(self) -> Any | None:
         rows = [(here, family) for here in self.conditions for family in here.losses]
         if not rows:
             return None
@@ -114,15 +113,9 @@ class _Artist:
         right.axvline(0.0, color="0.4", linewidth=1)
         for axes in (left, right):
             axes.xaxis.set_major_locator(self.pyplot.MaxNLocator(5))
-        return (
-            figure,
-            "Confirmed settings",
-            f"Left: mean and {CONFIDENCE:.0%} t interval over the fresh seeds, small markers are single runs. Right: the paired "
-            "difference to the warmup with its interval; what holds 0 is not significant by itself. Intervals may leave the frame, "
-            "which is that of the runs.",
-        )
+        return figure
 
-    def draw_loss_curves(self) -> tuple[Any, str, str] | None:
+    def draw_loss_curves(self) -> Any | None:
         runs = self.comparison.get_counted(CONFIRM)[["name", "family", "condition"]]
         curves = self.comparison.evaluations.merge(runs, on="name")
         if curves["step"].nunique() < 3:
@@ -137,13 +130,9 @@ class _Artist:
             axes.fill_between(mean.index, by_step.min(), by_step.max(), color=colour, alpha=0.12, linewidth=0)
         axes.set(xlabel="optimizer step", ylabel=self.metric)
         axes.legend()
-        return (
-            figure,
-            "Loss curves",
-            f"The {self.metric} along the confirmed runs: mean over the seeds, and their range.",
-        )
+        return figure
 
-    def draw_learning_rates(self) -> tuple[Any, str, str] | None:
+    def draw_learning_rates(self) -> Any | None:
         tuned = self.comparison.get_counted(TUNE)
         tuned = tuned[tuned["scored_loss"].notna()]
         chosen = [c for here in self.conditions for c in here.choices]
@@ -163,13 +152,9 @@ class _Artist:
         axes.minorticks_off()
         axes.set(xlabel="learning rate", ylabel=f"final {self.metric}")
         axes.legend()
-        return (
-            figure,
-            "Learning rates",
-            "The first stage's chosen setting of each family at each learning rate it was tried at, mean over its seeds.",
-        )
+        return figure
 
-    def draw_tuning_budget(self) -> tuple[Any, str, str] | None:
+    def draw_tuning_budget(self) -> Any | None:
         with_budget = [here for here in self.conditions if here.budgets]
         if not with_budget:
             return None
@@ -182,18 +167,13 @@ class _Artist:
         for axes, here in zip(grid.flat, with_budget, strict=False):
             for family, curve in here.budgets.items():
                 colour, style, marker = self.looks[family]
-                trials = range(1, len(curve.expected) + 1)
-                axes.plot(trials, curve.expected, style, marker=marker, markersize=4, color=colour, label=family)
-                axes.fill_between(trials, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
+                trials = curve.index + 1
+                axes.plot(trials, curve["expected"], style, marker=marker, markersize=4, color=colour, label=family)
+                axes.fill_between(trials, curve["low"], curve["high"], color=colour, alpha=0.12, linewidth=0)
             axes.xaxis.set_major_locator(self.pyplot.MaxNLocator(integer=True))
             axes.set(xlabel="random trials", ylabel=f"best final {self.metric}", title=here.name)
             axes.legend()
-        return (
-            figure,
-            "What a tuning budget buys",
-            "Expected best of so many random trials of a family, one trial being one setting at one learning rate; bands hold 8 of 10 "
-            "draws. A line ends at the best of all that were run: what is low on the left needs no tuning.",
-        )
+        return figure
 
     def _name(self, here: Condition, family: str) -> str:
         """Name the confirmed setting of a family."""

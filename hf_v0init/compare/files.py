@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,13 @@ MASK = "***"
 _SECRET = re.compile(r"(token|key|password)$", re.IGNORECASE)
 
 
-def mask_secrets(flags: dict[str, Any]) -> dict[str, Any]:
+def mask_secrets(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags with `***` in place of every value whose name ends in token, key or password, inside mappings too."""
-
-    def mask(name: str, value: Any) -> Any:
-        if value is not None and _SECRET.search(str(name)):
-            return MASK
-        return mask_secrets(value) if isinstance(value, dict) else value
-
-    return {name: mask(name, value) for name, value in flags.items()}
+    masked = {}
+    for name, value in flags.items():
+        is_hidden = value is not None and _SECRET.search(str(name))
+        masked[name] = MASK if is_hidden else mask_secrets(value) if isinstance(value, dict) else value
+    return masked
 
 
 def is_secret(name: str, value: Any) -> bool:
@@ -65,18 +65,19 @@ def find_run(folder: Path, name: str) -> Path:
     return next(runs.glob(f"*_{name.rsplit('_', 1)[-1]}"), runs / name)
 
 
+def parse_entry(line: bytes) -> dict[str, Any]:
+    """Parse a line of `run_log.jsonl`; empty if it was cut off."""
+    with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        return entry if isinstance(entry, dict) else {}
+    return {}
+
+
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """Return the entries of `run_log.jsonl`, or else of the Trainer's state; a line that was cut off is left out."""
+    """Return the entries of `run_log.jsonl`, or else of the Trainer's state."""
     entries = []
-    try:
-        lines = (output / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "step" in entry:
-            entries.append(entry)
+    with contextlib.suppress(OSError):
+        entries = [
+            entry for entry in map(parse_entry, (output / LOG_FILE).read_bytes().splitlines()) if "step" in entry
+        ]
     return entries or [e for e in (read_json(output / STATE_FILE) or {}).get("log_history", []) if "step" in e]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,8 +25,7 @@ from .files import is_secret
 if TYPE_CHECKING:
     from .plan import Plan
 
-PYTHON, NO_DEVICES = "python", "none"
-PACKAGE = Path(__file__).resolve().parents[1]
+PYTHON = "python"
 
 # The scripts that come with the package, by the name that a comparison's file gives.
 SCRIPT_MODULES = {
@@ -64,23 +62,18 @@ def find_script(name: str, folder: Path) -> str:
     )
 
 
-def compute_script_hash(script: str) -> str | None:
-    """Compute the SHA-256, as hex, of a script's own file; None if it cannot be read. What the script imports is left out."""
-    path = Path(script)
-    if script in SCRIPT_MODULES:
-        path = PACKAGE.parent.joinpath(*SCRIPT_MODULES[script].split(".")).with_suffix(".py")
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
-
-
 def split_launch(launch: str) -> list[str]:
     """Split a launcher into words: `python` is this interpreter, another program is sought beside it first.
 
     Raises:
-        InputError: there is no such program.
+        InputError: there is no such program, or a quote is left open.
     """
-    program, *words = shlex.split(launch) or [""]
+    try:
+        program, *words = shlex.split(launch) or [""]
+    except ValueError as error:
+        raise InputError(
+            f"launch: {launch!r} cannot be split into words ({str(error).lower()}); close the quote"
+        ) from None
     if program == PYTHON:
         return [sys.executable, *words]
     beside = Path(sys.executable).parent / program
@@ -119,12 +112,10 @@ def make_command(launch: str, script: str, arguments: Mapping[str, Any], output:
 
 def make_flags(arguments: Mapping[str, Any]) -> list[str]:
     """Write flags as words of a command line, `--flag=value`; lists as several words, mappings as JSON."""
-    words = []
+    words: list[str] = []
     for key, value in arguments.items():
-        if isinstance(value, list):
-            words += [f"--{key}", *map(_write_value, value)]
-        else:
-            words.append(f"--{key}={_write_value(value)}")
+        is_list = isinstance(value, list)
+        words += [f"--{key}", *map(_write_value, value)] if is_list else [f"--{key}={_write_value(value)}"]
     return words
 
 
@@ -199,15 +190,11 @@ def list_devices(plan: Plan, wanted: str | None = None) -> tuple[str, ...] | Non
         The ids; () if there are to be none; None if nothing is known of any, which leaves the environment as it is.
     """
     if wanted is not None:
-        return () if wanted.strip() == NO_DEVICES else tuple(dict.fromkeys(_split(wanted)))
+        return () if wanted.strip() == "none" else tuple(dict.fromkeys(wanted.replace(",", " ").split()))
     if all(run.arguments.get("use_cpu") for run in plan.runs):
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(_split(visible) if visible is not None else _ask_driver("index")) or None
-
-
-def _split(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    return tuple(visible.replace(",", " ").split() if visible is not None else _ask_driver("index")) or None
 
 
 def _ask_driver(what: str) -> list[str]:
@@ -241,11 +228,7 @@ def describe_hardware() -> dict[str, Any]:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    found: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": name,
-        "cores": os.cpu_count() or 1,
-    }
+    found = {"system": f"{platform.system()} {platform.machine()}", "cpu": name, "cores": os.cpu_count() or 1}
     found["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
     gpus = _ask_driver("name")
     return found | ({"gpus": gpus} if gpus else {})

@@ -61,7 +61,6 @@ class Plan:
     metric: str = "eval_loss"
     greater_is_better: bool = False
     test_metrics: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     keep_models: bool = True
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's parameters

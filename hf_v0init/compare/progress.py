@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from . import files
-from .outcome import LossTrace
 from .plan import Plan, PlannedRun
-from .process import RunProcess
+from .process import LossTrace, RunProcess
 from .tables import format_number, format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
@@ -39,13 +38,16 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, jobs: int) -> None:
         self.console, self.jobs = console, jobs
-        self.num_runs, self.num_over, self.num_later = 0, 0, 0
+        self.num_runs, self.num_over, self.num_later = 1, 0, 0
         self.has_announced = False
-        words = ("{task.description}", "{task.fields[state]}")
-        columns = [TextColumn(words[0]), BarColumn(), TextColumn(words[1]), TimeElapsedColumn(), TimeRemainingColumn()]
-        self.bars = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=3600
+        columns = (
+            *Progress.get_default_columns()[:2],
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
+        options = {"transient": True, "disable": not console.is_terminal, "speed_estimate_period": 3600}
+        self.bars = Progress(*columns, console=console, **options)
         self.all = self.bars.add_task("all runs", state="")
         self.of_run: dict[str, TaskID] = {}
 
@@ -79,51 +81,46 @@ class ProgressDisplay:
                 shares += share
                 if share >= SHARE_OF_PACE:
                     self._announce(run.seconds / share)
+            losses = f"train {format_number(trace.train_loss)}, val. {format_number(trace.eval_loss)}"
             if run.run.name not in self.of_run:
                 self.of_run[run.run.name] = self.bars.add_task(run.run.name, state="")
-            state = (
-                f"step {trace.step:,}, train {format_number(trace.train_loss)}, val. {format_number(trace.eval_loss)}"
-            )
-            self.bars.update(self.of_run[run.run.name], total=total, completed=trace.step, state=state)
+            bar = self.of_run[run.run.name]
+            self.bars.update(bar, total=total, completed=trace.step, state=f"step {trace.step:,}, {losses}")
         state = f"{self.num_over} of {self.num_runs} over, {num_waiting} waiting"
         self.bars.update(self.all, total=self.num_runs, completed=self.num_over + shares, state=state)
 
     def _announce(self, seconds: float) -> None:
         """Say how long a run takes, and until when the stages do."""
-        if self.has_announced:
+        num_left = self.num_runs - self.num_over
+        if self.has_announced or not num_left + self.num_later:
             return
         self.has_announced = True
-        num_left = self.num_runs - self.num_over
-        ends = [
+        end, later = (
             datetime.now() + timedelta(seconds=seconds * n / self.jobs) for n in (num_left, num_left + self.num_later)
-        ]
-        text = f"By the first run's pace a run takes {format_seconds(seconds)}: {num_left} runs with {self.jobs} at a time until "
-        self.tell(
-            text + f"{ends[0]:%a %H:%M}" + (f", the second stage until {ends[1]:%a %H:%M}." if self.num_later else ".")
         )
+        text = f"By the first run's pace a run takes {format_seconds(seconds)}: {num_left} runs with {self.jobs} at a time until "
+        self.tell(f"{text}{end:%a %H:%M}" + (f", the second stage until {later:%a %H:%M}." if self.num_later else "."))
 
     def report_end(
         self, run: PlannedRun, state: str, reason: str | None, trace: LossTrace | None, seconds: float
     ) -> None:
         """Print a line for a run that is over; `trace` is None if another worker has trained it."""
+        self.num_over += state != files.INTERRUPTED
         if state == files.FINISHED:
             self._announce(seconds)
-        self.num_over += state != files.INTERRUPTED
         if run.name in self.of_run:
             self.bars.remove_task(self.of_run.pop(run.name))
-        text = f"{time.strftime('%H:%M')} [{self.num_over}/{self.num_runs}] {run.name}: {state}"
+        text = f"{time.strftime('%H:%M')} [{self.num_over}/{self.num_runs}] {run.name}: {state}, "
         if trace is not None:
-            text += (
-                f", step {trace.step:,}, validation loss {format_number(trace.eval_loss)}, {format_seconds(seconds)}"
-            )
+            text += f"step {trace.step:,}, validation loss {format_number(trace.eval_loss)}, {format_seconds(seconds)}"
         else:
-            text += ", by another worker"
-        self.console.print(Text(text + (f"; {reason}" if reason else ""), style=STYLES.get(state, "")), soft_wrap=True)
+            text += "by another worker"
+        self.tell(text + (f"; {reason}" if reason else ""), STYLES.get(state, ""))
 
-    def tell(self, message: str) -> None:
+    def tell(self, message: str, style: str = "") -> None:
         """Print a message."""
-        self.console.print(Text(message), soft_wrap=True)
+        self.console.print(Text(message, style=style), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Print a warning."""
-        self.console.print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
+        self.tell(f"Warning: {message}", "yellow")

@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 from markdown_it import MarkdownIt
 
 from . import files, results, tables
-from .comparison_file import PUBLISHED_FILE
 from .figures import draw_figures
 from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
 from .summary import Condition, find_unknown_costs, summarize
 
 MARKDOWN_FILE, HTML_FILE, FIGURES_FOLDER = "report.md", "report.html", "figures"
-COPIED = (
-    files.PLAN_FILE,
-    results.RESULTS_FILE,
-    results.EVALUATIONS_FILE,
-    results.MACHINES_FILE,
-    MARKDOWN_FILE,
-)
+COPIED = (files.PLAN_FILE, results.RESULTS_FILE, results.EVALUATIONS_FILE, results.MACHINES_FILE, MARKDOWN_FILE)
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
 # How the page shows a section; the others are plain.
@@ -83,9 +75,8 @@ def _copy(place: Path, destination: Path) -> None:
 
 def load_template(name: str) -> jinja2.Template:
     """Load a template of this folder, with the filters that it uses."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=False
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "cell": lambda value: _plain(value).replace("|", r"\|"),
         "plain": _plain,
@@ -100,11 +91,7 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
     states = {stage: list(runs.loc[runs["stage"] == stage, "state"]) for stage in STAGES}
-    failed = {
-        stage: list(runs.loc[(runs["state"] == files.FAILED) & (runs["stage"] == stage), "setting"]) for stage in STAGES
-    }
-    has_gpus = any((machine.get("hardware") or {}).get("gpus") for machine in comparison.machines)
-    hours = runs.groupby("stage", sort=False)["hours"].sum()
+    failed = runs[runs["state"] == files.FAILED].groupby("stage")["setting"].agg(list)
     return {
         "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
         "conditions": conditions,
@@ -120,31 +107,19 @@ def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[st
         "is_own_confirmation": not (runs["stage"] == files.TUNE).any(),
         "tuned_any": any(here.choices for here in conditions),
         "tuning": tables.make_tuning_table(comparison, conditions),
-        "rates": tables.make_rate_table(comparison, conditions),
+        "rates": tables.make_rate_table(comparison),
         "budget": tables.make_budget_table(conditions),
-        "published": [_read_published(name) for name in plan.get("published") or []],
         "runs": tables.make_run_table(comparison),
         "num_checked": int((runs["initial_weights"] != "").sum()),
         "num_counted": int((runs["state"] != files.PENDING).sum()),
         "failures": {
-            word: failed[stage] for word, stage in zip(("first", "second"), STAGES, strict=True) if failed[stage]
+            word: failed[stage] for stage, word in zip(STAGES, ("first", "second"), strict=True) if stage in failed
         },
         "unknown_costs": find_unknown_costs(comparison),
-        "hours": hours[hours > 0].to_dict(),
-        "hour_name": "accelerator-hours" if has_gpus else "machine-hours",
         "machines": [_describe_machine(machine) for machine in comparison.machines],
         "arguments": tables.describe_arguments(comparison),
         "left": LEFT,
     }
-
-
-def _read_published(name: str) -> dict[str, Any]:
-    """Return a table of the paper: its label, what it is of, and its rows."""
-    known = pd.read_csv(PUBLISHED_FILE, dtype=str).fillna("")
-    mine = known[known["table"] == name]
-    rows = mine.pivot_table(index="optimizer", columns="v0", values="value", aggfunc="first", sort=False).fillna("–")
-    label = name.replace("_", " ").capitalize()
-    return {"label": label, "what": mine["what"].iloc[0], "rows": rows.reset_index().rename_axis(None, axis=1)}
 
 
 def _describe_machine(machine: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ RESULTS_FILE, EVALUATIONS_FILE, MACHINES_FILE = "results.csv", "evaluations.csv"
 PLACE = ("name", "stage", "condition", "family", "setting", "v0", "warmup", "optimizer")
 FINGERPRINT = ("initial_weights", "rng", "batches")
 TEXTS = (*PLACE, "other", "state", "reason", *FINGERPRINT, "problems")
-COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "hours", "train_seconds")
+COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "train_seconds")
 COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
 NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
@@ -38,7 +38,6 @@ BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference
     "batches": "other first batches",
     "rng": "another random state before the first step",
 }
-OF_SEVERAL_PROCESSES = ("torchrun", "accelerate", "deepspeed", "torch.distributed")  # launchers
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Comparison:
         plan: the content of `plan.json`.
         runs: a row for each run, in the plan's order. Steps are optimizer steps; `train_seconds` is the time of training with the
             pass before it and without evaluations, `v0_samples` what that pass read, `v0_extra_steps` the same in steps of the run's
-            batch; `hours` are of an accelerator, or of the machine without one. NaN where it is not known.
+            batch. NaN where it is not known.
         evaluations: a row for each validation loss along a run.
         machines: what the runs were made with.
     """
@@ -96,13 +95,11 @@ def read_comparison(folder: str | Path) -> Comparison:
     if (folder / files.RUNS_FOLDER).is_dir() or not (folder / RESULTS_FILE).is_file():
         return collect_runs(plan, folder)
     runs = pd.read_csv(folder / RESULTS_FILE, dtype=dict.fromkeys(TEXTS, str))
-    evaluations = pd.DataFrame(columns=list(EVALUATIONS))
-    if (folder / EVALUATIONS_FILE).is_file():
-        evaluations = pd.read_csv(folder / EVALUATIONS_FILE)
-    runs[list(TEXTS)] = runs[list(TEXTS)].fillna("")
-    runs[list(NUMBERS)] = runs[list(NUMBERS)].astype(float)
+    runs = runs.fillna(dict.fromkeys(TEXTS, "")).astype(dict.fromkeys(NUMBERS, float)).astype({"seed": int})
+    has_evaluations = (folder / EVALUATIONS_FILE).is_file()
+    evaluations = pd.read_csv(folder / EVALUATIONS_FILE) if has_evaluations else pd.DataFrame(columns=list(EVALUATIONS))
     machines = (files.read_json(folder / MACHINES_FILE) or {}).get("machines", [])
-    return Comparison(folder, plan, runs.astype({"seed": int}), evaluations, machines)
+    return Comparison(folder, plan, runs, evaluations, machines)
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
@@ -139,10 +136,17 @@ def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
 def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], list[dict], dict]:
     """Read a run: its row, its evaluations, and what it was made with."""
     output, metric, problems = folder / files.OUTPUT_FOLDER, plan.get("metric") or "eval_loss", []
-    record = _read(folder / files.RECORD_FILE, problems)
+
+    def read(path: Path) -> dict[str, Any]:
+        content = files.read_json(path)
+        if content is None and path.is_file():
+            problems.append(f"{path.name} cannot be read")
+        return content or {}
+
+    record, results = read(folder / files.RECORD_FILE), read(output / files.FINAL_FILE)
+    trainer, report = read(output / files.STATE_FILE), read(output / files.V0_FILE)
+    fingerprint = read(output / files.FINGERPRINT_FILE)
     state = record.get("state", files.RUNNING if record else files.PENDING)
-    made_with = {"versions": record.get("versions") or {}, "hardware": record.get("hardware") or {}}
-    seconds = record.get("seconds")
     row = {key: entry.get(key) or "" for key in PLACE} | {
         "learning_rate": entry["learning_rate"],
         "seed": entry["seed"],
@@ -150,55 +154,48 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
         "state": state if state in files.STATES else files.RUNNING,
         "reason": record.get("reason") or "",
         "exit_status": record.get("exit_status"),
-        "seconds": seconds,
-        "hours": compute_hours(seconds, made_with["hardware"], plan.get("launch") or "python"),
+        "seconds": record.get("seconds"),
+        "initial_weights": str(fingerprint.get("initial_weights") or ""),
+        "rng": str(fingerprint.get("rng") or ""),
+        "batches": " ".join(map(str, fingerprint.get("batches") or [])),
     }
-    evaluations = _add_losses(row, output, metric, problems)
-    _add_cost_of_v0(row, _read(output / files.V0_FILE, problems))
-    fingerprint = _read(output / files.FINGERPRINT_FILE, problems)
-    row |= {part: str(fingerprint.get(part) or "") for part in ("initial_weights", "rng")}
-    row["batches"] = " ".join(map(str, fingerprint.get("batches") or []))
-    results = files.read_json(output / files.FINAL_FILE) or {}
-    row |= {
-        name: value for name, value in results.items() if name in (plan.get("test_metrics") or []) and _is_number(value)
-    }
+    evaluations = _add_losses(row, files.read_log(output), metric, trainer.get("global_step"), results.get(metric))
+    _add_cost_of_v0(row, report)
+    test_metrics = plan.get("test_metrics") or []
+    row |= {name: results[name] for name in test_metrics if _is_number(results.get(name))}
     if row["state"] == files.FINISHED and row["final_loss"] is not None and not math.isfinite(row["final_loss"]):
         row["state"], row["reason"] = files.DIVERGED, f"final {metric} is {row['final_loss']}"
     elif row["state"] == files.FINISHED:
-        absent = [name for name in plan.get("test_metrics") or [] if name not in row]
-        absent += [metric] if row["final_loss"] is None else []
+        absent = [name for name in test_metrics if name not in row] + [metric] * (row["final_loss"] is None)
         problems += [f"left no {name}" for name in absent]
         if evaluations and evaluations[-1]["step"] < row["num_steps"]:
             problems.append(f"last evaluated at step {evaluations[-1]['step']}; call trainer.evaluate() at the end")
     row["problems"] = "; ".join(dict.fromkeys(problems))
-    return row, evaluations, made_with
+    return row, evaluations, {name: record.get(name) or {} for name in ("versions", "hardware")}
 
 
-def _add_losses(row: dict[str, Any], output: Path, metric: str, problems: list[str]) -> list[dict]:
-    log, state = files.read_log(output), _read(output / files.STATE_FILE, problems)
+def _add_losses(row: dict[str, Any], log: list[dict], metric: str, num_steps: int | None, final: Any) -> list[dict]:
+    """Add losses and times to a row, and return the evaluations; `num_steps` and `final` are the Trainer's, at the end."""
     evaluations: list[dict] = []
     for entry in log:
         if metric in entry and (not evaluations or entry["step"] > evaluations[-1]["step"]):
             loss = float(entry[metric]) if _is_number(entry[metric]) else math.nan
             evaluations.append({"step": entry["step"], "loss": loss, "train_seconds": entry.get("train_seconds")})
-    row["num_steps"] = state.get("global_step") or max((entry["step"] for entry in log), default=None)
+    row["num_steps"] = num_steps or max((entry["step"] for entry in log), default=None)
     # The log goes on after training, with the last evaluation; training ends with the entry of its total.
     clocks = [e["train_seconds"] for e in log if "train_seconds" in e and ("loss" in e or "train_runtime" in e)]
     clocks = clocks or [e["train_seconds"] for e in evaluations if e["train_seconds"] is not None]
     row["train_seconds"] = clocks[-1] if clocks else None
     row["start_loss"] = next((e["loss"] for e in evaluations if e["step"] == 0 and math.isfinite(e["loss"])), None)
-    row["final_loss"] = evaluations[-1]["loss"] if evaluations else None
-    final = _read(output / files.FINAL_FILE, problems).get(metric)
-    if _is_number(final):
-        row["final_loss"] = float(final)
+    if _is_number(final) and row["num_steps"] is not None:
         # The final evaluation stands for the end of the curve; it differs from the log's where checkpoints are averaged.
-        if row["num_steps"] is None:
-            return evaluations
-        if evaluations and evaluations[-1]["step"] >= row["num_steps"]:
+        end = {"step": int(row["num_steps"]), "loss": float(final), "train_seconds": row["train_seconds"]}
+        if evaluations and evaluations[-1]["step"] >= end["step"]:
             evaluations[-1]["loss"] = float(final)
         else:
-            end = {"step": int(row["num_steps"]), "loss": float(final), "train_seconds": row["train_seconds"]}
             evaluations.append(end)
+    ends = [float(final)] if _is_number(final) else [evaluation["loss"] for evaluation in evaluations]
+    row["final_loss"] = ends[-1] if ends else None
     return evaluations
 
 
@@ -219,27 +216,6 @@ def _add_cost_of_v0(row: dict[str, Any], report: dict[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-def _read(path: Path, problems: list[str]) -> dict[str, Any]:
-    content = files.read_json(path)
-    if content is None and path.is_file():
-        problems.append(f"{path.name} cannot be read")
-    return content or {}
-
-
-def compute_hours(seconds: float | None, hardware: Mapping[str, Any], launch: str) -> float | None:
-    """Compute the accelerator-hours of a run, or machine-hours without an accelerator; None if its time is not known.
-
-    Wall-clock from start to end, evaluations included. Runs that went side by side (`jobs`) share what the machine has evenly, but
-    one started by plain Python never holds more than one accelerator.
-    """
-    if seconds is None:
-        return None
-    share = max(1, len(hardware.get("gpus") or [])) / (hardware.get("jobs") or 1)
-    if not any(launcher in launch for launcher in OF_SEVERAL_PROCESSES):
-        share = min(share, 1.0)
-    return seconds / 3600.0 * share
 
 
 def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:

@@ -12,12 +12,14 @@ With `resume_runs` it goes on from the newest checkpoint. A run that another wor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,32 +28,20 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import InputError
+from . import files
 from .axes import suggest
 from .claims import lock_plan
-from .cluster import SubmititExecutor, train_one
+from .cluster import SubmititExecutor
 from .comparison_file import read_plan
 from .executor import LocalExecutor, read_record, stop_on_signals
-from .files import (
-    COUNTED,
-    FAILED,
-    INTERRUPTED,
-    LOCKS_FOLDER,
-    OUTPUT_FOLDER,
-    PLAN_FILE,
-    RECORD_FILE,
-    RUNS_FOLDER,
-    TUNE,
-    find_run,
-    read_json,
-    write_json,
-)
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
-from .plan import Plan
+from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
 from .report import read_conclusion, write_report
 from .results import read_comparison
 from .stages import lay_out_stages
 
+SECONDS_FOR_SIGNAL = 30.0
 EXIT_OK, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 PARSERS = re.compile(r"^\s*(import|from)\b.*\b(HfArgumentParser|argparse)\b", re.MULTILINE)
 
@@ -62,8 +52,8 @@ def require_usable_folder(folder: Path) -> None:
     Raises:
         InputError: it has files, but no plan.
     """
-    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {LOCKS_FOLDER}
-    if is_used and read_json(folder / PLAN_FILE) is None:
+    is_used = folder.is_dir() and {file.name for file in folder.iterdir()} - {files.LOCKS_FOLDER}
+    if is_used and files.read_json(folder / files.PLAN_FILE) is None:
         raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
 
 
@@ -71,8 +61,20 @@ def release_failed(plan: Plan, folder: Path) -> None:
     """Have runs that failed started again: as such that were interrupted."""
     for run in plan.runs:
         record = read_record(folder, run)
-        if record.get("state") == FAILED:
-            write_json(find_run(folder, run.name) / RECORD_FILE, {**record, "state": INTERRUPTED})
+        if record.get("state") == files.FAILED:
+            files.write_json(
+                files.find_run(folder, run.name) / files.RECORD_FILE, {**record, "state": files.INTERRUPTED}
+            )
+
+
+def update_plan(plan: Plan, folder: Path, retry_failed: bool = False) -> tuple[Plan, list[PlannedRun]]:
+    """Write the plan with all runs that are known by now; return it, and those to be trained next."""
+    with lock_plan(folder):
+        if retry_failed:
+            release_failed(lay_out_stages(plan, folder)[0], folder)
+        known, runs = lay_out_stages(plan, folder)
+        files.write_json(folder / files.PLAN_FILE, known.to_dict())
+    return known, runs
 
 
 def train_stages(
@@ -81,11 +83,7 @@ def train_stages(
     """Train what is not over, stage by stage; each run is tried once."""
     tried: set[str] = set()
     while True:
-        with lock_plan(folder):
-            if retry_failed and not tried:
-                release_failed(lay_out_stages(plan, folder)[0], folder)
-            known, runs = lay_out_stages(plan, folder)
-            write_json(folder / PLAN_FILE, known.to_dict())
+        known, runs = update_plan(plan, folder, retry_failed and not tried)
         runs = [run for run in runs if run.name not in tried]
         if not runs:
             return
@@ -135,14 +133,15 @@ class Session:
             try:
                 with ProgressDisplay(self.console, jobs) as progress:
                     if launcher == "local":
-                        executor = LocalExecutor(plan, folder, jobs, progress, found, self.resume_runs)
+                        executor = LocalExecutor(folder, jobs, progress, found, self.resume_runs)
                     else:
-                        executor = SubmititExecutor(plan, folder, self.config, progress, launcher, self.small)
+                        task = TrainRun(self.config.resolve(), folder.resolve(), self.small)
+                        executor = SubmititExecutor(plan, task, progress, launcher)
                     train_stages(plan, folder, executor, self.retry_failed)
             except KeyboardInterrupt:
                 was_stopped = True
+            update_plan(plan, folder)
             with lock_plan(folder):  # another worker may be writing its report
-                write_json(folder / PLAN_FILE, lay_out_stages(plan, folder)[0].to_dict())
                 states = self._print_outcome()
         if was_stopped:
             words = "its runs" if launcher == "local" else "but jobs that were submitted stay in the queue"
@@ -151,21 +150,20 @@ class Session:
                 "their last checkpoint."
             )
             return EXIT_INTERRUPTED
-        return EXIT_ALL_FAILED if states == {FAILED} else EXIT_OK
+        return EXIT_ALL_FAILED if states == {files.FAILED} else EXIT_OK
 
     def train_one(self, name: str) -> int:
         """Train one run, as a scheduler's job; return the exit status."""
-        plan, _ = lay_out_stages(self.plan, self.folder)
-        names = [run.name for run in plan.runs]
-        if name not in names:
-            raise InputError(f"run={name}: the plan has no such run{suggest(name, names)}; --list_commands lists them")
-        with lock_plan(self.folder):
-            if self.retry_failed:
-                release_failed(plan, self.folder)
-            write_json(self.folder / PLAN_FILE, plan.to_dict())
-        state = train_one(plan, self.folder, name, self.resume_runs)
+        runs = {run.name: run for run in lay_out_stages(self.plan, self.folder)[0].runs}
+        if name not in runs:
+            raise InputError(f"run={name}: the plan has no such run{suggest(name, runs)}; --list_commands lists them")
+        plan, _ = update_plan(self.plan, self.folder, self.retry_failed)
+        with ProgressDisplay(self.console, 1) as progress, stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
+            executor = LocalExecutor(self.folder, 1, progress, list_devices(plan), self.resume_runs)
+            executor.run(plan, [runs[name]])
+        state = read_record(self.folder, runs[name]).get("state", files.RUNNING)
         self._tell(f"{name}: {state}.")
-        return {INTERRUPTED: EXIT_INTERRUPTED, FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
+        return {files.INTERRUPTED: EXIT_INTERRUPTED, files.FAILED: EXIT_ALL_FAILED}.get(state, EXIT_OK)
 
     def list_commands(self) -> list[str]:
         """List a command line for each run of the stage that is not over.
@@ -174,7 +172,7 @@ class Session:
         """
         plan, runs = lay_out_stages(self.plan, self.folder)
         if self.retry_failed:
-            runs += [known for known in plan.runs if read_record(self.folder, known).get("state") == FAILED]
+            runs += [known for known in plan.runs if read_record(self.folder, known).get("state") == files.FAILED]
         program = [sys.executable, "-m", "hf_v0init.cli.main", "compare", str(self.config.resolve())]
         program += ["--output_dir", str(self.folder.resolve())]
         options = ["--resume_runs", *["--small"] * self.small, *["--retry_failed"] * self.retry_failed]
@@ -195,10 +193,10 @@ class Session:
         for run in plan.runs:
             table.add_row(run.setting, run.family, f"{run.learning_rate:g}", str(run.seed), run.name)
         self.console.print(table)
-        num_later = len({(run.condition, run.family) for run in plan.list_runs(TUNE)}) * len(plan.confirm_seeds)
+        num_later = len({(run.condition, run.family) for run in plan.list_runs(files.TUNE)}) * len(plan.confirm_seeds)
         seeds = ", ".join(map(str, plan.confirm_seeds))
         later = f", then at most {num_later} to confirm on seeds {seeds}" if num_later else ""
-        output = self.folder / RUNS_FOLDER / first.name / OUTPUT_FOLDER
+        output = self.folder / files.RUNS_FOLDER / first.name / files.OUTPUT_FOLDER
         self._tell(f"{len(plan.runs)} runs{later}. The first:")
         self._tell(shlex.join(make_command(plan.launch, plan.script, first.arguments, output)))
         self._check_flags()
@@ -236,8 +234,37 @@ class Session:
         """Write the report if a run is over, print what it concludes, and return the states of the runs."""
         states = list(read_comparison(self.folder).runs["state"])
         self._tell(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + ".")
-        if set(states) & {*COUNTED, FAILED}:
+        if set(states) & {*files.COUNTED, files.FAILED}:
             report = write_report(self.folder)
             self._tell(f"\n{read_conclusion(report.parent)}\n")
             self._tell(f"Report: {report}")
         return set(states)
+
+
+@dataclass
+class TrainRun:
+    """What a task of `SubmititExecutor` does; pickled. It reads the comparison's file itself, so no secret of it is written anywhere.
+
+    Attributes:
+        config, folder: the comparison's file and its folder, whole paths.
+        small: whether at small scale.
+    """
+
+    config: Path
+    folder: Path
+    small: bool = False
+
+    def __call__(self, name: str) -> None:
+        """Train the run of this name if it is not over and no other worker has it."""
+        console = Console(highlight=False, markup=False)
+        status = Session(console, self.config, self.folder, self.small, resume_runs=True).train_one(name)
+        if status == EXIT_INTERRUPTED:
+            # The scheduler has ended the script; its signal to put the task back into the queue is on the way.
+            time.sleep(SECONDS_FOR_SIGNAL)
+            raise RuntimeError(f"{name} was interrupted; submit it again to go on")
+
+    def checkpoint(self, name: str):
+        """Return what is to be done after the task has been put back into the queue: the same, from the last checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, name)

@@ -1,4 +1,4 @@
-"""The numbers: paired t intervals with Holm's correction, non-inferiority, the best of k, learning-rate sensitivity.
+"""The numbers: paired t intervals with Holm's correction, non-inferiority, the best of k.
 
 Losses are by seed; a seed whose run diverged without a known loss at the start has a value that is not finite. "Better" is lower, or
 higher where more of the metric is better.
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import numpy as np
+import pandas as pd
 from scipy.special import stdtr, stdtrit  # Student's t; far lighter to import than scipy.stats
 
 CONFIDENCE = 0.95
@@ -174,65 +176,23 @@ def choose_best(scores: Mapping[object, Mapping[int, float]]) -> object | None:
     return best
 
 
-# -------------------------------------------------------------------------------------------------- what tuning buys
+def compute_budget(losses: Sequence[float], greater_is_better: bool = False) -> pd.DataFrame:
+    """Compute the budget curve of a family: the best loss after 1, 2, ... random trials, drawn without replacement.
 
+    A trial is a setting at one learning rate. The best of k from n has the expectation sum_i v_(i) C(n - i, k - 1) / C(n, k) over the
+    sorted losses: the expected validation performance of Dodge et al. (2019), in the unbiased form of Tang et al. (2020).
 
-@dataclass(frozen=True)
-class BudgetCurve:
-    """The best loss after 1, 2, ... random trials of a family: its expectation, and the ends between which 8 of 10 draws lie."""
-
-    expected: list[float]
-    low: list[float]
-    high: list[float]
-
-
-def compute_budget(losses: Sequence[float], greater_is_better: bool = False) -> BudgetCurve:
-    """Compute the budget curve of trials (a setting at one learning rate), drawn without replacement.
-
-    The best of k from n has the expectation sum_i v_(i) C(n - i, k - 1) / C(n, k) over the sorted losses: the expected validation
-    performance of Dodge et al. (2019), in the unbiased form of Tang et al. (2020).
+    Returns:
+        A row for each k, in the metric's unit: `expected`, and the ends `low` and `high` between which 8 of 10 draws lie.
     """
     sign = -1.0 if greater_is_better else 1.0
-    ordered = sorted(sign * loss for loss in losses)
-    expected, low, high = [], [], []
-    for k in range(1, len(ordered) + 1):
-        chances = _list_chances(len(ordered), k)
-        expected.append(sign * sum(v * c for v, c in zip(ordered, chances, strict=True) if c > 0))
-        low.append(sign * _find_quantile(ordered, chances, BAND[0]))
-        high.append(sign * _find_quantile(ordered, chances, BAND[1]))
-    return BudgetCurve(expected, low, high)
-
-
-def average_budgets(curves: Sequence[BudgetCurve]) -> BudgetCurve:
-    """Average budget curves of equal length, trial by trial."""
-
-    def average(part: str) -> list[float]:
-        return [statistics.fmean(values) for values in zip(*(getattr(curve, part) for curve in curves), strict=True)]
-
-    return BudgetCurve(average("expected"), average("low"), average("high"))
-
-
-def _list_chances(n: int, k: int) -> list[float]:
-    """The chance of each of n sorted values to be the lowest of k draws without replacement."""
-    return [math.comb(n - i, k - 1) / math.comb(n, k) for i in range(1, n + 1)]
-
-
-def _find_quantile(ordered: Sequence[float], chances: Sequence[float], quantile: float) -> float:
-    passed = 0.0
-    for value, chance in zip(ordered, chances, strict=True):
-        passed += chance
-        if passed >= quantile * (1.0 - 1e-12):
-            return value
-    return ordered[-1]
-
-
-def compute_lr_sensitivity(losses: Mapping[float, float], start_loss: float = math.inf) -> float:
-    """Compute the mean over learning rates of min(loss, loss at start) - the best loss (Wortsman et al., 2023, with l0 as bound).
-
-    `losses` by learning rate; in their unit, lower is better.
-    """
-    bounded = [min(loss, start_loss) for loss in losses.values()]
-    return statistics.fmean(bounded) - min(bounded)
+    ordered, n, rows = np.sort(sign * np.asarray(losses, dtype=float)), len(losses), []
+    for k in range(1, n + 1):
+        # Of each value, to be the lowest of k draws; only the first n - k + 1 can be.
+        chances = np.array([math.comb(n - i, k - 1) / math.comb(n, k) for i in range(1, n - k + 2)])
+        ends = [ordered[np.argmax(chances.cumsum() >= quantile * (1.0 - 1e-12))] for quantile in BAND]
+        rows.append((ordered[: n - k + 1] @ chances, *ends))
+    return sign * pd.DataFrame(rows, columns=["expected", "low", "high"])
 
 
 def compute_steps_to_loss(

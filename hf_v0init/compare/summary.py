@@ -11,18 +11,17 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+import pandas as pd
+
 from . import files
 from .axes import has_v0
 from .plan import NONE, V0, WARMUP
 from .results import Comparison
 from .stages import Choice, Edge, choose_settings, find_edges
 from .statistics import (
-    BudgetCurve,
     Contrast,
     NonInferiority,
-    average_budgets,
     compute_budget,
-    compute_lr_sensitivity,
     judge_contrasts,
     judge_replacement,
 )
@@ -41,7 +40,6 @@ class Condition:
         replacement: whether v0 can replace the warmup; None without both.
         choices, edges: of the first stage.
         budgets: family -> the best of k trials of the first stage.
-        sensitivities: setting -> its learning-rate sensitivity in the first stage.
     """
 
     name: str
@@ -51,13 +49,7 @@ class Condition:
     replacement: NonInferiority | None = None
     choices: list[Choice] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
-    budgets: dict[str, BudgetCurve] = field(default_factory=dict)
-    sensitivities: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def best(self) -> str | None:
-        """The confirmed family of the best mean."""
-        return next(iter(self.losses), None)
+    budgets: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def summarize(comparison: Comparison) -> list[Condition]:
@@ -83,7 +75,7 @@ def _add_verdicts(here: Condition, comparison: Comparison) -> None:
         here.settings[family] = (group["setting"].iloc[0], float(group["learning_rate"].iloc[0]))
     sign = -1.0 if comparison.greater_is_better else 1.0
     means = {family: sign * statistics.fmean(by_seed.values()) for family, by_seed in losses.items()}
-    order = sorted(losses, key=lambda family: means[family] if math.isfinite(means[family]) else math.inf)
+    order = sorted(means, key=lambda family: means[family] if math.isfinite(means[family]) else math.inf)
     here.losses = {family: losses[family] for family in order}
     here.contrasts = judge_contrasts(here.losses, PLANNED, comparison.greater_is_better)
     for contrast in here.contrasts:
@@ -97,25 +89,16 @@ def _add_verdicts(here: Condition, comparison: Comparison) -> None:
 def _add_tuning(here: Condition, comparison: Comparison) -> None:
     tuned = comparison.get_counted(files.TUNE)
     tuned = tuned[tuned["condition"] == here.name]
-    rates = sorted(set(tuned["learning_rate"]))
-    sign = -1.0 if comparison.greater_is_better else 1.0
     for family, group in tuned.groupby("family", sort=False):
         trials = group.set_index(["setting", "learning_rate", "seed"])["scored_loss"].unstack("seed")
         trials = trials.dropna(axis="columns")  # seeds that all trials have
         if trials.shape[1] and len(trials) > 1:
-            curves = [compute_budget(list(trials[seed]), comparison.greater_is_better) for seed in trials]
-            here.budgets[family] = average_budgets(curves)
-        for setting, of_setting in group.groupby("setting", sort=False):
-            means = (sign * of_setting.groupby("learning_rate")["scored_loss"].mean()).dropna()
-            if len(rates) > 1 and sorted(means.index) == rates:
-                start = sign * of_setting["start_loss"].median()
-                bound = math.inf if math.isnan(start) else start
-                here.sensitivities[setting] = compute_lr_sensitivity(dict(means), bound)
+            curves = [compute_budget(trials[seed], comparison.greater_is_better) for seed in trials]
+            here.budgets[family] = sum(curves) / len(curves)
 
 
 def find_unknown_costs(comparison: Comparison) -> list[str]:
     """List the runs with a v0 that left no record of what it cost."""
-    flags = {entry["name"]: comparison.get_arguments(entry) for entry in comparison.plan["runs"]}
+    with_v0 = [entry["name"] for entry in comparison.plan["runs"] if has_v0(comparison.get_arguments(entry))]
     counted = comparison.counted
-    unknown = counted.loc[counted["v0_extra_steps"].isna(), "name"]
-    return [name for name in unknown if has_v0(flags.get(name, {}))]
+    return list(counted.loc[counted["v0_extra_steps"].isna() & counted["name"].isin(with_v0), "name"])

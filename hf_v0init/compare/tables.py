@@ -16,7 +16,6 @@ from .results import Comparison
 from .statistics import Interval, compute_paired_interval, compute_steps_to_loss
 from .summary import Condition
 
-FEW_TRIALS = (1, 2, 4, 8, 16, 32)
 ABSENT = "–"
 
 
@@ -66,11 +65,11 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def make_confirmed_table(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
     """Make the table of the confirmed settings: a row for each family of each condition, best first."""
-    confirmed, rows = comparison.runs[comparison.runs["stage"] == files.CONFIRM], []
+    confirmed, rows = comparison.runs[comparison.runs["stage"] == files.CONFIRM].groupby(["condition", "family"]), []
     for here in conditions:
         targets = here.losses.get(WARMUP, {})
         for family, losses in here.losses.items():
-            mine = confirmed[(confirmed["condition"] == here.name) & (confirmed["family"] == family)]
+            mine = confirmed.get_group((here.name, family))
             setting, rate = here.settings[family]
             interval = compute_paired_interval(losses, targets) if family != WARMUP else None
             row = {"condition": here.name, "family": family, "setting": setting, "lr": f"{rate:g}"}
@@ -120,12 +119,11 @@ def make_tuning_table(comparison: Comparison, conditions: Sequence[Condition]) -
     return make_table(rows)
 
 
-def make_rate_table(comparison: Comparison, conditions: Sequence[Condition]) -> pd.DataFrame:
+def make_rate_table(comparison: Comparison) -> pd.DataFrame:
     """Make the table of every setting of the first stage at each learning rate, best first, its best rate bold."""
     tuned, rows = comparison.get_counted(files.TUNE), []
-    sensitivities = {(here.name, setting): v for here in conditions for setting, v in here.sensitivities.items()}
     sign = -1.0 if comparison.greater_is_better else 1.0
-    for (condition, family, setting), group in tuned.groupby(["condition", "family", "setting"], sort=False):
+    for (_, family, setting), group in tuned.groupby(["condition", "family", "setting"], sort=False):
         by_rate = group.groupby("learning_rate")["scored_loss"]
         means = sign * by_rate.mean()
         best = means.idxmin() if means.notna().any() else None
@@ -133,7 +131,6 @@ def make_rate_table(comparison: Comparison, conditions: Sequence[Condition]) -> 
         for rate in sorted(set(tuned["learning_rate"])):
             cell = format_estimate(by_rate.get_group(rate)) if rate in means.index else ABSENT
             row[f"lr {rate:g}"] = f"**{cell}**" if rate == best else cell
-        row["sensitivity"] = format_number(sensitivities.get((condition, setting)))
         rows.append((math.inf if best is None else means[best], row))
     return make_table([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
@@ -143,12 +140,11 @@ def make_budget_table(conditions: Sequence[Condition]) -> pd.DataFrame:
     rows = []
     for here in conditions:
         for family, curve in here.budgets.items():
-            row = {"condition": here.name, "family": family, "trials": str(len(curve.expected))}
-            for k in FEW_TRIALS:
-                if k <= len(curve.expected):
-                    band = f" ({format_number(curve.low[k - 1])} to {format_number(curve.high[k - 1])})"
-                    row[f"best of {k}"] = format_number(curve.expected[k - 1])
-                    row[f"best of {k}"] += band if k < len(curve.expected) else ""
+            row = {"condition": here.name, "family": family, "trials": str(len(curve))}
+            for k in (1, 2, 4, 8, 16, 32):
+                if k <= len(curve):
+                    best, low, high = map(format_number, curve.iloc[k - 1])
+                    row[f"best of {k}"] = f"{best} ({low} to {high})" if k < len(curve) else best
             rows.append(row)
     return make_table(rows)
 

@@ -16,9 +16,10 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, make_call, wait_un
 from rich.console import Console
 
 from hf_v0init.compare.claims import lock_plan
-from hf_v0init.compare.cluster import SubmititExecutor, TrainRun
+from hf_v0init.compare.cluster import SubmititExecutor
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.progress import ProgressDisplay
+from hf_v0init.compare.session import TrainRun
 from hf_v0init.errors import InputError
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hf_v0init[cluster]'")
@@ -224,7 +225,7 @@ def test_what_slurm_refuses_and_where_there_is_none(comparison, cluster, monkeyp
 
     def make(plan=plan):
         display = ProgressDisplay(Console(file=io.StringIO()), 1)
-        return SubmititExecutor(plan, comparison.folder, comparison.config, display, "slurm")
+        return SubmititExecutor(plan, TrainRun(comparison.config, comparison.folder), display, "slurm")
 
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     with pytest.raises(InputError, match=r"slurm: the job was refused: .*invalid partition specified: gpu"):

@@ -128,6 +128,7 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     ended = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 1] and [err for _, err in ended] == [""] * 3
     assert sorted(comparison.read_states().values()) == ["failed", "finished", "finished"]
+    assert all("[1/1] " in out and " 0 runs" not in out for out, _ in ended)
     assert not (comparison.folder / "report.html").exists()
     assert subprocess.run(program, capture_output=True, text=True).stdout.splitlines() == [lines[3]]
     assert len(comparison.read_journal()) == 3
@@ -299,7 +300,7 @@ def test_a_terminal_sees_runs_steps_and_losses_and_until_when(comparison):
         pass
     with ProgressDisplay(console, 1) as display:
         display.begin_stage(plan, plan.runs)
-        LocalExecutor(plan, comparison.folder, 1, display).run(plan, plan.runs)
+        LocalExecutor(comparison.folder, 1, display).run(plan, plan.runs)
     shown = console.file.getvalue()
     for words in ("Stage 1 of 2, tune: 2 runs; then at most 1 chosen settings on 2 fresh seeds, 2 runs.", "no-warmup_lr0.001_seed42",
         "step 10, train –, val. 4.000", "0 of 2 over, 1 waiting", "[2/2] no-warmup_lr0.01_seed42"):  # fmt: skip

@@ -1,6 +1,5 @@
 """The runs of a comparison: started in order, some at a time, judged by what they leave, not repeated."""
 
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_cal
 from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.outcome import LossTrace, find_error_line, judge_output
+from hf_v0init.compare.process import LossTrace, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
@@ -54,9 +53,7 @@ def test_runs_go_in_order_and_leave_what_they_were_made_with(comparison):
     assert {f"--output_dir={folder}/output", "--v0_record_run=true", "--v0_scale=100.0", "--seed=2"} <= set(
         record["command"]
     )
-    assert (
-        record["host"] == platform.node() and record["script_hash"] == hashlib.sha256(FAKE_SCRIPT.encode()).hexdigest()
-    )
+    assert record["host"] == platform.node()
     assert record["versions"]["torch"] and record["hardware"]["cores"] == os.cpu_count() and record["seconds"] > 0
     assert (folder / "log.txt").read_text() == "done\n" and "pid" not in record
 
@@ -266,17 +263,6 @@ def test_a_run_that_was_cut_off_goes_on_from_its_newest_whole_checkpoint_if_aske
     assert record["state"] == "finished" and record["resumed_from"] == ["checkpoint-20"] and record["seconds"] > 1000.0
     assert (folder / "log.txt").read_text() == "before\ndone\n" and newest.exists()
     assert "resume_from_checkpoint" not in record["arguments"]
-
-
-def test_a_script_file_that_has_changed_between_runs_is_noticed_by_its_hash(comparison):
-    comparison.write(behave("plain", "good")).run()
-    comparison.write(behave("plain", "good", "other"))
-    assert comparison.run().warnings == []
-    comparison.write(behave("plain", "good", "other", "fourth"))
-    (comparison.root / "fake.py").write_text(FAKE_SCRIPT + "# another\n")
-    (warning,) = comparison.run().warnings
-    assert "fake.py has changed since 3 of the runs were made" in warning
-    assert f"delete their folders in {comparison.folder}/runs" in warning
 
 
 def test_a_run_with_nothing_to_go_on_from_starts_anew(comparison):

@@ -34,7 +34,7 @@ def outcome_of(none=4.0, warmup=3.0, v0=3.0):
 @pytest.fixture(autouse=True)
 def without_figures(request, monkeypatch):
     if "figures" not in request.node.name:
-        monkeypatch.setattr("hf_v0init.compare.report.draw_figures", lambda *given: {})
+        monkeypatch.setattr("hf_v0init.compare.report.draw_figures", lambda *given: [])
 
 
 def conclude(folder) -> str:
@@ -181,14 +181,6 @@ def test_runs_that_did_not_begin_alike_come_before_the_conclusion(tmp_path):
     text = (folder / "report.md").read_text()
     assert text.index("## Runs that did not begin alike") < text.index("## Conclusion")
     assert '<section class="alarm">' in (folder / "report.html").read_text()
-
-
-def test_published_numbers_are_shown_with_their_source(tmp_path):
-    folder = write_grid(tmp_path, outcome_of(), published=["table_12"], small=True)
-    write_report(folder)
-    text = (folder / "report.md").read_text()
-    assert "## The paper's Table 12" in text and "| without warmup | <10 | 31.53 | 30.74 |" in text
-    assert "Abuduweili & Liu" in text and "at small scale they are not comparable" in text
 
 
 def test_text_of_the_user_is_shown_and_not_run(tmp_path):

@@ -130,7 +130,7 @@ class Comparison:
         require_usable_folder(self.folder)
         self.last = recorder
         with mock.patch("hf_v0init.compare.executor.POLL_SECONDS", poll_seconds):
-            executor = LocalExecutor(plan, self.folder, jobs, recorder, devices, resume)
+            executor = LocalExecutor(self.folder, jobs, recorder, devices, resume)
             train_stages(plan, self.folder, executor, retry_failed)
         return recorder
 

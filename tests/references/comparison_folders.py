@@ -51,7 +51,6 @@ def write_plan(folder: Path, entries: Sequence[dict], **changes) -> Path:
         "greater_is_better": False,
         "confirm_seeds": [],
         "test_metrics": ["predict_bleu"],
-        "published": [],
         "prune": None,
     }
     plan |= {"margin": 0.01, "margin_is_relative": True, "arguments": {"max_steps": 400}, "runs": list(entries)}

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, start, to_argv  # noqa: F401
 
-from hf_v0init.compare.outcome import judge_output
+from hf_v0init.compare.process import judge_output
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
