@@ -134,10 +134,10 @@ class RunProcess:
 
     def _judge(self, status: int, metric: str) -> tuple[str, str | None]:
         """Return state and reason at the end."""
+        if self.stop_as:  # also where its script ends well on SIGINT, before it is through
+            return self.stop_as
         if status == 0:
             return judge_output(self.output, metric)
-        if self.stop_as:
-            return self.stop_as
         if self.trace.not_finite:
             return files.DIVERGED, self.trace.not_finite
         if -status in STOPPING_SIGNALS:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import Done, run_command as run_in_process
-from comparison_fakes import Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
+from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
 from rich.console import Console
 
 from hf_v0init.compare import claims as claims_module, executor as executor_module
@@ -159,7 +159,12 @@ def test_a_refused_first_run_is_the_command_s_error(comparison):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_the_runs_says_how_to_go_on_and_the_same_call_goes_on(comparison, number):
+@pytest.mark.parametrize("ends_well", [False, True])
+def test_ctrl_c_stops_the_runs_says_how_to_go_on_and_the_same_call_goes_on(comparison, number, ends_well):
+    if ends_well:  # a script that answers SIGINT with exit status 0
+        script = comparison.root / "fake.py"
+        answer = "signal.signal(signal.SIGINT, lambda *_: os._exit(0))\n"
+        script.write_text(FAKE_SCRIPT.replace("flags = dict(", answer + "flags = dict(", 1))
     comparison.write([{"behaviour": ["plain", "hang_once", "good"]}])
     process = start_command(comparison)
     wait_until(lambda: count_ready(comparison) == 1)
