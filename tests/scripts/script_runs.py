@@ -3,8 +3,6 @@
 import importlib
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,20 +13,18 @@ from transformers.utils import logging as transformers_logging
 from hf_v0init.cli.scripts import SCRIPTS
 from hf_v0init.tasks.script_support import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SMALL_RUN = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "seed": 3}
 
 
 @pytest.fixture(autouse=True)
 def quiet_logging():
     """A script rebuilds the logging of its process; a test process goes on afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, ours = logging.getLogger(), logging.getLogger("hf_v0init")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
     yield
     root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("hf_v0init").setLevel(logging.NOTSET)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
     transformers_logging.set_verbosity_warning()
     datasets.enable_progress_bars()
 
@@ -63,9 +59,3 @@ def refuse(script, argv: list[str], words: list[str], capsys, monkeypatch) -> st
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert all(word in said for word in words), said
     return said
-
-
-def start(*command, **environment) -> subprocess.CompletedProcess:
-    """Start python with these words; more than `os.environ` as given."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)

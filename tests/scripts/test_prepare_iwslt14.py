@@ -9,7 +9,7 @@ import prepare_iwslt14
 import pytest
 import typer
 import yaml
-from script_runs import ROOT, start
+from processes import ROOT, start
 from typer.testing import CliRunner
 
 from hf_v0init.errors import InputError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import make_gpt2
 from image_sets import write_image, write_image_folder
-from script_runs import ROOT, load_script, quiet_logging, refuse, start  # noqa: F401
+from processes import ROOT, start
+from script_runs import load_script, quiet_logging, refuse  # noqa: F401
 from transformers import NllbTokenizer, ViTConfig, ViTForImageClassification
 
 from hf_v0init.cli.scripts import SCRIPTS

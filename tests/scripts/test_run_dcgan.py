@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, read_results, start, to_argv  # noqa: F401
+from script_runs import load_script, quiet_logging, read_results, to_argv  # noqa: F401
 
 from hf_v0init.compare.outcome import judge_output
 from hf_v0init.errors import InputError

@@ -11,8 +11,9 @@ import torch
 import yaml
 from image_sets import CLASSES, write_image_folder
 from PIL import Image
+from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import ROOT, SMALL_RUN, TORCHRUN, load_script, quiet_logging, read_results, start, to_argv  # noqa: F401
+from script_runs import SMALL_RUN, load_script, quiet_logging, read_results, to_argv  # noqa: F401
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 

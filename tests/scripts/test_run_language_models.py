@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from loopback_hub import LoopbackHub
+from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import ROOT, SMALL_RUN, TORCHRUN, load_script, quiet_logging, read_results, start, to_argv  # noqa: F401
+from script_runs import SMALL_RUN, load_script, quiet_logging, read_results, to_argv  # noqa: F401
 from test_awd_lstm import compute_loss_slowly, run_slowly
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 

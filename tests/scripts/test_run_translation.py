@@ -15,8 +15,9 @@ import yaml
 from huggingface_hub import RepoCard
 from loopback_hub import LoopbackHub
 from multilingual_models import make_mbart, make_mbart50, make_nllb
+from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
+from script_runs import load_script, quiet_logging, read_results, refuse, to_argv  # noqa: F401
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_v0init.errors import InputError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_runs import start
+from processes import start
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification

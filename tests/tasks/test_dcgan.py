@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from script_runs import ROOT, TORCHRUN, start
+from processes import ROOT, TORCHRUN, start
 from torch import nn
 from trainers import call_before_update
 

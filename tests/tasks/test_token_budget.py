@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
-from script_runs import ROOT, TORCHRUN, start
+from processes import ROOT, TORCHRUN, start
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from translation_models import make_marian
