@@ -97,14 +97,6 @@ def test_connectivity_of_two_runs_along_training(folder, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_and_itself_have_no_barrier(folder, tmp_path):
-    checkpoint = folder / "one" / "checkpoint-5"
-    flags = ["--file", folder / "text.txt", "--num_points", "3", "--json", tmp_path / "c.json"]
-    assert run("connectivity", checkpoint, checkpoint, *flags).returncode == 0
-    (row,) = json.loads((tmp_path / "c.json").read_text())
-    assert row["barrier"] == pytest.approx(0.0, abs=1e-6)
-
-
 def test_landscape_of_a_translation_model(folder, tmp_path):
     flags = ["--file", folder / "pairs.tsv", "--num_points", "3", "--radius", "1", "--json", tmp_path / "x.json"]
     done = run("landscape", folder / "translation", *flags)

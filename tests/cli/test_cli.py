@@ -57,17 +57,11 @@ def test_known_washout_steps():
     assert re.search(r"0\.9 │\s+83 ", run_explain("--v0_decay", "beta2", "--adam_beta2", "0.98").stdout)
 
 
-def test_warmup_steps_choose_the_scale():
+def test_decay_steps_choose_the_scale():
     done = run_explain("--v0_decay", "beta2", "--v0_decay_steps", "400", "--adam_beta2", "0.98")
     assert re.search(r"0\.9 │\s+400 ", done.stdout)
     expected = (1 / 0.81 - 1) * (0.98**-400 - 1)
     assert float(re.search(r"v0_scale ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_warmup_steps_below_one_are_a_share_of_the_run():
-    share = run_explain("--v0_decay_steps", "0.4", "--adam_beta2", "0.98", "--max_steps", "1000")
-    assert share.stdout == run_explain("--v0_decay_steps", "400", "--adam_beta2", "0.98", "--max_steps", "1000").stdout
-    assert "v0_decay_steps 400" in share.stdout
 
 
 @pytest.mark.parametrize("steps", ["400", "0.4"])
@@ -75,7 +69,7 @@ def test_the_linear_decay_is_a_linear_factor(steps):
     done = run_explain("--v0_decay_steps", steps, "--max_steps", "1000")
     printed = {int(step.removesuffix(" (end)").replace(",", "")): float(m) for step, m in read_tables(done.stdout)}
     assert printed == pytest.approx({t: min(1.0, t / 400) for t in (1, 10, 100, 200, 400, 1000)}, abs=6e-5)
-    assert "Warning" not in done.stdout
+    assert "Warning" not in done.stdout and "v0_decay_steps 400" in done.stdout
     assert "Warning" in run_explain("--v0_decay_steps", "1000", "--max_steps", "1000").stdout
 
 
@@ -90,9 +84,6 @@ def test_similar_linear_warmup_takes_away_the_same_steps():
     # A sum over steps is the integral up to half a step at the start.
     lost = sum(1.0 - multiplier(step, 10.0, 0.99) for step in range(1, 5000)) + 0.5
     assert length / 2 == pytest.approx(lost, abs=1.0)
-
-
-def test_a_similar_warmup_longer_than_the_run_is_said_to_be():
     text = " ".join(run_explain("--v0_scale", "10", "--max_steps", "600").stdout.split())
     assert "a linear warmup over 1,709 steps, longer than the run of 600" in text
 
@@ -122,11 +113,9 @@ def test_zeros_has_nothing_to_wash_out():
     assert done.returncode == 0 and "m(t) = 1 at every step" in done.stdout and "Warning" not in done.stdout
 
 
-HEAVY_FREE = [["explain", "--v0_decay_steps", "9"], [], ["--version"], ["explain", "--help"], ["saddle"]]
-HEAVY_FREE += [[name, "--help"] for name in ("saddle", "linear-loss", "landscape", "connectivity")]
-
-
-@pytest.mark.parametrize("flags", HEAVY_FREE, ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["explain", "--v0_decay_steps", "9"], ["saddle"], ["landscape", "--help"]], ids=" ".join
+)
 def test_imports_neither_torch_nor_transformers_nor_matplotlib(flags):
     assert_light_imports(*flags)
 
@@ -154,7 +143,7 @@ def test_bad_input_is_one_line_and_exit_2(flags, named):
 
 
 def test_bad_input_in_a_process_has_no_traceback():
-    command = [sys.executable, "-m", "hf_v0init.cli.main", "explain", "--v0_scale", "nan"]
+    command = [sys.executable, "-m", "hf_v0init", "explain", "--v0_scale", "nan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
@@ -176,8 +165,3 @@ def test_the_environment_names_what_decides_the_numbers():
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in done.stdout.splitlines())
     assert done.returncode == 0 and lines["hf_v0init"] == hf_v0init.__version__
     assert lines["torch"] == importlib.metadata.version("torch") and "Python" in lines and lines["devices"]
-
-
-def test_python_dash_m_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "hf_v0init", "--version"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, f"hf_v0init {hf_v0init.__version__}\n")

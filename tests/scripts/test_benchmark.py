@@ -1,22 +1,13 @@
 """The benchmark's own arithmetic, its record, and the rows that are counts and not times."""
 
-import importlib.util
+import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.measuring import (
-    MET,
-    MISSED,
-    PRINTED,
-    SKIPPED,
-    Row,
-    measure_memory,
-    measure_pairs,
-    measure_times,
-)
+from benchmarks.measuring import MET, MISSED, PRINTED, SKIPPED, Row, measure_memory, measure_pairs, measure_times
 from benchmarks.record import RECORD_PATH, compose_record, find_worse, read_record, read_rows, write_record
 
 from hf_v0init.errors import InputError
@@ -45,15 +36,11 @@ class Clock:
         return run
 
 
-def test_pairs_are_interleaved_after_a_warm_up_and_change_their_order():
+def test_pairs_are_interleaved_after_a_warm_up_change_their_order_and_may_measure_themselves():
     clock = Clock()
     ratios = measure_pairs(clock.taking("ours", 3.0), clock.taking("theirs", 2.0), 3, clock)
     assert ratios == [1.5, 1.5, 1.5]
     assert clock.calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs", "theirs", "ours"]
-
-
-def test_a_function_may_measure_itself():
-    clock = Clock()
     times = measure_times([lambda: 5.0, clock.taking("b", 2.0), lambda: 0.25], 2, clock)
     assert times == [[5.0, 2.0, 0.25]] * 2
 
@@ -89,7 +76,13 @@ def test_memory_counts_what_is_alive_at_once_and_inside_kernels():
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
-    rows = [row([1.0, 1.25], figures={"x": 2.0}), row([0.5], aim=None, name="b", at_least=True), row([], name="c")]
+    edge = row([1.03503, 1.03497, 1.0352], aim=1.03, name="edge")  # its median rounds to the aim
+    rows = [
+        row([1.0, 1.25], figures={"x": 2.0}),
+        row([0.5], aim=None, name="b", at_least=True),
+        row([], name="c"),
+        edge,
+    ]
     path = tmp_path / "deep" / "record.json"
     write_record(compose_record(rows, "benchmark --quick", True, 12.34), path)
     record = read_record(path)
@@ -97,24 +90,14 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert record["rows"][0]["median"] == 1.125 and record["rows"][0]["quartiles"] == [1.062, 1.188]
     assert record["rows"][2]["median"] is None and record["rows"][2]["verdict"] == SKIPPED
     assert record["hardware"]["cores"] >= 1 and "torch" in record["versions"]
-    assert read_rows(record) == rows
-
-
-def test_a_row_on_the_edge_of_its_aim_comes_back_with_its_verdict(tmp_path):
-    path, edge = tmp_path / "record.json", row([1.03503, 1.03497, 1.0352], aim=1.03)
-    write_record(compose_record([edge], "benchmark", True, 1.0), path)
-    (back,) = read_rows(read_record(path))
-    assert (back.ratios, back.verdict) == (edge.ratios, edge.verdict)
-    assert read_record(path)["rows"][0]["verdict"] == edge.verdict
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": 3}'])
-def test_a_record_that_is_none_is_refused(tmp_path, text):
-    path = tmp_path / "record.json"
-    if text is not None:
+    back = read_rows(record)
+    assert back == rows and back[3].verdict == edge.verdict == record["rows"][3]["verdict"]
+    for text in ("{", "[]", '{"rows": 3}'):
         path.write_text(text)
+        with pytest.raises(InputError, match="--write_record makes"):
+            read_record(path)
     with pytest.raises(InputError, match="--write_record makes"):
-        read_record(path)
+        read_record(tmp_path / "none.json")
 
 
 def test_only_what_is_worse_beyond_noise_is_named():
@@ -159,24 +142,12 @@ def test_the_committed_record_has_every_row_and_says_why_a_miss_stays():
     assert stated == {one.name: one.verdict for one in rows}
 
 
-# ---- rows that are counts --------------------------------------------------------------------------------------------
-
-
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def script():
-    import sys
-
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return module
+    return importlib.import_module("benchmark")
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 import json
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
+from command_line import run_command
 from image_sets import write_image_folder
 from script_runs import quiet_logging  # noqa: F401
 
-from hf_v0init import InputError, compute_warmup_length
-from hf_v0init.cli import main as cli
+from hf_v0init import compute_warmup_length
 from hf_v0init.tasks import probing
-from hf_v0init.tasks.run import RunArguments
 
 COMMON = {"use_cpu": True, "seed": 1, "learning_rate": 0.004, "max_steps": 300, "v0_init": "data_driven"}
 
@@ -22,11 +20,11 @@ def write_config(folder: Path, task: str) -> Path:
     """A tiny run of one of the scripts, with an output folder that is in use."""
     lines = [f"{a} cat {b} the mat" for a in ("the", "a", "one", "my") for b in ("on", "under", "sees", "hears")]
     flags = dict(COMMON, output_dir=str(folder / "in_use"))
-    if task == "run_clm":
+    if task == "clm":
         (folder / "train.txt").write_text("\n".join(lines * 8))
         flags |= {"train_file": str(folder / "train.txt"), "model_type": "gpt2", "tokenizer_kind": "word"}
         flags |= {"config_overrides": "n_layer=2,n_embd=16,n_head=2,n_positions=16", "block_size": 16}
-    elif task == "run_translation":
+    elif task == "translate":
         (folder / "train.tsv").write_text("".join(f"{line}\t{line[::-1]}\n" for line in lines * 4))
         flags |= {"train_file": str(folder / "train.tsv"), "config_name": "post_norm", "max_source_length": 32}
         flags |= {"vocab_size": 280, "max_target_length": 32, "warmup_steps": 7}
@@ -43,39 +41,22 @@ def write_config(folder: Path, task: str) -> Path:
     return config
 
 
-COMMANDS = {"run_clm": "clm", "run_translation": "translate", "run_image_classification": "images"}
-
-
-def run_probe(capsys, task, *words) -> str:
-    """Run `hf-v0init TASK ... --probe_only` in this process; return what it printed."""
-    argv = ["hf-v0init", COMMANDS[task], *map(str, words), "--probe_only"]
-    with mock.patch("sys.argv", argv), pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("task", ["run_clm", "run_translation", "run_image_classification"])
-def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("task", ["clm", "translate", "images"])
+def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, monkeypatch):
     config, measured = write_config(tmp_path, task), []
     before = sorted(tmp_path.rglob("*"))
     measure = probing.measure_run
     monkeypatch.setattr(probing, "measure_run", lambda *args: measured.append(measure(*args)) or measured[-1])
     monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
-    output = run_probe(capsys, task, config, "--learning_rate", "0.002", "--probe_figure", tmp_path / "curve.svg")
+    flags = ["--learning_rate", "0.002", "--probe_only", "--probe_figure", tmp_path / "curve.svg"]
+    done = run_command(task, config, *flags)
+    assert not done.returncode
     ((radius, _),) = measured
-    printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", output))
+    printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", done.stdout))
     assert {float(d): float(rho) for d, rho in printed.items()} == {
         float(f"{d:.3g}"): float(f"{rho:.3f}") for d, rho in zip(radius.displacements, radius.rho, strict=True)
     }
-    assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
-    assert f"--warmup_steps {compute_warmup_length(0.002 / radius.d50, 300)}" in output
+    assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in done.stdout
+    assert f"--warmup_steps {compute_warmup_length(0.002 / radius.d50, 300)}" in done.stdout
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "curve.svg"])
     assert "rho" in (tmp_path / "curve.svg").read_text()
-
-
-def test_a_figure_without_a_probe_is_refused():
-    with pytest.raises(InputError, match="--probe_only; add it"):
-        RunArguments(probe_figure="curve.png")
-    with pytest.raises(InputError, match="the extension must be one of"):
-        RunArguments(probe_only=True, probe_figure="curve.txt")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from script_runs import quiet_logging  # noqa: F401
 from transformers import TrainingArguments
 
 from hf_v0init.errors import InputError
@@ -85,7 +86,6 @@ def test_a_required_flag_may_come_from_the_file(config):
     ("file_text", "argv", "expected"),
     [
         (None, ["--stepz", "3"], ["--stepz"]),
-        (None, ["--ste", "3"], ["--ste"]),
         (None, ["--steps", "many"], ["--steps", "'many'", "int"]),
         (None, ["--steps"], ["--steps", "expected one argument"]),
         (None, ["--mode", "firm"], ["--mode", "'firm'", "soft", "hard"]),
@@ -97,9 +97,7 @@ def test_a_required_flag_may_come_from_the_file(config):
         ("setps: 3", [], ["setps"]),
         ("steps: 2.5", [], ["--steps", "'2.5'"]),
         ("steps: [1, 2]", [], ["2"]),
-        ("sizes: [one]", [], ["--sizes", "'one'"]),
         ("mode: firm", [], ["--mode", "'firm'"]),
-        ("- steps", [], ["must be a mapping"]),
         ("", [], ["must be a mapping"]),
         ("a: [1", [], ["flags.yaml", "line"]),
     ],
@@ -139,13 +137,6 @@ def test_missing_required_flag_and_not_utf8(config, tmp_path):
         parse_toy(str(tmp_path / "latin.yaml"))
 
 
-def test_help_prints_the_flags_and_exits_with_0(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_toy("--help")
-    assert caught.value.code == 0
-    assert "--rate" in capsys.readouterr().out
-
-
 def test_processes_that_are_not_joined_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     script_support._require_joined_processes(SimpleNamespace(world_size=2))
@@ -182,8 +173,6 @@ def test_bad_input_and_interruption_end_with_one_line(monkeypatch, capsys, raise
 
 
 def test_defects_keep_their_traceback_and_success_returns(monkeypatch):
-    with pytest.raises(ZeroDivisionError):
-        run_with(monkeypatch, ZeroDivisionError())
     with pytest.raises(ValueError, match="a defect"):
         run_with(monkeypatch, ValueError("a defect"))
     assert run_with(monkeypatch, None) is None
@@ -214,22 +203,20 @@ def make_checkpoint(folder):
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": int(folder.name.split("-")[1])}))
 
 
-def test_a_new_output_folder_is_checked_but_not_created(tmp_path):
-    require_writable_output(tmp_path / "a" / "b", overwrite=False)
-    assert list(tmp_path.iterdir()) == []
+def test_output_folders_are_checked_and_not_created(tmp_path):
     (tmp_path / "empty").mkdir()
-    require_writable_output(tmp_path / "empty", overwrite=False)
-
-
-def test_output_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        require_writable_output(tmp_path / "file", overwrite=True)
-    with pytest.raises(InputError, match=r"not empty.*--overwrite_output_dir"):
-        require_writable_output(tmp_path, overwrite=False)
+    for name in ("a/b", "empty"):
+        require_writable_output(tmp_path / name, overwrite=False)
     require_writable_output(tmp_path, overwrite=True)
-    with pytest.raises(InputError, match="cannot be written"):
-        require_writable_output(tmp_path / "file" / "below", overwrite=False)
+    for name, overwrite, words in (
+        ("file", True, "cannot be written"),
+        ("file/below", False, "cannot be written"),
+        (".", False, r"not empty.*--overwrite_output_dir"),
+    ):
+        with pytest.raises(InputError, match=words):
+            require_writable_output(tmp_path / name, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_which_checkpoint_a_run_continues_from(tmp_path):
@@ -247,8 +234,13 @@ def test_which_checkpoint_a_run_continues_from(tmp_path):
     assert find_checkpoint_to_resume(make_arguments(folder, first), overwrite=False) == first
     with pytest.raises(InputError, match="no folder nowhere"):
         find_checkpoint_to_resume(make_arguments(folder, "nowhere"), overwrite=False)
-    # a checkpoint from elsewhere, into a folder of its own
-    assert find_checkpoint_to_resume(make_arguments(tmp_path / "other", first), overwrite=False) == first
+    # a checkpoint from elsewhere, into a folder of its own, but not beside files of others
+    other = tmp_path / "other"
+    assert find_checkpoint_to_resume(make_arguments(other, first), overwrite=False) == first
+    other.mkdir()
+    (other / "model.safetensors").write_text("precious")
+    with pytest.raises(InputError, match="not empty"):
+        find_checkpoint_to_resume(make_arguments(other), overwrite=False)
 
 
 def test_broken_checkpoints_are_passed_over_and_named(tmp_path, caplog):
@@ -269,25 +261,14 @@ def test_broken_checkpoints_are_passed_over_and_named(tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
 
 
-def test_files_without_a_checkpoint_are_not_overwritten(tmp_path):
-    (tmp_path / "model.safetensors").write_text("precious")
-    with pytest.raises(InputError, match="not empty"):
-        find_checkpoint_to_resume(make_arguments(tmp_path), overwrite=False)
-
-
 @pytest.mark.parametrize("with_checkpoints", [False, True])
 def test_what_a_new_training_makes_untrue_is_removed_and_nothing_else(tmp_path, with_checkpoints):
     for name in ("checkpoint-5", "checkpoint-10", "checkpoint-best", "runs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    stale = [
-        "all_results.json",
-        "eval_results.json",
-        "generated_predictions.txt",
-        "v0_init.json",
-        "README.md",
-        "trainer_state.json",
-    ]
+    stale = (
+        "all_results.json eval_results.json generated_predictions.txt v0_init.json README.md trainer_state.json".split()
+    )
     kept = ["checkpoint-7", "notes.txt", "model.safetensors", "run_log.jsonl"]
     for name in [*stale, *kept]:
         (tmp_path / name).write_text("")
@@ -298,26 +279,17 @@ def test_what_a_new_training_makes_untrue_is_removed_and_nothing_else(tmp_path, 
 
 
 def test_logging_goes_to_stdout_at_the_level_asked_for(capsys, tmp_path):
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-        start_logging(arguments)
-        logging.getLogger("hf_v0init").info("seen")
-        logging.getLogger("transformers.toy").warning("seen too")
-        logging.getLogger("transformers.toy").info("hidden")
-        arguments.log_level = "error"
-        start_logging(arguments)
-        logging.getLogger("hf_v0init").warning("hidden")
-        arguments.log_level = "info"
-        start_logging(arguments)
-        logging.getLogger("transformers.toy").info("asked for")
-        out, err = capsys.readouterr()
-        assert "seen" in out and "seen too" in out and "asked for" in out and "hidden" not in out
-        assert err == ""
-    finally:
-        from transformers.utils import logging as transformers_logging
-
-        root.handlers[:], root.level = before
-        logging.getLogger("hf_v0init").setLevel(logging.NOTSET)
-        transformers_logging.set_verbosity_warning()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    start_logging(arguments)
+    logging.getLogger("hf_v0init").info("seen")
+    logging.getLogger("transformers.toy").warning("seen too")
+    logging.getLogger("transformers.toy").info("hidden")
+    arguments.log_level = "error"
+    start_logging(arguments)
+    logging.getLogger("hf_v0init").warning("hidden")
+    arguments.log_level = "info"
+    start_logging(arguments)
+    logging.getLogger("transformers.toy").info("asked for")
+    out, err = capsys.readouterr()
+    assert "seen" in out and "seen too" in out and "asked for" in out and "hidden" not in out
+    assert err == ""

@@ -1,25 +1,48 @@
-"""The average of checkpoints: numbers, dtypes, shards, and settings that cannot leave enough of them."""
+"""Checkpoints are loaded whole; their average: numbers, dtypes, shards, and settings that cannot leave enough of them."""
 
 import contextlib
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    TrainingArguments,
+)
 from translation_models import make_marian
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
+from hf_v0init.tasks.whole_weights import load_whole_weights, read_whole_weights
 
-VIT = {
-    "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 16,
-}  # fmt: skip
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16}
+EXPERTS = {**TEXT, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
+DINO = {name: value for name, value in SIZES.items() if name != "intermediate_size"} | IMAGES
+SWIN = IMAGES | {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+# families that transformers saves under other names than their modules have
+FAMILIES = {
+    "vit": (AutoModelForImageClassification, {**SIZES, **IMAGES}),
+    "beit": (AutoModelForImageClassification, {**SIZES, **IMAGES}),
+    "dinov2": (AutoModelForImageClassification, DINO),
+    "dinov2_with_registers": (AutoModelForImageClassification, DINO),
+    "swin": (AutoModelForImageClassification, SWIN),
+    "esm": (AutoModelForMaskedLM, {**TEXT, "pad_token_id": 1, "mask_token_id": 2}),
+    "gpt_neox": (AutoModelForCausalLM, TEXT),
+    "mixtral": (AutoModelForCausalLM, {**TEXT, "num_key_value_heads": 2, "num_local_experts": 2}),
+    "qwen2_moe": (AutoModelForCausalLM, {**EXPERTS, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}),
+    "qwen3_moe": (AutoModelForCausalLM, {**EXPERTS, "moe_intermediate_size": 8}),
+    "olmoe": (AutoModelForCausalLM, EXPERTS),
+}
 RESNET = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
 
 
 def write_checkpoint(folder, **tensors):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -44,7 +67,7 @@ def test_the_mean_is_of_float64_and_shards_give_the_same(tmp_path):
 
 
 def test_a_family_that_is_saved_under_other_names_is_averaged_whole_and_counters_are_the_last(tmp_path):
-    make = {"vit": VIT, "resnet": RESNET}
+    make = {"vit": {**SIZES, **IMAGES}, "resnet": RESNET}
     for kind, settings in make.items():
         models = [AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings)) for _ in range(2)]
         for i, model in enumerate(models):
@@ -56,6 +79,26 @@ def test_a_family_that_is_saved_under_other_names_is_averaged_whole_and_counters
         for name, tensor in models[1].state_dict().items():
             expected = tensor if not tensor.is_floating_point() else (tensor + models[0].state_dict()[name]) / 2
             assert torch.allclose(average[name], expected), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_are_saved_under_other_names_are_loaded_whole(family, tmp_path):
+    auto_class, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    saved, other = (auto_class.from_config(AutoConfig.for_model(family, **settings)) for _ in range(2))
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert set(tensors) - set(saved.state_dict()), "saved under the modules' names: needs no test"
+    before = torch.get_rng_state()
+    load_whole_weights(other, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+    first = sorted(tensors)[0]
+    write_checkpoint(tmp_path, **{name: tensor for name, tensor in tensors.items() if name != first})
+    with pytest.raises(InputError, match=f"{tmp_path}: (is no checkpoint|its weights cannot be loaded)"):
+        read_whole_weights(other, tmp_path)
 
 
 def test_checkpoints_that_do_not_match_are_refused(tmp_path):

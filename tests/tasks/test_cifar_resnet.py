@@ -1,31 +1,17 @@
 """The ResNet for small images: its sizes, its weights, and that others can load it without this package."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "image_classification"
 SMALL = {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-
-
-def count_by_hand(stem: int, sizes: list[int], depths: list[int], classes: int, stem_kernel: int) -> int:
-    """Convolutions without bias, two numbers a channel of each normalization, a linear head."""
-    total, before = 3 * stem * stem_kernel**2 + 2 * stem, stem
-    for size, depth in zip(sizes, depths, strict=True):
-        for block in range(depth):
-            first = before if block == 0 else size
-            total += 9 * first * size + 9 * size * size + 4 * size
-            total += first * size + 2 * size if first != size else 0  # the projection of the shortcut
-        before = size
-    return total + before * classes + classes
 
 
 @pytest.mark.parametrize(
@@ -37,8 +23,6 @@ def test_the_papers_networks_have_their_known_sizes(name, classes, known):
     config = AutoConfig.for_model(**settings, num_labels=classes)
     with torch.device("meta"):
         network = AutoModelForImageClassification.from_config(config)
-    kernel = 3 if name.startswith("cifar") else 7
-    assert count_by_hand(64, settings["hidden_sizes"], settings["depths"], classes, kernel) == known
     assert network.num_parameters() == known
 
 
@@ -79,10 +63,6 @@ def test_it_is_loaded_without_this_package(saved, tmp_path):
         "assert 'hf_v0init' not in sys.modules\n"
         "print(m(pixel_values=x).logits.tolist())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = start("-c", code, HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-6)

@@ -74,9 +74,6 @@ def test_a_split_takes_its_share_of_each_class_and_is_the_same_every_time(images
     paths = [{row["image"]["path"] for row in part} for part in (train, validation)]
     assert len(paths[0] | paths[1]) == 18
     assert split_off_validation(images, 33)[1][:] == validation[:]
-
-
-def test_a_limit_takes_images_of_all_classes(images):
     some = choose_some(images, 9)
     assert len(some) == 9 and len(set(some["label"])) == 3
     assert choose_some(images, 18) is images and choose_some(images, None) is images
@@ -89,39 +86,15 @@ def test_classes_are_numbered_as_the_model_numbers_them(images):
         number_labels(images, ["ant", "bee"], "test")
 
 
-@pytest.mark.parametrize(
-    ("place", "words"),
-    [("no", ["no such folder"]), ("ant", ["has no images"]), ("..", ["has no images"])],
-    ids=["missing", "no classes", "splits taken for classes"],
-)
-def test_folders_without_classes_are_refused(folder, place, words):
-    with pytest.raises(InputError) as caught:
-        load_image_folder(folder / place, role="train")
-    assert all(word in str(caught.value) for word in ["--train_dir", *words]), caught.value
-
-
-def test_images_without_classes_are_taken_where_none_are_needed(folder):
-    images = load_image_folder(folder / "ant", role="train", needs_classes=False)
-    assert len(images) == 6 and "label" not in images.features
-
-
-def test_a_split_of_too_few_is_refused(images):
-    with pytest.raises(InputError, match="--validation_split_percentage=5"):
-        split_off_validation(images, 5)
-
-
 @pytest.mark.parametrize("flags", [{"label_column": "kind"}, {"image_column": "label"}, {"image_column": "no"}])
 def test_columns_that_cannot_be_used_are_refused(images, flags):
     rows = images.remove_columns("image") if flags == {"image_column": "label"} else images
     with pytest.raises(InputError, match=f"--{next(iter(flags))}"):
         select_images(rows, role="train", **flags)
-
-
-def test_unpublished_labels_are_refused(images):
-    rows = images.remove_columns("label")
-    rows = rows.add_column("label", [0, 1, -1] * 6, feature=datasets.ClassLabel(names=["a", "b"]))
+    names = datasets.ClassLabel(names=["a", "b"])
+    unpublished = images.remove_columns("label").add_column("label", [0, 1, -1] * 6, feature=names)
     with pytest.raises(InputError, match=r"test data .* \(-1\)"):
-        select_images(rows, role="test")
+        select_images(unpublished, role="test")
 
 
 # ---- formats
@@ -139,36 +112,17 @@ def test_mode_and_size_are_those_of_all_images_and_mean_and_std_by_hand(images):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "complaint", "remedy", "num_channels"),
-    [
-        (np.zeros((8, 12), np.uint8), r"zz\.png is 12x8, others are 8x8; give --image_size", {"image_size": 6}, 1),
-        (np.zeros((8, 8, 3), np.uint8), r"zz\.png is RGB, others are L; give --image_mode", {"image_mode": "RGB"}, 3),
-    ],
+    ("pixels", "remedy", "num_channels"),
+    [(np.zeros((8, 12), np.uint8), {"image_size": 6}, 1), (np.zeros((8, 8, 3), np.uint8), {"image_mode": "RGB"}, 3)],
 )
-def test_other_sizes_and_modes_are_refused_unless_a_conversion_is_asked_for(
-    folder, pixels, complaint, remedy, num_channels
-):
+def test_other_sizes_and_modes_are_refused_unless_a_conversion_is_asked_for(folder, pixels, remedy, num_channels):
     write_image(folder / "cat" / "zz.png", pixels)
     images = load_image_folder(folder, role="train")
-    with pytest.raises(InputError, match=complaint):
+    with pytest.raises(InputError, match=f"zz.png .*--{next(iter(remedy))}"):
         ImageSamples(images, np.zeros(19), choose_format(images))
     found = choose_format(images, **remedy)
     shape = ImageSamples(images, np.zeros(19), found)[18]["pixel_values"].shape
     assert shape == (num_channels, *found.size) and found.num_channels == num_channels
-
-
-def test_transparent_images_need_a_mode(tmp_path):
-    images = load_image_folder(write_image_folder(tmp_path / "four", 2, channels=4), role="train")
-    with pytest.raises(InputError, match="is RGBA; give --image_mode"):
-        choose_format(images)
-
-
-@pytest.mark.parametrize("damage", ["text", "cut"])
-def test_a_broken_file_is_named_before_training(folder, damage):
-    path = folder / "bee" / "03.png"
-    path.write_bytes(b"no image" if damage == "text" else path.read_bytes()[:60])
-    with pytest.raises(InputError, match=str(path)):
-        choose_format(load_image_folder(folder, role="train"))
 
 
 def test_an_image_lying_on_its_side_is_turned(tmp_path):
@@ -297,38 +251,23 @@ def test_large_splits_are_decoded_when_needed_and_give_the_same(images, crop, mo
     assert torch.equal(read_all(kept), read_all(lazy))
 
 
-def test_evaluation_sees_the_images_as_they_are(images):
-    samples = make_samples(images, augmentation=Augmentation())
-    plain = samples.image_format.normalize(read_pixels(images, 4)[None])
-    assert np.array_equal(samples[4]["pixel_values"].numpy(), plain)
-    assert samples[4]["labels"] == 0 and samples[17]["labels"] == 2
-
-
 # ---- digits
 
 
 def test_digits_are_written_whole_and_by_seed(tmp_path):
-    load_digits = pytest.importorskip("sklearn.datasets").load_digits
-    counts = write_digits_folder(tmp_path / "a", seed=1)
-    assert counts == {"train": 1078, "validation": 359, "test": 360}
-    digits, found = load_digits(), {}
-    for split in counts:
-        images = load_image_folder(tmp_path / "a" / split, role="train")
-        assert images.features["label"].names == [str(digit) for digit in range(10)]
-        shares = np.bincount(images["label"]) / len(images)
-        assert np.abs(shares - np.bincount(digits.target) / 1797).max() < 0.003
-        for position, row in enumerate(images):
-            number = int(row["image"]["path"][-8:-4])
-            found[number] = row["label"]
-            if position % 50 == 0:
-                levels = read_pixels(images, position) / 255 * 16
-                assert np.abs(levels - digits.images[number]).max() <= 0.04  # rounding to one of 255 levels
+    digits, found = pytest.importorskip("sklearn.datasets").load_digits(), {}
+    assert write_digits_folder(tmp_path / "a", seed=1) == {"train": 1078, "validation": 359, "test": 360}
+    for path in (tmp_path / "a").glob("*/*/*.png"):
+        number = int(path.stem[-4:])
+        found[number] = int(path.parent.name)
+        if number % 50 == 0:
+            levels = np.asarray(Image.open(path)) / 255 * 16
+            assert np.abs(levels - digits.images[number]).max() <= 0.04  # rounding to one of 255 levels
     assert found == dict(enumerate(digits.target))
-    names = [sorted(p.name for p in (tmp_path / "a" / "test").rglob("*.png"))]
     for name, seed in (("b", 1), ("c", 2)):
         write_digits_folder(tmp_path / name, seed=seed, size=16)
-        names.append(sorted(p.name for p in (tmp_path / name / "test").rglob("*.png")))
-    assert names[0] == names[1] != names[2]
-    assert read_pixels(load_image_folder(tmp_path / "b" / "test", role="test"), 0).shape == (16, 16)
+    of_a, of_b, of_c = (sorted(path.name for path in (tmp_path / name / "test").rglob("*.png")) for name in "abc")
+    assert of_a == of_b != of_c
+    assert Image.open(next((tmp_path / "b").rglob("*.png"))).size == (16, 16)
     with pytest.raises(InputError, match="not an empty folder"):
         write_digits_folder(tmp_path / "a")

@@ -62,37 +62,12 @@ def make_labelled(num: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, labels
 
 
-def test_the_classifier_learns_is_the_same_in_every_run_and_leaves_random_states():
+def test_the_classifier_learns_and_its_distance_is_called_after_it_and_never_fid():
     pixels, labels = make_labelled()
-    before = torch.get_rng_state()
-    first = train_classifier(pixels, labels)
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(99)
-    second = train_classifier(pixels, labels)
-    assert torch.equal(first.classify(pixels).argmax(1), labels)
-    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(mine, theirs) and not mine.requires_grad
-    assert first(pixels[:5]).shape == (5, 64)
-
-
-def test_a_classifiers_distance_is_called_after_it_and_never_fid():
-    quality = ImageQuality(ClassifierFeatures((1, 8, 8), 10), make_labelled()[0])
-    assert (quality.title, quality.extractor.metric) == (
-        "Frechet distance (classifier)",
-        "frechet_distance_classifier",
-    )
-
-
-def test_one_class_is_refused():
-    pixels, labels = make_labelled(8)
-    with pytest.raises(InputError, match="two classes or more"):
-        train_classifier(pixels, labels * 0)
-
-
-def test_torchmetrics_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(InputError, match=r"pip install 'hf_v0init\[images\]'"):
-        ImageQuality(PixelFeatures(), make_pixels(5, 0))
+    assert torch.equal(train_classifier(pixels, labels).classify(pixels).argmax(1), labels)
+    quality = ImageQuality(ClassifierFeatures((1, 8, 8), 10), pixels)
+    assert quality.title == "Frechet distance (classifier)"
+    assert quality.extractor.metric == "frechet_distance_classifier"
 
 
 # ---- Inception -------------------------------------------------------------------------------------------------------
@@ -137,10 +112,11 @@ def test_missing_or_wrong_inception_weights_are_one_line(tmp_path, fake_torch_fi
         InceptionFeatures(path)
 
 
-def test_torch_fidelity_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(InputError, match=r"pip install 'hf_v0init\[fid\]', or use --feature_extractor classifier"):
-        InceptionFeatures()
+@pytest.mark.parametrize("module", ["torch_fidelity", "torchmetrics.image.fid"])
+def test_an_absent_package_is_one_line(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"pip install 'hf_v0init\[(fid|images)\]'"):
+        InceptionFeatures() if module == "torch_fidelity" else ImageQuality(PixelFeatures(), make_pixels(5, 0))
 
 
 @pytest.mark.slow

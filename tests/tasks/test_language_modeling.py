@@ -2,11 +2,9 @@
 
 import datasets
 import pytest
-import torch
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.language_modeling.samples import (
-    PaddingCollator,
     StreamedTokenWindows,
     TokenWindows,
     encode_prompts,
@@ -51,12 +49,8 @@ def test_every_token_is_a_target_exactly_once_in_order(length, first_token, stre
     assert all(window["input_ids"] == window["labels"] for window in windows)
 
 
-def test_windows_of_selected_and_shuffled_rows_follow_the_selection():
-    rows = make_rows().select([4, 0])
-    assert TokenWindows(rows, 10, [])[0]["input_ids"] == [16, 17, 5, 6, 7]
-
-
-def test_a_first_token_that_is_there_already_is_not_doubled():
+def test_windows_follow_a_selection_and_a_first_token_that_is_there_is_not_doubled():
+    assert TokenWindows(make_rows().select([4, 0]), 10, [])[0]["input_ids"] == [16, 17, 5, 6, 7]
     windows = TokenWindows(make_rows([[1, 5], [6]]), 10, [1])
     assert [windows[0]["input_ids"]] == [[1, 5, 6]]
     assert [w["input_ids"] for w in StreamedTokenWindows(make_rows([[], [1, 5], [6]]), 10, [1])] == [[1, 5, 6]]
@@ -69,9 +63,7 @@ def test_limits_and_bounds():
         with pytest.raises(InputError, match="no tokens"):
             TokenWindows(make_rows(rows), 4, [])
     assert list(StreamedTokenWindows(make_rows([[5]]), 4, [])) == []
-
-
-def test_a_stream_is_read_again_in_every_epoch():
+    # a stream is read again in every epoch
     stream = StreamedTokenWindows(make_rows().to_iterable_dataset(), 4, [1])
     assert list(stream) == list(stream) and len(list(stream)) == 5
 
@@ -87,15 +79,6 @@ def bpe():
 @pytest.fixture(scope="module")
 def words():
     return train_word_tokenizer(["ask me now", "tell you so"], 20)
-
-
-def test_texts_with_line_breaks_and_end_tokens(bpe, tmp_path):
-    rows = datasets.Dataset.from_dict({"text": ["the cat", "a dog"], "other": [1, 2]})
-    plain = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path))
-    assert plain.column_names == ["input_ids"]
-    assert [bpe.decode(ids) for ids in plain["input_ids"]] == ["the cat", "a dog"]
-    ended = tokenize_texts(rows, bpe, "text", text_suffix="\n", append_eos=True, cache_dir=str(tmp_path))
-    assert [bpe.decode(ids) for ids in ended["input_ids"]] == ["the cat\n</s>", "a dog\n</s>"]
 
 
 def test_tokenized_rows_are_found_again_by_content_tokenizer_and_options(bpe, words, tmp_path):
@@ -115,13 +98,6 @@ def test_tokenized_rows_are_found_again_by_content_tokenizer_and_options(bpe, wo
     before = first.stat().st_mtime_ns
     count_files(["the cat"])
     assert first.stat().st_mtime_ns == before
-
-
-def test_several_workers_give_the_same_rows(bpe, tmp_path):
-    rows = datasets.Dataset.from_dict({"text": [f"the cat {i}" for i in range(10)]})
-    one = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path / "one"))
-    two = tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path / "two"), num_proc=2)
-    assert one["input_ids"][:] == two["input_ids"][:]
 
 
 def complete(tokenizer, prompt, completion, max_length=100, prefix=""):
@@ -164,13 +140,3 @@ def test_rows_without_text_are_an_input_error(bpe, tmp_path, value):
 
 
 # ----------------------------------------------------------------------------------------------------- batches
-
-
-def test_batches_are_padded_at_the_right():
-    samples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = PaddingCollator(pad_token_id=0)(samples)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert PaddingCollator(None, length=5)(samples)["input_ids"].shape == (2, 5)

@@ -121,18 +121,14 @@ def test_a_stream_gives_the_same_samples(tokenize, pieces, line_by_line, mark_wo
             np.testing.assert_array_equal(sample[name], values)
 
 
-def test_frames(words, pieces):
-    assert Frame.of_tokenizer(words) == Frame([1], [2])
-    assert Frame.of_tokenizer(pieces) == Frame([2], [3])
-    assert Frame.of_tokenizer(train_bpe_tokenizer(TEXTS, 280, for_translation=False)) == Frame([], [])
-    assert Frame.of_tokenizer(train_bpe_tokenizer(TEXTS, 280, for_translation=False, for_masking=True)) == Frame(
-        [1], [2]
+def test_frames_and_words_of_tokenizers(words, pieces):
+    bpe, masking_bpe = (
+        train_bpe_tokenizer(TEXTS, 280, for_translation=False, for_masking=mask) for mask in (False, True)
     )
-
-
-def test_words_of_a_tokenizer():
+    frames = [Frame.of_tokenizer(tokenizer) for tokenizer in (words, pieces, bpe, masking_bpe)]
+    assert frames == [Frame([1], [2]), Frame([2], [3]), Frame([], []), Frame([1], [2])]
     assert find_word_starts([0, 0, 1, None, None, 2, 2]) == [True, False, True, True, True, True, False]
-    require_words(train_bpe_tokenizer(TEXTS, 280, for_translation=False, for_masking=True))
+    require_words(masking_bpe)
     undivided = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     undivided.pre_tokenizer = pre_tokenizers.Split("x", "isolated")
     with pytest.raises(InputError, match=r"whole line for one word.*--whole_word_mask"):

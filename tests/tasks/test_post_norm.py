@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig, MarianMTModel
 from translation_models import make_marian
 
-from hf_v0init.errors import InputError
-from hf_v0init.tasks.translation.post_norm import apply_xavier_initialization, build_post_norm_config
+from hf_v0init.tasks.translation.post_norm import build_post_norm_config
 
 PRESET = Path(__file__).parents[2] / "configs" / "translation" / "post_norm_transformer.json"
 
@@ -101,16 +100,6 @@ def test_the_papers_model():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
-def test_embeddings_are_one_tensor_and_stay_so_after_saving(tmp_path):
-    model = make_marian()
-    model.save_pretrained(tmp_path)
-    for network in (model, MarianMTModel.from_pretrained(tmp_path)):
-        shared = network.model.shared.weight
-        assert network.lm_head.weight is shared
-        assert network.model.encoder.embed_tokens.weight is shared
-        assert network.model.decoder.embed_tokens.weight is shared
-
-
 def test_xavier_initialisation_has_fairseqs_distributions():
     model = make_marian(vocab_size=400, d_model=64, ffn_dim=96)
     num_checked = 0
@@ -132,25 +121,3 @@ def test_xavier_initialisation_has_fairseqs_distributions():
             assert 0.98 * bound < parameter.abs().max().item() <= bound, name
             assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
     assert num_checked == sum(p.requires_grad for p in model.parameters())
-
-
-def test_xavier_initialisation_leaves_positions_and_buffers_and_follows_the_seed():
-    model = make_marian(seed=3)
-    positions = model.model.encoder.embed_positions.weight.clone()
-    model.final_logits_bias.fill_(2.0)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.manual_seed(3)
-    MarianMTModel(model.config)  # consumes what making a model consumes
-    apply_xavier_initialization(model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert torch.equal(model.model.encoder.embed_positions.weight, positions)
-    apply_xavier_initialization(model)
-    assert not torch.equal(model.model.shared.weight, before["model.shared.weight"])
-
-
-def test_bad_sizes_and_models_are_refused():
-    with pytest.raises(InputError, match=r"d_model=30: .*num_heads=4"):
-        build_post_norm_config(100, 0, 2, d_model=30, num_heads=4)
-    with pytest.raises(InputError, match="knows no Conv1d"):
-        apply_xavier_initialization(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1)))

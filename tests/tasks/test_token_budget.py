@@ -1,15 +1,13 @@
 """Token-budget batches: every sample once, within the budget, on any number of processes, across a resume."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
+from processes import ROOT, TORCHRUN, start
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from translation_models import make_marian
@@ -34,16 +32,19 @@ def compute_cost(batch, multiple: int = 1) -> int:
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("multiple", [None, 8])
-def test_every_sample_once_and_within_the_budget(num_processes, multiple):
+def test_every_sample_once_within_the_budget_and_in_equal_shards(num_processes, multiple):
     sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 256, num_processes=num_processes, pad_to_multiple_of=multiple)
     for epoch in range(3):
         batches = collect(sampler, epoch)
         assert sorted(i for batch in batches for i in batch) == list(range(501))
         assert max(compute_cost(batch, multiple or 1) for batch in batches) <= 256
-        assert len(batches) == len(sampler)
-        assert len(batches) % num_processes == 0
+        assert len(batches) == len(sampler) and len(batches) % num_processes == 0
     # samples of like length share a batch: padding costs little over each sample's longer side
     assert sum(map(compute_cost, batches)) < 1.15 * np.maximum(SOURCE, TARGET).sum()
+    # as accelerate deals them out
+    shards = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
+    assert {len(shard) for shard in shards} == {len(sampler) // num_processes}
+    assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(501))
 
 
 def test_batches_are_as_full_as_the_budget_allows():
@@ -63,14 +64,6 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert collect(make(1), 4) != first
     # not only the order of batches changes, but also who is in a batch with whom
     assert {tuple(sorted(b)) for b in collect(make(0), 5)} != {tuple(sorted(b)) for b in first}
-
-
-@pytest.mark.parametrize("num_processes", [2, 3, 8])
-def test_accelerate_deals_out_equal_shards_without_repetition(num_processes):
-    sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 300, num_processes=num_processes)
-    shards = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
-    assert {len(shard) for shard in shards} == {len(sampler) // num_processes}
-    assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(501))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -155,44 +148,35 @@ def test_stop_and_resume_equals_a_straight_run(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_effective_batch_size_is_the_mean_number_of_samples(tmp_path):
+def test_effective_batch_size_is_the_mean_number_of_samples_and_without_a_budget_the_trainer_is_the_stock_one(tmp_path):
     trainer = make_trainer(tmp_path, 1, gradient_accumulation_steps=3)
-    sampler_length = len(trainer.get_train_dataloader())
-    assert trainer.get_v0_effective_batch_size() == pytest.approx(3 * 60 / sampler_length)
-
-
-def test_a_trainer_without_a_budget_is_the_stock_one(tmp_path):
-    trainer = make_trainer(tmp_path, 1, max_tokens=None, per_device_train_batch_size=7)
-    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [7] * 8 + [4]
+    expected = 3 * 60 / len(trainer.get_train_dataloader())
+    assert trainer.get_v0_effective_batch_size() == pytest.approx(expected)
+    stock = make_trainer(tmp_path, 1, max_tokens=None, per_device_train_batch_size=7)
+    assert [len(batch["labels"]) for batch in stock.get_train_dataloader()] == [7] * 8 + [4]
 
 
 TWO_PROCESSES = """
-import json, sys, torch
+import json, sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/references"]
+sys.path[:0] = ["tests", "tests/references", "tests/tasks"]
 from test_token_budget import make_trainer
 trainer = make_trainer(sys.argv[1], 1)
-epochs = []
+loader, epochs = trainer.get_train_dataloader(), []
 for epoch in range(2):
-    loader = trainer.get_train_dataloader() if epoch == 0 else loader
     loader.set_epoch(epoch)
     epochs.append([batch["labels"].ne(-100).sum(1).tolist() for batch in loader])
-Path(sys.argv[1], f"rank{trainer.args.process_index}.json").write_text(
-    json.dumps([epochs, trainer.get_v0_effective_batch_size()])
-)
+found = [epochs, trainer.get_v0_effective_batch_size()]
+Path(sys.argv[1], f"rank{trainer.args.process_index}.json").write_text(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 def test_two_real_processes_see_every_sample_once(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(tmp_path)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    start(*TORCHRUN, tmp_path / "two.py", tmp_path, PYTHONPATH=str(ROOT)).check_returncode()
     (first, size), (second, size_too) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     lengths = sorted(len(row["labels"]) for row in make_rows())
     for mine, other in zip(first, second, strict=True):
-        assert len(mine) == len(other)
-        assert sorted(n for batch in mine + other for n in batch) == lengths
-    assert size == size_too == pytest.approx(2 * 60 / (2 * len(first[0])))
+        assert len(mine) == len(other) and sorted(n for batch in mine + other for n in batch) == lengths
+    assert size == size_too == pytest.approx(60 / len(first[0]))

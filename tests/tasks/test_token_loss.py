@@ -43,32 +43,6 @@ def test_row_nll_by_hand():
         assert nll[row].item() == pytest.approx(expected, rel=1e-5)
 
 
-def compute_first_gradient(folder, **arguments) -> torch.Tensor:
-    """The gradient of the first optimizer step, from a step of plain gradient descent."""
-    model = make_marian()
-    before = model.model.shared.weight.detach().clone()
-    rows = make_rows(8)
-    trainer = Seq2SeqTrainer(
-        model=model,
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-            max_grad_norm=0.0, report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-            save_strategy="no", train_sampling_strategy="sequential", **arguments,
-        ),
-        train_dataset=rows,
-        data_collator=make_trainer(folder, 1).data_collator,
-        compute_loss_func=TokenCrossEntropy(),
-    )  # fmt: skip
-    trainer.train()
-    return before - model.model.shared.weight.detach()
-
-
-def test_accumulation_does_not_change_the_gradient(tmp_path):
-    whole = compute_first_gradient(tmp_path, per_device_train_batch_size=8)
-    pieces = compute_first_gradient(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert (whole - pieces).abs().max() < 1e-5 * whole.abs().max()
-
-
 class ExactTrainer(ExactEvaluationMixin, Seq2SeqTrainer):
     pass
 

@@ -10,8 +10,6 @@ from conftest import VOCAB
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.language_modeling.token_streams import (
-    SegmentCollator,
-    SegmentsWithContext,
     TokenStreams,
     draw_boundaries,
 )
@@ -75,16 +73,6 @@ def test_every_token_is_a_target_exactly_once_and_batches_continue_each_other(
     assert lengths.max() - lengths.min() <= 1 and lengths.sum() == num_tokens == streams.num_targets
 
 
-def test_tokens_come_in_the_order_of_the_rows():
-    streams = make_streams()
-    text = read_text(make_rows(101))
-    assert streams.tokens.tolist() == text and streams.tokens.dtype == np.int32
-    # 101 targets in 4 streams: 26, 25, 25, 25
-    assert streams[1]["input_ids"].tolist() == text[26:31] and streams[1]["shift_labels"].tolist() == text[27:32]
-    assert streams[4 + 3]["input_ids"].tolist() == text[76 + 5 : 76 + 10]
-    assert len(streams) == 5 * 4 and len(streams[16]["input_ids"]) == 6 and len(streams[17]["input_ids"]) == 5
-
-
 def test_the_first_token_is_not_doubled_and_segments_can_be_limited():
     rows = make_rows(60)
     with_bos = rows.map(lambda row, index: {"input_ids": [BOS, *row["input_ids"]] if index == 0 else row["input_ids"]}, with_indices=True)  # fmt: skip
@@ -110,30 +98,6 @@ def test_drawn_lengths_follow_the_distribution_and_the_seed():
     assert (draw_boundaries(46_479, 70, (3, 2)) == draw_boundaries(46_479, 70, (3, 2))).all()
     assert len(lengths[0]) == len(lengths[1]) and (lengths[0] != lengths[1]).any()
     assert (draw_boundaries(46_479, 70, (4, 2)) != draw_boundaries(46_479, 70, (3, 2))).any()
-
-
-def test_batches_are_padded_only_where_streams_differ():
-    streams, collate = make_streams(), SegmentCollator(pad_token_id=None)
-    first = collate([streams[i] for i in range(4)])
-    assert set(first) == {"input_ids", "labels", "shift_labels", "begins_stream"}
-    assert first["begins_stream"] is True and first["input_ids"].shape == (4, 5)
-    assert first["input_ids"].dtype == torch.long and torch.equal(first["labels"], first["input_ids"])
-    last = collate([streams[i] for i in range(16, 20)])
-    assert last["begins_stream"] is False
-    assert last["attention_mask"].tolist() == [[1] * 6, *[[1] * 5 + [0]] * 3]
-    assert last["shift_labels"][1:, 5].tolist() == [-100] * 3 == last["labels"][1:, 5].tolist()
-    assert last["input_ids"][1:, 5].tolist() == [0] * 3
-
-
-def test_context_is_what_the_stream_says_before():
-    streams = make_streams()
-    assert streams.read_context(2).tolist() == []
-    assert streams.read_context(4 + 2).tolist() == streams[2]["input_ids"].tolist()
-    segments = SegmentsWithContext(streams)
-    batch = SegmentCollator(0)([segments[2], segments[7], segments[16]])
-    assert [context.shape for context in batch["context_ids"]] == [(1, 0), (1, 5), (1, 5)]
-    assert batch["context_ids"][1][0].tolist() == streams[3]["input_ids"].tolist()
-    assert len(segments) == len(streams)
 
 
 @pytest.mark.parametrize(

@@ -42,17 +42,10 @@ def tokenizer(request):
     return trained
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_decoding_gives_the_text_back(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
 def test_special_tokens_and_vocabulary_size(tokenizer):
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == list(SPECIAL_TOKENS)
     named = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    assert named == (0, 1, 2, 3)
-    assert len(tokenizer) == 350
-    assert sorted(tokenizer.get_vocab().values()) == list(range(350))
+    assert named == (0, 1, 2, 3) and sorted(tokenizer.get_vocab().values()) == list(range(350))
     assert all(3 not in tokenizer(text)["input_ids"] for text in TEXTS)
     assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
 
@@ -71,13 +64,15 @@ def test_only_translation_appends_the_end_and_treats_the_first_word_like_others(
 
 @pytest.mark.parametrize("config", [None, GPT2Config(), MarianConfig(), LlamaConfig()], ids=lambda c: type(c).__name__)
 def test_a_saved_tokenizer_loads_as_it_was_beside_any_configuration(tokenizer, tmp_path, config):
+    """And decoding gives the text back."""
     tokenizer.save_pretrained(tmp_path)
     if config is not None:
         config.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-        assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
+        for each in (loaded, tokenizer):
+            assert each.decode(each(text)["input_ids"], skip_special_tokens=True) == text
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
 
 
@@ -87,21 +82,15 @@ def test_training_is_deterministic():
     assert train_word_tokenizer(CORPUS, 20).get_vocab() == train_word_tokenizer(reversed(CORPUS), 20).get_vocab()
 
 
-def test_the_word_vocabulary_is_the_most_frequent_words():
-    tokenizer = train_word_tokenizer(["b b a <unk> c", " a b </s> N\n"], 7)
-    assert tokenizer.get_vocab() == {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "b": 4, "a": 5, "N": 6}
-    assert tokenizer("a <unk> c  b ").input_ids == [5, 3, 3, 4, 2]
-    assert tokenizer("").input_ids == [2]
-    assert tokenizer.decode(tokenizer("a b N").input_ids, skip_special_tokens=True) == "a b N"
-
-
-def test_a_saved_word_tokenizer_loads_as_it_was(tmp_path):
-    tokenizer = train_word_tokenizer(CORPUS, 30)
+def test_the_word_vocabulary_is_the_most_frequent_words(tmp_path):
+    tokenizer = train_on_main_process(lambda: train_word_tokenizer(["b b a <unk> c", " a b </s> N\n"], 7))
     tokenizer.save_pretrained(tmp_path)
     GPT2Config().save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert loaded(CORPUS).input_ids == tokenizer(CORPUS).input_ids
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.get_vocab() == {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "b": 4, "a": 5, "N": 6}
+        assert each("a <unk> c  b ").input_ids == [5, 3, 3, 4, 2]
+        assert each("").input_ids == [2]
+        assert each.decode(each("a b N").input_ids, skip_special_tokens=True) == "a b N"
 
 
 @pytest.mark.parametrize(
@@ -119,8 +108,3 @@ def test_what_cannot_be_trained_is_an_input_error(train, expected):
         train()
     with pytest.raises(InputError, match=expected):
         train_on_main_process(train)
-
-
-def test_one_process_trains_by_itself():
-    tokenizer = train_on_main_process(lambda: train_word_tokenizer(CORPUS, 30))
-    assert len(tokenizer) == 30
