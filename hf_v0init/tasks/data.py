@@ -29,6 +29,7 @@ class DatasetArguments:
     dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_file", "validation_file", "test_file")
+    streaming: ClassVar[bool] = False  # whether rows are read while they are used; a flag where it can be chosen
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
@@ -38,8 +39,8 @@ class DatasetArguments:
         if not self.dataset_name and not local:
             raise InputError(f"no data: give --dataset_name or --{self.local_flags[0]}")
 
-    def load_dataset(self, hub: HubArguments, streaming: bool = False):
-        """Load all splits of `dataset_name`, as streams if asked: a mapping of split names to data sets.
+    def load_dataset(self, hub: HubArguments):
+        """Load all splits of `dataset_name`, as streams if `streaming`: a mapping of split names to data sets.
 
         Raises:
             InputError: it cannot be loaded, for whatever reason.
@@ -50,7 +51,7 @@ class DatasetArguments:
                 self.dataset_config_name,
                 revision=self.dataset_revision,
                 cache_dir=hub.cache_dir,
-                streaming=streaming,
+                streaming=self.streaming,
             )
         except Exception as error:  # of many kinds: no network, no such name, no such configuration
             raise InputError(
@@ -91,24 +92,6 @@ class TextDataArguments(SplitDataArguments):
     def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
         """Choose how rows are tokenized and kept."""
         return {"num_proc": self.preprocessing_num_workers, "cache_dir": cache_dir}
-
-
-@dataclass
-class StreamedTextDataArguments(TextDataArguments):
-    """data: what it is trained and measured on"""
-
-    streaming: bool = flag(
-        False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
-    )
-    shuffle_buffer_size: int | None = flag(
-        None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
-    )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.shuffle_buffer_size and not self.streaming:
-            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
 
 
 def find_needed_roles(training: TrainingArguments) -> list[str]:

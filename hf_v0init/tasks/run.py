@@ -18,9 +18,8 @@ from hf_v0init import InputError
 
 from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
 from .data import find_needed_roles
-from .output_folder import RemoveWhatIsStale, find_place_to_start
-from .probing import probe_and_print, require_possible_figure, turn_into_probe
-from .run_identity import describe_run
+from .output_folder import RemoveWhatIsStale, describe_run, find_place_to_start
+from .probing import probe_and_print, turn_into_probe
 from .schedules import require_possible_schedule
 from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
@@ -63,11 +62,6 @@ class RunArguments:
         False,
         "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs.",
     )
-    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        require_possible_figure(self)
 
 
 class Task:
@@ -176,7 +170,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
     trainer = task.make_trainer(samples, args=training, data_collator=task.make_collator(), **common)
     if options.probe_only:
-        probe_and_print(trainer, options)
+        probe_and_print(trainer)
         return
     if training.do_train:
         trainer.save_metrics("train", train_and_save(trainer, place, options))
@@ -196,13 +190,12 @@ def require_possible_run(task: Task) -> None:
         raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
     if not training.do_train and task.model.model_name_or_path is None:
         raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
-    streaming = getattr(task.data, "streaming", False)
-    if streaming and training.do_train and training.max_steps <= 0:
+    if task.data.streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if streaming and options.max_tokens_per_batch:
+    if task.data.streaming and options.max_tokens_per_batch:
         raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
-        require_possible_schedule(options, streaming)
+        require_possible_schedule(options, task.data.streaming)
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
 

@@ -15,7 +15,7 @@ from hf_v0init import SafeCheckpointsMixin
 
 from ..records.model_card import add_results_section
 from ..records.report import read_report
-from .run_identity import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE
+from .output_folder import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, make_run_record
 from .schedules import ScheduleMixin
 from .whole_weights import WholeWeightsMixin
 
@@ -49,7 +49,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
     """
 
     def __init__(self, *args, run_identity: dict | None = None, **kwargs) -> None:
-        self.run_identity = run_identity or {}
+        self.run_identity = run_identity
         super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -63,7 +63,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
 
     def _record_run(self) -> None:
         """Put the identity where the Trainer's state is saved, in the form in which it keeps callbacks."""
-        self.state.stateful_callbacks[RECORD_KEY] = {"args": {}, "attributes": self.run_identity}
+        self.state.stateful_callbacks |= make_run_record(self.run_identity)
 
     def _load_callback_state(self) -> None:
         self.state.stateful_callbacks.pop(RECORD_KEY, None)  # or it would be named as a callback that is missing

@@ -10,10 +10,9 @@ import yaml
 from image_sets import write_image_folder
 from script_runs import quiet_logging  # noqa: F401
 
-from hf_v0init import InputError, compute_warmup_length
+from hf_v0init import compute_warmup_length
 from hf_v0init.cli import main as cli
 from hf_v0init.tasks import probing
-from hf_v0init.tasks.run import RunArguments
 
 COMMON = {"use_cpu": True, "seed": 1, "learning_rate": 0.004, "max_steps": 300, "v0_init": "data_driven"}
 
@@ -62,7 +61,7 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
     measure = probing.measure_run
     monkeypatch.setattr(probing, "measure_run", lambda *args: measured.append(measure(*args)) or measured[-1])
     monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
-    output = run_probe(capsys, task, config, "--learning_rate", "0.002", "--probe_figure", tmp_path / "curve.svg")
+    output = run_probe(capsys, task, config, "--learning_rate", "0.002")
     ((radius, _),) = measured
     printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", output))
     assert {float(d): float(rho) for d, rho in printed.items()} == {
@@ -70,12 +69,4 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, c
     }
     assert f"{0.002:g} / {radius.d50:.3g} = {0.002 / radius.d50:.3g}" in output
     assert f"--warmup_steps {compute_warmup_length(0.002 / radius.d50, 300)}" in output
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "curve.svg"])
-    assert "rho" in (tmp_path / "curve.svg").read_text()
-
-
-def test_a_figure_without_a_probe_is_refused():
-    with pytest.raises(InputError, match="--probe_only; add it"):
-        RunArguments(probe_figure="curve.png")
-    with pytest.raises(InputError, match="the extension must be one of"):
-        RunArguments(probe_only=True, probe_figure="curve.txt")
+    assert sorted(tmp_path.rglob("*")) == before

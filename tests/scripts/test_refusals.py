@@ -120,7 +120,7 @@ OWN = [
     ("images", "--lr_decay_factor 0.5", ["--lr_decay_factor=0.5", "--lr_decay_epochs"]),
     ("images", "--max_tokens_per_batch 64", ["--max_tokens_per_batch=64"]),
     ("clm", "--early_stopping_patience 2", ["--early_stopping_patience=2", "--eval_strategy"]),
-    ("clm", "--probe_figure a.png", ["--probe_only"]),
+    ("clm", "--streaming --max_steps 5 --max_tokens_per_batch 64", ["--max_tokens_per_batch", "--streaming"]),
     # what would end in a traceback
     ("clm", "--save_strategy best", ["--save_strategy=best", "--metric_for_best_model"]),
     ("clm", "--save_strategy best --metric_for_best_model loss", ["--save_strategy=best", "--eval_strategy"]),

@@ -180,7 +180,6 @@ def test_prompts_with_completions(flags, data, tmp_path):
             do_predict=True,
             max_predict_samples=2,
             max_tokens_per_batch=150,
-            max_new_tokens=4,
         )
     )
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -188,9 +187,6 @@ def test_prompts_with_completions(flags, data, tmp_path):
         answers = [row["answer"] for row in csv.DictReader(file)]
     num_tokens = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)  # and the end of each
     assert read_results(out)["eval_num_tokens"] == num_tokens
-    lines = [json.loads(line) for line in (out / "generated_completions.jsonl").read_text().splitlines()]
-    assert [line["completion"] for line in lines] == answers[:2]
-    assert all(isinstance(line["generated"], str) for line in lines)
 
 
 def test_streaming_trains_on_the_same_text(flags, tmp_path):

@@ -170,19 +170,8 @@ def test_lines_by_token_budget_with_whole_words(flags, data, tmp_path):  # noqa:
     assert results["train_samples"] == len(read_lines(data / "train.txt"))
 
 
-def test_streaming_evaluates_like_reading_before(flags, tmp_path):
-    run_mlm.main(flags(streaming=True, do_eval=True, do_predict=True, max_eval_samples=3, shuffle_buffer_size=20))
-    streamed = read_results(tmp_path / "out")
-    changes = {**PRETRAINED, "model_name_or_path": tmp_path / "out", "do_train": None, "do_eval": True}
-    run_mlm.main(flags(**changes, do_predict=True, max_eval_samples=3, output_dir=tmp_path / "indexed"))
-    indexed = read_results(tmp_path / "indexed")
-    for name in ("eval_loss", "test_loss", "test_accuracy"):
-        assert streamed[name] == pytest.approx(indexed[name], rel=1e-6)
-    assert streamed["eval_num_tokens"] == indexed["eval_num_tokens"] > 0
-
-
-def test_early_stopping_and_a_validation_split_of_a_stream(flags, tmp_path):
-    changes = {"validation_file": None, "validation_split_rows": 9, "streaming": True, "do_eval": True, "save_steps": 1}
+def test_early_stopping_and_a_validation_split_by_rows(flags, tmp_path):
+    changes = {"validation_file": None, "validation_split_rows": 9, "do_eval": True, "save_steps": 1}
     changes |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 1}
     run_mlm.main(flags(**changes, learning_rate="0"))
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
@@ -217,10 +206,6 @@ BAD_INPUT = {
         ["gpt2", "masked", "run_clm"],
     ),
     "block without room": ({"block_size": 2}, ["--block_size=2", "3"]),
-    "budget of a stream": (
-        {"max_tokens_per_batch": 64, "line_by_line": True, "streaming": True},
-        ["--max_tokens_per_batch", "--streaming"],
-    ),
     "row without text": ({"train_file": "DATA/gaps.jsonl"}, ["text", "None"]),
 }
 

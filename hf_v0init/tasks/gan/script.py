@@ -27,8 +27,7 @@ from ..images.folders import choose_some, load_image_folder, select_images
 from ..images.format import IMAGE_MODES, choose_format
 from ..images.tensors import read_pixels
 from ..models import HubArguments
-from ..output_folder import find_place_to_start, remove_what_is_stale
-from ..run_identity import describe_run
+from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier

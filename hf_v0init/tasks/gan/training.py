@@ -26,7 +26,7 @@ from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
 from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
-from ..run_identity import RECORD_KEY, STATE_FILE
+from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .optimizers import make_optimizer
 from .v0 import attach_to_both, estimate_v0, join_reports
@@ -114,7 +114,7 @@ class GanRun:
         self._sums, self._num_summed = torch.zeros(len(LOGGED), device=self.accelerator.device), 0
         self._total_loss, self._total_steps, self._measured = 0.0, 0, None
         self.control, self.state = TrainerControl(), TrainerState()
-        self._set_up_state({RECORD_KEY: {"args": {}, "attributes": run_identity or {}}})
+        self._set_up_state(make_run_record(run_identity))
         self.callbacks = self._make_callbacks()
         set_seed(training.seed + rank)  # the noise differs between processes
 

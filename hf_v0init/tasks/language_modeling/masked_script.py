@@ -11,7 +11,6 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
@@ -24,10 +23,9 @@ from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, cut_framed_texts, require_words
-from .masking import MaskedSamples, MaskedStream, Masking
+from .masking import Frame, FramedTexts, MaskedSamples, Masking, require_words
 from .perplexity import MaskedPerplexityMixin
-from .samples import tokenize_texts
+from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
 ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
@@ -120,11 +118,12 @@ class MaskedTask(LanguageTask):
         seed = None  # of evaluation
         if role == "train":
             seed = training.seed if training.data_seed is None else training.data_seed
-        limit, options = data.get_limit(role), {"length": self.block_size, "frame": self.frame}
-        options["line_by_line"] = data.line_by_line
-        if data.streaming:
-            return MaskedStream(tokenized, partial(cut_framed_texts, **options), self.masking, seed, limit)
-        return MaskedSamples(FramedTexts(tokenized, **options, max_samples=limit), self.masking, seed)
+        texts = FramedTexts(tokenized, self.block_size, self.frame, data.line_by_line, data.get_limit(role))
+        return MaskedSamples(texts, self.masking, seed)
+
+    def make_collator(self) -> PaddingCollator:
+        """Make what pads samples to a batch."""
+        return PaddingCollator(self.tokenizer.pad_token_id)
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer, token budget and loss."""

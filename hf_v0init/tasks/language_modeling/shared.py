@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_v0init import InputError
 
-from ..data import StreamedTextDataArguments, find_needed_roles, is_stream, list_columns
+from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
 from ..models import TextModelArguments
 from ..run import Task, tokenize_first_on_main
 from ..script_support import flag
 from ..text_files import load_local_files
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
-from .samples import PaddingCollator, require_strings
+from .samples import require_strings
 
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
@@ -36,7 +36,7 @@ class LanguageModelArguments(TextModelArguments):
 
 
 @dataclass
-class LanguageDataArguments(StreamedTextDataArguments):
+class LanguageDataArguments(TextDataArguments):
     """data: what it is trained and measured on"""
 
     column_flags: ClassVar[tuple[str, ...]] = ("text_column",)
@@ -46,8 +46,7 @@ class LanguageDataArguments(StreamedTextDataArguments):
     )
     validation_split_rows: int | None = flag(
         None,
-        "The same by number: validation data are the first so many rows of the training data. A stream, whose length is unknown, "
-        "takes no percentage.",
+        "The same by number: validation data are the first so many rows of the training data, also of a stream.",
     )
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
@@ -85,11 +84,6 @@ class LanguageTask(Task):
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role: what the Trainer indexes or iterates."""
         raise NotImplementedError
-
-    def make_collator(self) -> Any:
-        """Make what joins samples to a batch."""
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer and token budget."""
@@ -144,7 +138,7 @@ def load_rows(data: LanguageDataArguments, hub, training) -> dict:
         InputError: data that is missing, cannot be read, has no rows or not the columns named.
     """
     needed, rows = find_needed_roles(training), {}
-    of_hub = data.load_dataset(hub, streaming=data.streaming) if data.dataset_name else {}
+    of_hub = data.load_dataset(hub) if data.dataset_name else {}
     for role in needed:
         path = getattr(data, f"{role}_file")
         if role in of_hub:
@@ -161,8 +155,6 @@ def load_rows(data: LanguageDataArguments, hub, training) -> dict:
             column = getattr(data, name)
             if column is not None and column not in names:
                 raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
-    if "train" in rows and data.shuffle_buffer_size:
-        rows["train"] = rows["train"].shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
     return rows
 
 

@@ -140,9 +140,9 @@ class DataArguments(TextDataArguments):
                 f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
             )
 
-    def load_dataset(self, hub, streaming: bool = False):
+    def load_dataset(self, hub):
         """Load the data set of the Hub, or the corpus that comes with the package."""
-        return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub, streaming)
+        return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub)
 
 
 class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, NBestMixin, V0InitSeq2SeqTrainer):
