@@ -8,14 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
-from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
-from torch.utils.data import DataLoader
+from accelerate.data_loader import BatchSamplerShard
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from translation_models import make_marian
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler, TokenBudgetMixin, _EpochForwardingDataset
+from hf_v0init.tasks.token_budget import TokenBudgetBatchSampler, TokenBudgetMixin
 
 RNG = np.random.default_rng(5)
 SOURCE = RNG.integers(1, 40, 501)
@@ -71,27 +69,6 @@ def test_accelerate_deals_out_equal_shards_without_repetition(num_processes):
     shards = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
     assert {len(shard) for shard in shards} == {len(sampler) // num_processes}
     assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(501))
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_resumed_epoch_goes_on_where_it_stopped(num_processes):
-    """Through accelerate's own wrappers: straight through epochs 0 to 2, and into the middle of epoch 2."""
-
-    def build(rank):
-        sampler = TokenBudgetBatchSampler(SOURCE, TARGET, 300, num_processes=num_processes)
-        loader = DataLoader(_EpochForwardingDataset(range(501), sampler), batch_sampler=sampler, collate_fn=list)
-        return prepare_data_loader(loader, num_processes=num_processes, process_index=rank, put_on_device=False)
-
-    for rank in range(num_processes):
-        straight, loader = [], build(rank)
-        assert isinstance(loader, DataLoaderShard)
-        for epoch in range(3):
-            loader.set_epoch(epoch)
-            straight.append(list(loader))
-        assert straight[0] != straight[1] != straight[2]
-        resumed = skip_first_batches(build(rank), 3)
-        resumed.set_epoch(2)
-        assert list(resumed) == straight[2][3:]
 
 
 def test_bad_budgets_are_refused():
@@ -175,7 +152,7 @@ trainer = make_trainer(sys.argv[1], 1)
 epochs = []
 for epoch in range(2):
     loader = trainer.get_train_dataloader() if epoch == 0 else loader
-    loader.set_epoch(epoch)
+    trainer._token_budget_sampler.set_epoch(epoch)
     epochs.append([batch["labels"].ne(-100).sum(1).tolist() for batch in loader])
 Path(sys.argv[1], f"rank{trainer.args.process_index}.json").write_text(
     json.dumps([epochs, trainer.get_v0_effective_batch_size()])

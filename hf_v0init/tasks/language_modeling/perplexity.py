@@ -3,34 +3,8 @@
 import math
 
 import torch
-from torch.nn import functional
 
-from ..token_loss import ExactSumsMixin
-
-
-def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor, is_shifted: bool = False) -> torch.Tensor:
-    """Sum over each row what its tokens cost: position i of `logits` is the forecast of token i + 1 of `labels`.
-
-    Args:
-        logits: shape (rows, positions, vocabulary), any floating dtype.
-        labels: shape (rows, positions), the tokens; -100 where a token is no target.
-        is_shifted: position i of `labels` is already the token after i.
-
-    Returns:
-        Shape (rows, 3), float32: the sum of negative log-likelihoods in nats, the number of target tokens,
-        and how many of them were the most likely token.
-    """
-    sums = torch.zeros(labels.shape[0], 3, dtype=torch.float32, device=logits.device)
-    if not is_shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    # Row by row: a float32 copy of a whole batch's logits is the largest tensor of many an evaluation.
-    for row, (row_logits, row_labels) in enumerate(zip(logits, labels, strict=True)):
-        row_labels = row_labels.to(logits.device)
-        is_target = row_labels != -100
-        sums[row, 0] = functional.cross_entropy(row_logits.float(), row_labels, reduction="sum")
-        sums[row, 1] = is_target.sum()
-        sums[row, 2] = ((row_logits.argmax(dim=-1) == row_labels) & is_target).sum()
-    return sums
+from ..token_loss import ExactSumsMixin, sum_token_losses
 
 
 def compute_perplexity(total_nll: float, num_tokens: float) -> float:
