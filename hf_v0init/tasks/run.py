@@ -132,9 +132,6 @@ class Task:
         """Measure the test samples, and write what is predicted."""
         trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Write whatever else is asked for, such as a sample of text."""
-
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run to `create_model_card`; of local files or folders only the names are told."""
         card = {"tasks": self.card_task, "finetuned_from": self.model.model_name_or_path}
@@ -179,7 +176,6 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         trainer.save_metrics("eval", task.evaluate(trainer))
     if training.do_predict:
         task.predict(trainer, samples["test"])
-    task.finish(trainer)
     publish(trainer, task.describe_for_card())
 
 

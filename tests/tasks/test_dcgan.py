@@ -24,7 +24,7 @@ from hf_v0init.tasks.gan.dcgan import (
 )
 from hf_v0init.tasks.gan.training import GanRun, ImageOrder
 from hf_v0init.tasks.gan.v0 import join_reports
-from hf_v0init.tasks.images.tensors import round_to_pixels, scale_pixels
+from hf_v0init.tasks.images.format import round_to_pixels, scale_pixels
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 

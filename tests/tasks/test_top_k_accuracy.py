@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_v0init.tasks.images.top_k_accuracy import ExactAccuracyMixin, score_images
+from hf_v0init.tasks.images.script import ExactAccuracyMixin, score_images
 
 
 def test_scores_by_hand():

@@ -24,8 +24,7 @@ from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..data import DatasetArguments
 from ..images.folders import choose_some, load_image_folder, select_images
-from ..images.format import IMAGE_MODES, choose_format
-from ..images.tensors import read_pixels
+from ..images.format import IMAGE_MODES, choose_format, read_pixels
 from ..models import HubArguments
 from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging

@@ -25,7 +25,7 @@ from ...records.checkpoints import begin_save, complete_save, delete_checkpoint,
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
-from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
+from ..images.format import round_to_pixels, scale_pixels, write_image_grid
 from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
 from .optimizers import make_optimizer

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import torch
+from torch.nn import functional
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -25,17 +27,15 @@ from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..token_loss import TokenCrossEntropy
-from .augmentation import RANDOM_CROPS, Augmentation
+from ..token_loss import ExactSumsMixin, TokenCrossEntropy
 from .cifar_resnet import CifarResNetConfig
 from .folders import choose_some, load_image_folder, number_labels, select_images, split_off_validation
 from .format import IMAGE_MODES, ImageFormat, choose_format, load_processor
-from .samples import ImageSamples, stack_samples
-from .top_k_accuracy import ExactAccuracyMixin
+from .samples import RANDOM_CROPS, Augmentation, ImageSamples, stack_samples
 
 logger = logging.getLogger("hf_v0init")
 
-CROP_PADDING = 4
+CROP_PADDING, TOP = 4, 5
 EXAMPLES = """
 # a ResNet for small images, on folders with one subfolder per class, with its data-driven v0
 {} --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven --output_dir out
@@ -115,6 +115,43 @@ class DataArguments(SplitDataArguments):
             raise InputError("--validation_split_percentage and --validation_dir: give one of them")
         if self.crop_padding is not None and self.random_crop != "pad":
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
+
+
+def score_images(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Score each image.
+
+    Args:
+        logits: shape (images, classes), any floating dtype.
+        labels: shape (images,), int64.
+
+    Returns:
+        Shape (images, 3), float32: the negative log-likelihood in nats, whether the class is the most likely one, whether it
+        is among the five most likely (all classes, if there are fewer).
+    """
+    logits = logits.float()
+    nll = functional.cross_entropy(logits, labels, reduction="none")
+    best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return torch.stack((nll, hits[:, 0].float(), hits.any(dim=1).float()), dim=1)
+
+
+class ExactAccuracyMixin(ExactSumsMixin):
+    """Put before a Trainer of an image classifier: its evaluations report exact figures.
+
+    `eval_loss` (nats per image, without label smoothing), `eval_accuracy` (the share of images whose class is the most likely
+    one), with more than five classes `eval_top5_accuracy`, and `eval_num_images`, over the whole set and all processes.
+    """
+
+    def score(self, logits, labels, inputs) -> torch.Tensor:
+        """Score each image by `score_images`, and count it."""
+        self._has_top5 = logits.shape[1] > TOP
+        return functional.pad(score_images(logits, labels), (0, 1), value=1.0)
+
+    def compute_figures(self, sums: list[float]) -> dict[str, float]:
+        """Compute loss, accuracies and the number of images."""
+        nll, top1, top5, num_images = sums
+        figures = {"loss": nll, "accuracy": top1} | ({"top5_accuracy": top5} if self._has_top5 else {})
+        return {name: total / num_images for name, total in figures.items()} | {"num_images": int(num_images)}
 
 
 class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, V0InitTrainer):
