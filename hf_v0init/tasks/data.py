@@ -15,6 +15,7 @@ from hf_v0init import InputError
 
 from .models import HubArguments
 from .script_support import flag
+from .text_files import load_local_files
 
 ROLES = ("train", "validation", "test")
 CACHE_FOLDER = "hf_v0init"
@@ -58,6 +59,38 @@ class DatasetArguments:
                 f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
             ) from error
 
+    def load_local(self, role: str, hub: HubArguments):
+        """Load the local data of "train", "validation" or "test"; None if there are none."""
+        raise NotImplementedError
+
+    def select(self, rows, role: str):
+        """Select what is used of a role's rows; raise `InputError` if it is not there."""
+        return rows
+
+    def split_off_validation(self, train) -> dict[str, Any]:
+        """Split training rows (None: there are none) into "train" and "validation", where a script can; else empty."""
+        return {}
+
+    def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
+        """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.
+
+        Raises:
+            InputError: a role without data, or what the loaders refuse.
+        """
+        needed, rows = find_needed_roles(training), {}
+        splits = self.load_dataset(hub) if self.dataset_name else {}
+        for role in needed:
+            found = splits[role] if role in splits else self.load_local(role, hub)
+            if found is not None:
+                rows[role] = self.select(found, role)
+        if "validation" in needed and "validation" not in rows:
+            rows |= self.split_off_validation(rows.get("train"))
+        for role in needed:
+            if role not in rows:
+                name = self.local_flags[0].replace("train", role)
+                raise InputError(f"there is no {role} data; give --{name}, or a --dataset_name that has this split")
+        return {role: rows[role] for role in needed}
+
     def list_local(self) -> list[str]:
         """List the local files or folders of the data."""
         return [getattr(self, name) for name in self.local_flags if getattr(self, name)]
@@ -88,6 +121,12 @@ class TextDataArguments(SplitDataArguments):
     validation_file: str | None = flag(None, "The same for validation.")
     test_file: str | None = flag(None, "The same for test.")
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
+
+    def load_local(self, role: str, hub: HubArguments):
+        """Load a role's local file, as a stream if `streaming`."""
+        path = getattr(self, f"{role}_file")
+        options = {"streaming": self.streaming, "cache_dir": hub.cache_dir}
+        return None if path is None else load_local_files(path, role=role, **options)
 
     def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
         """Choose how rows are tokenized and kept."""

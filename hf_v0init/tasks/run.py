@@ -16,15 +16,13 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, Train
 
 from hf_v0init import InputError
 
-from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
-from .data import find_needed_roles
 from .output_folder import RemoveWhatIsStale, describe_run, find_place_to_start
 from .probing import probe_and_print, turn_into_probe
-from .schedules import require_possible_schedule
 from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
 from .value_checks import require_available_metric
+from .whole_weights import load_average_of_last, require_enough_checkpoints
 
 logger = logging.getLogger("hf_v0init")
 
@@ -85,6 +83,11 @@ class Task:
 
     def __init__(self, model, data, options: RunArguments, training: TrainingArguments, *others) -> None:
         self.model, self.data, self.options, self.training, self.others = model, data, options, training, others
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of what is drawn of the training data."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
     def refuse(self) -> None:
         """Raise `InputError` for what the flags alone rule out."""
@@ -164,8 +167,9 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     samples = task.prepare(config, place)
     if training.do_train:
         require_a_batch(samples["train"], training)
-    common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
-    trainer = task.make_trainer(samples, args=training, data_collator=task.make_collator(), **common)
+    common = {"args": training, "data_collator": task.make_collator(), "callbacks": callbacks, "run_identity": identity}
+    decay = {"lr_decay_epochs": options.lr_decay_epochs, "lr_decay_factor": options.lr_decay_factor or 0.1}
+    trainer = task.make_trainer(samples, **common, **decay)
     if options.probe_only:
         probe_and_print(trainer)
         return
@@ -191,7 +195,17 @@ def require_possible_run(task: Task) -> None:
     if task.data.streaming and options.max_tokens_per_batch:
         raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
-        require_possible_schedule(options, task.data.streaming)
+        epochs = options.lr_decay_epochs or []
+        if epochs != sorted({epoch for epoch in epochs if epoch >= 1}):
+            raise InputError(
+                f"--lr_decay_epochs {epochs}: must be whole numbers >= 1 in increasing order, such as 100 145"
+            )
+        if epochs and task.data.streaming:
+            raise InputError("--lr_decay_epochs: the length of an epoch of streamed data is unknown; leave it out")
+        if options.lr_decay_factor is not None and not epochs:
+            raise InputError(
+                f"--lr_decay_factor={options.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
+            )
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
 
@@ -261,7 +275,7 @@ def publish(trainer: Trainer, card: dict[str, Any]) -> None:
 def tokenize_first_on_main(task: Task, rows: dict[str, Any], prepare) -> dict[str, Any]:
     """Make the samples of each role by `prepare(rows, role)`, on the main process first, whose cache the others read."""
     samples = {}
-    for role in [role for role in find_needed_roles(task.training) if role in rows]:
+    for role, part in rows.items():
         with task.training.main_process_first(desc=f"tokenizing {role}"):
-            samples[role] = prepare(rows[role], role)
+            samples[role] = prepare(part, role)
     return samples

@@ -49,7 +49,7 @@ def test_another_run_does_not_continue_this_one(run_translation, begun, monkeypa
     flags = begun | changes
     if "train_source_file" in changes:
         flags["train_source_file"] = begun["train_source_file"].parent / changes["train_source_file"]
-    monkeypatch.setattr(run_translation.TranslationTask, "load_pairs", lambda *_: pytest.fail("data is read"))
+    monkeypatch.setattr(run_translation.DataArguments, "load_roles", lambda *_: pytest.fail("data is read"))
     monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
     before = {path: path.stat().st_mtime_ns for path in Path(begun["output_dir"]).rglob("*")}
     with pytest.raises(InputError) as caught:
@@ -66,9 +66,7 @@ def test_what_may_change_on_the_way_does(run_translation, begun, monkeypatch, ca
     moved = tmp_path / "elsewhere.de"
     moved.write_bytes(Path(begun["train_source_file"]).read_bytes())
     monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
-    monkeypatch.setattr(
-        run_translation.TranslationTask, "load_pairs", lambda *_: (_ for _ in ()).throw(InterruptedError)
-    )
+    monkeypatch.setattr(run_translation.DataArguments, "load_roles", lambda *_: (_ for _ in ()).throw(InterruptedError))
     changes = {"train_source_file": moved, "learning_rate": 1e-4, "per_device_train_batch_size": 4}
     with caplog.at_level(logging.WARNING, logger="hf_v0init"), pytest.raises(InterruptedError):
         run_translation.main(to_argv(begun | changes))

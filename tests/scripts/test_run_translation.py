@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from script_runs import ROOT, TORCHRUN, load_script, quiet_logging, read_results, refuse, start, to_argv  # noqa: F401
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
-from hf_v0init.tasks.checkpoint_averaging import average_checkpoints
+from hf_v0init.tasks.whole_weights import average_checkpoints
 
 SCRIPT = ROOT / "scripts" / "run_translation.py"
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]

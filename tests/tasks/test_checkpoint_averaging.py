@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, TrainingAr
 from translation_models import make_marian
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
+from hf_v0init.tasks.whole_weights import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
 
 VIT = {
     "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

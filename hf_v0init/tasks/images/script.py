@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ..data import SplitDataArguments, find_needed_roles
+from ..data import SplitDataArguments
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
@@ -116,6 +116,28 @@ class DataArguments(SplitDataArguments):
         if self.crop_padding is not None and self.random_crop != "pad":
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
 
+    def load_local(self, role: str, hub) -> datasets.Dataset | None:
+        """List the images of a role's folder."""
+        path = getattr(self, f"{role}_dir")
+        return None if path is None else load_image_folder(path, role=role)
+
+    def select(self, rows: datasets.Dataset, role: str) -> datasets.Dataset:
+        """Select images, not decoded, and their classes."""
+        rows = select_images(rows, role=role, image_column=self.image_column, label_column=self.label_column)
+        if "label" not in rows.features:
+            raise InputError(f"the {role} data has no column of classes; give --label_column")
+        return rows
+
+    def split_off_validation(self, train: datasets.Dataset | None) -> dict[str, datasets.Dataset]:
+        """Split the percentage that was asked for off the training images, class by class."""
+        if train is None or self.validation_split_percentage is None:
+            raise InputError(
+                "there is no validation data; give --validation_dir, a --dataset_name that has this split, or with training data "
+                "--validation_split_percentage"
+            )
+        kept, split_off = split_off_validation(train, self.validation_split_percentage)
+        return {"train": kept, "validation": split_off}
+
 
 def score_images(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Score each image.
@@ -177,18 +199,16 @@ class ImageTask(Task):
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load the images and the model."""
         data, training = self.data, self.training
-        rows = load_images(data, self.model, training)
+        rows = data.load_roles(self.model, training)
+        rows = {role: choose_some(part, data.get_limit(role)) for role, part in rows.items()}
         first = next(iter(rows.values()))
         names = self.choose_classes(first, config)
         self.image_format = image_format = self.choose_image_format(first, config)
         augmentation = Augmentation(data.random_crop, data.crop_padding or CROP_PADDING, data.random_flip)
-        seed = training.seed if training.data_seed is None else training.data_seed
-        samples = {
-            role: ImageSamples(
-                part, number_labels(part, names, role), image_format, augmentation if role == "train" else None, seed
-            )
-            for role, part in rows.items()
-        }
+        samples = {}
+        for role, part in rows.items():
+            varied = augmentation if role == "train" else None
+            samples[role] = ImageSamples(part, number_labels(part, names, role), image_format, varied, self.data_seed)
         if self.model.model_name_or_path is None:
             if hasattr(config, "num_channels"):
                 config.num_channels = image_format.num_channels
@@ -241,29 +261,6 @@ class ImageTask(Task):
             folder = Path(self.data.list_local()[0]).absolute()
             card["dataset"] = folder.parent.name if folder.name in ("train", "validation", "test") else folder.name
         return card
-
-
-def load_images(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
-    """Load the labelled images of each role that the run needs, not decoded."""
-    roles, rows = find_needed_roles(training), {}
-    splits = data.load_dataset(model) if data.dataset_name else {}
-    for role in roles:
-        if role in splits:
-            columns = {"image_column": data.image_column, "label_column": data.label_column}
-            rows[role] = select_images(splits[role], role=role, **columns)
-        elif getattr(data, f"{role}_dir") is not None:
-            rows[role] = load_image_folder(getattr(data, f"{role}_dir"), role=role)
-    if "validation" in roles and data.validation_split_percentage is not None and "train" in rows:
-        rows["train"], rows["validation"] = split_off_validation(rows["train"], data.validation_split_percentage)
-    for role in roles:
-        if role not in rows:
-            instead = ", or --validation_split_percentage" if role == "validation" else ""
-            raise InputError(
-                f"there is no {role} data; give --{role}_dir, or a --dataset_name that has this split{instead}"
-            )
-        if "label" not in rows[role].features:
-            raise InputError(f"the {role} data has no column of classes; give --label_column")
-    return {role: choose_some(rows[role], data.get_limit(role)) for role in roles}
 
 
 ARGUMENTS = ImageTask.arguments

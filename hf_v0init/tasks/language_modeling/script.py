@@ -24,8 +24,8 @@ from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
+from ..token_loss import ExactPerplexityMixin
 from .awd_lstm import AwdLstmConfig
-from .perplexity import ExactPerplexityMixin
 from .samples import (
     PaddingCollator,
     StreamedTokenWindows,

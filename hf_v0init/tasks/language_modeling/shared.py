@@ -1,4 +1,4 @@
-"""What run_clm and run_mlm share: the flags of text and model, the rows of each role, the size of a block."""
+"""What clm and mlm share: the flags of text and model, the rows of each role, the size of a block."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_v0init import InputError
 
-from ..data import TextDataArguments, find_needed_roles, is_stream, list_columns
+from ..data import TextDataArguments, is_stream, list_columns
 from ..models import TextModelArguments
 from ..run import Task, tokenize_first_on_main
 from ..script_support import flag
-from ..text_files import load_local_files
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 from .samples import require_strings
 
@@ -56,6 +55,32 @@ class LanguageDataArguments(TextDataArguments):
         names = list_columns(rows)
         return [self.text_column or ("text" if "text" in names else names[0])]
 
+    def select(self, rows, role: str):
+        """Refuse rows that have not the columns named."""
+        names = list_columns(rows)
+        for name in self.column_flags:
+            column = getattr(self, name)
+            if column is not None and column not in names:
+                raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
+        return rows
+
+    def split_off_validation(self, train) -> dict[str, Any]:
+        """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
+        number = self.validation_split_rows
+        if train is None or (is_stream(train) and number is None):
+            raise InputError(
+                "there is no validation data; give --validation_file, a data set that has that split, or for a stream "
+                "--validation_split_rows 1000 for the first rows of the training data"
+            )
+        if is_stream(train):
+            if next(iter(train.skip(number)), None) is None:
+                raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
+            return {"train": train.skip(number), "validation": train.take(number)}
+        number = round(len(train) * self.validation_split_percentage / 100) if number is None else number
+        if not 0 < number < len(train):
+            raise InputError(f"of {len(train)} training rows, {number} cannot be split off; give --validation_file")
+        return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
+
     def choose_text_suffix(self, role: str) -> str:
         """Return what is put after each text of "train", "validation" or "test"."""
         return ""
@@ -70,16 +95,12 @@ class LanguageTask(Task):
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load rows, tokenizer and model, and make the samples of each role."""
-        self.load(config, place)
-        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
-
-    def load(self, config: PreTrainedConfig, place: str | None) -> None:
-        """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
-        self.rows = load_rows(self.data, self.model, self.training)
-        texts = iterate_texts(self.rows["train"], self.data) if "train" in self.rows else None
+        rows = self.data.load_roles(self.model, self.training)
+        texts = iterate_texts(rows["train"], self.data) if "train" in rows else None
         self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
         self.network = self.model.build_for(config, self.tokenizer)
         self.block_size = self.choose_block_size()
+        return tokenize_first_on_main(self, rows, self.make_samples_of)
 
     def make_samples_of(self, rows, role: str):
         """Make the samples of one role: what the Trainer indexes or iterates."""
@@ -126,54 +147,6 @@ def count_positions(network: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return min(positions, module.num_embeddings - module.padding_idx - 1)
     return positions
-
-
-def load_rows(data: LanguageDataArguments, hub, training) -> dict:
-    """Load the rows of each role that the run needs: "train", "validation", "test".
-
-    Returns:
-        By role a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
-
-    Raises:
-        InputError: data that is missing, cannot be read, has no rows or not the columns named.
-    """
-    needed, rows = find_needed_roles(training), {}
-    of_hub = data.load_dataset(hub) if data.dataset_name else {}
-    for role in needed:
-        path = getattr(data, f"{role}_file")
-        if role in of_hub:
-            rows[role] = of_hub[role]
-        elif path is not None:
-            rows[role] = load_local_files(path, role=role, streaming=data.streaming, cache_dir=hub.cache_dir)
-        elif role != "validation":
-            raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
-    if "validation" in needed and "validation" not in rows:
-        rows |= split_off_validation(rows.get("train"), data)
-    for role, part in rows.items():
-        names = list_columns(part)
-        for name in data.column_flags:
-            column = getattr(data, name)
-            if column is not None and column not in names:
-                raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
-    return rows
-
-
-def split_off_validation(train, data: LanguageDataArguments) -> dict:
-    """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
-    number = data.validation_split_rows
-    if train is None or (is_stream(train) and number is None):
-        raise InputError(
-            "there is no validation data; give --validation_file, a data set that has that split, or for a stream "
-            "--validation_split_rows 1000 for the first rows of the training data"
-        )
-    if is_stream(train):
-        if next(iter(train.skip(number)), None) is None:
-            raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
-        return {"train": train.skip(number), "validation": train.take(number)}
-    number = round(len(train) * data.validation_split_percentage / 100) if number is None else number
-    if not 0 < number < len(train):
-        raise InputError(f"of {len(train)} training rows, {number} cannot be split off; give --validation_file")
-    return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
 
 
 def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:

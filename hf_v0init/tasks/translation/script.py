@@ -7,7 +7,6 @@ FILE.yaml or FILE.json holds flags; flags on the command line override it; --hel
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ..data import ROLES, TextDataArguments, find_needed_roles, limit_rows
+from ..data import ROLES, TextDataArguments, limit_rows
 from ..models import TextModelArguments, override_config
 from ..run import RunArguments, Task, run, tokenize_first_on_main
 from ..script_support import flag, run_script
@@ -31,7 +30,7 @@ from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, NBestMixin, choose_generation, choose_languages, get_language
 from .metrics import TranslationMetrics, make_bleu, write_predictions
-from .pairs import PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
+from .pairs import SIDES, PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
 
 logger = logging.getLogger("hf_v0init")
@@ -143,6 +142,23 @@ class DataArguments(TextDataArguments):
         """Load the data set of the Hub, or the corpus that comes with the package."""
         return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub)
 
+    def load_local(self, role: str, hub):
+        """Load a role's table or its two parallel files; of the test set, perhaps the sources alone."""
+        files = [getattr(self, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
+        return load_pair_files(role, *files, cache_dir=hub.cache_dir)
+
+    def select(self, rows: datasets.Dataset, role: str) -> datasets.Dataset:
+        """Select the sentence pairs, as many as are asked for; of the training data those without an empty side."""
+        pairs = select_pairs(
+            limit_rows(rows, self.get_limit(role)),
+            role=role,
+            source_column=self.source_column,
+            target_column=self.target_column,
+            source_lang=self.source_lang,
+            target_lang=self.target_lang,
+        )
+        return leave_out_empty_pairs(pairs) if role == "train" else pairs
+
 
 class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, NBestMixin, V0InitSeq2SeqTrainer):
     """With token-budget batches, and an exact `eval_loss`: nats per target token, without label smoothing."""
@@ -186,8 +202,10 @@ class TranslationTask(Task):
 
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict:
         """Load pairs, tokenizer and model; tokenize."""
-        self.pairs = self.load_pairs()
-        texts = self.iterate_texts() if "train" in self.pairs else None
+        self.pairs = self.data.load_roles(self.model, self.training)
+        texts = None
+        if "train" in self.pairs:  # of both languages, for a joint vocabulary
+            texts = (text for rows in self.pairs["train"].iter(1000) for side in SIDES for text in rows[side])
         self.tokenizer = self.model.get_tokenizer(
             texts, place, lambda texts: train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=True)
         )
@@ -197,34 +215,6 @@ class TranslationTask(Task):
         choose_languages(self.data.source_lang, self.data.target_lang, self.tokenizer, self.network)
         choose_generation(self.generation, self.data.val_max_target_length, self.training, self.network)
         return tokenize_first_on_main(self, self.pairs, self.tokenize)
-
-    def load_pairs(self) -> dict[str, datasets.Dataset]:
-        """Load the sentence pairs of each role that the run needs; of the test set, perhaps the sources alone."""
-        data, pairs = self.data, {}
-        of_hub = data.load_dataset(self.model) if data.dataset_name else {}
-        for role in find_needed_roles(self.training):
-            files = [getattr(data, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
-            raw = of_hub[role] if role in of_hub else load_pair_files(role, *files, cache_dir=self.model.cache_dir)
-            if raw is None:
-                raise InputError(
-                    f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
-                    "or a --dataset_name that has this split"
-                )
-            pairs[role] = select_pairs(
-                limit_rows(raw, data.get_limit(role)),
-                role=role,
-                source_column=data.source_column,
-                target_column=data.target_column,
-                source_lang=data.source_lang,
-                target_lang=data.target_lang,
-            )
-        if "train" in pairs:
-            pairs["train"] = leave_out_empty_pairs(pairs["train"])
-        return pairs
-
-    def iterate_texts(self) -> Iterator[str]:
-        """Yield the training sentences of both languages, for a joint vocabulary."""
-        return (text for rows in self.pairs["train"].iter(1000) for side in ("source", "target") for text in rows[side])
 
     def build_network(self, config: PreTrainedConfig):
         """Load the pretrained model, or make one from scratch that fits the tokenizer."""
