@@ -7,12 +7,21 @@ flags -> refusals -> where to start -> configuration -> data, tokenizer, model, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_v0init import InputError
 
@@ -144,6 +153,42 @@ class Task:
         return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
 
 
+class TextTask(Task):
+    """A task on text: rows, a tokenizer that is loaded or trained on them, a model that fits it, samples of tokens."""
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load rows, tokenizer and model, and make the samples: on the main process first, whose cache the others read."""
+        self.rows, samples = self.data.load_roles(self.model, self.training), {}
+        texts = self.iterate_texts(self.rows["train"]) if "train" in self.rows else None
+        self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
+        self.network = self.build_network(config)
+        for role, rows in self.rows.items():
+            with self.training.main_process_first(desc=f"tokenizing {role}"):
+                samples[role] = self.make_samples(rows, role)
+        return samples
+
+    def iterate_texts(self, rows) -> Iterator[str]:
+        """Yield the training texts, for a tokenizer to be trained on."""
+        raise NotImplementedError
+
+    def train_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """Train a tokenizer on texts."""
+        raise NotImplementedError
+
+    def build_network(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load the pretrained model, or make one from scratch that fits the tokenizer."""
+        return self.model.build_for(config, self.tokenizer)
+
+    def make_samples(self, rows, role: str) -> Any:
+        """Make the samples of one role: what the Trainer indexes or iterates."""
+        raise NotImplementedError
+
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose tokenizer and token budget."""
+        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
+
+
 def run(task_class: type[Task], argv: list[str]) -> None:
     """Do what the flags in `argv` say.
 
@@ -270,12 +315,3 @@ def publish(trainer: Trainer, card: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         print_summary(trainer)
     trainer.accelerator.end_training()
-
-
-def tokenize_first_on_main(task: Task, rows: dict[str, Any], prepare) -> dict[str, Any]:
-    """Make the samples of each role by `prepare(rows, role)`, on the main process first, whose cache the others read."""
-    samples = {}
-    for role, part in rows.items():
-        with task.training.main_process_first(desc=f"tokenizing {role}"):
-            samples[role] = prepare(part, role)
-    return samples

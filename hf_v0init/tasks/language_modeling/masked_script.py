@@ -90,7 +90,7 @@ class MaskedTask(LanguageTask):
     longest_default_block = 512
     for_masking = True
 
-    def make_samples_of(self, rows, role: str):
+    def make_samples(self, rows, role: str):
         """Make the samples of one role: what the Trainer indexes or iterates."""
         data, tokenizer = self.data, self.tokenizer
         if data.whole_word_mask:

@@ -158,27 +158,24 @@ class CausalTask(LanguageTask):
         self.longest_default_block = DEFAULT_SEGMENT
         return config
 
-    def make_samples_of(self, rows, role: str):
+    def make_samples(self, rows, role: str):
         """Make the samples of one role."""
-        data, training, tokenizer, limit = self.data, self.training, self.tokenizer, self.data.get_limit(role)
-        options = data.choose_map_options(self.model.cache_dir)
-        columns = data.choose_text_columns(rows)
+        data, tokenizer, length, limit = self.data, self.tokenizer, self.block_size, self.data.get_limit(role)
+        options, columns = data.choose_map_options(self.model.cache_dir), data.choose_text_columns(rows)
         if role == "train" and data.shuffle_buffer_size:
-            rows = rows.shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
+            rows = rows.shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
         if data.prompt_column is not None:
-            options |= {"max_length": self.block_size, "prompt_prefix": data.prompt_prefix}
+            options |= {"max_length": length, "prompt_prefix": data.prompt_prefix}
             return tokenize_completions(limit_rows(rows, limit), tokenizer, *columns, **options)
         options |= {"text_suffix": data.choose_text_suffix(role), "append_eos": data.append_eos}
         tokenized = tokenize_texts(rows, tokenizer, *columns, **options)
         first_token = find_first_token(tokenizer)
         if not self.reads_streams:
             windows = StreamedTokenWindows if data.streaming else TokenWindows
-            return windows(tokenized, self.block_size, first_token, limit)
-        batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
-        varies, num_streams = data.vary_block_size and role == "train", batch_size * training.world_size
-        return TokenStreams(
-            tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
-        )
+            return windows(tokenized, length, first_token, limit)
+        training, varies = self.training, data.vary_block_size and role == "train"
+        num_streams = training.world_size * (training.train_batch_size if role == "train" else training.eval_batch_size)
+        return TokenStreams(tokenized, num_streams, length, first_token, limit, varies=varies, seed=training.seed)
 
     def make_collator(self) -> PaddingCollator | SegmentCollator:
         """Make what joins samples to a batch."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_v0init import InputError
 
 from ..data import TextDataArguments, is_stream, list_columns
 from ..models import TextModelArguments
-from ..run import Task, tokenize_first_on_main
+from ..run import TextTask
 from ..script_support import flag
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
 from .samples import require_strings
@@ -86,30 +87,19 @@ class LanguageDataArguments(TextDataArguments):
         return ""
 
 
-class LanguageTask(Task):
+class LanguageTask(TextTask):
     """A language model: rows of text, a tokenizer, blocks."""
 
     test_name = "test"
     longest_default_block: ClassVar[int]
     for_masking: ClassVar[bool] = False
 
-    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load rows, tokenizer and model, and make the samples of each role."""
-        rows = self.data.load_roles(self.model, self.training)
-        texts = iterate_texts(rows["train"], self.data) if "train" in rows else None
-        self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
-        self.network = self.model.build_for(config, self.tokenizer)
-        self.block_size = self.choose_block_size()
-        return tokenize_first_on_main(self, rows, self.make_samples_of)
-
-    def make_samples_of(self, rows, role: str):
-        """Make the samples of one role: what the Trainer indexes or iterates."""
-        raise NotImplementedError
-
-    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """Choose tokenizer and token budget."""
-        budget = self.options.max_tokens_per_batch if self.training.do_train else None
-        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
+    def iterate_texts(self, rows) -> Iterator[str]:
+        """Yield the training texts, for a tokenizer to be trained on; raise `InputError` for a row without text."""
+        columns, suffix = self.data.choose_text_columns(rows), self.data.choose_text_suffix("train")
+        for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
+            for column in columns:
+                yield require_strings([row[column]], column)[0] + suffix
 
     def train_tokenizer(self, texts) -> PreTrainedTokenizerBase:
         """Train a tokenizer on texts."""
@@ -117,8 +107,9 @@ class LanguageTask(Task):
             return train_word_tokenizer(texts, self.model.vocab_size, for_masking=self.for_masking)
         return train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=False, for_masking=self.for_masking)
 
-    def choose_block_size(self) -> int:
-        """Choose the tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
+    @functools.cached_property
+    def block_size(self) -> int:
+        """The tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
 
         Raises:
             InputError: more than they take.
@@ -147,11 +138,3 @@ def count_positions(network: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return min(positions, module.num_embeddings - module.padding_idx - 1)
     return positions
-
-
-def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
-    """Yield the training texts, for a tokenizer to be trained on; raise `InputError` for a row without text."""
-    columns, suffix = data.choose_text_columns(rows), data.choose_text_suffix("train")
-    for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
-        for column in columns:
-            yield require_strings([row[column]], column)[0] + suffix
