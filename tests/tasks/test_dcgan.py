@@ -22,8 +22,8 @@ from hf_v0init.tasks.gan.dcgan import (
     compute_generator_loss,
     draw_noise,
 )
+from hf_v0init.tasks.gan.optimizers import join_reports
 from hf_v0init.tasks.gan.training import GanRun, ImageOrder
-from hf_v0init.tasks.gan.v0 import join_reports
 from hf_v0init.tasks.images.format import round_to_pixels, scale_pixels
 
 # ---- the networks ----------------------------------------------------------------------------------------------------

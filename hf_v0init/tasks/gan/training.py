@@ -28,8 +28,7 @@ from ...records.run_log import RunRecordCallback
 from ..images.format import round_to_pixels, scale_pixels, write_image_grid
 from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
-from .optimizers import make_optimizer
-from .v0 import attach_to_both, estimate_v0, join_reports
+from .optimizers import attach_to_both, estimate_v0, join_reports, make_optimizer
 
 logger = logging.getLogger("hf_v0init")
 
@@ -115,7 +114,13 @@ class GanRun:
         self._total_loss, self._total_steps, self._measured = 0.0, 0, None
         self.control, self.state = TrainerControl(), TrainerState()
         self._set_up_state(make_run_record(run_identity))
-        self.callbacks = self._make_callbacks()
+        callbacks: list = [DefaultFlowCallback()]
+        if self.accelerator.is_main_process:
+            callbacks.append(PrinterCallback() if training.disable_tqdm else ProgressCallback())
+        if training.v0_record_run:  # what `hf-v0init compare` reads
+            self.run_record = RunRecordCallback()
+            callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
+        self.callbacks = CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
         set_seed(training.seed + rank)  # the noise differs between processes
 
     def _set_up_state(self, record: dict) -> None:
@@ -124,15 +129,6 @@ class GanRun:
         self.state.is_local_process_zero = self.accelerator.is_local_main_process
         self.state.max_steps = self.max_steps
         self.state.compute_steps(self.training, self.max_steps)
-
-    def _make_callbacks(self) -> CallbackHandler:
-        callbacks: list = [DefaultFlowCallback()]
-        if self.accelerator.is_main_process:
-            callbacks.append(PrinterCallback() if self.training.disable_tqdm else ProgressCallback())
-        if self.training.v0_record_run:  # what `hf-v0init compare` reads
-            self.run_record = RunRecordCallback()
-            callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
-        return CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
 
     def _call(self, event: str, **options) -> None:
         getattr(self.callbacks, event)(self.training, self.state, self.control, **options)
@@ -152,7 +148,10 @@ class GanRun:
             InputError: a checkpoint of another run, or what `initialize_v0` refuses.
         """
         if checkpoint is not None:
-            self._resume(checkpoint)
+            self.accelerator.load_state(checkpoint)
+            record = self.state.stateful_callbacks
+            self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
+            self._set_up_state(record)
         first_step = self.state.global_step
         self._call("on_train_begin")
         start = time.perf_counter()
@@ -289,12 +288,6 @@ class GanRun:
             delete_old_checkpoints(self.training.output_dir, self.training.save_total_limit, newest=str(folder))
         self.accelerator.wait_for_everyone()
         self._call("on_save")
-
-    def _resume(self, checkpoint: str) -> None:
-        self.accelerator.load_state(checkpoint)
-        record = self.state.stateful_callbacks
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
-        self._set_up_state(record)
 
     def save_state(self) -> None:
         """Write `trainer_state.json`, on the main process."""

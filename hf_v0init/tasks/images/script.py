@@ -29,8 +29,15 @@ from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_loss import ExactSumsMixin, TokenCrossEntropy
 from .cifar_resnet import CifarResNetConfig
-from .folders import choose_some, load_image_folder, number_labels, select_images, split_off_validation
-from .format import IMAGE_MODES, ImageFormat, choose_format, load_processor
+from .folders import (
+    ImageDataArguments,
+    choose_some,
+    load_image_folder,
+    number_labels,
+    select_images,
+    split_off_validation,
+)
+from .format import ImageFormat, choose_format, load_processor
 from .samples import RANDOM_CROPS, Augmentation, ImageSamples, stack_samples
 
 logger = logging.getLogger("hf_v0init")
@@ -68,30 +75,16 @@ class ModelArguments(AnyModelArguments):
 
 
 @dataclass
-class DataArguments(SplitDataArguments):
+class DataArguments(ImageDataArguments, SplitDataArguments):
     """data: what it is trained and measured on"""
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_dir", "validation_dir", "test_dir")
 
-    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
     test_dir: str | None = flag(None, "The same for test.")
-    image_column: str | None = flag(None, "Column with images. Default: found by itself.")
-    label_column: str | None = flag(None, "Column with classes. Default: found by itself.")
     validation_split_percentage: float | None = flag(
         None,
         "Without validation data: take this percentage of each class from the training data, the same images in every run.",
-    )
-    image_size: int | None = flag(
-        None,
-        "Height and width in pixels to which images are resized, after what is too long on one side is cut off evenly. "
-        "Default: the pretrained model's; from scratch as they are, if all have one size.",
-    )
-    image_mode: str | None = flag(
-        None,
-        "Colour mode to which images are converted, RGB or L (grayscale). Default: the pretrained model's; from scratch as "
-        "they are, if all have one.",
-        choices=list(IMAGE_MODES),
     )
     crop_fraction: float = flag(
         1.0,

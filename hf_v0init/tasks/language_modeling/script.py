@@ -144,17 +144,15 @@ class CausalTask(LanguageTask):
             if data.vary_block_size:
                 raise InputError("--vary_block_size: is for --model_type awd_lstm; leave it out")
             return config
+        flags = vars(data) | vars(self.options) | vars(self.training)
         for name, why in (
             ("streaming", "it reads several places of the text at once"),
             ("prompt_column", "it reads running text"),
             ("max_tokens_per_batch", "its batches are as many streams"),
             ("label_smoothing_factor", "it would replace the model's own loss with its regularisers"),
         ):
-            value = next(
-                (getattr(part, name) for part in (data, self.options, self.training) if hasattr(part, name)), None
-            )
-            if value:
-                raise InputError(f"--{name}={value}: not with an awd_lstm, for {why}; leave it out")
+            if flags[name]:
+                raise InputError(f"--{name}={flags[name]}: not with an awd_lstm, for {why}; leave it out")
         self.longest_default_block = DEFAULT_SEGMENT
         return config
 
