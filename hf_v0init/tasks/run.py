@@ -108,7 +108,7 @@ class Task:
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load data, tokenizer and model (`network`); return the samples of each role: "train", "validation", "test".
 
-        Samples whose draws depend on the epoch are told it by `begin_epoch`.
+        Training samples whose draws depend on the epoch are told it by `begin_epoch`.
 
         Args:
             place: the folder that the run goes on from, if any.
@@ -122,19 +122,6 @@ class Task:
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
         raise NotImplementedError
-
-    def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
-        """Make the Trainer of these samples; `common` are further arguments of it."""
-        trainer = self.trainer_class(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            **self.choose_trainer_options(samples),
-            **common,
-        )
-        if hasattr(samples.get("train"), "begin_epoch"):
-            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
-        return trainer
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         """Evaluate on the validation samples; return the metrics."""
@@ -212,9 +199,20 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     samples = task.prepare(config, place)
     if training.do_train:
         require_a_batch(samples["train"], training)
-    common = {"args": training, "data_collator": task.make_collator(), "callbacks": callbacks, "run_identity": identity}
-    decay = {"lr_decay_epochs": options.lr_decay_epochs, "lr_decay_factor": options.lr_decay_factor or 0.1}
-    trainer = task.make_trainer(samples, **common, **decay)
+    if hasattr(samples.get("train"), "begin_epoch"):
+        callbacks.append(AnnounceEpoch(samples["train"].begin_epoch))
+    trainer = task.trainer_class(
+        model=task.network,
+        args=training,
+        train_dataset=samples.get("train"),
+        eval_dataset=samples.get("validation"),
+        data_collator=task.make_collator(),
+        callbacks=callbacks,
+        run_identity=identity,
+        lr_decay_epochs=options.lr_decay_epochs,
+        lr_decay_factor=options.lr_decay_factor or 0.1,
+        **task.choose_trainer_options(samples),
+    )
     if options.probe_only:
         probe_and_print(trainer)
         return

@@ -121,7 +121,8 @@ class ExactEvaluationMixin(SumsMixin, Seq2SeqTrainer):
 
     It is summed in float64 over the whole set and all processes, each sample once, and divided by the number
     of target tokens, in nats; without label smoothing. It costs no forward pass more. What metrics are given
-    under several processes holds each sample once, too.
+    under several processes holds each sample once, too, and of `predict(..., num_return_sequences=n)` all texts of a
+    sample in one row, the best first: shape (samples, n * length).
     """
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
@@ -136,30 +137,28 @@ class ExactEvaluationMixin(SumsMixin, Seq2SeqTrainer):
         return {"loss": total_nll / num_tokens} if num_tokens > 0 else {}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        """Add a batch's loss and target tokens to the sums."""
-        if inputs.get("labels") is None:
-            inputs = {k: v for k, v in inputs.items() if v is not None}  # transformers' collator leaves an entry None
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        # with decoder inputs at hand the labels would only have the model compute a loss of its own
-        given = {k: v for k, v in inputs.items() if k != "labels"} if "decoder_input_ids" in inputs else inputs
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**given)
-        scores = sum_token_losses(outputs.logits, labels, is_shifted=True)[:, :2]
-        self.add_scores(scores)
-        total_nll, num_tokens = scores.sum(dim=0)
-        loss = total_nll / num_tokens.clamp(min=1)
+        """Add a batch's loss and target tokens to the sums; generate where that is asked for."""
+        inputs = self._prepare_inputs({k: v for k, v in inputs.items() if v is not None})  # labels may be there as None
+        loss, encoded, labels = None, None, inputs.get("labels")
+        if labels is not None:
+            # with decoder inputs at hand the labels would only have the model compute a loss of its own
+            given = {k: v for k, v in inputs.items() if k != "labels"} if "decoder_input_ids" in inputs else inputs
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**given)
+            scores = sum_token_losses(outputs.logits, labels, is_shifted=True)[:, :2]
+            self.add_scores(scores)
+            total_nll, num_tokens = scores.sum(dim=0)
+            loss = total_nll / num_tokens.clamp(min=1)
+            if not (self.args.bf16 or self.args.fp16):  # `generate` runs the encoder without autocast
+                encoded = getattr(outputs, "encoder_last_hidden_state", None)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         # without labels the model generates freely; decoder inputs made from the labels would force it
         inputs = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
-        encoded = getattr(outputs, "encoder_last_hidden_state", None)
-        is_autocast = self.args.bf16 or self.args.fp16  # without which `generate` runs the encoder
-        if encoded is not None and not is_autocast:
+        if encoded is not None:
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
         _, generated, _ = super().prediction_step(model, inputs, False, ignore_keys, **gen_kwargs)
-        return loss, generated, labels
+        return loss, generated.reshape(len(inputs["input_ids"]), -1), labels
 
 
 # ---- language models ---------------------------------------------------------------------------------------------------

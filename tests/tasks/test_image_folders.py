@@ -7,10 +7,10 @@ import torch
 from image_sets import CLASSES, write_image, write_image_folder
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from write_digits_folder import write_digits_folder
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.images import samples as image_samples
-from hf_v0init.tasks.images.digits import write_digits_folder
 from hf_v0init.tasks.images.folders import (
     choose_some,
     load_image_folder,

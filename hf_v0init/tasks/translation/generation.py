@@ -1,10 +1,10 @@
-"""How translations are generated: the flags, the languages of multilingual tokenizers, several translations of each sentence."""
+"""How translations are generated: the flags, and the languages of multilingual tokenizers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers import PreTrainedModel
 
 from hf_v0init import InputError
 
@@ -91,15 +91,3 @@ def get_language(code: str | None) -> str:
     """The two letters of a language code, for sacrebleu: "zh" of zh_CN, zho_Hans or __zh__."""
     code = (code or "").strip("_").split("_")[0].lower()
     return {"zho": "zh", "jpn": "ja", "kor": "ko"}.get(code, code)
-
-
-class NBestMixin(Seq2SeqTrainer):
-    """Put before a Seq2SeqTrainer: `predict(..., num_return_sequences=n)` has predictions of shape (samples, n * length)."""
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        """Predict as the Trainer does, with the translations of a sentence in one row, the best first."""
-        outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        if prediction_loss_only or not self.args.predict_with_generate:
-            return outputs
-        loss, generated, labels = outputs
-        return loss, generated.reshape(len(inputs["input_ids"]), -1), labels

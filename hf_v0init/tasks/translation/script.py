@@ -29,7 +29,7 @@ from ..token_budget import TokenBudgetMixin
 from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
 from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
-from .generation import GenerationArguments, NBestMixin, choose_generation, choose_languages, get_language
+from .generation import GenerationArguments, choose_generation, choose_languages, get_language
 from .metrics import TranslationMetrics, make_bleu, write_predictions
 from .pairs import SIDES, PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
@@ -161,7 +161,7 @@ class DataArguments(TextDataArguments):
         return leave_out_empty_pairs(pairs) if role == "train" else pairs
 
 
-class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, NBestMixin, V0InitSeq2SeqTrainer):
+class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
     """With token-budget batches, and an exact `eval_loss`: nats per target token, without label smoothing."""
 
 
