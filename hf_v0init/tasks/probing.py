@@ -14,8 +14,6 @@ from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_v0init import TrustRadius
-
 from ..method.length import (
     compute_largest_rate_with_room,
     compute_relative_rate,
@@ -59,17 +57,13 @@ def probe_and_print(trainer) -> None:
     if radius.d50 is None:
         console.print(f"the trust radius could not be measured: {radius.reason}.")
         return
-    for line in describe_length(radius, learning_rate, trainer.state.max_steps):
-        console.print(line)
-
-
-def describe_length(radius: TrustRadius, learning_rate: float, num_steps: int) -> list[str]:
-    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
-    d50, x = radius.d50, compute_relative_rate(learning_rate, radius.d50)
+    d50, num_steps = radius.d50, trainer.state.max_steps
+    x = compute_relative_rate(learning_rate, d50)
     length = compute_warmup_length(x, num_steps)
-    return [
+    for line in (
         f"trust radius (d50, where rho is 0.5): {d50:.3g}",
         f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {d50:.3g} = {x:.3g}",
         f"Warm up for {length:,} of {num_steps:,} steps{describe_bound(x, length)}: --warmup_steps {length}",
         f"Largest learning rate that {num_steps:,} steps leave room for: {compute_largest_rate_with_room(d50, num_steps):.3g}",
-    ]
+    ):
+        console.print(line)

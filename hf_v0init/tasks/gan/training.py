@@ -32,7 +32,7 @@ from .optimizers import attach_to_both, estimate_v0, join_reports, make_optimize
 
 logger = logging.getLogger("hf_v0init")
 
-SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
+SAMPLES_FOLDER, NUM_SAMPLES = "samples", 64
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
 V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
@@ -343,7 +343,7 @@ class GanRun:
         if bool(images.isfinite().all()):
             pixels = round_to_pixels(images)
             path = Path(self.training.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
-            write_image_grid(pixels[:NUM_SAMPLES], path, SAMPLE_COLUMNS)
+            write_image_grid(pixels[:NUM_SAMPLES], path)
             distance = self.quality.measure(pixels)
         metrics = {"eval_loss": distance, f"eval_{extractor.metric}": distance, "eval_features": extractor.name}
         return metrics | {"eval_samples": len(images)}

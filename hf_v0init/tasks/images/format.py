@@ -19,7 +19,7 @@ from ...errors import InputError
 IMAGE_MODES = {"L": 1, "RGB": 3}  # and their channels
 IMAGES_FOR_MEAN = 2048
 SMALLEST_STD = 1 / 255  # of a channel that is the same in all images
-GRID_PADDING = 2
+GRID_COLUMNS, GRID_PADDING = 8, 2
 SMALLEST_TILE = 32  # pixels a side; smaller images are enlarged, their pixels kept
 
 
@@ -180,15 +180,14 @@ def round_to_pixels(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def write_image_grid(pixels: torch.Tensor, path, num_columns: int = 8) -> None:
+def write_image_grid(pixels: torch.Tensor, path: Path) -> None:
     """Write uint8 images of shape (n, 1 or 3, height, width) as one PNG, row by row, white between them."""
     factor = max(1, -(-SMALLEST_TILE // max(pixels.shape[2:])))
     tiles = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    num_columns = min(num_columns, len(tiles))
+    num_columns = min(GRID_COLUMNS, len(tiles))
     num_missing = -len(tiles) % num_columns
     tiles = functional.pad(tiles, (0, GRID_PADDING, 0, GRID_PADDING, 0, 0, 0, num_missing), value=255)
     rows = tiles.unflatten(0, (-1, num_columns)).permute(0, 3, 1, 4, 2)  # (rows, height, columns, width, channels)
     grid = rows.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)

@@ -39,11 +39,6 @@ class Augmentation:
     crop_padding: int = 4
     random_flip: bool = False
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether every image stays as it is."""
-        return self.random_crop == "none" and not self.random_flip
-
     def apply(self, pixels: np.ndarray, image_format: ImageFormat, rng: np.random.Generator) -> np.ndarray:
         """Return varied pixels of the format's size; `pixels` have that size already unless `random_crop="resize"`."""
         if self.random_crop == "pad":
@@ -115,7 +110,8 @@ class ImageSamples(torch.utils.data.Dataset):
         seed: int = 0,
     ) -> None:
         self.rows, self.labels, self.image_format = rows, labels, image_format
-        self.augmentation = None if augmentation is None or augmentation.changes_nothing else augmentation
+        varies = augmentation is not None and (augmentation.random_crop != "none" or augmentation.random_flip)
+        self.augmentation = augmentation if varies else None
         # In shared memory, so that loader workers that outlive an epoch see the next one.
         self._draw = torch.tensor([seed, FIRST_DRAW]).share_memory_()
         self._kept = self._decode_all()
