@@ -68,8 +68,13 @@ class DatasetArguments:
         return rows
 
     def split_off_validation(self, train) -> dict[str, Any]:
-        """Split training rows (None: there are none) into "train" and "validation", where a script can; else empty."""
-        return {}
+        """Split training rows (None: there are none) into "train" and "validation"; raise `InputError` where that cannot be."""
+        raise InputError(self.describe_missing("validation"))
+
+    def describe_missing(self, role: str) -> str:
+        """Say that there are no data of a role, and what to give."""
+        name = self.local_flags[0].replace("train", role)
+        return f"there is no {role} data; give --{name}, or a --dataset_name that has this split"
 
     def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
         """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.
@@ -83,12 +88,10 @@ class DatasetArguments:
             found = splits[role] if role in splits else self.load_local(role, hub)
             if found is not None:
                 rows[role] = self.select(found, role)
+            elif role != "validation":
+                raise InputError(self.describe_missing(role))
         if "validation" in needed and "validation" not in rows:
             rows |= self.split_off_validation(rows.get("train"))
-        for role in needed:
-            if role not in rows:
-                name = self.local_flags[0].replace("train", role)
-                raise InputError(f"there is no {role} data; give --{name}, or a --dataset_name that has this split")
         return {role: rows[role] for role in needed}
 
     def list_local(self) -> list[str]:

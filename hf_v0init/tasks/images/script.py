@@ -125,8 +125,7 @@ class DataArguments(ImageDataArguments, SplitDataArguments):
         """Split the percentage that was asked for off the training images, class by class."""
         if train is None or self.validation_split_percentage is None:
             raise InputError(
-                "there is no validation data; give --validation_dir, a --dataset_name that has this split, or with training data "
-                "--validation_split_percentage"
+                f"{self.describe_missing('validation')}, or with training data --validation_split_percentage"
             )
         kept, split_off = split_off_validation(train, self.validation_split_percentage)
         return {"train": kept, "validation": split_off}

@@ -70,8 +70,8 @@ class LanguageDataArguments(TextDataArguments):
         number = self.validation_split_rows
         if train is None or (is_stream(train) and number is None):
             raise InputError(
-                "there is no validation data; give --validation_file, a data set that has that split, or for a stream "
-                "--validation_split_rows 1000 for the first rows of the training data"
+                f"{self.describe_missing('validation')}, or for a stream --validation_split_rows 1000 for the first rows of the "
+                "training data"
             )
         if is_stream(train):
             if next(iter(train.skip(number)), None) is None:
