@@ -1,4 +1,4 @@
-"""Pictures: the trust radius, and loss and update size of training runs side by side.
+"""Pictures: loss and update size of training runs side by side.
 
 matplotlib is imported inside the functions that draw, so that importing this module costs nothing.
 """
@@ -77,31 +77,6 @@ def require_writable(path: str | os.PathLike, what: str) -> Path:
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be written ({error.strerror}); give another place") from error
     return path
-
-
-def draw_trust_radius(
-    path: str | os.PathLike,
-    displacements: Sequence[float],
-    rho: Sequence[float],
-    *,
-    d50: float | None,
-    learning_rate: float,
-) -> None:
-    """Draw rho over the displacement (logarithmic), with d50 and the learning rate, into the file `path`."""
-    plt = import_pyplot()
-    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    lowest = -0.5  # rho far below 0 says no more than that the step fails
-    axes.plot(displacements, [max(value, lowest) for value in rho], "o-", color=COLOURS[0], lw=2, label="rho")
-    axes.axhline(0.5, color="0.7", lw=1)
-    if d50 is not None:
-        axes.axvline(d50, color=COLOURS[0], ls="--", lw=1.5, label=f"d50 = {d50:.3g}")
-    axes.axvline(learning_rate, color=COLOURS[1], ls="-.", lw=1.5, label=f"learning rate {learning_rate:g}")
-    axes.set_xscale("log")
-    axes.set(xlabel="displacement d of every weight", ylim=(lowest - 0.05, None))
-    axes.set_ylabel("decrease of the loss / decrease predicted")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", frameon=False)
-    write_figure(figure, path)
 
 
 def draw_training_curves(path: str | os.PathLike, curves: Sequence[TrainingCurve], *, title: str) -> None:

@@ -15,6 +15,7 @@ from hf_v0init import InputError
 
 from .models import HubArguments
 from .script_support import flag
+from .text_files import load_local_files
 
 ROLES = ("train", "validation", "test")
 CACHE_FOLDER = "hf_v0init"
@@ -29,6 +30,7 @@ class DatasetArguments:
     dataset_revision: str | None = flag(None, "Branch, tag or commit of that data set.")
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_file", "validation_file", "test_file")
+    streaming: ClassVar[bool] = False  # whether rows are read while they are used; a flag where it can be chosen
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
@@ -38,8 +40,8 @@ class DatasetArguments:
         if not self.dataset_name and not local:
             raise InputError(f"no data: give --dataset_name or --{self.local_flags[0]}")
 
-    def load_dataset(self, hub: HubArguments, streaming: bool = False):
-        """Load all splits of `dataset_name`, as streams if asked: a mapping of split names to data sets.
+    def load_dataset(self, hub: HubArguments):
+        """Load all splits of `dataset_name`, as streams if `streaming`: a mapping of split names to data sets.
 
         Raises:
             InputError: it cannot be loaded, for whatever reason.
@@ -50,12 +52,47 @@ class DatasetArguments:
                 self.dataset_config_name,
                 revision=self.dataset_revision,
                 cache_dir=hub.cache_dir,
-                streaming=streaming,
+                streaming=self.streaming,
             )
         except Exception as error:  # of many kinds: no network, no such name, no such configuration
             raise InputError(
                 f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
             ) from error
+
+    def load_local(self, role: str, hub: HubArguments):
+        """Load the local data of "train", "validation" or "test"; None if there are none."""
+        raise NotImplementedError
+
+    def select(self, rows, role: str):
+        """Select what is used of a role's rows; raise `InputError` if it is not there."""
+        return rows
+
+    def split_off_validation(self, train) -> dict[str, Any]:
+        """Split training rows (None: there are none) into "train" and "validation"; raise `InputError` where that cannot be."""
+        raise InputError(self.describe_missing("validation"))
+
+    def describe_missing(self, role: str) -> str:
+        """Say that there are no data of a role, and what to give."""
+        name = self.local_flags[0].replace("train", role)
+        return f"there is no {role} data; give --{name}, or a --dataset_name that has this split"
+
+    def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
+        """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.
+
+        Raises:
+            InputError: a role without data, or what the loaders refuse.
+        """
+        needed, rows = find_needed_roles(training), {}
+        splits = self.load_dataset(hub) if self.dataset_name else {}
+        for role in needed:
+            found = splits[role] if role in splits else self.load_local(role, hub)
+            if found is not None:
+                rows[role] = self.select(found, role)
+            elif role != "validation":
+                raise InputError(self.describe_missing(role))
+        if "validation" in needed and "validation" not in rows:
+            rows |= self.split_off_validation(rows.get("train"))
+        return {role: rows[role] for role in needed}
 
     def list_local(self) -> list[str]:
         """List the local files or folders of the data."""
@@ -88,27 +125,15 @@ class TextDataArguments(SplitDataArguments):
     test_file: str | None = flag(None, "The same for test.")
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
 
+    def load_local(self, role: str, hub: HubArguments):
+        """Load a role's local file, as a stream if `streaming`."""
+        path = getattr(self, f"{role}_file")
+        options = {"streaming": self.streaming, "cache_dir": hub.cache_dir}
+        return None if path is None else load_local_files(path, role=role, **options)
+
     def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
         """Choose how rows are tokenized and kept."""
         return {"num_proc": self.preprocessing_num_workers, "cache_dir": cache_dir}
-
-
-@dataclass
-class StreamedTextDataArguments(TextDataArguments):
-    """data: what it is trained and measured on"""
-
-    streaming: bool = flag(
-        False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
-    )
-    shuffle_buffer_size: int | None = flag(
-        None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
-    )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.shuffle_buffer_size and not self.streaming:
-            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
 
 
 def find_needed_roles(training: TrainingArguments) -> list[str]:

@@ -1,11 +1,19 @@
-"""The output folder of a run: from where it goes on, what in it belongs to an earlier run, and whether the run is done."""
+"""The output folder of a run: which run it holds, from where it goes on, whether it is done, what a new training makes untrue.
+
+What tells one run from another stands in `trainer_state.json` (of every checkpoint, and of the output folder when the run has
+finished) among the Trainer's callbacks. Runs without it, of the stock Trainer, are continued as the Trainer does.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
@@ -18,18 +26,111 @@ from ..records.checkpoints import (
     list_checkpoints,
     require_valid,
 )
-from .run_identity import find_finished_step, list_differences, require_same_run
 from .script_support import NothingToDoError
 from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
+RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE = "HfV0InitRun", "trainer_state.json", "train_results.json"
+# With another value it is another run. What may be changed on the way (learning rate, length, how often to log) is not here.
+IDENTITY_FLAGS = (
+    "dataset_name", "dataset_config_name", "dataset_revision", "source_lang", "target_lang", "source_column", "target_column",
+    "text_column", "prompt_column", "completion_column", "image_column", "label_column", "source_prefix", "prompt_prefix",
+    "model_name_or_path", "model_type", "config_overrides", "tokenizer_name", "tokenizer_kind", "vocab_size", "max_source_length",
+    "max_target_length", "block_size", "max_train_samples", "streaming", "whole_word_mask", "line_by_line",
+    "mlm_probability", "optim", "optim_args", "v0_optimizer", "latent_size", "base_channels",
+)  # fmt: skip
+LENGTH_FLAGS = ("max_steps", "num_train_epochs")
+TRAIN_PATHS = ("train_file", "train_source_file", "train_target_file", "train_dir")
+HASHED_BYTES = 1 << 24  # of a file: whoever edits or replaces it changes its size or these
 RESULT_NAMES = {"eval": ("eval",), "predict": ("predict", "test")}  # of the files in which scripts keep them
 # What a run writes at its end, and a new training makes untrue.
-OF_THE_LAST_MODEL = (
-    "*_results.json", "generated_*", "v0_init.json", "README.md", "trainer_state.json",
-)  # fmt: skip
+OF_THE_LAST_MODEL = ("*_results.json", "generated_*", "v0_init.json", "README.md", STATE_FILE)
 IS_TRUE = ("true", "True", True)
+FRESH = "--overwrite_output_dir or another --output_dir"
+
+
+# ---- which run it is ---------------------------------------------------------------------------------------------------
+
+
+def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
+    """Describe a run by its flags and the contents of its training files.
+
+    Args:
+        training: the Trainer's arguments.
+        others: the script's other dataclasses of flags.
+
+    Returns:
+        "identity" and "length", each a mapping of flags (and files) to plain values.
+    """
+    flags: dict[str, Any] = {}
+    for arguments in (*others, training):
+        flags |= vars(arguments)
+    for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):  # whose folder may have been moved
+        flags[name] = flags.get(name) and Path(flags[name]).name
+    identity = {name: _make_plain(flags[name]) for name in IDENTITY_FLAGS if name in flags}
+    if training.do_train:
+        paths = {name: Path(flags[name]) for name in TRAIN_PATHS if flags.get(name) is not None}
+        identity |= {name: describe_content(path) for name, path in paths.items()}
+    return {"identity": identity, "length": {name: _make_plain(flags[name]) for name in LENGTH_FLAGS}}
+
+
+def _make_plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def describe_content(path: Path) -> str:
+    """A word that is another one for other content of a file or folder; one that is missing is found by whoever reads it."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+    if path.is_file():
+        with open(path, "rb") as content:
+            digest.update(content.read(HASHED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def make_run_record(run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Make the entry that a description of a run is among the callbacks of a `TrainerState`."""
+    return {RECORD_KEY: {"args": {}, "attributes": run or {}}}
+
+
+def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a folder's `trainer_state.json` and the description of its run; both empty if missing or damaged."""
+    try:
+        state = json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, {}
+    stored = state.get("stateful_callbacks", {}).get(RECORD_KEY, {})
+    return state, stored["attributes"] if isinstance(stored, dict) and stored else {}
+
+
+def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with what makes it another one.
+
+    Args:
+        folder: a checkpoint, or the output folder of a finished run.
+        now: what `describe_run` returned.
+
+    Raises:
+        InputError: naming the flags with their values then and now.
+    """
+    old, new = read_state(folder)[1].get("identity", {}), now["identity"]
+    names = [name for name in {**old, **new} if (name in old and name in new) or (old and name in TRAIN_PATHS)]
+    others = [
+        f"{name} has other content" if name in TRAIN_PATHS else f"{name} was {old[name]} and is now {new[name]}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+    if others:
+        raise InputError(
+            f"{folder} is of another run: {'; '.join(others)}. To continue it, give what it was started with; to start anew, {FRESH}"
+        )
+
+
+# ---- from where it goes on ---------------------------------------------------------------------------------------------
 
 
 def require_writable_output(path: str | os.PathLike, overwrite: bool) -> None:
@@ -51,7 +152,7 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
         The folder to continue from, if any: a checkpoint, or the output folder of a run that is trained but not evaluated.
 
     Raises:
-        InputError: an output folder that cannot be used, a checkpoint of another run, a finished run that had other settings.
+        InputError: an output folder that cannot be used, a checkpoint or a finished run of another run.
         NothingToDoError: the output folder holds this run from beginning to end.
     """
     if not training.do_train:
@@ -60,7 +161,8 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
     if not overwrite and training.resume_from_checkpoint in (None, *IS_TRUE):
         step = find_finished_step(training)
         if step is not None:
-            require_stages_left(training, step, run)
+            require_same_run(training.output_dir, run)
+            require_stages_left(training, step)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
     if checkpoint is not None:
@@ -68,27 +170,28 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
     return checkpoint
 
 
-def require_stages_left(training: TrainingArguments, step: int, run: dict) -> None:
-    """Of a run that has been trained to its end: return if results are still to be made of it.
+def find_finished_step(training: TrainingArguments) -> int | None:
+    """Return the step at which the run of the output folder ended, if it is as long as `training` asks for; else None."""
+    state, run = read_state(training.output_dir)
+    if "global_step" not in state or not Path(training.output_dir, TRAIN_RESULTS_FILE).is_file():
+        return None
+    step, length = state["global_step"], run.get("length", {})
+    if training.max_steps > 0:
+        is_as_long = step >= training.max_steps or length.get("max_steps") == training.max_steps
+    else:
+        is_as_long = length == {name: _make_plain(getattr(training, name)) for name in LENGTH_FLAGS}
+    return step if is_as_long else None
 
-    Raises:
-        InputError: it was trained with other settings, which are named.
-        NothingToDoError: all its results are there.
-    """
+
+def require_stages_left(training: TrainingArguments, step: int) -> None:
+    """Of a run that has been trained to its end: return if results are still to be made of it, else raise `NothingToDoError`."""
     folder = Path(training.output_dir)
-    require_same_run(folder, run)
-    changed = list_differences(folder, run, "settings")
-    anew = "to train anew give --overwrite_output_dir or another --output_dir"
-    if changed:
-        raise InputError(
-            f"{folder} holds a finished run (step {step}) with other settings: {'; '.join(changed)}; {anew}"
-        )
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
     if not left:
         raise NothingToDoError(
-            f"{folder}: finished at step {step}; nothing to do; {anew}; to measure again, --model_name_or_path {folder} without "
-            "--do_train"
+            f"{folder}: finished at step {step}; nothing to do; to train anew, or with other settings, give {FRESH}; to measure again, "
+            f"--model_name_or_path {folder} without --do_train"
         )
     logger.warning(f"{folder}: training finished at step {step}; what is left is {' and '.join(left)}")
 
@@ -124,10 +227,12 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
         logger.warning(describe_skipped(skipped, newest))
     if newest is not None and wanted is None and training.process_index == 0:
         logger.warning(
-            f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start anew instead, give "
-            "--overwrite_output_dir or another --output_dir"
+            f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start anew instead, give {FRESH}"
         )
     return newest
+
+
+# ---- what a new training makes untrue ----------------------------------------------------------------------------------
 
 
 def remove_what_is_stale(output_dir: str | os.PathLike, with_checkpoints: bool) -> None:

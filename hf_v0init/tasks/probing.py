@@ -1,7 +1,7 @@
 """`--probe_only`: a training script builds its run, measures how far it may step, says so and ends without an update.
 
 The Trainer prepares everything as for training (device, precision, sharding, loader); in the first optimizer step the trust radius
-is measured, and the run is left. Nothing is written but the plot.
+is measured, and the run is left. Nothing is written.
 """
 
 import os
@@ -14,26 +14,13 @@ from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_v0init import InputError, TrustRadius
-
 from ..method.length import (
-    STEPS_PER_X,
     compute_largest_rate_with_room,
     compute_relative_rate,
     compute_warmup_length,
-    is_cut_short,
+    describe_bound,
 )
-from ..plots import draw_trust_radius, require_figure_path
 from ..trainer.probe import measure_run
-
-
-def require_possible_figure(options) -> None:
-    """Refuse a plot without `--probe_only`, or one that cannot be written, before anything is built."""
-    if options.probe_figure is None:
-        return
-    if not options.probe_only:
-        raise InputError(f"--probe_figure={options.probe_figure}: is for --probe_only; add it or drop this")
-    require_figure_path(options.probe_figure)
 
 
 def turn_into_probe(training: TrainingArguments) -> None:
@@ -51,8 +38,8 @@ def turn_into_probe(training: TrainingArguments) -> None:
         training.log_level = "warning"
 
 
-def probe_and_print(trainer, probe) -> None:
-    """Prepare the run as for training, measure, print what follows for it, draw."""
+def probe_and_print(trainer) -> None:
+    """Prepare the run as for training, measure, print what follows for it."""
     try:
         radius, learning_rate = measure_run(trainer)
     finally:
@@ -70,24 +57,13 @@ def probe_and_print(trainer, probe) -> None:
     if radius.d50 is None:
         console.print(f"the trust radius could not be measured: {radius.reason}.")
         return
-    for line in describe_length(radius, learning_rate, trainer.state.max_steps):
-        console.print(line)
-    if probe.probe_figure is not None:
-        draw_trust_radius(
-            probe.probe_figure, radius.displacements, radius.rho, d50=radius.d50, learning_rate=learning_rate
-        )
-
-
-def describe_length(radius: TrustRadius, learning_rate: float, num_steps: int) -> list[str]:
-    """Say in sentences what a trust radius means for a run of `num_steps` at this learning rate."""
-    d50, x = radius.d50, compute_relative_rate(learning_rate, radius.d50)
+    d50, num_steps = radius.d50, trainer.state.max_steps
+    x = compute_relative_rate(learning_rate, d50)
     length = compute_warmup_length(x, num_steps)
-    why = f"{STEPS_PER_X:g} times it" if length == round(STEPS_PER_X * x) else "a third, the least"
-    if is_cut_short(x, num_steps):
-        why = f"two thirds, where {STEPS_PER_X:g} times it would be {STEPS_PER_X * x:,.0f}"
-    return [
+    for line in (
         f"trust radius (d50, where rho is 0.5): {d50:.3g}",
         f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {d50:.3g} = {x:.3g}",
-        f"Warm up for {length:,} of {num_steps:,} steps ({why}): --warmup_steps {length}",
+        f"Warm up for {length:,} of {num_steps:,} steps{describe_bound(x, length)}: --warmup_steps {length}",
         f"Largest learning rate that {num_steps:,} steps leave room for: {compute_largest_rate_with_room(d50, num_steps):.3g}",
-    ]
+    ):
+        console.print(line)

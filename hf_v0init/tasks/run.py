@@ -7,25 +7,31 @@ flags -> refusals -> where to start -> configuration -> data, tokenizer, model, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_v0init import InputError
 
-from .checkpoint_averaging import load_average_of_last, require_enough_checkpoints
-from .data import find_needed_roles
-from .output_folder import RemoveWhatIsStale, find_place_to_start
-from .probing import probe_and_print, require_possible_figure, turn_into_probe
-from .run_identity import describe_run
-from .schedules import require_possible_schedule
+from .output_folder import RemoveWhatIsStale, describe_run, find_place_to_start
+from .probing import probe_and_print, turn_into_probe
 from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
 from .value_checks import require_available_metric
+from .whole_weights import load_average_of_last, require_enough_checkpoints
 
 logger = logging.getLogger("hf_v0init")
 
@@ -63,11 +69,6 @@ class RunArguments:
         False,
         "Train nothing: measure at the initial weights how far a first step may go, and print the warmup that this run needs.",
     )
-    probe_figure: str | None = flag(None, "With --probe_only: also draw the curve into this .png, .svg or .pdf file.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        require_possible_figure(self)
 
 
 class Task:
@@ -92,6 +93,11 @@ class Task:
     def __init__(self, model, data, options: RunArguments, training: TrainingArguments, *others) -> None:
         self.model, self.data, self.options, self.training, self.others = model, data, options, training, others
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of what is drawn of the training data."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
+
     def refuse(self) -> None:
         """Raise `InputError` for what the flags alone rule out."""
 
@@ -102,7 +108,7 @@ class Task:
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load data, tokenizer and model (`network`); return the samples of each role: "train", "validation", "test".
 
-        Samples whose draws depend on the epoch are told it by `begin_epoch`.
+        Training samples whose draws depend on the epoch are told it by `begin_epoch`.
 
         Args:
             place: the folder that the run goes on from, if any.
@@ -117,19 +123,6 @@ class Task:
         """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
         raise NotImplementedError
 
-    def make_trainer(self, samples: dict[str, Any], **common) -> Trainer:
-        """Make the Trainer of these samples; `common` are further arguments of it."""
-        trainer = self.trainer_class(
-            model=self.network,
-            train_dataset=samples.get("train"),
-            eval_dataset=samples.get("validation"),
-            **self.choose_trainer_options(samples),
-            **common,
-        )
-        if hasattr(samples.get("train"), "begin_epoch"):
-            trainer.add_callback(AnnounceEpoch(samples["train"].begin_epoch))
-        return trainer
-
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         """Evaluate on the validation samples; return the metrics."""
         return trainer.evaluate(metric_key_prefix="eval")
@@ -138,9 +131,6 @@ class Task:
         """Measure the test samples, and write what is predicted."""
         trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Write whatever else is asked for, such as a sample of text."""
-
     def describe_for_card(self) -> dict[str, Any]:
         """Describe the run to `create_model_card`; of local files or folders only the names are told."""
         card = {"tasks": self.card_task, "finetuned_from": self.model.model_name_or_path}
@@ -148,6 +138,42 @@ class Task:
             card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
             return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
         return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
+
+
+class TextTask(Task):
+    """A task on text: rows, a tokenizer that is loaded or trained on them, a model that fits it, samples of tokens."""
+
+    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
+        """Load rows, tokenizer and model, and make the samples: on the main process first, whose cache the others read."""
+        self.rows, samples = self.data.load_roles(self.model, self.training), {}
+        texts = self.iterate_texts(self.rows["train"]) if "train" in self.rows else None
+        self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
+        self.network = self.build_network(config)
+        for role, rows in self.rows.items():
+            with self.training.main_process_first(desc=f"tokenizing {role}"):
+                samples[role] = self.make_samples(rows, role)
+        return samples
+
+    def iterate_texts(self, rows) -> Iterator[str]:
+        """Yield the training texts, for a tokenizer to be trained on."""
+        raise NotImplementedError
+
+    def train_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """Train a tokenizer on texts."""
+        raise NotImplementedError
+
+    def build_network(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load the pretrained model, or make one from scratch that fits the tokenizer."""
+        return self.model.build_for(config, self.tokenizer)
+
+    def make_samples(self, rows, role: str) -> Any:
+        """Make the samples of one role: what the Trainer indexes or iterates."""
+        raise NotImplementedError
+
+    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Choose tokenizer and token budget."""
+        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
 
 def run(task_class: type[Task], argv: list[str]) -> None:
@@ -173,10 +199,22 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     samples = task.prepare(config, place)
     if training.do_train:
         require_a_batch(samples["train"], training)
-    common = {"run_identity": identity, "schedule_arguments": options, "callbacks": callbacks}
-    trainer = task.make_trainer(samples, args=training, data_collator=task.make_collator(), **common)
+    if hasattr(samples.get("train"), "begin_epoch"):
+        callbacks.append(AnnounceEpoch(samples["train"].begin_epoch))
+    trainer = task.trainer_class(
+        model=task.network,
+        args=training,
+        train_dataset=samples.get("train"),
+        eval_dataset=samples.get("validation"),
+        data_collator=task.make_collator(),
+        callbacks=callbacks,
+        run_identity=identity,
+        lr_decay_epochs=options.lr_decay_epochs,
+        lr_decay_factor=options.lr_decay_factor or 0.1,
+        **task.choose_trainer_options(samples),
+    )
     if options.probe_only:
-        probe_and_print(trainer, options)
+        probe_and_print(trainer)
         return
     if training.do_train:
         trainer.save_metrics("train", train_and_save(trainer, place, options))
@@ -185,7 +223,6 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         trainer.save_metrics("eval", task.evaluate(trainer))
     if training.do_predict:
         task.predict(trainer, samples["test"])
-    task.finish(trainer)
     publish(trainer, task.describe_for_card())
 
 
@@ -196,13 +233,22 @@ def require_possible_run(task: Task) -> None:
         raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
     if not training.do_train and task.model.model_name_or_path is None:
         raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
-    streaming = getattr(task.data, "streaming", False)
-    if streaming and training.do_train and training.max_steps <= 0:
+    if task.data.streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if streaming and options.max_tokens_per_batch:
+    if task.data.streaming and options.max_tokens_per_batch:
         raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
-        require_possible_schedule(options, streaming)
+        epochs = options.lr_decay_epochs or []
+        if epochs != sorted({epoch for epoch in epochs if epoch >= 1}):
+            raise InputError(
+                f"--lr_decay_epochs {epochs}: must be whole numbers >= 1 in increasing order, such as 100 145"
+            )
+        if epochs and task.data.streaming:
+            raise InputError("--lr_decay_epochs: the length of an epoch of streamed data is unknown; leave it out")
+        if options.lr_decay_factor is not None and not epochs:
+            raise InputError(
+                f"--lr_decay_factor={options.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
+            )
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
 
@@ -267,12 +313,3 @@ def publish(trainer: Trainer, card: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         print_summary(trainer)
     trainer.accelerator.end_training()
-
-
-def tokenize_first_on_main(task: Task, rows: dict[str, Any], prepare) -> dict[str, Any]:
-    """Make the samples of each role by `prepare(rows, role)`, on the main process first, whose cache the others read."""
-    samples = {}
-    for role in [role for role in find_needed_roles(task.training) if role in rows]:
-        with task.training.main_process_first(desc=f"tokenizing {role}"):
-            samples[role] = prepare(rows[role], role)
-    return samples

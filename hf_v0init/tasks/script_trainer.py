@@ -1,4 +1,4 @@
-"""What the scripts' Trainers share: whole weights, the record of the run, a card that evaluation adds to."""
+"""What the scripts' Trainers share: whole weights, the record of the run, steps of the learning rate, a card that evaluation adds to."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from hf_v0init import SafeCheckpointsMixin
+from hf_v0init import InputError, SafeCheckpointsMixin
 
 from ..records.model_card import add_results_section
 from ..records.report import read_report
-from .run_identity import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE
-from .schedules import ScheduleMixin
+from .output_folder import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, make_run_record
 from .whole_weights import WholeWeightsMixin
 
 logger = logging.getLogger("hf_v0init")
@@ -41,15 +41,29 @@ class AnnounceEpoch(TrainerCallback):
         self.tell(int((state.epoch or 0) + 1e-6))
 
 
-class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin, Trainer):
+class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
     """Put before a Trainer.
 
     Args:
         run_identity: what `describe_run` returned; kept in every checkpoint.
+        lr_decay_epochs: the learning rate falls after each of these epochs, counted from 1, on top of its schedule.
+        lr_decay_factor: what it is multiplied by each time.
+
+    Raises:
+        InputError: before any training, decay epochs of a schedule that watches the loss.
     """
 
-    def __init__(self, *args, run_identity: dict | None = None, **kwargs) -> None:
-        self.run_identity = run_identity or {}
+    _steps_per_epoch = 0
+
+    def __init__(
+        self,
+        *args,
+        run_identity: dict | None = None,
+        lr_decay_epochs: list[int] | None = None,
+        lr_decay_factor: float = 0.1,
+        **kwargs,
+    ) -> None:
+        self.run_identity, self.lr_decay_epochs, self.lr_decay_factor = run_identity, lr_decay_epochs, lr_decay_factor
         super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -63,11 +77,28 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
 
     def _record_run(self) -> None:
         """Put the identity where the Trainer's state is saved, in the form in which it keeps callbacks."""
-        self.state.stateful_callbacks[RECORD_KEY] = {"args": {}, "attributes": self.run_identity}
+        self.state.stateful_callbacks |= make_run_record(self.run_identity)
 
     def _load_callback_state(self) -> None:
         self.state.stateful_callbacks.pop(RECORD_KEY, None)  # or it would be named as a callback that is missing
         super()._load_callback_state()
+
+    # ---- the schedule ------------------------------------------------------------------------------------------------
+
+    def set_initial_training_values(self, args, dataloader, *others):
+        """Count the steps of an epoch as the Trainer does."""
+        values = super().set_initial_training_values(args, dataloader, *others)
+        self._steps_per_epoch = values[1] or 0
+        return values
+
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        """Create the schedule as the Trainer does, with the steps of `lr_decay_epochs`."""
+        exists = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if not exists and self.lr_decay_epochs:
+            steps = [epoch * self._steps_per_epoch for epoch in self.lr_decay_epochs]
+            add_decay_steps(scheduler, steps, self.lr_decay_factor)
+        return scheduler
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
 
@@ -134,3 +165,18 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, ScheduleMixin,
         """Read what `save_metrics` has written into the output folder; empty if there is nothing."""
         path = Path(self.args.output_dir, RESULTS_FILE)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def add_decay_steps(scheduler, decay_steps: list[int], factor: float) -> None:
+    """Multiply the learning rates of a scheduler by `factor` from each of `decay_steps` on, in place.
+
+    Raises:
+        InputError: the scheduler is no `LambdaLR` (all of transformers' schedules are but those that watch the loss).
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise InputError(f"--lr_decay_epochs: not with {type(scheduler).__name__}; give --lr_scheduler_type constant")
+
+    def decay(schedule):
+        return lambda step: schedule(step) * factor ** sum(step >= decay_step for decay_step in decay_steps)
+
+    scheduler.lr_lambdas = [decay(schedule) for schedule in scheduler.lr_lambdas]

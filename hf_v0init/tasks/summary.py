@@ -55,19 +55,14 @@ def print_summary(trainer, console: Console | None = None) -> None:
     count = sum(p.numel() for p in network.parameters())
     table.add_row("model", f"{type(network).__name__}, {count:,} parameters")
     if trainer.args.do_train:
-        table.add_row("trained", _describe_training(trainer, results))
+        trained = f"{trainer.state.global_step:,} steps, {trainer.state.epoch or 0:.2f} epochs"
+        seconds = results.get("train_runtime")
+        table.add_row("trained", f"{trained}, {seconds:.0f} s" if seconds else trained)
         table.add_row("v0", _describe_v0(trainer.get_v0_report()))
     for title, words in list_scores(results):
         table.add_row(title, words)
     table.add_row("folder", str(folder))
     console.print(table)
-
-
-def _describe_training(trainer, results: Mapping[str, Any]) -> str:
-    words = [f"{trainer.state.global_step:,} steps", f"{trainer.state.epoch or 0:.2f} epochs"]
-    if results.get("train_runtime"):
-        words.append(f"{results['train_runtime']:.0f} s")
-    return ", ".join(words)
 
 
 def _describe_v0(report: Mapping[str, Any] | None) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
+from .script_trainer import AnnounceEpoch
 
 logger = logging.getLogger("hf_v0init")
 
@@ -111,35 +112,6 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return boundaries
 
 
-class _EpochForwardingDataset(Dataset):
-    """The data set, and the way by which the sampler learns the epoch.
-
-    accelerate wraps batch samplers (one shard a process; one that skips, on resume) in classes that do not pass
-    on `set_epoch`, but its data loaders always call that of the data set.
-    """
-
-    def __init__(self, dataset, sampler: TokenBudgetBatchSampler):
-        self.dataset = dataset
-        self.sampler = sampler
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        return self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list:
-        """All samples of a batch at once, which a `datasets.Dataset` reads several times as fast as one by one."""
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-
 class TokenBudgetMixin:
     """Put before a Trainer: with `max_tokens_per_batch`, training batches are made by token budget.
 
@@ -150,6 +122,8 @@ class TokenBudgetMixin:
     def __init__(self, *args, max_tokens_per_batch: int | None = None, **kwargs):
         self.max_tokens_per_batch = max_tokens_per_batch
         super().__init__(*args, **kwargs)
+        if max_tokens_per_batch is not None:
+            self.add_callback(AnnounceEpoch(lambda epoch: self._token_budget_sampler.set_epoch(epoch)))
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of this process. Raises InputError as the sampler does."""
@@ -159,7 +133,7 @@ class TokenBudgetMixin:
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         loader = DataLoader(
-            _EpochForwardingDataset(dataset, sampler),
+            dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,

@@ -25,10 +25,7 @@ LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "gen_len", "runtim
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
 # What is allowed, in words and as a test, and the flags of which it holds; None may always stand.
-COUNT = (
-    "a whole number, 1 or more",
-    lambda x: x >= 1 and x == int(x),
-)  # all whole numbers of the scripts' own flags, too
+COUNT = ("a whole number, 1 or more", lambda x: x >= 1 and x == int(x))  # of all of the scripts' own flags, too
 RANGES = (
     (*COUNT, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
               "eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams")),

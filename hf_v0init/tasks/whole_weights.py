@@ -1,4 +1,5 @@
-"""Weights of a checkpoint, all of them: by the model's own `from_pretrained`, and refused where one is missing.
+"""Weights of a checkpoint, all of them: by the model's own `from_pretrained`, and refused where one is missing. And their mean over
+several checkpoints of one run, as translation papers evaluate it.
 
 transformers saves many families under other names than their modules have (ViT, BEIT, DINOv2, Swin, ESM, GPT-NeoX, Mixtral,
 Qwen-MoE, OLMoE, ...), and its Trainer loads the file by these names with `strict=False`: what it does not find stays as it was
@@ -8,12 +9,18 @@ drawn, and the run goes on with another model (huggingface/transformers#43701).
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_v0init import InputError
+
+from ..records.checkpoints import find_defect, list_checkpoints
+
+logger = logging.getLogger("hf_v0init")
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -85,3 +92,67 @@ class WholeWeightsMixin(Trainer):
         is_plain = isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None
         has_file = any(Path(folder, name).is_file() for name in WEIGHT_FILES)
         return is_plain and has_file and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+# ---- the mean of several checkpoints -----------------------------------------------------------------------------------
+
+
+def average_checkpoints(model: PreTrainedModel, folders: Sequence) -> dict[str, torch.Tensor]:
+    """Average the weights of checkpoints.
+
+    Args:
+        model: the one they are of; it is not touched.
+        folders: written by a Trainer, oldest first.
+
+    Returns:
+        For each name of the model's `state_dict` the mean of the checkpoints' tensors, summed in float64, on the CPU in the
+        model's dtype. Integer and boolean tensors (counters) are the last checkpoint's.
+
+    Raises:
+        InputError: one of them is not whole or of another model.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        weights = read_whole_weights(model, folder)
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                sums[name] = sums.get(name, 0.0) + tensor.double()
+    return {
+        name: (sums[name] / len(folders)).to(last.dtype) if name in sums else last for name, last in weights.items()
+    }
+
+
+def find_last_checkpoints(output_dir, num_checkpoints: int) -> list[Path]:
+    """Find the folders of the last `num_checkpoints` valid checkpoints in `output_dir`, oldest first; of fewer, all.
+
+    Raises:
+        InputError: there is none.
+    """
+    folders = [Path(folder) for folder in list_checkpoints(output_dir) if find_defect(folder) is None]
+    if not folders:
+        raise InputError(f"--average_checkpoints={num_checkpoints}: {output_dir} has no valid checkpoint")
+    return folders[:num_checkpoints][::-1]
+
+
+def load_average_of_last(trainer, num_checkpoints: int) -> None:
+    """Put the mean of the last `num_checkpoints` valid checkpoints of the run into the Trainer's model, and log which they are.
+
+    Raises:
+        InputError: there is none, or one of them is of another model.
+    """
+    trainer.accelerator.wait_for_everyone()
+    folders = find_last_checkpoints(trainer.args.output_dir, num_checkpoints)
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    network.load_state_dict(average_checkpoints(network, folders))
+    network.tie_weights()
+    logger.info(f"the model is now the average of {', '.join(folder.name for folder in folders)}")
+
+
+def require_enough_checkpoints(training: TrainingArguments, num_checkpoints: int) -> None:
+    """Refuse save settings that cannot leave `num_checkpoints` checkpoints, before any training."""
+    saves, limit = training.save_strategy in ("epoch", "steps"), training.save_total_limit or num_checkpoints
+    if not saves or limit < num_checkpoints or training.load_best_model_at_end:
+        raise InputError(
+            f"--average_checkpoints={num_checkpoints}: needs --save_strategy steps or epoch, a --save_total_limit of "
+            f"{num_checkpoints} or more, and no --load_best_model_at_end"
+        )

@@ -17,7 +17,7 @@ from processes import leave
 from test_dcgan import make_trainer
 
 from hf_v0init.tasks.gan.dcgan import compute_discriminator_loss, compute_generator_loss
-from hf_v0init.tasks.images.tensors import scale_pixels
+from hf_v0init.tasks.images.format import scale_pixels
 
 
 def keep_gradients(trainer, seen: dict) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from script_runs import load_script, quiet_logging  # noqa: F401
-
-from hf_v0init.tasks.images.digits import write_digits_folder
+from write_digits_folder import write_digits_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_runs.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-4  # relative; the machine's arithmetic may differ in the last digits

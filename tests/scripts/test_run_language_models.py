@@ -260,20 +260,16 @@ def test_prompts_with_completions(run, tmp_path):
         "gpt2", prompt_column="question", completion_column="answer", prompt_prefix="Q: ", block_size=48,
         config_overrides="n_embd=16,n_layer=1,n_head=2,n_positions=48", train_file=tmp_path / "train.jsonl",
         validation_file=tmp_path / "test.csv", test_file=tmp_path / "test.csv", do_eval=True, do_predict=True, max_predict_samples=2,
-        max_tokens_per_batch=150, max_new_tokens=4,
+        max_tokens_per_batch=150,
     )  # fmt: skip
     tokenizer, answers = AutoTokenizer.from_pretrained(out), TRAIN[:3]
     assert results["eval_num_tokens"] == sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)  # with ends
-    lines = [json.loads(line) for line in (out / "generated_completions.jsonl").read_text().splitlines()]
-    assert [line["completion"] for line in lines] == answers[:2]
-    assert all(isinstance(line["generated"], str) for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_streaming_evaluates_like_reading_before(kind, run):
+def test_streaming_evaluates_like_reading_before(run):
     options = {"do_eval": True, "do_predict": True, "max_eval_samples": 3}
-    out, streamed = run(kind, streaming=True, shuffle_buffer_size=20, **options)
-    _, indexed = run(kind, "indexed", **of_trained(out, **options))
+    out, streamed = run("gpt2", streaming=True, shuffle_buffer_size=20, **options)
+    _, indexed = run("gpt2", "indexed", **of_trained(out, **options))
     for name in ("eval_loss", "test_loss", "test_accuracy"):
         assert streamed[name] == pytest.approx(indexed[name], rel=1e-6)
     assert streamed["eval_num_tokens"] == indexed["eval_num_tokens"] > 0

@@ -22,9 +22,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks import run as run_of_tasks
-from hf_v0init.tasks.checkpoint_averaging import average_checkpoints
 from hf_v0init.tasks.script_support import run_script
 from hf_v0init.tasks.translation.pairs import PairCollator
+from hf_v0init.tasks.whole_weights import average_checkpoints
 
 SCRIPT = ROOT / "scripts" / "run_translation.py"
 run_translation = load_script("translate")
@@ -394,7 +394,7 @@ def test_a_finished_run_started_again_is_left_alone(trained, capsys, monkeypatch
 def test_another_run_does_not_continue_this_one(trained, monkeypatch, changes, words):
     out, flags = trained
     changes = {name: flags.get(value, value) for name, value in changes.items()}
-    monkeypatch.setattr(run_translation.TranslationTask, "load_pairs", lambda *_: pytest.fail("data is read"))
+    monkeypatch.setattr(run_translation.DataArguments, "load_roles", lambda *_: pytest.fail("data is read"))
     before = list_files(out)
     with pytest.raises(InputError, match=words) as caught:
         run_translation.main(to_argv({**flags, "max_steps": 6, **changes}))
@@ -413,7 +413,7 @@ def test_what_may_change_on_the_way_does(trained, monkeypatch, caplog, tmp_path)
         raise InterruptedError
 
     monkeypatch.setattr(run_of_tasks, "start_logging", lambda *_: None)
-    monkeypatch.setattr(run_translation.TranslationTask, "load_pairs", stop)
+    monkeypatch.setattr(run_translation.DataArguments, "load_roles", stop)
     changes = {"train_source_file": moved, "learning_rate": 1e-4, "per_device_train_batch_size": 4, "max_steps": 6}
     with caplog.at_level(logging.WARNING, logger="hf_v0init"), pytest.raises(InterruptedError):
         run_translation.main(to_argv(flags | changes))

@@ -15,8 +15,13 @@ from transformers import (
 from translation_models import make_marian
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.checkpoint_averaging import average_checkpoints, find_last_checkpoints, require_enough_checkpoints
-from hf_v0init.tasks.whole_weights import load_whole_weights, read_whole_weights
+from hf_v0init.tasks.whole_weights import (
+    average_checkpoints,
+    find_last_checkpoints,
+    load_whole_weights,
+    read_whole_weights,
+    require_enough_checkpoints,
+)
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1}

@@ -7,11 +7,10 @@ import torch
 from image_sets import CLASSES, write_image, write_image_folder
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from write_digits_folder import write_digits_folder
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.images import samples as image_samples
-from hf_v0init.tasks.images.augmentation import Augmentation, draw_crop_box, pad_and_crop, to_pixels
-from hf_v0init.tasks.images.digits import write_digits_folder
 from hf_v0init.tasks.images.folders import (
     choose_some,
     load_image_folder,
@@ -20,7 +19,14 @@ from hf_v0init.tasks.images.folders import (
     split_off_validation,
 )
 from hf_v0init.tasks.images.format import choose_format, decode_image, load_processor
-from hf_v0init.tasks.images.samples import ImageSamples, stack_samples
+from hf_v0init.tasks.images.samples import (
+    Augmentation,
+    ImageSamples,
+    draw_crop_box,
+    pad_and_crop,
+    stack_samples,
+    to_pixels,
+)
 
 
 @pytest.fixture

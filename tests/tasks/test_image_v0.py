@@ -12,11 +12,10 @@ from transformers import Trainer
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.estimation.batches import choose_samples
-from hf_v0init.tasks.images.augmentation import Augmentation
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.images.format import choose_format
-from hf_v0init.tasks.images.samples import ImageSamples, stack_samples
+from hf_v0init.tasks.images.samples import Augmentation, ImageSamples, stack_samples
 from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
 

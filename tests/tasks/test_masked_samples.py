@@ -7,10 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.masked_samples import (
+from hf_v0init.tasks.language_modeling.masking import (
     Frame,
     FramedTexts,
-    cut_framed_texts,
     require_words,
 )
 from hf_v0init.tasks.language_modeling.samples import find_word_starts, tokenize_texts
@@ -102,23 +101,6 @@ def test_words_begin_where_pieces_say(tokenize, pieces, line_by_line, length):
         assert (np.cumsum(starts) - 1).tolist() == [number + (is_cut and i > 0) for i, number in enumerate(expected)]
         num_continued += starts.count(False)
     assert num_continued > 0  # there are words of several pieces
-
-
-@pytest.mark.parametrize("line_by_line", [False, True])
-@pytest.mark.parametrize("mark_words", [False, True])
-@pytest.mark.parametrize("length", [3, 5, 8, 60])
-def test_a_stream_gives_the_same_samples(tokenize, pieces, line_by_line, mark_words, length):
-    frame, separator = Frame.of_tokenizer(pieces), [] if line_by_line else [3]
-    indexed = tokenize(pieces, separator=separator, mark_words=mark_words)
-    expected = list_samples(FramedTexts(indexed, length, frame, line_by_line))
-    texts = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    rows = tokenize_texts(texts, pieces, "text", separator=separator, mark_words=mark_words)
-    samples = list(cut_framed_texts(rows, length, frame, line_by_line))
-    assert len(samples) == len(expected)
-    for sample, other in zip(samples, expected, strict=True):
-        assert sample.keys() == other.keys()
-        for name, values in other.items():
-            np.testing.assert_array_equal(sample[name], values)
 
 
 def test_frames_and_words_of_tokenizers(words, pieces):

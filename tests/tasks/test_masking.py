@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from hf_v0init.tasks.language_modeling.masking import MaskedSamples, MaskedStream, Masking, compose_seed
+from hf_v0init.tasks.language_modeling.masking import MaskedSamples, Masking, compose_seed
 from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.tokenizer_training import train_word_tokenizer
 
@@ -131,17 +131,6 @@ def test_masks_of_training_depend_on_seed_epoch_and_number_alone_and_those_of_ev
     evaluation.set_epoch(5)
     assert read_all(evaluation) == labels != read_all(MaskedSamples(make_samples(), make_masking(), seed=0))
     assert compose_seed(None, 0, 1) == compose_seed(None, 7, 1) != compose_seed(0, 0, 1)
-
-
-def test_a_stream_has_the_masks_of_what_is_indexed():
-    for seed in (None, 3):
-        indexed, rows = MaskedSamples(make_samples(), make_masking(), seed), make_samples()
-        stream = MaskedStream(rows, iter, make_masking(), seed, max_samples=20)
-        for epoch in (0, 2):
-            indexed.set_epoch(epoch)
-            stream.set_epoch(epoch)
-            assert rows.epoch == epoch
-            assert list_labels(stream) == read_all(indexed)[:20]
 
 
 def test_loader_workers_that_live_on_see_the_epoch():

@@ -7,8 +7,8 @@ import torch
 from conftest import VOCAB, make_gpt2
 from transformers import Trainer, TrainingArguments
 
-from hf_v0init.tasks.language_modeling.perplexity import ExactPerplexityMixin, compute_perplexity, sum_token_losses
 from hf_v0init.tasks.language_modeling.samples import PaddingCollator
+from hf_v0init.tasks.token_loss import ExactPerplexityMixin, compute_perplexity, sum_token_losses
 
 LENGTHS = (10, 7, 10, 2, 9, 3, 10, 10, 5, 10, 4)  # uneven, no multiple of any batch size used here
 

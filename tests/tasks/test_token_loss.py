@@ -1,7 +1,5 @@
 """Loss a target token: gradients that do not depend on how a step is cut up, and an exact evaluation."""
 
-import math
-
 import pytest
 import torch
 from test_token_budget import make_rows, make_trainer
@@ -10,7 +8,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from translation_models import make_marian
 
-from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy, compute_row_nll
+from hf_v0init.tasks.token_loss import ExactEvaluationMixin, TokenCrossEntropy
 
 LOGITS = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([[1, 2, 3, -100, -100], [6, -100, -100, -100, -100], [0, 1, 2, 3, 4]])
@@ -29,18 +27,6 @@ def test_loss_is_that_of_torch_and_of_transformers(smoothing):
         for i in range(3)
     ]
     assert sum(parts).item() == pytest.approx(loss.item(), rel=1e-6)
-
-
-def test_row_nll_by_hand():
-    nll, tokens = compute_row_nll(LOGITS, LABELS)
-    assert tokens.tolist() == [3, 1, 5]
-    for row in range(3):
-        expected = sum(
-            -math.log(torch.softmax(LOGITS[row, i].double(), 0)[label].item())
-            for i, label in enumerate(LABELS[row].tolist())
-            if label != -100
-        )
-        assert nll[row].item() == pytest.approx(expected, rel=1e-5)
 
 
 class ExactTrainer(ExactEvaluationMixin, Seq2SeqTrainer):

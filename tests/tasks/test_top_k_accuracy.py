@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_v0init.tasks.images.top_k_accuracy import score_images
+from hf_v0init.tasks.images.script import score_images
 
 
 def test_scores_by_hand():

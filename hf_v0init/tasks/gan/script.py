@@ -22,13 +22,10 @@ from transformers import set_seed
 
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
-from ..data import DatasetArguments
-from ..images.folders import choose_some, load_image_folder, select_images
-from ..images.format import IMAGE_MODES, choose_format
-from ..images.tensors import read_pixels
+from ..images.folders import ImageDataArguments, choose_some, load_image_folder, select_images
+from ..images.format import choose_format, read_pixels
 from ..models import HubArguments
-from ..output_folder import find_place_to_start, remove_what_is_stale
-from ..run_identity import describe_run
+from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
@@ -66,26 +63,10 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(DatasetArguments, HubArguments):
+class DataArguments(ImageDataArguments, HubArguments):
     """data: what it is trained on"""
 
-    local_flags: ClassVar[tuple[str, ...]] = ("train_dir",)
-
     train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
-    image_column: str | None = flag(None, "Column with images. Default: found by itself.")
-    label_column: str | None = flag(
-        None, "Column with classes, for --feature_extractor classifier. Default: found by itself."
-    )
-    image_size: int | None = flag(
-        None,
-        "Height and width to which images are resized, after what is too long on one side is cut off evenly: 8, 16, 32, 64 or "
-        "128. Default: as they are, if all have one size.",
-    )
-    image_mode: str | None = flag(
-        None,
-        "Colour mode to which images are converted, RGB or L (grayscale). Default: as they are, if all have one.",
-        choices=list(IMAGE_MODES),
-    )
     max_train_samples: int | None = flag(
         None, "Train on so many of the images, chosen at random, the same in every run."
     )

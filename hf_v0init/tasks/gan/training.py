@@ -25,15 +25,14 @@ from ...records.checkpoints import begin_save, complete_save, delete_checkpoint,
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
-from ..images.tensors import round_to_pixels, scale_pixels, write_image_grid
-from ..run_identity import RECORD_KEY, STATE_FILE
+from ..images.format import round_to_pixels, scale_pixels, write_image_grid
+from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
-from .optimizers import make_optimizer
-from .v0 import attach_to_both, choose_decay_steps, estimate_v0, join_reports
+from .optimizers import attach_to_both, choose_decay_steps, estimate_v0, join_reports, make_optimizer
 
 logger = logging.getLogger("hf_v0init")
 
-SAMPLES_FOLDER, NUM_SAMPLES, SAMPLE_COLUMNS = "samples", 64, 8
+SAMPLES_FOLDER, NUM_SAMPLES = "samples", 64
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
 V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
@@ -115,8 +114,14 @@ class GanRun:
         self._sums, self._num_summed = torch.zeros(len(LOGGED), device=self.accelerator.device), 0
         self._total_loss, self._total_steps, self._measured = 0.0, 0, None
         self.control, self.state = TrainerControl(), TrainerState()
-        self._set_up_state({RECORD_KEY: {"args": {}, "attributes": run_identity or {}}})
-        self.callbacks = self._make_callbacks()
+        self._set_up_state(make_run_record(run_identity))
+        callbacks: list = [DefaultFlowCallback()]
+        if self.accelerator.is_main_process:
+            callbacks.append(PrinterCallback() if training.disable_tqdm else ProgressCallback())
+        if training.v0_record_run:  # what `hf-v0init compare` reads
+            self.run_record = RunRecordCallback()
+            callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
+        self.callbacks = CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
         set_seed(training.seed + rank)  # the noise differs between processes
 
     def _set_up_state(self, record: dict) -> None:
@@ -125,15 +130,6 @@ class GanRun:
         self.state.is_local_process_zero = self.accelerator.is_local_main_process
         self.state.max_steps = self.max_steps
         self.state.compute_steps(self.training, self.max_steps)
-
-    def _make_callbacks(self) -> CallbackHandler:
-        callbacks: list = [DefaultFlowCallback()]
-        if self.accelerator.is_main_process:
-            callbacks.append(PrinterCallback() if self.training.disable_tqdm else ProgressCallback())
-        if self.training.v0_record_run:  # what `hf-v0init compare` reads
-            self.run_record = RunRecordCallback()
-            callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
-        return CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
 
     def _call(self, event: str, **options) -> None:
         getattr(self.callbacks, event)(self.training, self.state, self.control, **options)
@@ -153,7 +149,10 @@ class GanRun:
             InputError: a checkpoint of another run, or what `initialize_v0` refuses.
         """
         if checkpoint is not None:
-            self._resume(checkpoint)
+            self.accelerator.load_state(checkpoint)
+            record = self.state.stateful_callbacks
+            self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
+            self._set_up_state(record)
         first_step = self.state.global_step
         self._call("on_train_begin")
         start = time.perf_counter()
@@ -291,12 +290,6 @@ class GanRun:
         self.accelerator.wait_for_everyone()
         self._call("on_save")
 
-    def _resume(self, checkpoint: str) -> None:
-        self.accelerator.load_state(checkpoint)
-        record = self.state.stateful_callbacks
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
-        self._set_up_state(record)
-
     def save_state(self) -> None:
         """Write `trainer_state.json`, on the main process."""
         if self.accelerator.is_main_process:
@@ -351,7 +344,7 @@ class GanRun:
         if bool(images.isfinite().all()):
             pixels = round_to_pixels(images)
             path = Path(self.training.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
-            write_image_grid(pixels[:NUM_SAMPLES], path, SAMPLE_COLUMNS)
+            write_image_grid(pixels[:NUM_SAMPLES], path)
             distance = self.quality.measure(pixels)
         metrics = {"eval_loss": distance, f"eval_{extractor.metric}": distance, "eval_features": extractor.name}
         return metrics | {"eval_samples": len(images)}

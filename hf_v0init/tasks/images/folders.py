@@ -4,16 +4,44 @@ The folder is listed here and not by the `imagefolder` loader of `datasets`, whi
 "test") and drops the labels of folders of unequal depth in silence.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
 
-from ...errors import InputError
+from hf_v0init import InputError
+
+from ..data import DatasetArguments
+from ..script_support import flag
+from .format import IMAGE_MODES
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LABEL_COLUMNS = ("label", "labels")
 FIXED_CHOICE_SEED = 0  # of the samples that a limit or a split leaves: the same in runs of any seed
+
+
+@dataclass
+class ImageDataArguments(DatasetArguments):
+    """data: what it is trained and measured on"""
+
+    local_flags: ClassVar[tuple[str, ...]] = ("train_dir",)
+
+    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
+    image_column: str | None = flag(None, "Column with images. Default: found by itself.")
+    label_column: str | None = flag(None, "Column with classes. Default: found by itself.")
+    image_size: int | None = flag(
+        None,
+        "Height and width in pixels to which images are resized, after what is too long on one side is cut off evenly. "
+        "Default: a pretrained model's; else as they are, if all have one size.",
+    )
+    image_mode: str | None = flag(
+        None,
+        "Colour mode to which images are converted, RGB or L (grayscale). Default: a pretrained model's; else as they are, if "
+        "all have one.",
+        choices=list(IMAGE_MODES),
+    )
 
 
 def load_image_folder(path, *, role: str, needs_classes: bool = True) -> datasets.Dataset:

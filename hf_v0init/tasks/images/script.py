@@ -15,27 +15,34 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import torch
+from torch.nn import functional
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ..data import SplitDataArguments, find_needed_roles
+from ..data import SplitDataArguments
 from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..token_loss import TokenCrossEntropy
-from .augmentation import RANDOM_CROPS, Augmentation
+from ..token_loss import ExactSumsMixin, TokenCrossEntropy
 from .cifar_resnet import CifarResNetConfig
-from .folders import choose_some, load_image_folder, number_labels, select_images, split_off_validation
-from .format import IMAGE_MODES, ImageFormat, choose_format, load_processor
-from .samples import ImageSamples, stack_samples
-from .top_k_accuracy import ExactAccuracyMixin
+from .folders import (
+    ImageDataArguments,
+    choose_some,
+    load_image_folder,
+    number_labels,
+    select_images,
+    split_off_validation,
+)
+from .format import ImageFormat, choose_format, load_processor
+from .samples import RANDOM_CROPS, Augmentation, ImageSamples, stack_samples
 
 logger = logging.getLogger("hf_v0init")
 
-CROP_PADDING = 4
+CROP_PADDING, TOP = 4, 5
 EXAMPLES = """
 # a ResNet for small images, on folders with one subfolder per class, with its data-driven v0
 {} --model_type cifar_resnet --train_dir data/train --do_train --v0_init data_driven --output_dir out
@@ -68,30 +75,16 @@ class ModelArguments(AnyModelArguments):
 
 
 @dataclass
-class DataArguments(SplitDataArguments):
+class DataArguments(ImageDataArguments, SplitDataArguments):
     """data: what it is trained and measured on"""
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_dir", "validation_dir", "test_dir")
 
-    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
     validation_dir: str | None = flag(None, "The same for validation.")
     test_dir: str | None = flag(None, "The same for test.")
-    image_column: str | None = flag(None, "Column with images. Default: found by itself.")
-    label_column: str | None = flag(None, "Column with classes. Default: found by itself.")
     validation_split_percentage: float | None = flag(
         None,
         "Without validation data: take this percentage of each class from the training data, the same images in every run.",
-    )
-    image_size: int | None = flag(
-        None,
-        "Height and width in pixels to which images are resized, after what is too long on one side is cut off evenly. "
-        "Default: the pretrained model's; from scratch as they are, if all have one size.",
-    )
-    image_mode: str | None = flag(
-        None,
-        "Colour mode to which images are converted, RGB or L (grayscale). Default: the pretrained model's; from scratch as "
-        "they are, if all have one.",
-        choices=list(IMAGE_MODES),
     )
     crop_fraction: float = flag(
         1.0,
@@ -115,6 +108,64 @@ class DataArguments(SplitDataArguments):
             raise InputError("--validation_split_percentage and --validation_dir: give one of them")
         if self.crop_padding is not None and self.random_crop != "pad":
             raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
+
+    def load_local(self, role: str, hub) -> datasets.Dataset | None:
+        """List the images of a role's folder."""
+        path = getattr(self, f"{role}_dir")
+        return None if path is None else load_image_folder(path, role=role)
+
+    def select(self, rows: datasets.Dataset, role: str) -> datasets.Dataset:
+        """Select images, not decoded, and their classes."""
+        rows = select_images(rows, role=role, image_column=self.image_column, label_column=self.label_column)
+        if "label" not in rows.features:
+            raise InputError(f"the {role} data has no column of classes; give --label_column")
+        return rows
+
+    def split_off_validation(self, train: datasets.Dataset | None) -> dict[str, datasets.Dataset]:
+        """Split the percentage that was asked for off the training images, class by class."""
+        if train is None or self.validation_split_percentage is None:
+            raise InputError(
+                f"{self.describe_missing('validation')}, or with training data --validation_split_percentage"
+            )
+        kept, split_off = split_off_validation(train, self.validation_split_percentage)
+        return {"train": kept, "validation": split_off}
+
+
+def score_images(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Score each image.
+
+    Args:
+        logits: shape (images, classes), any floating dtype.
+        labels: shape (images,), int64.
+
+    Returns:
+        Shape (images, 3), float32: the negative log-likelihood in nats, whether the class is the most likely one, whether it
+        is among the five most likely (all classes, if there are fewer).
+    """
+    logits = logits.float()
+    nll = functional.cross_entropy(logits, labels, reduction="none")
+    best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return torch.stack((nll, hits[:, 0].float(), hits.any(dim=1).float()), dim=1)
+
+
+class ExactAccuracyMixin(ExactSumsMixin):
+    """Put before a Trainer of an image classifier: its evaluations report exact figures.
+
+    `eval_loss` (nats per image, without label smoothing), `eval_accuracy` (the share of images whose class is the most likely
+    one), with more than five classes `eval_top5_accuracy`, and `eval_num_images`, over the whole set and all processes.
+    """
+
+    def score(self, logits, labels, inputs) -> torch.Tensor:
+        """Score each image by `score_images`, and count it."""
+        self._has_top5 = logits.shape[1] > TOP
+        return functional.pad(score_images(logits, labels), (0, 1), value=1.0)
+
+    def compute_figures(self, sums: list[float]) -> dict[str, float]:
+        """Compute loss, accuracies and the number of images."""
+        nll, top1, top5, num_images = sums
+        figures = {"loss": nll, "accuracy": top1} | ({"top5_accuracy": top5} if self._has_top5 else {})
+        return {name: total / num_images for name, total in figures.items()} | {"num_images": int(num_images)}
 
 
 class ImageTrainer(ScriptTrainerMixin, ExactAccuracyMixin, V0InitTrainer):
@@ -140,18 +191,16 @@ class ImageTask(Task):
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load the images and the model."""
         data, training = self.data, self.training
-        rows = load_images(data, self.model, training)
+        rows = data.load_roles(self.model, training)
+        rows = {role: choose_some(part, data.get_limit(role)) for role, part in rows.items()}
         first = next(iter(rows.values()))
         names = self.choose_classes(first, config)
         self.image_format = image_format = self.choose_image_format(first, config)
         augmentation = Augmentation(data.random_crop, data.crop_padding or CROP_PADDING, data.random_flip)
-        seed = training.seed if training.data_seed is None else training.data_seed
-        samples = {
-            role: ImageSamples(
-                part, number_labels(part, names, role), image_format, augmentation if role == "train" else None, seed
-            )
-            for role, part in rows.items()
-        }
+        samples = {}
+        for role, part in rows.items():
+            varied = augmentation if role == "train" else None
+            samples[role] = ImageSamples(part, number_labels(part, names, role), image_format, varied, self.data_seed)
         if self.model.model_name_or_path is None:
             if hasattr(config, "num_channels"):
                 config.num_channels = image_format.num_channels
@@ -204,29 +253,6 @@ class ImageTask(Task):
             folder = Path(self.data.list_local()[0]).absolute()
             card["dataset"] = folder.parent.name if folder.name in ("train", "validation", "test") else folder.name
         return card
-
-
-def load_images(data: DataArguments, model: ModelArguments, training) -> dict[str, datasets.Dataset]:
-    """Load the labelled images of each role that the run needs, not decoded."""
-    roles, rows = find_needed_roles(training), {}
-    splits = data.load_dataset(model) if data.dataset_name else {}
-    for role in roles:
-        if role in splits:
-            columns = {"image_column": data.image_column, "label_column": data.label_column}
-            rows[role] = select_images(splits[role], role=role, **columns)
-        elif getattr(data, f"{role}_dir") is not None:
-            rows[role] = load_image_folder(getattr(data, f"{role}_dir"), role=role)
-    if "validation" in roles and data.validation_split_percentage is not None and "train" in rows:
-        rows["train"], rows["validation"] = split_off_validation(rows["train"], data.validation_split_percentage)
-    for role in roles:
-        if role not in rows:
-            instead = ", or --validation_split_percentage" if role == "validation" else ""
-            raise InputError(
-                f"there is no {role} data; give --{role}_dir, or a --dataset_name that has this split{instead}"
-            )
-        if "label" not in rows[role].features:
-            raise InputError(f"the {role} data has no column of classes; give --label_column")
-    return {role: choose_some(rows[role], data.get_limit(role)) for role in roles}
 
 
 ARGUMENTS = ImageTask.arguments

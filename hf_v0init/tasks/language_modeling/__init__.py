@@ -1,1 +1,1 @@
-"""Language modelling: rows, windows, streams, models, perplexity, completions."""
+"""Language modelling: rows, windows, streams, models, perplexity."""

@@ -129,9 +129,7 @@ class AwdLstmForCausalLM(PreTrainedModel):
     config_class = AwdLstmConfig
     base_model_prefix = ""
     _input_embed_layer = "embedding"
-    accepts_loss_kwargs = (
-        True  # the loss is divided by `num_items_in_batch`, so accumulated batches weigh by their tokens
-    )
+    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`: accumulated batches weigh by their tokens
     _tied_weights_keys = {"decoder.weight": "embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["AwdLstmLayer"]  # noqa: RUF012
 

@@ -11,23 +11,20 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from transformers import AutoModelForMaskedLM, PreTrainedConfig
+from transformers import AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
-from ..run import RunArguments, run, tokenize_first_on_main
+from ..run import RunArguments, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
-from ..token_loss import TokenCrossEntropy
-from .masked_samples import Frame, FramedTexts, cut_framed_texts, require_words
-from .masking import MaskedSamples, MaskedStream, Masking
-from .perplexity import MaskedPerplexityMixin
-from .samples import tokenize_texts
+from ..token_loss import MaskedPerplexityMixin, TokenCrossEntropy
+from .masking import Frame, FramedTexts, MaskedSamples, Masking, require_words
+from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
 ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
@@ -93,21 +90,16 @@ class MaskedTask(LanguageTask):
     longest_default_block = 512
     for_masking = True
 
-    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load what blocks or lines with masks are made of, and refuse tokenizers and sizes with which they cannot be."""
-        self.load(config, place)
-        if self.data.whole_word_mask:
-            require_words(self.tokenizer)
-        options = {"probability": self.data.mlm_probability, "whole_words": self.data.whole_word_mask}
-        self.masking, self.frame = Masking.for_tokenizer(self.tokenizer, **options), Frame.of_tokenizer(self.tokenizer)
-        if self.block_size <= len(self.frame):
-            least = len(self.frame) + 1
-            raise InputError(f"--block_size={self.block_size}: must be {least} or more, for its special tokens and one")
-        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
-
-    def make_samples_of(self, rows, role: str):
+    def make_samples(self, rows, role: str):
         """Make the samples of one role: what the Trainer indexes or iterates."""
-        data, training, tokenizer = self.data, self.training, self.tokenizer
+        data, tokenizer = self.data, self.tokenizer
+        if data.whole_word_mask:
+            require_words(tokenizer)
+        options = {"probability": data.mlm_probability, "whole_words": data.whole_word_mask}
+        masking, frame = Masking.for_tokenizer(tokenizer, **options), Frame.of_tokenizer(tokenizer)
+        if self.block_size <= len(frame):
+            least = len(frame) + 1
+            raise InputError(f"--block_size={self.block_size}: must be {least} or more, for its special tokens and one")
         has_separator = not data.line_by_line and tokenizer.sep_token_id is not None
         tokenized = tokenize_texts(
             rows,
@@ -117,14 +109,12 @@ class MaskedTask(LanguageTask):
             mark_words=data.whole_word_mask,
             **data.choose_map_options(self.model.cache_dir),
         )
-        seed = None  # of evaluation
-        if role == "train":
-            seed = training.seed if training.data_seed is None else training.data_seed
-        limit, options = data.get_limit(role), {"length": self.block_size, "frame": self.frame}
-        options["line_by_line"] = data.line_by_line
-        if data.streaming:
-            return MaskedStream(tokenized, partial(cut_framed_texts, **options), self.masking, seed, limit)
-        return MaskedSamples(FramedTexts(tokenized, **options, max_samples=limit), self.masking, seed)
+        texts = FramedTexts(tokenized, self.block_size, frame, data.line_by_line, data.get_limit(role))
+        return MaskedSamples(texts, masking, self.data_seed if role == "train" else None)
+
+    def make_collator(self) -> PaddingCollator:
+        """Make what pads samples to a batch."""
+        return PaddingCollator(self.tokenizer.pad_token_id)
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer, token budget and loss."""

@@ -1,23 +1,117 @@
-"""Which tokens a masked language model must guess: drawn from seed, epoch and the sample's number, and from nothing else.
+"""What a masked language model reads: blocks of running text or one line each, and which tokens of them it must guess.
 
-So a sample has the same masks whatever the batch size, the number of processes or of loader workers, and however often a run
-was stopped and resumed; in every epoch of training they are others, at every evaluation the same. Masks that a collator
-draws, as transformers' does, come from a generator whose state is that of the batches before.
+A sample is framed as the tokenizer frames a text, with BERT's `[CLS]` before and `[SEP]` after. Its masks are drawn from seed,
+epoch and the sample's number, and from nothing else: a sample has the same masks whatever the batch size, the number of
+processes or of loader workers, and however often a run was stopped and resumed; in every epoch of training they are others, at
+every evaluation the same. Masks that a collator draws, as transformers' does, come from a generator whose state is that of the
+batches before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
+import pyarrow.compute
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import InputError
-from .samples import NO_TARGET, StreamedSamples
+from hf_v0init import InputError
+
+from .samples import NO_TARGET, WORD_STARTS, flatten_rows
 
 TRAINING, EVALUATION = 0, 1  # first number of a seed, so that the two never draw the same
+
+
+# ---- blocks and lines -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens that a tokenizer puts around a text."""
+
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Find them by encoding a text with and without them."""
+        bare, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return cls(framed[:start], framed[start + len(bare) :])
+        raise InputError(
+            f"the tokenizer encodes 'a' as {framed}, in which {bare} is not found; give --tokenizer_name of another"
+        )
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+    def put_around(self, ids: np.ndarray, word_starts: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Return a sample: the tokens in their frame, each token of which, and the first after it, counts as a word's start."""
+        sample = {"input_ids": np.concatenate([self.before, ids, self.after]).astype(np.int64)}
+        if word_starts is not None:
+            starts = np.ones(len(sample["input_ids"]), dtype=bool)
+            first = len(self.before)
+            starts[first + 1 : first + len(ids)] = word_starts[1:]
+            sample[WORD_STARTS] = starts
+        return sample
+
+
+def require_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not tell words apart."""
+    remedy = "drop --whole_word_mask, or give another --tokenizer_name"
+    if not tokenizer.is_fast:
+        raise InputError(f"--whole_word_mask: {type(tokenizer).__name__} does not say where words begin; {remedy}")
+    if len(set(tokenizer("a b c", add_special_tokens=False).word_ids())) < 3:
+        raise InputError(f"--whole_word_mask: this tokenizer takes a whole line for one word; {remedy}")
+
+
+class FramedTexts(torch.utils.data.Dataset):
+    """Tokens of the rows, each sample in its frame: blocks of the joined rows, or a row each.
+
+    Args:
+        rows: from `tokenize_texts`, without a frame.
+        length: tokens of a sample at most, the frame included; the last block holds what is left.
+        frame: put around each.
+        line_by_line: each row that has tokens is a sample, cut at `length`.
+        max_samples: keep only so many from the beginning.
+
+    Raises:
+        InputError: there are no tokens.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, length: int, frame: Frame, line_by_line: bool, max_samples: int | None = None
+    ) -> None:
+        self.frame = frame
+        self.columns = {name: flatten_rows(rows, name) for name in ("input_ids", WORD_STARTS) if name in rows.features}
+        num_tokens, room = len(self.columns["input_ids"]), length - len(frame)
+        if num_tokens == 0:
+            raise InputError("the text has no tokens to train or evaluate on; give a file with more text")
+        starts, stops = np.arange(0, num_tokens, room), np.arange(room, num_tokens + room, room)
+        if line_by_line:
+            lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+            stops = np.cumsum(lengths[lengths > 0])
+            starts = np.concatenate([[0], stops[:-1]])
+        self.starts = starts[:max_samples]
+        self.stops = np.minimum(np.minimum(stops, num_tokens), starts + room)[:max_samples]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        where = slice(int(self.starts[index]), int(self.stops[index]))
+        sample = {name: values[where].to_numpy() for name, values in self.columns.items()}
+        return self.frame.put_around(sample["input_ids"], sample.get(WORD_STARTS))
+
+    def compute_lengths(self) -> list[int]:
+        """Count the tokens of each sample, the frame included, without reading any."""
+        return (self.stops - self.starts + len(self.frame)).tolist()
+
+
+# ---- masks ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,11 +184,6 @@ class Masking:
         is_random = chosen & (fate >= self.mask_share) & (fate < self.mask_share + self.random_share)
         return np.where(is_random, random_ids, input_ids), np.where(chosen, ids, NO_TARGET)
 
-    def mask_sample(self, sample: dict[str, np.ndarray], seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Mask a sample of `input_ids` and perhaps `word_starts`; return it with `input_ids` and `labels`."""
-        input_ids, labels = self.mask(sample["input_ids"], sample.get("word_starts"), seed)
-        return {"input_ids": input_ids, "labels": labels}
-
 
 class MaskedSamples(torch.utils.data.Dataset):
     """Samples with masks: those of item i depend on the seed, the epoch and i alone.
@@ -120,32 +209,13 @@ class MaskedSamples(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.masking.mask_sample(self.samples[index], compose_seed(self.seed, int(self._epoch), index))
+        sample, seed = self.samples[index], compose_seed(self.seed, int(self._epoch), index)
+        input_ids, labels = self.masking.mask(sample["input_ids"], sample.get(WORD_STARTS), seed)
+        return {"input_ids": input_ids, "labels": labels}
 
     def compute_lengths(self) -> list[int]:
         """Count the tokens of each sample."""
         return self.samples.compute_lengths()
-
-
-class MaskedStream(StreamedSamples):
-    """`MaskedSamples` over samples that are read as a stream, their number unknown.
-
-    Args:
-        rows, cut, max_samples: as for `StreamedSamples`.
-    """
-
-    def __init__(self, rows, cut, masking: Masking, seed: int | None, max_samples: int | None = None) -> None:
-        super().__init__(rows, cut, max_samples)
-        self.masking, self.seed, self.epoch = masking, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the masks of an epoch of training, and pass it on to rows that are shuffled by it."""
-        self.epoch = epoch
-        super().set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for index, sample in enumerate(super().__iter__()):
-            yield self.masking.mask_sample(sample, compose_seed(self.seed, self.epoch, index))
 
 
 def compose_seed(seed: int | None, epoch: int, index: int) -> tuple[int, int, int, int]:

@@ -7,11 +7,10 @@ itself. `PaddingCollator` makes batches of them. What reads, keeps and pads toke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.compute
 import torch
@@ -108,18 +107,20 @@ def tokenize_completions(
     Raises:
         InputError: a row without a prompt or completion (None or not a string).
     """
-    first_tokens = find_first_token(tokenizer)
+    first_tokens, bos = find_first_token(tokenizer), tokenizer.bos_token_id
+    before = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        prompts = encode_prompts(require_strings(batch[prompt_column], prompt_column), tokenizer, prompt_prefix)
-        texts = require_strings(batch[completion_column], completion_column)
-        completions = tokenizer(texts, add_special_tokens=False, **PLAINLY)["input_ids"]
+        prompts = [prompt_prefix + text for text in require_strings(batch[prompt_column], prompt_column)]
+        prompts = tokenizer(prompts, add_special_tokens=False, **PLAINLY)["input_ids"]
+        completions = require_strings(batch[completion_column], completion_column)
+        completions = tokenizer(completions, add_special_tokens=False, **PLAINLY)["input_ids"]
         samples: dict[str, list] = {"input_ids": [], "labels": []}
         for prompt, completion in zip(prompts, completions, strict=True):
             # One token before the completion always stays: without it nothing forecasts the first target.
             completion = (completion + eos)[: max_length - 1]
-            prompt = prompt[-(max_length - len(completion)) :] or first_tokens
+            prompt = (before + prompt)[-(max_length - len(completion)) :] or first_tokens
             samples["input_ids"].append(prompt + completion)
             samples["labels"].append([NO_TARGET] * len(prompt) + completion)
         return samples
@@ -129,13 +130,6 @@ def tokenize_completions(
     )
     key = ("completions", prompt_column, completion_column, max_length, prompt_prefix)
     return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
-
-
-def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_prefix: str = "") -> list[list[int]]:
-    """Encode prompts as `tokenize_completions` does: token ids without an end-of-text token."""
-    encoded = tokenizer([prompt_prefix + prompt for prompt in prompts], add_special_tokens=False, **PLAINLY)
-    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [([tokenizer.bos_token_id] if begins else []) + ids for ids in encoded["input_ids"]]
 
 
 def find_first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -195,44 +189,14 @@ class TokenWindows(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": list(tokens)}
 
 
-def cut_stream(
-    rows: Iterable[dict[str, list]], length: int, step: int, before: dict[str, list] | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Join the rows of a stream and cut them: every `step` values a window of `length` begins; the last holds what is left.
-
-    Args:
-        before: what comes before the first row that is not empty, by column; left out if it is there already.
-    """
-    kept: dict[str, np.ndarray] | None = None
-    for row in rows:
-        columns = {name: np.asarray(row[name]) for name in ("input_ids", WORD_STARTS) if name in row}
-        if len(columns["input_ids"]) == 0:
-            continue
-        if kept is None:
-            kept = {name: np.asarray((before or {}).get(name, values[:0])) for name, values in columns.items()}
-            if len(kept["input_ids"]) and kept["input_ids"][0] == columns["input_ids"][0]:
-                kept = {name: values[:0] for name, values in columns.items()}
-        kept = {name: np.concatenate([kept[name], values]) for name, values in columns.items()}
-        while len(kept["input_ids"]) >= length:
-            yield {name: values[:length] for name, values in kept.items()}
-            kept = {name: values[step:] for name, values in kept.items()}
-    if kept is not None and len(kept["input_ids"]) > length - step:
-        yield kept
-
-
-class StreamedSamples(torch.utils.data.IterableDataset):
-    """Samples cut from a stream of rows, which is read again in every epoch, their number unknown.
-
-    Args:
-        rows: the stream.
-        cut: makes samples of the rows.
-        max_samples: keep only so many from the beginning.
-    """
+class StreamedTokenWindows(torch.utils.data.IterableDataset):
+    """`TokenWindows` over a stream of rows, which is read again in every epoch, their number unknown."""
 
     def __init__(
-        self, rows: Iterable[dict], cut: Callable[[Iterable[dict]], Iterator[dict]], max_samples: int | None = None
+        self, rows: Iterable[dict], window_length: int, first_token: list[int], max_windows: int | None = None
     ) -> None:
-        self.rows, self.cut, self.max_samples = rows, cut, max_samples
+        self.rows, self.window_length, self.first_token = rows, window_length, list(first_token)
+        self.max_windows = max_windows
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to rows that are shuffled by it."""
@@ -240,21 +204,24 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        return itertools.islice(self.cut(self.rows), self.max_samples)
+        for tokens in itertools.islice(self._cut(), self.max_windows):
+            yield {"input_ids": tokens, "labels": list(tokens)}
 
-
-class StreamedTokenWindows(StreamedSamples):
-    """`TokenWindows` over a stream of rows."""
-
-    def __init__(
-        self, rows: Iterable[dict], window_length: int, first_token: list[int], max_windows: int | None = None
-    ) -> None:
-        def cut(rows: Iterable[dict]) -> Iterator[dict]:
-            for window in cut_stream(rows, window_length, window_length - 1, {"input_ids": list(first_token)}):
-                tokens = window["input_ids"].tolist()
-                yield {"input_ids": tokens, "labels": list(tokens)}
-
-        super().__init__(rows, cut, max_windows)
+    def _cut(self) -> Iterator[list[int]]:
+        """Join the rows; every `window_length` - 1 tokens a window begins."""
+        kept: list[int] = []
+        for row in self.rows:
+            ids = list(row["input_ids"])
+            if not kept and ids and ids[:1] != self.first_token:
+                kept = list(self.first_token)
+            kept += ids
+            start = 0
+            while start + self.window_length <= len(kept):
+                yield kept[start : start + self.window_length]
+                start += self.window_length - 1
+            kept = kept[start:]
+        if len(kept) > 1:
+            yield kept
 
 
 class PaddingCollator:

@@ -10,9 +10,7 @@ rows, read from beginning to end with the state carried on; or, with --prompt_co
 row with the loss on the completion. Losses and perplexities are exact: each token of the set counts once.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -26,14 +24,12 @@ from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..text_files import TABLES, get_format
 from ..token_budget import TokenBudgetMixin
+from ..token_loss import ExactPerplexityMixin
 from .awd_lstm import AwdLstmConfig
-from .completions import generate_completions
-from .perplexity import ExactPerplexityMixin
 from .samples import (
     PaddingCollator,
     StreamedTokenWindows,
     TokenWindows,
-    encode_prompts,
     find_first_token,
     tokenize_completions,
     tokenize_texts,
@@ -86,7 +82,6 @@ class DataArguments(LanguageDataArguments):
     )
     completion_column: str | None = flag(None, "Column with the completions.")
     prompt_prefix: str = flag("", "Text put before every prompt.")
-    max_new_tokens: int = flag(64, "Tokens generated at most, for completions of the test set.")
     block_size: int | None = flag(
         None,
         "Tokens of a block, and the longest prompt with completion (longer ones lose the beginning of the prompt). Default: what "
@@ -98,6 +93,12 @@ class DataArguments(LanguageDataArguments):
         "learning rate of each step by its length (Merity et al., section 5). Depends on --seed alone.",
     )
     append_eos: bool = flag(False, "End every line or row with the tokenizer's end-of-text token.")
+    streaming: bool = flag(
+        False, "Read the data while training instead of before; needs --max_steps. Nothing is cached."
+    )
+    shuffle_buffer_size: int | None = flag(
+        None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
+    )
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
@@ -107,6 +108,8 @@ class DataArguments(LanguageDataArguments):
         smallest = 2 if self.prompt_column is None else 3
         if self.block_size is not None and self.block_size < smallest:
             raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
+        if self.shuffle_buffer_size and not self.streaming:
+            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
 
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: prompt and completion, or the one of running text."""
@@ -141,60 +144,43 @@ class CausalTask(LanguageTask):
             if data.vary_block_size:
                 raise InputError("--vary_block_size: is for --model_type awd_lstm; leave it out")
             return config
+        flags = vars(data) | vars(self.options) | vars(self.training)
         for name, why in (
             ("streaming", "it reads several places of the text at once"),
             ("prompt_column", "it reads running text"),
             ("max_tokens_per_batch", "its batches are as many streams"),
             ("label_smoothing_factor", "it would replace the model's own loss with its regularisers"),
         ):
-            value = next(
-                (getattr(part, name) for part in (data, self.options, self.training) if hasattr(part, name)), None
-            )
-            if value:
-                raise InputError(f"--{name}={value}: not with an awd_lstm, for {why}; leave it out")
+            if flags[name]:
+                raise InputError(f"--{name}={flags[name]}: not with an awd_lstm, for {why}; leave it out")
         self.longest_default_block = DEFAULT_SEGMENT
         return config
 
-    def make_samples_of(self, rows, role: str):
+    def make_samples(self, rows, role: str):
         """Make the samples of one role."""
-        data, training, tokenizer, limit = self.data, self.training, self.tokenizer, self.data.get_limit(role)
-        options = data.choose_map_options(self.model.cache_dir)
-        columns = data.choose_text_columns(rows)
+        data, tokenizer, length, limit = self.data, self.tokenizer, self.block_size, self.data.get_limit(role)
+        options, columns = data.choose_map_options(self.model.cache_dir), data.choose_text_columns(rows)
+        if role == "train" and data.shuffle_buffer_size:
+            rows = rows.shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
         if data.prompt_column is not None:
-            options |= {"max_length": self.block_size, "prompt_prefix": data.prompt_prefix}
+            options |= {"max_length": length, "prompt_prefix": data.prompt_prefix}
             return tokenize_completions(limit_rows(rows, limit), tokenizer, *columns, **options)
         options |= {"text_suffix": data.choose_text_suffix(role), "append_eos": data.append_eos}
         tokenized = tokenize_texts(rows, tokenizer, *columns, **options)
         first_token = find_first_token(tokenizer)
         if not self.reads_streams:
             windows = StreamedTokenWindows if data.streaming else TokenWindows
-            return windows(tokenized, self.block_size, first_token, limit)
-        batch_size = training.train_batch_size if role == "train" else training.eval_batch_size
-        varies, num_streams = data.vary_block_size and role == "train", batch_size * training.world_size
-        return TokenStreams(
-            tokenized, num_streams, self.block_size, first_token, limit, varies=varies, seed=training.seed
-        )
+            return windows(tokenized, length, first_token, limit)
+        training, varies = self.training, data.vary_block_size and role == "train"
+        num_streams = training.world_size * (training.train_batch_size if role == "train" else training.eval_batch_size)
+        return TokenStreams(tokenized, num_streams, length, first_token, limit, varies=varies, seed=training.seed)
 
     def make_collator(self) -> PaddingCollator | SegmentCollator:
         """Make what joins samples to a batch."""
-        return SegmentCollator(self.tokenizer.pad_token_id) if self.reads_streams else super().make_collator()
-
-    def predict(self, trainer: CausalTrainer, samples) -> None:
-        """Measure the test samples; of prompts, write greedy completions beside the true ones."""
-        super().predict(trainer, samples)
-        data, tokenizer, first_token = self.data, self.tokenizer, find_first_token(self.tokenizer)
-        if data.prompt_column is None:
-            return
-        rows = list(limit_rows(self.rows["test"], data.max_predict_samples))
-        texts, completions = ([row[name] for row in rows] for name in (data.prompt_column, data.completion_column))
-        prompts = [ids or first_token for ids in encode_prompts(texts, tokenizer, data.prompt_prefix)]
-        network = trainer.accelerator.unwrap_model(trainer.model)
-        generated = generate_completions(network, tokenizer, prompts, data.max_new_tokens, trainer.accelerator)
-        if trainer.is_world_process_zero():
-            with open(Path(trainer.args.output_dir, "generated_completions.jsonl"), "w", encoding="utf-8") as file:
-                for values in zip(texts, completions, generated, strict=True):
-                    line = dict(zip(("prompt", "completion", "generated"), values, strict=True))
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.reads_streams:
+            return SegmentCollator(self.tokenizer.pad_token_id)
+        # A stream's batches are cut and joined across processes, so they must all be of one length.
+        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
 
 
 ARGUMENTS = CausalTask.arguments

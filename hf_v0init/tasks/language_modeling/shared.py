@@ -1,24 +1,24 @@
-"""What run_clm and run_mlm share: the flags of text and model, the rows of each role, the size of a block."""
+"""What clm and mlm share: the flags of text and model, the rows of each role, the size of a block."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_v0init import InputError
 
-from ..data import StreamedTextDataArguments, find_needed_roles, is_stream, list_columns
+from ..data import TextDataArguments, is_stream, list_columns
 from ..models import TextModelArguments
-from ..run import Task, tokenize_first_on_main
+from ..run import TextTask
 from ..script_support import flag
-from ..text_files import load_local_files
 from ..tokenizer_training import train_bpe_tokenizer, train_word_tokenizer
-from .samples import PaddingCollator, require_strings
+from .samples import require_strings
 
 MAX_TOKENIZER_TEXTS = 2_000_000  # a vocabulary does not get better from more, but memory runs out
 
@@ -36,7 +36,7 @@ class LanguageModelArguments(TextModelArguments):
 
 
 @dataclass
-class LanguageDataArguments(StreamedTextDataArguments):
+class LanguageDataArguments(TextDataArguments):
     """data: what it is trained and measured on"""
 
     column_flags: ClassVar[tuple[str, ...]] = ("text_column",)
@@ -46,8 +46,7 @@ class LanguageDataArguments(StreamedTextDataArguments):
     )
     validation_split_rows: int | None = flag(
         None,
-        "The same by number: validation data are the first so many rows of the training data. A stream, whose length is unknown, "
-        "takes no percentage.",
+        "The same by number: validation data are the first so many rows of the training data, also of a stream.",
     )
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
@@ -57,44 +56,50 @@ class LanguageDataArguments(StreamedTextDataArguments):
         names = list_columns(rows)
         return [self.text_column or ("text" if "text" in names else names[0])]
 
+    def select(self, rows, role: str):
+        """Refuse rows that have not the columns named."""
+        names = list_columns(rows)
+        for name in self.column_flags:
+            column = getattr(self, name)
+            if column is not None and column not in names:
+                raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
+        return rows
+
+    def split_off_validation(self, train) -> dict[str, Any]:
+        """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
+        number = self.validation_split_rows
+        if train is None or (is_stream(train) and number is None):
+            raise InputError(
+                f"{self.describe_missing('validation')}, or for a stream --validation_split_rows 1000 for the first rows of the "
+                "training data"
+            )
+        if is_stream(train):
+            if next(iter(train.skip(number)), None) is None:
+                raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
+            return {"train": train.skip(number), "validation": train.take(number)}
+        number = round(len(train) * self.validation_split_percentage / 100) if number is None else number
+        if not 0 < number < len(train):
+            raise InputError(f"of {len(train)} training rows, {number} cannot be split off; give --validation_file")
+        return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
+
     def choose_text_suffix(self, role: str) -> str:
         """Return what is put after each text of "train", "validation" or "test"."""
         return ""
 
 
-class LanguageTask(Task):
+class LanguageTask(TextTask):
     """A language model: rows of text, a tokenizer, blocks."""
 
     test_name = "test"
     longest_default_block: ClassVar[int]
     for_masking: ClassVar[bool] = False
 
-    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
-        """Load rows, tokenizer and model, and make the samples of each role."""
-        self.load(config, place)
-        return tokenize_first_on_main(self, self.rows, self.make_samples_of)
-
-    def load(self, config: PreTrainedConfig, place: str | None) -> None:
-        """Load rows, tokenizer and model, and refuse sizes that do not fit each other."""
-        self.rows = load_rows(self.data, self.model, self.training)
-        texts = iterate_texts(self.rows["train"], self.data) if "train" in self.rows else None
-        self.tokenizer = self.model.get_tokenizer(texts, place, self.train_tokenizer)
-        self.network = self.model.build_for(config, self.tokenizer)
-        self.block_size = self.choose_block_size()
-
-    def make_samples_of(self, rows, role: str):
-        """Make the samples of one role: what the Trainer indexes or iterates."""
-        raise NotImplementedError
-
-    def make_collator(self) -> Any:
-        """Make what joins samples to a batch."""
-        # A stream's batches are cut and joined across processes, so they must all be of one length.
-        return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
-
-    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """Choose tokenizer and token budget."""
-        budget = self.options.max_tokens_per_batch if self.training.do_train else None
-        return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
+    def iterate_texts(self, rows) -> Iterator[str]:
+        """Yield the training texts, for a tokenizer to be trained on; raise `InputError` for a row without text."""
+        columns, suffix = self.data.choose_text_columns(rows), self.data.choose_text_suffix("train")
+        for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
+            for column in columns:
+                yield require_strings([row[column]], column)[0] + suffix
 
     def train_tokenizer(self, texts) -> PreTrainedTokenizerBase:
         """Train a tokenizer on texts."""
@@ -102,8 +107,9 @@ class LanguageTask(Task):
             return train_word_tokenizer(texts, self.model.vocab_size, for_masking=self.for_masking)
         return train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=False, for_masking=self.for_masking)
 
-    def choose_block_size(self) -> int:
-        """Choose the tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
+    @functools.cached_property
+    def block_size(self) -> int:
+        """The tokens of a block: as asked, else as many as model and tokenizer take, within `longest_default_block`.
 
         Raises:
             InputError: more than they take.
@@ -132,61 +138,3 @@ def count_positions(network: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return min(positions, module.num_embeddings - module.padding_idx - 1)
     return positions
-
-
-def load_rows(data: LanguageDataArguments, hub, training) -> dict:
-    """Load the rows of each role that the run needs: "train", "validation", "test".
-
-    Returns:
-        By role a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
-
-    Raises:
-        InputError: data that is missing, cannot be read, has no rows or not the columns named.
-    """
-    needed, rows = find_needed_roles(training), {}
-    of_hub = data.load_dataset(hub, streaming=data.streaming) if data.dataset_name else {}
-    for role in needed:
-        path = getattr(data, f"{role}_file")
-        if role in of_hub:
-            rows[role] = of_hub[role]
-        elif path is not None:
-            rows[role] = load_local_files(path, role=role, streaming=data.streaming, cache_dir=hub.cache_dir)
-        elif role != "validation":
-            raise InputError(f"there is no {role} data; give --{role}_file, or a data set that has that split")
-    if "validation" in needed and "validation" not in rows:
-        rows |= split_off_validation(rows.get("train"), data)
-    for role, part in rows.items():
-        names = list_columns(part)
-        for name in data.column_flags:
-            column = getattr(data, name)
-            if column is not None and column not in names:
-                raise InputError(f"--{name}={column}: the {role} data has no such column, only {', '.join(names)}")
-    if "train" in rows and data.shuffle_buffer_size:
-        rows["train"] = rows["train"].shuffle(seed=training.seed, buffer_size=data.shuffle_buffer_size)
-    return rows
-
-
-def split_off_validation(train, data: LanguageDataArguments) -> dict:
-    """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
-    number = data.validation_split_rows
-    if train is None or (is_stream(train) and number is None):
-        raise InputError(
-            "there is no validation data; give --validation_file, a data set that has that split, or for a stream "
-            "--validation_split_rows 1000 for the first rows of the training data"
-        )
-    if is_stream(train):
-        if next(iter(train.skip(number)), None) is None:
-            raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
-        return {"train": train.skip(number), "validation": train.take(number)}
-    number = round(len(train) * data.validation_split_percentage / 100) if number is None else number
-    if not 0 < number < len(train):
-        raise InputError(f"of {len(train)} training rows, {number} cannot be split off; give --validation_file")
-    return {"train": train.select(range(number, len(train))), "validation": train.select(range(number))}
-
-
-def iterate_texts(rows, data: LanguageDataArguments) -> Iterator[str]:
-    """Yield the training texts, for a tokenizer to be trained on; raise `InputError` for a row without text."""
-    columns, suffix = data.choose_text_columns(rows), data.choose_text_suffix("train")
-    for row in itertools.islice(rows, MAX_TOKENIZER_TEXTS):
-        for column in columns:
-            yield require_strings([row[column]], column)[0] + suffix

@@ -41,7 +41,8 @@ class _ScaleLearningRate(TrainerCallback):
         self.rates: list | None = None
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        factor = self.trainer._compute_length_factor()
+        lengths, self.trainer._segment_lengths = self.trainer._segment_lengths, []
+        factor = sum(lengths) / len(lengths) / self.trainer.train_dataset.segment_length
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -104,10 +105,6 @@ class ContiguousStreamsMixin:
         return tuple(
             tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) for layers in zip(*states, strict=True)
         )
-
-    def _compute_length_factor(self) -> float:
-        lengths, self._segment_lengths = self._segment_lengths, []
-        return sum(lengths) / len(lengths) / self.train_dataset.segment_length
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluate as the Trainer does; training's state is set aside, and put back."""

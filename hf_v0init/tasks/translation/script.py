@@ -7,7 +7,7 @@ FILE.yaml or FILE.json holds flags; flags on the command line override it; --hel
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,24 +15,23 @@ from typing import ClassVar
 import datasets
 import numpy as np
 from sacrebleu.metrics import CHRF
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
-from ..data import ROLES, TextDataArguments, find_needed_roles, limit_rows
+from ..data import ROLES, TextDataArguments, limit_rows
 from ..models import TextModelArguments, override_config
-from ..run import RunArguments, Task, run, tokenize_first_on_main
+from ..run import RunArguments, TextTask, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
 from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
 from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
-from .generation import GenerationArguments, NBestMixin, choose_generation
-from .languages import choose_languages, get_language
+from .generation import GenerationArguments, choose_generation, choose_languages, get_language
 from .metrics import TranslationMetrics, make_bleu, write_predictions
-from .pairs import PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
+from .pairs import SIDES, PairCollator, leave_out_empty_pairs, load_pair_files, select_pairs, tokenize_pairs
 from .post_norm import apply_xavier_initialization, build_post_norm_config
 
 logger = logging.getLogger("hf_v0init")
@@ -140,16 +139,33 @@ class DataArguments(TextDataArguments):
                 f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
             )
 
-    def load_dataset(self, hub, streaming: bool = False):
+    def load_dataset(self, hub):
         """Load the data set of the Hub, or the corpus that comes with the package."""
-        return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub, streaming)
+        return load_embedded_corpus() if self.dataset_name == EMBEDDED else super().load_dataset(hub)
+
+    def load_local(self, role: str, hub):
+        """Load a role's table or its two parallel files; of the test set, perhaps the sources alone."""
+        files = [getattr(self, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
+        return load_pair_files(role, *files, cache_dir=hub.cache_dir)
+
+    def select(self, rows: datasets.Dataset, role: str) -> datasets.Dataset:
+        """Select the sentence pairs, as many as are asked for; of the training data those without an empty side."""
+        pairs = select_pairs(
+            limit_rows(rows, self.get_limit(role)),
+            role=role,
+            source_column=self.source_column,
+            target_column=self.target_column,
+            source_lang=self.source_lang,
+            target_lang=self.target_lang,
+        )
+        return leave_out_empty_pairs(pairs) if role == "train" else pairs
 
 
-class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, NBestMixin, V0InitSeq2SeqTrainer):
+class TranslationTrainer(ScriptTrainerMixin, TokenBudgetMixin, ExactEvaluationMixin, V0InitSeq2SeqTrainer):
     """With token-budget batches, and an exact `eval_loss`: nats per target token, without label smoothing."""
 
 
-class TranslationTask(Task):
+class TranslationTask(TextTask):
     """Translation: pairs of sentences, beam search, BLEU and chrF."""
 
     arguments = (ModelArguments, DataArguments, RunArguments, V0InitSeq2SeqTrainingArguments, GenerationArguments)
@@ -185,70 +201,38 @@ class TranslationTask(Task):
                 )
         return config
 
-    def prepare(self, config: PreTrainedConfig, place: str | None) -> dict:
-        """Load pairs, tokenizer and model; tokenize."""
-        self.pairs = self.load_pairs()
-        texts = self.iterate_texts() if "train" in self.pairs else None
-        self.tokenizer = self.model.get_tokenizer(
-            texts, place, lambda texts: train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=True)
-        )
-        if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no padding or end token; give --tokenizer_name of another")
-        self.network = self.build_network(config)
-        choose_languages(self.data.source_lang, self.data.target_lang, self.tokenizer, self.network)
-        choose_generation(self.generation, self.data.val_max_target_length, self.training, self.network)
-        return tokenize_first_on_main(self, self.pairs, self.tokenize)
-
-    def load_pairs(self) -> dict[str, datasets.Dataset]:
-        """Load the sentence pairs of each role that the run needs; of the test set, perhaps the sources alone."""
-        data, pairs = self.data, {}
-        of_hub = data.load_dataset(self.model) if data.dataset_name else {}
-        for role in find_needed_roles(self.training):
-            files = [getattr(data, f"{role}_{kind}") for kind in ("file", "source_file", "target_file")]
-            raw = of_hub[role] if role in of_hub else load_pair_files(role, *files, cache_dir=self.model.cache_dir)
-            if raw is None:
-                raise InputError(
-                    f"there is no {role} data; give --{role}_file, or --{role}_source_file and --{role}_target_file, "
-                    "or a --dataset_name that has this split"
-                )
-            pairs[role] = select_pairs(
-                limit_rows(raw, data.get_limit(role)),
-                role=role,
-                source_column=data.source_column,
-                target_column=data.target_column,
-                source_lang=data.source_lang,
-                target_lang=data.target_lang,
-            )
-        if "train" in pairs:
-            pairs["train"] = leave_out_empty_pairs(pairs["train"])
-        return pairs
-
-    def iterate_texts(self) -> Iterator[str]:
+    def iterate_texts(self, rows: datasets.Dataset) -> Iterator[str]:
         """Yield the training sentences of both languages, for a joint vocabulary."""
-        return (text for rows in self.pairs["train"].iter(1000) for side in ("source", "target") for text in rows[side])
+        return (text for part in rows.iter(1000) for side in SIDES for text in part[side])
 
-    def build_network(self, config: PreTrainedConfig):
-        """Load the pretrained model, or make one from scratch that fits the tokenizer."""
+    def train_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """Train a joint BPE."""
+        return train_bpe_tokenizer(texts, self.model.vocab_size, for_translation=True)
+
+    def build_network(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load the pretrained model, or make one from scratch that fits the tokenizer; set languages and generation."""
         model, tokenizer = self.model, self.tokenizer
-        if model.model_name_or_path is not None:
-            network = model.build_for(config, tokenizer)
-            if network.config.model_type == "t5" and not self.data.source_prefix:
-                logger.warning(
-                    "T5 was pretrained with a task prefix; give --source_prefix, such as 'translate English to German: '"
-                )
-            return network
-        if hasattr(config, "decoder_vocab_size"):
-            config.decoder_vocab_size = len(tokenizer)
-        if getattr(config, "forced_eos_token_id", None) is not None:
-            config.forced_eos_token_id = tokenizer.eos_token_id
-        config.decoder_start_token_id = tokenizer.pad_token_id
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no padding or end token; give --tokenizer_name of another")
+        if model.model_name_or_path is None:
+            if hasattr(config, "decoder_vocab_size"):
+                config.decoder_vocab_size = len(tokenizer)
+            if getattr(config, "forced_eos_token_id", None) is not None:
+                config.forced_eos_token_id = tokenizer.eos_token_id
+            config.decoder_start_token_id = tokenizer.pad_token_id
+        elif config.model_type == "t5" and not self.data.source_prefix:
+            logger.warning(
+                "T5 was pretrained with a task prefix; give --source_prefix, such as 'translate English to German: '"
+            )
         network = model.build_for(config, tokenizer)
         rule = model.weight_initialization or ("fairseq_xavier" if config.model_type == "marian" else "model_default")
-        if rule == "fairseq_xavier":
+        if model.model_name_or_path is None and rule == "fairseq_xavier":
             apply_xavier_initialization(network)
+        choose_languages(self.data.source_lang, self.data.target_lang, tokenizer, network)
+        choose_generation(self.generation, self.data.val_max_target_length, self.training, network)
         return network
 
-    def tokenize(self, rows, role: str) -> datasets.Dataset:
+    def make_samples(self, rows, role: str) -> datasets.Dataset:
         """Tokenize the pairs of a role; say how many are cut off. What is measured goes from the longest source to the shortest:
         its batches hold samples of like length, and a generation ends when its few longest end.
         """
@@ -280,20 +264,17 @@ class TranslationTask(Task):
         return PairCollator(self.tokenizer, model=self.network, pad_to_multiple_of=multiple)
 
     def choose_trainer_options(self, samples: dict) -> dict:
-        """Choose tokenizer, loss and metrics."""
-        training = self.training
-        measures = "validation" in samples and training.predict_with_generate
+        """Choose tokenizer, token budget, loss and metrics."""
+        measures = "validation" in samples and self.training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
-        return {
-            "processing_class": self.tokenizer,
+        return super().choose_trainer_options(samples) | {
             "compute_metrics": self.validation_metrics,
-            "compute_loss_func": TokenCrossEntropy(training.label_smoothing_factor),
-            "max_tokens_per_batch": self.options.max_tokens_per_batch if training.do_train else None,
+            "compute_loss_func": TokenCrossEntropy(self.training.label_smoothing_factor),
         }
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
         """Make what measures the translations of a role's pairs."""
-        rows = self.pairs[role]
+        rows = self.rows[role]
         references = rows["target"] if "target" in rows.column_names else []
         return TranslationMetrics(self.tokenizer, references, self.orders[role], self.bleu, self.chrf, num_best)
 
@@ -315,7 +296,7 @@ class TranslationTask(Task):
         trainer.save_metrics("predict", {**prediction.metrics, "predict_samples": len(samples), **signatures})
         texts = metrics.decode(prediction.predictions)
         if trainer.is_world_process_zero():
-            write_predictions(Path(trainer.args.output_dir), self.pairs["test"]["source"], texts)
+            write_predictions(Path(trainer.args.output_dir), self.rows["test"]["source"], texts)
 
     def describe_for_card(self) -> dict:
         """Describe the run, with the languages."""
