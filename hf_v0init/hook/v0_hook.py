@@ -41,7 +41,6 @@ from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from .beta2_decay import Beta2Decay
 from .estimation_steps import choose_estimation_steps, fit_estimation_steps
-from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
@@ -60,7 +59,11 @@ def find_hook(optimizer) -> "V0Hook | None":
 
 
 class V0Hook:
-    """The hook of one optimizer; made by `attach_v0`.
+    """The hook of one optimizer; made by `attach_v0`, whose arguments it has but for two.
+
+    Args:
+        find_length: measures for how long v0 decays where the plan leaves it open; called in the first step, gradients in hand.
+        on_written: gets the report once v0 stands. Default: it is logged.
 
     Where it stands is told by `num_steps` and `decay`: None and None before the first gradient (`is_waiting`); then a decay that measures
     for `estimation_steps` steps and lets v0 leave after them; until `is_attached` is False.
@@ -81,13 +84,11 @@ class V0Hook:
         *,
         seed: int = 0,
         max_steps: int | None = None,
-        loss_fn: Callable[[], Any] | None = None,
-        on_length: Callable[[WarmupLength], None] | None = None,
-        on_failed: Callable[[], None] | None = None,
+        find_length: Callable[[], WarmupLength] | None = None,
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
         self.model, self.plan, self.seed = model, plan, seed
-        self.loss_fn, self.on_length, self.on_failed, self.on_written = loss_fn, on_length, on_failed, on_written
+        self.find_length, self.on_written = find_length, on_written
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
@@ -157,7 +158,7 @@ class V0Hook:
 
     def bind(self, optimizer) -> None:
         """Take another view of the same optimizer, such as ZeRO's after accelerate has prepared it; hooks stay where they are."""
-        self._optimizer, self.moments = optimizer, SecondMoment(optimizer)
+        self.moments = SecondMoment(optimizer)
         self._look_again()
         inner, other = self.moments.inner, find_hook(optimizer)
         if self.is_attached and other is self:
@@ -200,7 +201,9 @@ class V0Hook:
         if self.num_steps is None and not self._begin():
             return
         if self.plan.decay_steps == AUTO:
-            self._set_measured_length()
+            self.length = self.find_length()
+            self.plan = replace(self.plan, decay_steps=self.length.steps)
+            self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
         if self.decay is None:
             self.decay = self._make_decay()
         stepped = self.shards.list_all()
@@ -235,17 +238,6 @@ class V0Hook:
         self.num_steps = 0
         self.shards.pending = self.shards.list_eligible()
         return True
-
-    def _set_measured_length(self) -> None:
-        """Measure L at the gradients in hand."""
-        with call_if_cut_off(self.on_failed):
-            self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
-        self.plan = replace(self.plan, decay_steps=self.length.steps)
-        self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
-        if self.on_length is not None:
-            self.on_length(self.length)
-        else:
-            self.length.log("v0 decays over")
 
     def _make_decay(self) -> LinearDecay | Beta2Decay:
         if self.plan.decay == "linear":

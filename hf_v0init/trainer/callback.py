@@ -20,11 +20,12 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
-from ..hook import LengthHook, V0Hook
+from ..hook import V0Hook, call_before_first_update, measure_length
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import V0Report, read_report, write_decay_state, write_report
@@ -63,7 +64,7 @@ class V0InitCallback(TrainerCallback):
         self.hook: V0Hook | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
-        self._length_hook: LengthHook | None = None
+        self._length_handle: RemovableHandle | None = None
         self._recorder: LossRecorder | None = None
         self._has_own_schedule = False
 
@@ -218,7 +219,8 @@ class V0InitCallback(TrainerCallback):
         if plan.init != "zeros":
             self._attach(start.optimizer, self._trainer.model, plan, start.max_steps)
         else:
-            self._measure_warmup(start)
+            self._let_go()
+            self._length_handle = call_before_first_update(start.optimizer, self._find_length)
         if isinstance(plan.decay_steps, int):
             self._keep_plateau(plan.decay_steps)
 
@@ -311,35 +313,29 @@ class V0InitCallback(TrainerCallback):
             plan,
             seed=args.seed if plan.seed is None else plan.seed,
             max_steps=max_steps,
-            loss_fn=self._compute_first_loss,
-            on_length=self._take_length,
-            on_failed=self._remove_recorder,
+            find_length=self._find_length,
             on_written=self._finish,
         )
 
-    def _measure_warmup(self, start: "_Start") -> None:
-        """Measure the length of a warmup in the first step, without a v0."""
-        self._let_go()
-        self._length_hook = LengthHook(
-            start.optimizer,
-            self._trainer.model,
-            max_steps=start.max_steps,
-            loss_fn=self._compute_first_loss,
-            on_length=self._take_length,
-            on_failed=self._remove_recorder,
-        )
+    def _find_length(self) -> WarmupLength:
+        """Measure for how long to warm up, and let the schedule follow, before the first update."""
+        trainer = self._trainer
 
-    def _compute_first_loss(self) -> float:
-        if self._recorder is None:
-            raise LossNotComputed("compute_loss is kept for the first step alone")
-        return self._recorder.compute_again()
+        def compute_loss() -> float:
+            if self._recorder is None:
+                raise LossNotComputed("compute_loss is kept for the first step alone")
+            return self._recorder.compute_again()
 
-    def _take_length(self, length: WarmupLength) -> None:
-        """Let the schedule follow what was measured, before the first update."""
+        try:
+            length = measure_length(trainer.optimizer, trainer.model, compute_loss, trainer.state.max_steps)
+        except BaseException:  # Ctrl-C, too
+            self._remove_recorder()
+            raise
         self.length = length.to_dict()
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         length.log("the schedule warms up over" if is_warmup else "v0 decays over")
         (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
+        return length
 
     def _warm_up(self, steps: int) -> None:
         warm_up(self._trainer, self._trainer.lr_scheduler, steps, "untuned_warmup=trust_radius")
@@ -358,7 +354,7 @@ class V0InitCallback(TrainerCallback):
         report.log()
 
     def _let_go(self) -> None:
-        for hook in (self.hook, self._length_hook):
+        for hook in (self.hook, self._length_handle):
             if hook is not None:
                 hook.remove()
 
