@@ -1,7 +1,6 @@
 """v0 on an optimizer: the hook, the two ways in which v0 decays, and the length that is measured in the first step."""
 
 from .attach import attach_v0
-from .estimation_steps import choose_estimation_steps
 from .length import call_before_first_update, find_largest_rate, measure_length, measure_radius
 from .v0_hook import V0Hook, find_hook
 
@@ -9,7 +8,6 @@ __all__ = [
     "V0Hook",
     "attach_v0",
     "call_before_first_update",
-    "choose_estimation_steps",
     "find_hook",
     "find_largest_rate",
     "measure_length",

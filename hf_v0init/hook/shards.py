@@ -9,17 +9,23 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..initialization.strategies import is_eligible
-from ..initialization.summary import describe_not_finite
+from ..method.strategies import is_eligible
 from ..second_moment.state import SecondMoment
+from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
 from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters
 from ..sharding.tensor_statistics import compute_figures
+from .v0_report import describe_not_finite
 
 logger = logging.getLogger("hf_v0init")
 
 MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
+NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
+NOTHING_TO_WRITE = (
+    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
+    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
+)
 
 
 class SteppedShards:
@@ -62,6 +68,33 @@ class SteppedShards:
     def is_eligible(self, shard: ParamShard) -> bool:
         """Whether a shard gets a v0."""
         return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
+
+    def require_possible(self, plan: V0Plan, estimation_steps: int) -> None:
+        """Raise `InputError` for what cannot get a v0, before any step; warn where a linear one would leave late."""
+        moments, every = self.moments, self.list_all()
+        is_known = self.model is not None and moments.zero is None
+        if is_known and not any(shard.param.is_meta for shard in every) and not self.list_eligible():
+            raise InputError(NOTHING_TO_WRITE)
+        if plan.decay == "linear":
+            moments.require_linear_decay()
+            slow = max((s.group["betas"][1] for s in every if s.param.dtype in NARROW_DTYPES), default=0.0)
+            if slow > SLOW_BETA2:
+                logger.warning(
+                    f"the second moment is kept in 16 bits with beta2 {slow:g}, whose rounding lets v0 leave late (a fifth of the step is "
+                    "missing at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
+                )
+            return
+        for group in moments.list_groups():
+            beta2 = moments.read_beta2(group)
+            needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and estimation_steps > 1)
+            if needs_beta2 and beta2 is None:
+                asked = "v0_decay_steps" if plan.decay_steps is not None else "v0_estimation_steps above 1"
+                raise InputError(
+                    f"{asked} with {moments.name}: its second moment is no decaying mean of g^2; use v0_scale, and "
+                    "v0_estimation_steps=1"
+                )
+            if isinstance(plan.decay_steps, int):
+                plan.get_scale(beta2)  # too large a scale is refused now
 
     def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""

@@ -40,11 +40,10 @@ from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from .beta2_decay import Beta2Decay
-from .estimation_steps import choose_estimation_steps, fit_estimation_steps
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
-from .v0_report import add_written, begin_decays_report, require_possible
+from .v0_report import add_parameters, begin_report
 
 logger = logging.getLogger("hf_v0init")
 
@@ -101,7 +100,7 @@ class V0Hook:
         self.bind(optimizer)
         try:
             self.set_length(max_steps)
-            require_possible(self.shards, self.plan, self.estimation_steps)
+            self.shards.require_possible(self.plan, self.estimation_steps)
         except InputError:
             self.remove()
             raise
@@ -134,7 +133,7 @@ class V0Hook:
             "num_steps": self.num_steps or 0,
             "decay_steps": self.plan.decay_steps,
             "estimation_steps": self.estimation_steps,
-            "held": self.decay.state_dict() if isinstance(self.decay, LinearDecay) else {},
+            "held": {} if self.decay is None else self.decay.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -149,10 +148,7 @@ class V0Hook:
         self.shards.pending = [shard for shard in eligible if shard not in written]
         self._unreported = written
         self.decay = self._make_decay()
-        if isinstance(self.decay, LinearDecay):
-            self.decay.load_state_dict(state["held"])
-        else:
-            self.decay.load(written, self.num_steps)
+        self.decay.load_state_dict(state["held"], written, self.num_steps)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -184,10 +180,9 @@ class V0Hook:
                 f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
                 "--v0_decay_steps 0.33, or leave it out to have it measured"
             )
-        chosen = choose_estimation_steps(self.plan, self.max_steps)
+        self.estimation_steps = self.plan.choose_estimation_steps(self.max_steps)
         if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
-            chosen = 1
-        self.estimation_steps = fit_estimation_steps(chosen, self.plan)
+            self.estimation_steps = 1
 
     # ---- around each step --------------------------------------------------------------------------------------------
 
@@ -203,7 +198,7 @@ class V0Hook:
         if self.plan.decay_steps == AUTO:
             self.length = self.find_length()
             self.plan = replace(self.plan, decay_steps=self.length.steps)
-            self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
+            self.estimation_steps = max(1, min(self.estimation_steps, self.length.steps - 1))
         if self.decay is None:
             self.decay = self._make_decay()
         stepped = self.shards.list_all()
@@ -252,9 +247,11 @@ class V0Hook:
 
     def _finish(self, written: list[ParamShard]) -> None:
         """Make the report, once all parameters that had a gradient have a v0 (ZeRO: after its last flat tensor)."""
-        report = begin_decays_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
-        add_written(report, written, self.shards, self.decay)
-        self._draft = report
+        if self._draft is None:
+            self._draft = self._begin_report()
+        report, moments = self._draft, [self.moments.read(shard) for shard in written]
+        scales = [self.decay.find_stored_scale(shard) for shard in written]
+        add_parameters(report, written, moments, scales, self.shards.is_sharded())
         self._unreported = [shard for shard in self._unreported if shard not in written]
         if self.moments.zero is not None and (self.shards.pending or self._unreported):
             return
@@ -268,6 +265,14 @@ class V0Hook:
             self.on_written(report)
         else:
             report.log()
+
+    def _begin_report(self) -> V0Report:
+        chosen = self.shards.list_eligible()
+        without = [shard for shard in self.shards.list_all() if not self.shards.is_eligible(shard)]
+        scale = self.decay.find_scale(chosen[0].group)
+        report = begin_report(self.plan, self.moments, chosen, without, scale=scale, seed=self.seed)
+        report.estimation_steps = self.decay.estimation_steps if self.plan.init == "data_driven" else None
+        return report
 
     # ---- small things ------------------------------------------------------------------------------------------------
 

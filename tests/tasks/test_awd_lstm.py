@@ -11,7 +11,7 @@ from conftest import VOCAB
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_v0init.initialization import strategies
+from hf_v0init.method import strategies
 from hf_v0init.tasks.language_modeling.awd_lstm import AwdLstmConfig, AwdLstmForCausalLM, draw_locked_mask
 
 NO_DROPOUT = dict.fromkeys(

@@ -9,18 +9,15 @@ from torch import nn
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
 from ..estimation.per_sample import estimate_grad_sq_mean
+from ..method.strategies import is_eligible
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, is_sharded, name_parameters
-from .strategies import is_eligible
-from .summary import add_parameters, begin_report
+from .shards import NOTHING_TO_WRITE
+from .v0_report import add_parameters, begin_report
 
 USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
-NOTHING_TO_WRITE = (
-    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
-    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
-)
 
 
 def write_per_sample_v0(
@@ -70,8 +67,7 @@ def write_per_sample_v0(
     report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
     report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
     report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
-    tensors = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in chosen]
-    add_parameters(report, tensors, False, scales)
+    add_parameters(report, chosen, [estimate.tensors[shard.name] for shard in chosen], scales, over_processes=False)
     report.without_gradient = [name for name, numbers in report.parameters.items() if numbers["max"] == 0.0]
     if estimate.measured_ratio is not None:
         report.measured_ratio = estimate.measured_ratio * report.scale
