@@ -31,13 +31,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.fsdp import match_placements, reshard
-from ..sharding.parts import get_local_part, is_dtensor, is_sharded
-from ..sharding.processes import get_rank_and_world_size, raise_together
+from ..sharding.parts import get_local_part, is_dtensor, is_sharded, read_gradient
+from ..sharding.processes import add_over_processes, get_rank_and_world_size, raise_together
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -123,16 +121,10 @@ def measure_trust_radius(
     if not batches:
         raise InputError("no batches: give measure_trust_radius those of one optimizer step")
     started, states = time.perf_counter(), read_rng_states()
-
-    def compute_loss() -> float:
-        write_rng_states(states)
-        return sum(float(loss_fn(model, batch).detach().double()) for batch in batches)
-
     with defer_interrupts(), preserve_rng(), preserve_model(model):
         error = None
         try:
             with torch.enable_grad():
-                write_rng_states(states)
                 for batch in batches:
                     raise_if_interrupted()
                     (loss_fn(model, batch) * loss_scale).backward()
@@ -140,12 +132,21 @@ def measure_trust_radius(
             error = exception
         _raise_on_all(error, is_sharded(model))
         parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
-        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        for parameter in parameters:
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
         if not is_sharded(model):
-            _average(gradients)
+            add_over_processes([parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad /= get_rank_and_world_size()[1]
+        write_rng_states(states)  # the losses have the masks of the gradients
+        walk = _StepWalk(
+            [(parameter, 1.0) for parameter in parameters],
+            lambda: sum(float(loss_fn(model, batch).detach().double()) for batch in batches),
+            model,
+        )
         for parameter in model.parameters():
             parameter.grad = None
-        walk = _StepWalk([(p, g, 1.0) for p, g in zip(parameters, gradients, strict=True)], compute_loss, model)
         with torch.no_grad():
             walk.run()
     walk.result.seconds = time.perf_counter() - started
@@ -173,7 +174,7 @@ def measure_in_step(
         What was measured. `d50` is None, and `reason` says why, where it could not be measured.
     """
     started = time.perf_counter()
-    walk = _StepWalk([(p, p.grad, rate) for p, rate in parameters], loss_fn, model)
+    walk = _StepWalk(parameters, loss_fn, model)
     with (
         defer_interrupts(),
         preserve_rng(),
@@ -186,19 +187,18 @@ def measure_in_step(
 
 
 class _StepWalk:
-    """The forwards of `measure_in_step`: where the weights are, and what the loss is there."""
+    """The forwards of a measurement: where the weights are, and what the loss is there. Made with the gradients in hand."""
 
-    def __init__(self, parameters, loss_fn: Callable[[], Any], model: nn.Module | None) -> None:
+    def __init__(
+        self, parameters: Sequence[tuple[torch.Tensor, float]], loss_fn: Callable[[], Any], model: nn.Module | None
+    ) -> None:
         self.loss_fn, self.model, self.rng_states = loss_fn, model, read_rng_states()
-        self.weights = [p for p, _, _ in parameters]
-        self.gradients = [match_placements(g.detach(), p) if is_dtensor(p) else g.detach() for p, g, _ in parameters]
-        self.rates = [rate for _, _, rate in parameters]
+        self.weights, self.rates = [p for p, _ in parameters], [rate for _, rate in parameters]
+        self.gradients = [read_gradient(p) for p in self.weights]
         self.num_processes = get_rank_and_world_size()[1]
         self.is_sharded = any(is_dtensor(p) for p in self.weights)
         self.decreases: dict[float, float] = {}
-        self.result = TrustRadius(
-            num_elements=sum(p.numel() for p in self.weights),
-        )
+        self.result = TrustRadius(num_elements=sum(p.numel() for p in self.weights))
 
     def run(self) -> None:
         result = self.result
@@ -306,13 +306,17 @@ class _StepWalk:
             return numbers
         device = self.weights[0].device if self.weights else torch.device("cpu")
         totals = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(totals)
+        add_over_processes([totals])
         return totals.tolist()
 
     def _reshard(self) -> None:
         """Free the whole parameters that FSDP2 keeps after a forward, which would hide what is written into the shards."""
         if self.is_sharded and self.model is not None:
-            reshard(self.model)
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
@@ -321,14 +325,6 @@ def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
         error.raised_alone = True
     if error is not None or get_rank_and_world_size()[1] > 1:
         raise_together(error)
-
-
-def _average(gradients: list[torch.Tensor]) -> None:
-    num_processes = get_rank_and_world_size()[1]
-    if num_processes > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= num_processes
 
 
 def walk_grid(measure: Callable[[float], float], smallest: float = SMALLEST_DISPLACEMENT) -> dict[float, float]:

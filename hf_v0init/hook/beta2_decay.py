@@ -7,7 +7,7 @@ import torch
 from ..method.strategies import compute_random_v0_mean
 from ..settings import V0Plan
 from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part
-from ..sharding.tensor_statistics import gather_values
+from ..sharding.processes import gather_objects
 from .shards import SteppedShards
 
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
@@ -157,7 +157,7 @@ def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | 
     """Return the median of all values, of this process or over all of them; None if there is none."""
     joined = torch.cat(values) if values else torch.empty(0)
     if over_processes:
-        joined = gather_values(joined)
+        joined = torch.cat(gather_objects(joined))
     return float(joined.median()) if joined.numel() else None
 
 

@@ -15,7 +15,6 @@ from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, is_sharded, name_parameters
 from .shards import NOTHING_TO_WRITE
-from .v0_report import add_parameters, begin_report
 
 USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
 
@@ -63,11 +62,11 @@ def write_per_sample_v0(
         effective_batch_size=effective_batch_size,
         other_parameters=other_parameters,
     )
-    report = begin_report(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
+    report = V0Report.begin(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
     report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
     report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
     report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
-    add_parameters(report, chosen, [estimate.tensors[shard.name] for shard in chosen], scales, over_processes=False)
+    report.add_parameters(chosen, [estimate.tensors[shard.name] for shard in chosen], scales, over_processes=False)
     report.without_gradient = [name for name, numbers in report.parameters.items() if numbers["max"] == 0.0]
     if estimate.measured_ratio is not None:
         report.measured_ratio = estimate.measured_ratio * report.scale

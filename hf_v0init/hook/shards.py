@@ -10,12 +10,12 @@ from torch import nn
 
 from ..errors import InputError
 from ..method.strategies import is_eligible
+from ..records.report import describe_not_finite
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters
+from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
 from ..sharding.tensor_statistics import compute_figures
-from .v0_report import describe_not_finite
 
 logger = logging.getLogger("hf_v0init")
 
@@ -98,17 +98,21 @@ class SteppedShards:
 
     def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
-        gradient = shard.param.grad.detach()
-        if is_dtensor(gradient) and gradient.placements != shard.param.placements:
-            gradient = gradient.redistribute(placements=shard.param.placements)
-        return shard.cut(gradient)
+        return shard.cut(read_gradient(shard.param))
 
     def is_sharded(self) -> bool:
         """Whether this process holds parts of tensors alone."""
         return self.moments.zero is not None or any(is_dtensor(shard.param) for shard in self.list_all())
 
-    def classify(self, gradients: list[torch.Tensor]) -> list[int]:
-        """Say of each gradient, over all processes, whether it is zero, usable or not finite."""
+    def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has, over all processes, a gradient that is not zero; refuse one that is not finite."""
+        names: dict[torch.Tensor, str] = {}
+        for shard in shards:
+            if shard.param.grad is not None:
+                names.setdefault(shard.param, shard.name)
+        if not names:
+            return []
+        gradients = [param.grad for param in names]
         if any(gradient.is_sparse for gradient in gradients):
             raise InputError(
                 "a parameter has a sparse gradient, of which no v0 is taken; build the embedding with sparse=False"
@@ -125,21 +129,11 @@ class SteppedShards:
             on_device = kinds.to(local[0].device) if local else kinds
             dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
             kinds = on_device.cpu()
-        return kinds.tolist()
-
-    def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
-        """Find those whose tensor has a gradient that is not zero; refuse one that is not finite."""
-        names: dict[torch.Tensor, str] = {}
-        for shard in shards:
-            if shard.param.grad is not None:
-                names.setdefault(shard.param, shard.name)
-        if not names:
-            return []
-        kinds = dict(zip(names, self.classify([param.grad for param in names]), strict=True))
-        for param, kind in kinds.items():
+        found = dict(zip(names, kinds.tolist(), strict=True))
+        for param, kind in found.items():
             if kind == NOT_FINITE:
                 raise InputError(describe_not_finite(names[param]))
-        return [shard for shard in shards if kinds.get(shard.param) == USABLE]
+        return [shard for shard in shards if found.get(shard.param) == USABLE]
 
     def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
         """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""

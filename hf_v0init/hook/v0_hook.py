@@ -43,7 +43,6 @@ from .beta2_decay import Beta2Decay
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
-from .v0_report import add_parameters, begin_report
 
 logger = logging.getLogger("hf_v0init")
 
@@ -251,7 +250,7 @@ class V0Hook:
             self._draft = self._begin_report()
         report, moments = self._draft, [self.moments.read(shard) for shard in written]
         scales = [self.decay.find_stored_scale(shard) for shard in written]
-        add_parameters(report, written, moments, scales, self.shards.is_sharded())
+        report.add_parameters(written, moments, scales, self.shards.is_sharded())
         self._unreported = [shard for shard in self._unreported if shard not in written]
         if self.moments.zero is not None and (self.shards.pending or self._unreported):
             return
@@ -270,7 +269,7 @@ class V0Hook:
         chosen = self.shards.list_eligible()
         without = [shard for shard in self.shards.list_all() if not self.shards.is_eligible(shard)]
         scale = self.decay.find_scale(chosen[0].group)
-        report = begin_report(self.plan, self.moments, chosen, without, scale=scale, seed=self.seed)
+        report = V0Report.begin(self.plan, self.moments, chosen, without, scale=scale, seed=self.seed)
         report.estimation_steps = self.decay.estimation_steps if self.plan.init == "data_driven" else None
         return report
 
