@@ -21,7 +21,6 @@ logger = logging.getLogger("hf_v0init")
 
 MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
-NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
 NOTHING_TO_WRITE = (
     "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
     "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
@@ -32,7 +31,7 @@ class SteppedShards:
     """The shards that one optimizer steps, and which of them still wait for a v0.
 
     Args:
-        moments: of the optimizer; replaced by `V0Hook.bind`.
+        moments: of the optimizer.
         model: whose names the parameters have; None: they are named by their place in the optimizer.
         include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
         seed: of draws.
@@ -69,21 +68,22 @@ class SteppedShards:
         """Whether a shard gets a v0."""
         return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
 
-    def require_possible(self, plan: V0Plan, estimation_steps: int) -> None:
-        """Raise `InputError` for what cannot get a v0, before any step; warn where a linear one would leave late."""
+    def require_possible(self, plan: V0Plan, max_steps: int | None) -> int:
+        """Return K, the steps over which E[g^2] is estimated, of a plan that can be followed.
+
+        Raises:
+            InputError: nothing can get a v0; the optimizer does not allow this one; K does not fit.
+        """
         moments, every = self.moments, self.list_all()
+        estimation_steps = plan.choose_estimation_steps(max_steps)
+        if plan.estimation_steps is None and moments.read_beta2() is None:
+            estimation_steps = 1
         is_known = self.model is not None and moments.zero is None
         if is_known and not any(shard.param.is_meta for shard in every) and not self.list_eligible():
             raise InputError(NOTHING_TO_WRITE)
         if plan.decay == "linear":
             moments.require_linear_decay()
-            slow = max((s.group["betas"][1] for s in every if s.param.dtype in NARROW_DTYPES), default=0.0)
-            if slow > SLOW_BETA2:
-                logger.warning(
-                    f"the second moment is kept in 16 bits with beta2 {slow:g}, whose rounding lets v0 leave late (a fifth of the step is "
-                    "missing at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
-                )
-            return
+            return estimation_steps
         for group in moments.list_groups():
             beta2 = moments.read_beta2(group)
             needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and estimation_steps > 1)
@@ -95,6 +95,7 @@ class SteppedShards:
                 )
             if isinstance(plan.decay_steps, int):
                 plan.get_scale(beta2)  # too large a scale is refused now
+        return estimation_steps
 
     def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""

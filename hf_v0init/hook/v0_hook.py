@@ -46,6 +46,8 @@ from .step_hooks import StepHooks, read_inverse_scale
 
 logger = logging.getLogger("hf_v0init")
 
+NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
+
 # innermost optimizer -> weak reference to its V0Hook
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -86,23 +88,25 @@ class V0Hook:
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
         self.model, self.plan, self.seed = model, plan, seed
+        self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.find_length, self.on_written = find_length, on_written
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
-        self._hooks: StepHooks | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
         self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
         self._lent: list[tuple[dict, str, Any]] = []
         self._makes_step = False
         self._seconds = 0.0
-        self.bind(optimizer)
-        try:
-            self.set_length(max_steps)
-            self.shards.require_possible(self.plan, self.estimation_steps)
-        except InputError:
-            self.remove()
-            raise
+        self.moments = SecondMoment(optimizer)
+        self._look_again()
+        self.estimation_steps = self.shards.require_possible(plan, self.max_steps)
+        self._warn_of_a_late_end()
+        other = find_hook(optimizer)
+        if other is not None and other.is_attached:
+            raise InputError("attach_v0 was called twice for this optimizer: call it once, before the first step")
+        self._hooks = StepHooks(self.moments.inner, self._prepare, self._end_step)
+        _attached[self.moments.inner] = weakref.ref(self)
 
     # ---- what users call ---------------------------------------------------------------------------------------------
 
@@ -114,13 +118,12 @@ class V0Hook:
     @property
     def is_attached(self) -> bool:
         """Whether the hook still has work to do."""
-        return self._hooks is not None and self._hooks.are_attached
+        return self._hooks.are_attached
 
     def remove(self) -> None:
         """Take the hook off the optimizer; what was written stays."""
         self._give_back()
-        if self._hooks is not None:
-            self._hooks.remove()
+        self._hooks.remove()
 
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps beside the optimizer's own state, to resume before v0 has gone; the same on every process.
@@ -148,40 +151,6 @@ class V0Hook:
         self._unreported = written
         self.decay = self._make_decay()
         self.decay.load_state_dict(state["held"], written, self.num_steps)
-
-    # ---- what the Trainer calls --------------------------------------------------------------------------------------
-
-    def bind(self, optimizer) -> None:
-        """Take another view of the same optimizer, such as ZeRO's after accelerate has prepared it; hooks stay where they are."""
-        self.moments = SecondMoment(optimizer)
-        self._look_again()
-        inner, other = self.moments.inner, find_hook(optimizer)
-        if self.is_attached and other is self:
-            return
-        self.remove()
-        if other is not None and other.is_attached:
-            raise InputError("attach_v0 was called twice for this optimizer: call it once, before the first step")
-        self._hooks = StepHooks(inner, self._prepare, self._end_step)
-        _attached[inner] = weakref.ref(self)
-
-    def set_length(self, max_steps: int | None, plan: V0Plan | None = None) -> None:
-        """Say how many optimizer steps the run has, before the first of them.
-
-        Raises:
-            InputError: `v0_estimation_steps` or `v0_decay_steps` do not fit.
-        """
-        self.max_steps = max_steps if max_steps and max_steps > 0 else None
-        self.plan = self.plan if plan is None else plan
-        self.shards.include_bias_and_norm = self.plan.include_bias_and_norm
-        length = self.plan.decay_steps if self.plan.decay == "linear" else None
-        if isinstance(length, int) and self.max_steps and length > self.max_steps:
-            logger.warning(
-                f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
-                "--v0_decay_steps 0.33, or leave it out to have it measured"
-            )
-        self.estimation_steps = self.plan.choose_estimation_steps(self.max_steps)
-        if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
-            self.estimation_steps = 1
 
     # ---- around each step --------------------------------------------------------------------------------------------
 
@@ -279,6 +248,24 @@ class V0Hook:
         """Begin with what the optimizer steps now."""
         self.shards = SteppedShards(self.moments, self.model, self.plan.include_bias_and_norm, self.seed)
         self.decay: LinearDecay | Beta2Decay | None = None
+
+    def _warn_of_a_late_end(self) -> None:
+        """Say where v0 will not have left in time."""
+        if self.plan.decay != "linear":
+            return
+        length = self.plan.decay_steps
+        if isinstance(length, int) and self.max_steps and length > self.max_steps:
+            logger.warning(
+                f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
+                "--v0_decay_steps 0.33, or leave it out to have it measured"
+            )
+        narrow = [shard for shard in self.shards.list_all() if shard.param.dtype in NARROW_DTYPES]
+        slow = max((shard.group["betas"][1] for shard in narrow), default=0.0)
+        if slow > SLOW_BETA2:
+            logger.warning(
+                f"the second moment is kept in 16 bits with beta2 {slow:g}, whose rounding lets v0 leave late (a fifth of the step is "
+                "missing at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
+            )
 
     def _lend(self, group: dict, key: str, value: Any) -> None:
         """Set a value of a parameter group for this step."""

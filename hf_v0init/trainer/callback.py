@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
+from ..hook.shards import SteppedShards
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import V0Report, read_report, write_decay_state, write_report
@@ -107,20 +108,19 @@ class V0InitCallback(TrainerCallback):
         if self.report is not None:
             return self.report | length
         hook = self.hook
-        if hook is not None and hook.num_steps and hook.plan.init != "zeros":
-            return describe_under_way(hook.plan, hook.estimation_steps) | length
+        if hook is not None and hook.num_steps:
+            return describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps) | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         return {"strategy": "zeros"} | ({"warmup_steps": self.length["steps"]} if is_warmup else {}) | length
 
-    def attach_to(self, optimizer, model) -> None:
-        """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
-        plan = self.get_settings().resolve(self._trainer.args.max_steps)
-        if plan.estimator == "per_sample":
-            SecondMoment(optimizer)
-            return
-        self._attach(optimizer, model, plan, None)
+    def require_possible(self, optimizer) -> None:
+        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for."""
+        max_steps = self._trainer.args.max_steps
+        plan, moments = self.get_settings().resolve(max_steps), SecondMoment(optimizer)
+        if plan.estimator != "per_sample":
+            SteppedShards(moments, self._trainer.model, plan.include_bias_and_norm, 0).require_possible(plan, None)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class V0InitCallback(TrainerCallback):
             is_untouched = SecondMoment(optimizer).is_untouched()
         if not is_untouched and state.global_step > 0:
             self._go_on(plan)
-        elif not is_untouched and not self._is_attached_to_fresh(optimizer):
+        elif not is_untouched and not self._is_first(plan):
             self._let_go()
             logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
         else:
@@ -158,11 +158,11 @@ class V0InitCallback(TrainerCallback):
                 )
             self._begin(settings, plan)
 
-    def _is_attached_to_fresh(self, optimizer) -> bool:
-        """Whether the hook waits for the first step of an optimizer that has state and has made no step."""
-        moments = SecondMoment(optimizer)
+    def _is_first(self, plan: V0Plan) -> bool:
+        """Whether no step has been made, though the optimizer has state."""
+        moments = SecondMoment(self._trainer.optimizer)
         has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
-        return self.hook is not None and self.hook.is_waiting and not has_stepped
+        return plan.estimator != "per_sample" and (self.hook is None or self.hook.is_waiting) and not has_stepped
 
     def _require_one_warmup(self, settings: V0InitArguments, plan: V0Plan) -> None:
         """Refuse a warmup of the schedule beside what stands for one, and one that this Trainer cannot make."""
@@ -221,7 +221,7 @@ class V0InitCallback(TrainerCallback):
         if settings.wants_length:
             self._recorder = LossRecorder(trainer)
         if plan.init != "zeros":
-            self._attach(trainer.optimizer, trainer.model, plan, trainer.state.max_steps)
+            self._attach(plan)
         else:
             self._let_go()
             self._length_handle = call_before_first_update(trainer.optimizer, self._find_length)
@@ -258,7 +258,7 @@ class V0InitCallback(TrainerCallback):
             self._keep_plateau(stored["decay_steps"])
         hook_state = read_hook_state(folder, stored, step)
         if hook_state is not None:
-            self._attach(trainer.optimizer, trainer.model, read_plan(stored), trainer.state.max_steps)
+            self._attach(read_plan(stored))
             self.hook.load_state_dict(hook_state)
 
     def _find_checkpoint(self) -> str:
@@ -279,23 +279,15 @@ class V0InitCallback(TrainerCallback):
 
     # ---- how -----------------------------------------------------------------------------------------------------------
 
-    def _attach(self, optimizer, model, plan: V0Plan, max_steps: int | None) -> None:
-        hook = self.hook
-        if hook is not None and hook.moments.inner is SecondMoment(optimizer).inner:
-            hook.model = model
-            if hook.is_attached:
-                hook.bind(optimizer)
-                hook.set_length(max_steps, plan)
-                return
-        if hook is not None:
-            hook.remove()
-        args = self._trainer.args
+    def _attach(self, plan: V0Plan) -> None:
+        self._let_go()
+        trainer = self._trainer
         self.hook = V0Hook(
-            optimizer,
-            model,
+            trainer.optimizer,
+            trainer.model,
             plan,
-            seed=args.seed if plan.seed is None else plan.seed,
-            max_steps=max_steps,
+            seed=trainer.args.seed if plan.seed is None else plan.seed,
+            max_steps=trainer.state.max_steps,
             find_length=self._find_length,
             on_written=self._finish,
         )
