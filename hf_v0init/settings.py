@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
-from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale, resolve_decay_steps
+from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
 from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
 from .method.untuned_warmup import UNTUNED_WARMUPS
 
@@ -291,8 +291,9 @@ class V0InitArguments:
         decay = self.v0_decay or ("beta2" if is_sized else "linear")
         steps = AUTO if decay == "linear" and self.v0_decay_steps is None else self.v0_decay_steps
         if steps not in (None, AUTO):
-            steps = resolve_decay_steps(require_decay_steps(steps), max_steps) if (max_steps or 0) > 0 else steps
-            steps = int(steps) if steps >= 1 else steps
+            steps = require_decay_steps(steps)
+            if steps < 1 and max_steps is not None and max_steps > 0:
+                steps = math.ceil(steps * max_steps)
         scale = None
         if decay == "beta2" and steps is None:
             given = self._get("v0_scale")
