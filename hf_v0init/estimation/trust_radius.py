@@ -203,23 +203,23 @@ class _StepWalk:
     def run(self) -> None:
         result = self.result
         self._reshard()
-        copies = [get_local_part(p.detach()).clone() for p in self.weights]
+        self.copies = [get_local_part(p.detach()).clone() for p in self.weights]
         try:
             result.loss = self._compute_loss()
             if not math.isfinite(result.loss):
                 result.reason = f"the loss at the initial weights is {result.loss}"
                 return
-            slope, smallest = self._find_slope(copies)
+            slope, smallest = self._find_slope()
             if slope is None:
                 return
             result.slope = slope
-            rho = walk_grid(lambda d: self._measure(copies, d) / (d * slope), smallest)
+            rho = walk_grid(lambda d: self._measure(d) / (d * slope), smallest)
         finally:
-            self._move(copies, 0.0)
+            self._move(0.0)
         result.displacements, result.rho = list(rho), list(rho.values())
         result.d50, result.reason = find_crossing(rho)
 
-    def _find_slope(self, copies: list[torch.Tensor]) -> tuple[float | None, float]:
+    def _find_slope(self) -> tuple[float | None, float]:
         """Find the decrease per unit of displacement as the displacement goes to zero, and the smallest one to try."""
         narrow = [p for p in self.weights if p.dtype in (torch.bfloat16, torch.float16)]
         predicted = self._sum(
@@ -244,17 +244,17 @@ class _StepWalk:
             )
         start = max(FIRST_DISPLACEMENT, GRID_FACTOR * smallest)
         d = start
-        while not self._is_proportional(copies, d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(copies, d):
+        while not self._is_proportional(d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(d):
             d /= GRID_FACTOR
-        if not self._is_proportional(copies, d):
+        if not self._is_proportional(d):
             d = start
-            while not self._is_proportional(copies, d) and d < LARGEST_DISPLACEMENT:
+            while not self._is_proportional(d) and d < LARGEST_DISPLACEMENT:
                 d *= GRID_FACTOR
-        if self._is_proportional(copies, d):
+        if self._is_proportional(d):
             near = d / GRID_FACTOR
-            while self._is_proportional(copies, d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
+            while self._is_proportional(d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
                 d *= GRID_FACTOR  # the farther apart, the less rounding; these points are needed anyway
-            upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+            upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
             return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), min(near, FIRST_DISPLACEMENT)
         self.result.reason = (
             "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
@@ -262,27 +262,27 @@ class _StepWalk:
         )
         return None, smallest
 
-    def _is_proportional(self, copies: list[torch.Tensor], d: float) -> bool:
+    def _is_proportional(self, d: float) -> bool:
         """Whether the decrease at d is that at half of it, doubled."""
-        upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+        upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
         return lower > 0.0 and abs(upper / lower - 1.0) <= SLOPE_TOLERANCE
 
-    def _is_noise(self, copies: list[torch.Tensor], d: float) -> bool:
+    def _is_noise(self, d: float) -> bool:
         """Whether the decrease at d is of the size of the loss's rounding."""
         rounding = torch.finfo(torch.float32).eps * abs(self.result.loss)
-        return abs(self._measure(copies, d)) <= NOISE_FACTOR * rounding
+        return abs(self._measure(d)) <= NOISE_FACTOR * rounding
 
-    def _measure(self, copies: list[torch.Tensor], displacement: float) -> float:
+    def _measure(self, displacement: float) -> float:
         """Measure the decrease of the loss at a displacement, once for each."""
         if displacement not in self.decreases:
-            self._move(copies, displacement)
+            self._move(displacement)
             change = self.result.loss - self._compute_loss()
             self.decreases[displacement] = change if math.isfinite(change) else -math.inf
         return self.decreases[displacement]
 
-    def _move(self, copies: list[torch.Tensor], displacement: float) -> None:
+    def _move(self, displacement: float) -> None:
         self._reshard()
-        for weight, copy, gradient, rate in zip(self.weights, copies, self.gradients, self.rates, strict=True):
+        for weight, copy, gradient, rate in zip(self.weights, self.copies, self.gradients, self.rates, strict=True):
             part = get_local_part(weight.detach())
             part.copy_(copy)
             if displacement and rate:

@@ -9,12 +9,11 @@ from torch import nn
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
 from ..estimation.per_sample import estimate_grad_sq_mean
-from ..method.strategies import is_eligible
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, is_sharded, name_parameters
-from .shards import NOTHING_TO_WRITE
+from .shards import NOTHING_TO_WRITE, SteppedShards
 
 USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
 
@@ -49,8 +48,8 @@ def write_per_sample_v0(
             left to give a v0 to; a scale that beta2 does not give; what the estimate refuses. Nothing is written then.
     """
     moments = SecondMoment(optimizer)
-    chosen, skipped = _choose_parameters(moments, model, plan.include_bias_and_norm)
-    scales = [_find_scale(plan, moments, shard.group) for shard in chosen]
+    chosen, skipped = _choose_parameters(moments, model, plan)
+    scales = [plan.get_scale(moments.read_beta2(shard.group) or 0.0) for shard in chosen]
     named = [(shard.name, shard.param) for shard in chosen]
     estimate = estimate_grad_sq_mean(
         named,
@@ -78,7 +77,7 @@ def write_per_sample_v0(
 
 
 def _choose_parameters(
-    moments: SecondMoment, model: nn.Module, include_bias_and_norm: bool
+    moments: SecondMoment, model: nn.Module, plan: V0Plan
 ) -> tuple[list[ParamShard], list[ParamShard]]:
     """Choose which of a model's parameters, held by an optimizer, get a v0; returns them and the others."""
     if moments.zero is not None or is_sharded(model):
@@ -91,23 +90,10 @@ def _choose_parameters(
             "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
             "stands; build a new optimizer to start again"
         )
-    names = name_parameters(model)
-    trained = [s for s in moments.list_shards(names) if id(s.param) in names and s.param.requires_grad]
-    chosen = [
-        shard
-        for shard in trained
-        if is_eligible(shard.full_shape, include_bias_and_norm) and shard.param.is_floating_point()
-    ]
+    shards, names = SteppedShards(moments, model, plan.include_bias_and_norm, 0), name_parameters(model)
+    shards.require_possible(plan, None)
+    trained = [shard for shard in shards.list_all() if id(shard.param) in names and shard.param.requires_grad]
+    chosen = [shard for shard in trained if shards.is_eligible(shard)]
     if not chosen:
         raise InputError(NOTHING_TO_WRITE)
     return chosen, [shard for shard in trained if shard not in chosen]
-
-
-def _find_scale(plan: V0Plan, moments: SecondMoment, group: dict) -> float:
-    beta2 = moments.read_beta2(group)
-    if beta2 is None and plan.decay_steps is not None:
-        raise InputError(
-            f"v0_decay_steps={plan.decay_steps} with {moments.name}: its second moment is no decaying mean of g^2, so the closed form "
-            "gives no scale; use v0_scale"
-        )
-    return plan.get_scale(beta2 or 0.0)

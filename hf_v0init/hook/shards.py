@@ -89,9 +89,9 @@ class SteppedShards:
             needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and estimation_steps > 1)
             if needs_beta2 and beta2 is None:
                 asked = "v0_decay_steps" if plan.decay_steps is not None else "v0_estimation_steps above 1"
+                remedy = "v0_scale" if plan.estimator == "per_sample" else "v0_scale, and v0_estimation_steps=1"
                 raise InputError(
-                    f"{asked} with {moments.name}: its second moment is no decaying mean of g^2; use v0_scale, and "
-                    "v0_estimation_steps=1"
+                    f"{asked} with {moments.name}: its second moment is no decaying mean of g^2; use {remedy}"
                 )
             if isinstance(plan.decay_steps, int):
                 plan.get_scale(beta2)  # too large a scale is refused now

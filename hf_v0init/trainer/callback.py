@@ -117,10 +117,9 @@ class V0InitCallback(TrainerCallback):
 
     def require_possible(self, optimizer) -> None:
         """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for."""
-        max_steps = self._trainer.args.max_steps
-        plan, moments = self.get_settings().resolve(max_steps), SecondMoment(optimizer)
-        if plan.estimator != "per_sample":
-            SteppedShards(moments, self._trainer.model, plan.include_bias_and_norm, 0).require_possible(plan, None)
+        plan = self.get_settings().resolve(self._trainer.args.max_steps)
+        shards = SteppedShards(SecondMoment(optimizer), self._trainer.model, plan.include_bias_and_norm, seed=0)
+        shards.require_possible(plan, None)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
