@@ -3,14 +3,15 @@
 What the user wrote stays as it was written; `V0InitArguments.resolve` gives the frozen `V0Plan` that a run follows.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import InputError
-from .method.decay import DECAYS
-from .method.defaults import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
-from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale, resolve_decay_steps
+from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
+from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
+from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
 from .method.untuned_warmup import UNTUNED_WARMUPS
 
 ESTIMATORS = ("minibatch", "per_sample")
@@ -31,6 +32,8 @@ PRESETS = {
     },
 }
 DEFAULT_NUM_SAMPLES = 5000  # the paper's
+MAX_ESTIMATION_STEPS = 32  # of the default with beta2
+ESTIMATION_FRACTION = 0.01  # of training, by default with beta2
 
 
 class StepCount(float):
@@ -72,6 +75,27 @@ class V0Plan:
     def keeps_plateau(self) -> bool:
         """Whether the learning-rate schedule is to stay at its peak for `decay_steps`, as after a warmup of that length."""
         return self.decay_steps is not None
+
+    def choose_estimation_steps(self, max_steps: int | None) -> int:
+        """Choose K, the optimizer steps over which E[g^2] is estimated; 1 for strategies that take one gradient or none.
+
+        Raises:
+            InputError: as many as the run or a linear decay has steps, or more.
+        """
+        if self.init != "data_driven":
+            return 1
+        asked, length = self.estimation_steps, self.decay_steps if self.decay == "linear" else None
+        length = length if isinstance(length, int) else None
+        if asked is None and self.decay == "linear":
+            return DEFAULT_ESTIMATION_STEPS if length is None else max(1, min(DEFAULT_ESTIMATION_STEPS, length - 1))
+        if asked is None:
+            return min(MAX_ESTIMATION_STEPS, max(1, math.floor(ESTIMATION_FRACTION * (max_steps or 0))))
+        for limit, name in ((max_steps, "max_steps"), (length, "v0_decay_steps")):
+            if limit and asked > 1 and asked >= limit:
+                raise InputError(
+                    f"v0_estimation_steps={asked} with {name}={limit}: give fewer, or leave it out for the default"
+                )
+        return asked
 
     def get_scale(self, beta2: float) -> float:
         """Return the scale of v0 that decays by beta2: as given, or the one that `decay_steps` asks for at `beta2`.
@@ -267,8 +291,9 @@ class V0InitArguments:
         decay = self.v0_decay or ("beta2" if is_sized else "linear")
         steps = AUTO if decay == "linear" and self.v0_decay_steps is None else self.v0_decay_steps
         if steps not in (None, AUTO):
-            steps = resolve_decay_steps(require_decay_steps(steps), max_steps) if (max_steps or 0) > 0 else steps
-            steps = int(steps) if steps >= 1 else steps
+            steps = require_decay_steps(steps)
+            if steps < 1 and max_steps is not None and max_steps > 0:
+                steps = math.ceil(steps * max_steps)
         scale = None
         if decay == "beta2" and steps is None:
             given = self._get("v0_scale")

@@ -16,7 +16,6 @@ from rich.table import Column, Table
 
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
-from ..method.defaults import SCALED_BY_GRADIENTS, STRATEGIES
 from ..method.multiplier import (
     PRINTED_STEPS,
     WASHED_OUT,
@@ -27,6 +26,7 @@ from ..method.multiplier import (
     compute_washout_warning,
     require_beta2,
 )
+from ..method.strategies import SCALED_BY_GRADIENTS, STRATEGIES
 from ..second_moment.table import make_cells, make_markdown_table
 from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from ..method.defaults import STRATEGIES
+from ..method.strategies import STRATEGIES
 from .files import mask_secrets
 
 NO_V0, NO_WARMUP, MAIN_OPTIMIZER = "zeros", "none", "adamw"

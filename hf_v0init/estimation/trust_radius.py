@@ -31,13 +31,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.fsdp import match_placements, reshard
-from ..sharding.parts import get_local_part, is_dtensor, is_sharded
-from ..sharding.processes import get_rank_and_world_size, raise_together
+from ..sharding.parts import get_local_part, is_dtensor, is_sharded, read_gradient
+from ..sharding.processes import add_over_processes, get_rank_and_world_size, raise_together
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -123,16 +121,10 @@ def measure_trust_radius(
     if not batches:
         raise InputError("no batches: give measure_trust_radius those of one optimizer step")
     started, states = time.perf_counter(), read_rng_states()
-
-    def compute_loss() -> float:
-        write_rng_states(states)
-        return sum(float(loss_fn(model, batch).detach().double()) for batch in batches)
-
     with defer_interrupts(), preserve_rng(), preserve_model(model):
         error = None
         try:
             with torch.enable_grad():
-                write_rng_states(states)
                 for batch in batches:
                     raise_if_interrupted()
                     (loss_fn(model, batch) * loss_scale).backward()
@@ -140,12 +132,21 @@ def measure_trust_radius(
             error = exception
         _raise_on_all(error, is_sharded(model))
         parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
-        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        for parameter in parameters:
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
         if not is_sharded(model):
-            _average(gradients)
+            add_over_processes([parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad /= get_rank_and_world_size()[1]
+        write_rng_states(states)  # the losses have the masks of the gradients
+        walk = _StepWalk(
+            [(parameter, 1.0) for parameter in parameters],
+            lambda: sum(float(loss_fn(model, batch).detach().double()) for batch in batches),
+            model,
+        )
         for parameter in model.parameters():
             parameter.grad = None
-        walk = _StepWalk([(p, g, 1.0) for p, g in zip(parameters, gradients, strict=True)], compute_loss, model)
         with torch.no_grad():
             walk.run()
     walk.result.seconds = time.perf_counter() - started
@@ -173,7 +174,7 @@ def measure_in_step(
         What was measured. `d50` is None, and `reason` says why, where it could not be measured.
     """
     started = time.perf_counter()
-    walk = _StepWalk([(p, p.grad, rate) for p, rate in parameters], loss_fn, model)
+    walk = _StepWalk(parameters, loss_fn, model)
     with (
         defer_interrupts(),
         preserve_rng(),
@@ -186,40 +187,39 @@ def measure_in_step(
 
 
 class _StepWalk:
-    """The forwards of `measure_in_step`: where the weights are, and what the loss is there."""
+    """The forwards of a measurement: where the weights are, and what the loss is there. Made with the gradients in hand."""
 
-    def __init__(self, parameters, loss_fn: Callable[[], Any], model: nn.Module | None) -> None:
+    def __init__(
+        self, parameters: Sequence[tuple[torch.Tensor, float]], loss_fn: Callable[[], Any], model: nn.Module | None
+    ) -> None:
         self.loss_fn, self.model, self.rng_states = loss_fn, model, read_rng_states()
-        self.weights = [p for p, _, _ in parameters]
-        self.gradients = [match_placements(g.detach(), p) if is_dtensor(p) else g.detach() for p, g, _ in parameters]
-        self.rates = [rate for _, _, rate in parameters]
+        self.weights, self.rates = [p for p, _ in parameters], [rate for _, rate in parameters]
+        self.gradients = [read_gradient(p) for p in self.weights]
         self.num_processes = get_rank_and_world_size()[1]
         self.is_sharded = any(is_dtensor(p) for p in self.weights)
         self.decreases: dict[float, float] = {}
-        self.result = TrustRadius(
-            num_elements=sum(p.numel() for p in self.weights),
-        )
+        self.result = TrustRadius(num_elements=sum(p.numel() for p in self.weights))
 
     def run(self) -> None:
         result = self.result
         self._reshard()
-        copies = [get_local_part(p.detach()).clone() for p in self.weights]
+        self.copies = [get_local_part(p.detach()).clone() for p in self.weights]
         try:
             result.loss = self._compute_loss()
             if not math.isfinite(result.loss):
                 result.reason = f"the loss at the initial weights is {result.loss}"
                 return
-            slope, smallest = self._find_slope(copies)
+            slope, smallest = self._find_slope()
             if slope is None:
                 return
             result.slope = slope
-            rho = walk_grid(lambda d: self._measure(copies, d) / (d * slope), smallest)
+            rho = walk_grid(lambda d: self._measure(d) / (d * slope), smallest)
         finally:
-            self._move(copies, 0.0)
+            self._move(0.0)
         result.displacements, result.rho = list(rho), list(rho.values())
         result.d50, result.reason = find_crossing(rho)
 
-    def _find_slope(self, copies: list[torch.Tensor]) -> tuple[float | None, float]:
+    def _find_slope(self) -> tuple[float | None, float]:
         """Find the decrease per unit of displacement as the displacement goes to zero, and the smallest one to try."""
         narrow = [p for p in self.weights if p.dtype in (torch.bfloat16, torch.float16)]
         predicted = self._sum(
@@ -244,17 +244,17 @@ class _StepWalk:
             )
         start = max(FIRST_DISPLACEMENT, GRID_FACTOR * smallest)
         d = start
-        while not self._is_proportional(copies, d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(copies, d):
+        while not self._is_proportional(d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(d):
             d /= GRID_FACTOR
-        if not self._is_proportional(copies, d):
+        if not self._is_proportional(d):
             d = start
-            while not self._is_proportional(copies, d) and d < LARGEST_DISPLACEMENT:
+            while not self._is_proportional(d) and d < LARGEST_DISPLACEMENT:
                 d *= GRID_FACTOR
-        if self._is_proportional(copies, d):
+        if self._is_proportional(d):
             near = d / GRID_FACTOR
-            while self._is_proportional(copies, d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
+            while self._is_proportional(d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
                 d *= GRID_FACTOR  # the farther apart, the less rounding; these points are needed anyway
-            upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+            upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
             return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), min(near, FIRST_DISPLACEMENT)
         self.result.reason = (
             "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
@@ -262,27 +262,27 @@ class _StepWalk:
         )
         return None, smallest
 
-    def _is_proportional(self, copies: list[torch.Tensor], d: float) -> bool:
+    def _is_proportional(self, d: float) -> bool:
         """Whether the decrease at d is that at half of it, doubled."""
-        upper, lower = (self._measure(copies, at) / at for at in (d, d / GRID_FACTOR))
+        upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
         return lower > 0.0 and abs(upper / lower - 1.0) <= SLOPE_TOLERANCE
 
-    def _is_noise(self, copies: list[torch.Tensor], d: float) -> bool:
+    def _is_noise(self, d: float) -> bool:
         """Whether the decrease at d is of the size of the loss's rounding."""
         rounding = torch.finfo(torch.float32).eps * abs(self.result.loss)
-        return abs(self._measure(copies, d)) <= NOISE_FACTOR * rounding
+        return abs(self._measure(d)) <= NOISE_FACTOR * rounding
 
-    def _measure(self, copies: list[torch.Tensor], displacement: float) -> float:
+    def _measure(self, displacement: float) -> float:
         """Measure the decrease of the loss at a displacement, once for each."""
         if displacement not in self.decreases:
-            self._move(copies, displacement)
+            self._move(displacement)
             change = self.result.loss - self._compute_loss()
             self.decreases[displacement] = change if math.isfinite(change) else -math.inf
         return self.decreases[displacement]
 
-    def _move(self, copies: list[torch.Tensor], displacement: float) -> None:
+    def _move(self, displacement: float) -> None:
         self._reshard()
-        for weight, copy, gradient, rate in zip(self.weights, copies, self.gradients, self.rates, strict=True):
+        for weight, copy, gradient, rate in zip(self.weights, self.copies, self.gradients, self.rates, strict=True):
             part = get_local_part(weight.detach())
             part.copy_(copy)
             if displacement and rate:
@@ -306,13 +306,17 @@ class _StepWalk:
             return numbers
         device = self.weights[0].device if self.weights else torch.device("cpu")
         totals = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(totals)
+        add_over_processes([totals])
         return totals.tolist()
 
     def _reshard(self) -> None:
         """Free the whole parameters that FSDP2 keeps after a forward, which would hide what is written into the shards."""
         if self.is_sharded and self.model is not None:
-            reshard(self.model)
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
@@ -321,14 +325,6 @@ def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
         error.raised_alone = True
     if error is not None or get_rank_and_world_size()[1] > 1:
         raise_together(error)
-
-
-def _average(gradients: list[torch.Tensor]) -> None:
-    num_processes = get_rank_and_world_size()[1]
-    if num_processes > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= num_processes
 
 
 def walk_grid(measure: Callable[[float], float], smallest: float = SMALLEST_DISPLACEMENT) -> dict[float, float]:

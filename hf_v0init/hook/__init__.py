@@ -1,15 +1,13 @@
 """v0 on an optimizer: the hook, the two ways in which v0 decays, and the length that is measured in the first step."""
 
 from .attach import attach_v0
-from .estimation_steps import choose_estimation_steps
-from .length import LengthHook, find_largest_rate, measure_length, measure_radius
+from .length import call_before_first_update, find_largest_rate, measure_length, measure_radius
 from .v0_hook import V0Hook, find_hook
 
 __all__ = [
-    "LengthHook",
     "V0Hook",
     "attach_v0",
-    "choose_estimation_steps",
+    "call_before_first_update",
     "find_hook",
     "find_largest_rate",
     "measure_length",

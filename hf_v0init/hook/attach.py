@@ -6,7 +6,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
+from ..method.length import WarmupLength
 from ..settings import AUTO, V0InitArguments
+from .length import measure_length
 from .v0_hook import V0Hook
 
 
@@ -72,4 +74,10 @@ def attach_v0(
         raise InputError(
             f"v0_decay_steps={plan.decay_steps} is a fraction of training: give max_steps too, or a number of steps"
         )
-    return V0Hook(optimizer, model, plan, seed=v0_seed, max_steps=max_steps, loss_fn=loss_fn)
+
+    def find_length() -> WarmupLength:
+        length = measure_length(optimizer, model, loss_fn, max_steps)
+        length.log("v0 decays over")
+        return length
+
+    return V0Hook(optimizer, model, plan, seed=v0_seed, max_steps=max_steps, find_length=find_length)

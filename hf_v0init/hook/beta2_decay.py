@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import torch
 
-from ..initialization.strategies import compute_random_v0_mean
-from ..initialization.summary import compute_median, sample_ratio
+from ..method.strategies import compute_random_v0_mean
 from ..settings import V0Plan
 from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part
+from ..sharding.processes import gather_objects
 from .shards import SteppedShards
+
+RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
 
 
 class Beta2Decay:
@@ -59,8 +61,12 @@ class Beta2Decay:
         self.is_done = not self.shards.pending and (step > self.estimation_steps or self.estimation_steps == 1)
         return late
 
-    def load(self, written: list[ParamShard], num_steps: int) -> None:
-        """Go on after `num_steps` steps, in which these shards have got a v0."""
+    def state_dict(self) -> dict[str, dict]:
+        """Return nothing: the optimizer's own state has all."""
+        return {}
+
+    def load_state_dict(self, held: dict[str, dict], written: list[ParamShard], num_steps: int) -> None:
+        """Go on after `num_steps` steps, in which these shards have got a v0. The optimizer has loaded its own state."""
         self._written, self._is_finished = written, num_steps > self.estimation_steps
 
     def find_scale(self, group: dict) -> float:
@@ -69,6 +75,13 @@ class Beta2Decay:
         if self.plan.init == "random" and self.plan.scale is None:
             return self._random_factors.get(beta2, 1.0)
         return self.plan.get_scale(beta2 or 0.0)
+
+    def find_stored_scale(self, shard: ParamShard) -> float:
+        """Find what leads from the second moment, as it is when v0 stands, to v0."""
+        if self.estimation_steps == 1:
+            return 1.0
+        decayed, scale = self.moments.read_beta2(shard.group) ** self.estimation_steps, self.find_scale(shard.group)
+        return scale / (1.0 - decayed + scale * decayed)  # v_K holds what K steps have added, too
 
     def _finish(self, written: list[ParamShard]) -> None:
         self._is_finished = True
@@ -129,6 +142,23 @@ class Beta2Decay:
             self.moments.change(
                 shard, lambda v, f=factor, g=gradient, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
             )
+
+
+def sample_ratio(v0: torch.Tensor | Fragment, gradient: torch.Tensor | Fragment) -> torch.Tensor:
+    """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
+    spacing = max(1, v0.numel() // RATIO_SAMPLES)
+    taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
+    squared = some.square()
+    nonzero = squared > 0
+    return (taken[nonzero] / squared[nonzero]).cpu()
+
+
+def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | None:
+    """Return the median of all values, of this process or over all of them; None if there is none."""
+    joined = torch.cat(values) if values else torch.empty(0)
+    if over_processes:
+        joined = torch.cat(gather_objects(joined))
+    return float(joined.median()) if joined.numel() else None
 
 
 def _add_square_(out: torch.Tensor, gradient: torch.Tensor, factor: float) -> None:

@@ -1,11 +1,11 @@
 """How long a run warms up, measured in its first optimizer step: see `estimation.trust_radius` and `method.length`."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..estimation.trust_radius import LossNotComputed, TrustRadius, measure_in_step
 from ..method.length import WarmupLength, choose_length
@@ -14,54 +14,23 @@ from ..second_moment.state import unwrap_optimizer
 from ..sharding.parts import get_local_part
 
 
-class LengthHook:
-    """Measures in an optimizer's first step how long a warmup its run needs, hands it on before the update, and is gone.
+def call_before_first_update(optimizer, act: Callable[[], object]) -> RemovableHandle:
+    """Call `act` once, in the first step whose gradients are not all zero, before its update; returns what takes the hook off.
 
     Args:
         optimizer: any that steps its own gradients; needs no second moment.
-        on_length: gets what was measured.
-        on_failed: called where an exception or Ctrl-C cuts the measurement off.
     """
+    has_acted = False
 
-    def __init__(
-        self,
-        optimizer,
-        model: nn.Module | None,
-        *,
-        max_steps: int,
-        loss_fn: Callable[[], Any],
-        on_length: Callable[[WarmupLength], None],
-        on_failed: Callable[[], None] | None = None,
-    ) -> None:
-        self.on_failed = on_failed
-        self.model, self.max_steps, self.loss_fn, self.on_length = model, max_steps, loss_fn, on_length
-        self.inner = unwrap_optimizer(optimizer)
-        self._optimizer = optimizer
-        self._handle = self.inner.register_step_pre_hook(torch.compiler.disable(self._before_step))
+    def before_step(inner, args: tuple, kwargs: dict) -> None:
+        nonlocal has_acted
+        gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        # Loading a distributed checkpoint makes a step of zero gradients.
+        if not has_acted and any(bool(get_local_part(gradient).any()) for gradient in gradients):
+            has_acted = True
+            act()
 
-    def remove(self) -> None:
-        """Take the hook off."""
-        self._handle.remove()
-
-    def _before_step(self, optimizer, args: tuple, kwargs: dict) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.on_length is None or not any(bool(get_local_part(g).any()) for g in gradients):
-            return  # measured already, or the step by which a distributed checkpoint is loaded
-        on_length, self.on_length = self.on_length, None
-        with call_if_cut_off(self.on_failed):
-            length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
-        on_length(length)
-
-
-@contextlib.contextmanager
-def call_if_cut_off(on_failed: Callable[[], None] | None) -> Iterator[None]:
-    """Call `on_failed` where an exception or Ctrl-C passes."""
-    try:
-        yield
-    except BaseException:
-        if on_failed is not None:
-            on_failed()
-        raise
+    return unwrap_optimizer(optimizer).register_step_pre_hook(torch.compiler.disable(before_step))
 
 
 def measure_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None) -> TrustRadius:

@@ -83,12 +83,11 @@ class LinearDecay:
             for shard, (spread, num_updates, amount) in self._held.items()
         }
 
-    def load_state_dict(self, held: dict[str, dict]) -> None:
-        """Take over what `state_dict` returned. The optimizer has loaded its own state."""
-        self._held = {}
-        for shard in self.shards.list_all():
+    def load_state_dict(self, held: dict[str, dict], written: list[ParamShard], num_steps: int) -> None:
+        """Go on with what `state_dict` returned of these shards. The optimizer has loaded its own state."""
+        for shard in written:
             moment, entry = self.moments.read(shard), held.get(shard.name)
-            if entry is None or moment is None:
+            if entry is None:
                 continue
             if "mean" in entry:
                 spread: Spread = self._draw_elements(shard, moment, entry["mean"])
@@ -96,6 +95,13 @@ class LinearDecay:
                 device = shard.param.device
                 spread = RowsAndColumns(entry["rows"].to(device), entry["columns"].to(device))
             self._held[shard] = spread, entry["num_updates"], entry["amount"]
+
+    def find_scale(self, group: dict) -> None:
+        """None: v0 is no multiple of E[g^2] that stays."""
+
+    def find_stored_scale(self, shard: ParamShard) -> float:
+        """Find what leads from the second moment, as it is when v0 stands, to E[g^2]."""
+        return 1.0 / (1.0 - shard.group["betas"][1] ** self.moments.count_steps(shard))
 
     def _add_extra(self, shard: ParamShard, step: int, length: int) -> None:
         """Let the second moment hold what the linear decay asks for after this step's update."""

@@ -9,24 +9,29 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputError
-from ..initialization.strategies import is_eligible
-from ..initialization.summary import describe_not_finite
+from ..method.strategies import is_eligible
+from ..records.report import describe_not_finite
 from ..second_moment.state import SecondMoment
+from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters
+from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
 from ..sharding.tensor_statistics import compute_figures
 
 logger = logging.getLogger("hf_v0init")
 
 MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
+NOTHING_TO_WRITE = (
+    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
+    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
+)
 
 
 class SteppedShards:
     """The shards that one optimizer steps, and which of them still wait for a v0.
 
     Args:
-        moments: of the optimizer; replaced by `V0Hook.bind`.
+        moments: of the optimizer.
         model: whose names the parameters have; None: they are named by their place in the optimizer.
         include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
         seed: of draws.
@@ -63,19 +68,52 @@ class SteppedShards:
         """Whether a shard gets a v0."""
         return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
 
+    def require_possible(self, plan: V0Plan, max_steps: int | None) -> int:
+        """Return K, the steps over which E[g^2] is estimated, of a plan that can be followed.
+
+        Raises:
+            InputError: nothing can get a v0; the optimizer does not allow this one; K does not fit.
+        """
+        moments, every = self.moments, self.list_all()
+        estimation_steps = plan.choose_estimation_steps(max_steps)
+        if plan.estimation_steps is None and moments.read_beta2() is None:
+            estimation_steps = 1
+        is_known = self.model is not None and moments.zero is None
+        if is_known and not any(shard.param.is_meta for shard in every) and not self.list_eligible():
+            raise InputError(NOTHING_TO_WRITE)
+        if plan.decay == "linear":
+            moments.require_linear_decay()
+            return estimation_steps
+        for group in moments.list_groups():
+            beta2 = moments.read_beta2(group)
+            needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and estimation_steps > 1)
+            if needs_beta2 and beta2 is None:
+                asked = "v0_decay_steps" if plan.decay_steps is not None else "v0_estimation_steps above 1"
+                remedy = "v0_scale" if plan.estimator == "per_sample" else "v0_scale, and v0_estimation_steps=1"
+                raise InputError(
+                    f"{asked} with {moments.name}: its second moment is no decaying mean of g^2; use {remedy}"
+                )
+            if isinstance(plan.decay_steps, int):
+                plan.get_scale(beta2)  # too large a scale is refused now
+        return estimation_steps
+
     def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
-        gradient = shard.param.grad.detach()
-        if is_dtensor(gradient) and gradient.placements != shard.param.placements:
-            gradient = gradient.redistribute(placements=shard.param.placements)
-        return shard.cut(gradient)
+        return shard.cut(read_gradient(shard.param))
 
     def is_sharded(self) -> bool:
         """Whether this process holds parts of tensors alone."""
         return self.moments.zero is not None or any(is_dtensor(shard.param) for shard in self.list_all())
 
-    def classify(self, gradients: list[torch.Tensor]) -> list[int]:
-        """Say of each gradient, over all processes, whether it is zero, usable or not finite."""
+    def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has, over all processes, a gradient that is not zero; refuse one that is not finite."""
+        names: dict[torch.Tensor, str] = {}
+        for shard in shards:
+            if shard.param.grad is not None:
+                names.setdefault(shard.param, shard.name)
+        if not names:
+            return []
+        gradients = [param.grad for param in names]
         if any(gradient.is_sparse for gradient in gradients):
             raise InputError(
                 "a parameter has a sparse gradient, of which no v0 is taken; build the embedding with sparse=False"
@@ -92,21 +130,11 @@ class SteppedShards:
             on_device = kinds.to(local[0].device) if local else kinds
             dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
             kinds = on_device.cpu()
-        return kinds.tolist()
-
-    def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
-        """Find those whose tensor has a gradient that is not zero; refuse one that is not finite."""
-        names: dict[torch.Tensor, str] = {}
-        for shard in shards:
-            if shard.param.grad is not None:
-                names.setdefault(shard.param, shard.name)
-        if not names:
-            return []
-        kinds = dict(zip(names, self.classify([param.grad for param in names]), strict=True))
-        for param, kind in kinds.items():
+        found = dict(zip(names, kinds.tolist(), strict=True))
+        for param, kind in found.items():
             if kind == NOT_FINITE:
                 raise InputError(describe_not_finite(names[param]))
-        return [shard for shard in shards if kinds.get(shard.param) == USABLE]
+        return [shard for shard in shards if found.get(shard.param) == USABLE]
 
     def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
         """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""

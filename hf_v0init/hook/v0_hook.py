@@ -40,14 +40,13 @@ from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from .beta2_decay import Beta2Decay
-from .estimation_steps import choose_estimation_steps, fit_estimation_steps
-from .length import call_if_cut_off, measure_length
 from .linear_decay import LinearDecay
 from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
-from .v0_report import add_written, begin_decays_report, require_possible
 
 logger = logging.getLogger("hf_v0init")
+
+NARROW_DTYPES, SLOW_BETA2 = (torch.bfloat16, torch.float16), 0.99  # beyond which 16 bits round the decay away
 
 # innermost optimizer -> weak reference to its V0Hook
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -60,7 +59,11 @@ def find_hook(optimizer) -> "V0Hook | None":
 
 
 class V0Hook:
-    """The hook of one optimizer; made by `attach_v0`.
+    """The hook of one optimizer; made by `attach_v0`, whose arguments it has but for two.
+
+    Args:
+        find_length: measures for how long v0 decays where the plan leaves it open; called in the first step, gradients in hand.
+        on_written: gets the report once v0 stands. Default: it is logged.
 
     Where it stands is told by `num_steps` and `decay`: None and None before the first gradient (`is_waiting`); then a decay that measures
     for `estimation_steps` steps and lets v0 leave after them; until `is_attached` is False.
@@ -81,29 +84,29 @@ class V0Hook:
         *,
         seed: int = 0,
         max_steps: int | None = None,
-        loss_fn: Callable[[], Any] | None = None,
-        on_length: Callable[[WarmupLength], None] | None = None,
-        on_failed: Callable[[], None] | None = None,
+        find_length: Callable[[], WarmupLength] | None = None,
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
         self.model, self.plan, self.seed = model, plan, seed
-        self.loss_fn, self.on_length, self.on_failed, self.on_written = loss_fn, on_length, on_failed, on_written
+        self.max_steps = max_steps if max_steps and max_steps > 0 else None
+        self.find_length, self.on_written = find_length, on_written
         self.report: V0Report | None = None
         self.length: WarmupLength | None = None
         self.num_steps: int | None = None
-        self._hooks: StepHooks | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
         self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
         self._lent: list[tuple[dict, str, Any]] = []
         self._makes_step = False
         self._seconds = 0.0
-        self.bind(optimizer)
-        try:
-            self.set_length(max_steps)
-            require_possible(self.shards, self.plan, self.estimation_steps)
-        except InputError:
-            self.remove()
-            raise
+        self.moments = SecondMoment(optimizer)
+        self._look_again()
+        self.estimation_steps = self.shards.require_possible(plan, self.max_steps)
+        self._warn_of_a_late_end()
+        other = find_hook(optimizer)
+        if other is not None and other.is_attached:
+            raise InputError("attach_v0 was called twice for this optimizer: call it once, before the first step")
+        self._hooks = StepHooks(self.moments.inner, self._prepare, self._end_step)
+        _attached[self.moments.inner] = weakref.ref(self)
 
     # ---- what users call ---------------------------------------------------------------------------------------------
 
@@ -115,13 +118,12 @@ class V0Hook:
     @property
     def is_attached(self) -> bool:
         """Whether the hook still has work to do."""
-        return self._hooks is not None and self._hooks.are_attached
+        return self._hooks.are_attached
 
     def remove(self) -> None:
         """Take the hook off the optimizer; what was written stays."""
         self._give_back()
-        if self._hooks is not None:
-            self._hooks.remove()
+        self._hooks.remove()
 
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps beside the optimizer's own state, to resume before v0 has gone; the same on every process.
@@ -133,7 +135,7 @@ class V0Hook:
             "num_steps": self.num_steps or 0,
             "decay_steps": self.plan.decay_steps,
             "estimation_steps": self.estimation_steps,
-            "held": self.decay.state_dict() if isinstance(self.decay, LinearDecay) else {},
+            "held": {} if self.decay is None else self.decay.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -148,45 +150,7 @@ class V0Hook:
         self.shards.pending = [shard for shard in eligible if shard not in written]
         self._unreported = written
         self.decay = self._make_decay()
-        if isinstance(self.decay, LinearDecay):
-            self.decay.load_state_dict(state["held"])
-        else:
-            self.decay.load(written, self.num_steps)
-
-    # ---- what the Trainer calls --------------------------------------------------------------------------------------
-
-    def bind(self, optimizer) -> None:
-        """Take another view of the same optimizer, such as ZeRO's after accelerate has prepared it; hooks stay where they are."""
-        self._optimizer, self.moments = optimizer, SecondMoment(optimizer)
-        self._look_again()
-        inner, other = self.moments.inner, find_hook(optimizer)
-        if self.is_attached and other is self:
-            return
-        self.remove()
-        if other is not None and other.is_attached:
-            raise InputError("attach_v0 was called twice for this optimizer: call it once, before the first step")
-        self._hooks = StepHooks(inner, self._prepare, self._end_step)
-        _attached[inner] = weakref.ref(self)
-
-    def set_length(self, max_steps: int | None, plan: V0Plan | None = None) -> None:
-        """Say how many optimizer steps the run has, before the first of them.
-
-        Raises:
-            InputError: `v0_estimation_steps` or `v0_decay_steps` do not fit.
-        """
-        self.max_steps = max_steps if max_steps and max_steps > 0 else None
-        self.plan = self.plan if plan is None else plan
-        self.shards.include_bias_and_norm = self.plan.include_bias_and_norm
-        length = self.plan.decay_steps if self.plan.decay == "linear" else None
-        if isinstance(length, int) and self.max_steps and length > self.max_steps:
-            logger.warning(
-                f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
-                "--v0_decay_steps 0.33, or leave it out to have it measured"
-            )
-        chosen = choose_estimation_steps(self.plan, self.max_steps)
-        if self.plan.estimation_steps is None and self.moments.read_beta2() is None:
-            chosen = 1
-        self.estimation_steps = fit_estimation_steps(chosen, self.plan)
+        self.decay.load_state_dict(state["held"], written, self.num_steps)
 
     # ---- around each step --------------------------------------------------------------------------------------------
 
@@ -200,7 +164,9 @@ class V0Hook:
         if self.num_steps is None and not self._begin():
             return
         if self.plan.decay_steps == AUTO:
-            self._set_measured_length()
+            self.length = self.find_length()
+            self.plan = replace(self.plan, decay_steps=self.length.steps)
+            self.estimation_steps = max(1, min(self.estimation_steps, self.length.steps - 1))
         if self.decay is None:
             self.decay = self._make_decay()
         stepped = self.shards.list_all()
@@ -236,17 +202,6 @@ class V0Hook:
         self.shards.pending = self.shards.list_eligible()
         return True
 
-    def _set_measured_length(self) -> None:
-        """Measure L at the gradients in hand."""
-        with call_if_cut_off(self.on_failed):
-            self.length = measure_length(self._optimizer, self.model, self.loss_fn, self.max_steps)
-        self.plan = replace(self.plan, decay_steps=self.length.steps)
-        self.estimation_steps = fit_estimation_steps(self.estimation_steps, self.plan)
-        if self.on_length is not None:
-            self.on_length(self.length)
-        else:
-            self.length.log("v0 decays over")
-
     def _make_decay(self) -> LinearDecay | Beta2Decay:
         if self.plan.decay == "linear":
             return LinearDecay(self.shards, self.plan, self.estimation_steps, self._lend, self._finish)
@@ -260,9 +215,11 @@ class V0Hook:
 
     def _finish(self, written: list[ParamShard]) -> None:
         """Make the report, once all parameters that had a gradient have a v0 (ZeRO: after its last flat tensor)."""
-        report = begin_decays_report(self.shards, self.plan, self.decay) if self._draft is None else self._draft
-        add_written(report, written, self.shards, self.decay)
-        self._draft = report
+        if self._draft is None:
+            self._draft = self._begin_report()
+        report, moments = self._draft, [self.moments.read(shard) for shard in written]
+        scales = [self.decay.find_stored_scale(shard) for shard in written]
+        report.add_parameters(written, moments, scales, self.shards.is_sharded())
         self._unreported = [shard for shard in self._unreported if shard not in written]
         if self.moments.zero is not None and (self.shards.pending or self._unreported):
             return
@@ -277,12 +234,38 @@ class V0Hook:
         else:
             report.log()
 
+    def _begin_report(self) -> V0Report:
+        chosen = self.shards.list_eligible()
+        without = [shard for shard in self.shards.list_all() if not self.shards.is_eligible(shard)]
+        scale = self.decay.find_scale(chosen[0].group)
+        report = V0Report.begin(self.plan, self.moments, chosen, without, scale=scale, seed=self.seed)
+        report.estimation_steps = self.decay.estimation_steps if self.plan.init == "data_driven" else None
+        return report
+
     # ---- small things ------------------------------------------------------------------------------------------------
 
     def _look_again(self) -> None:
         """Begin with what the optimizer steps now."""
         self.shards = SteppedShards(self.moments, self.model, self.plan.include_bias_and_norm, self.seed)
         self.decay: LinearDecay | Beta2Decay | None = None
+
+    def _warn_of_a_late_end(self) -> None:
+        """Say where v0 will not have left in time."""
+        if self.plan.decay != "linear":
+            return
+        length = self.plan.decay_steps
+        if isinstance(length, int) and self.max_steps and length > self.max_steps:
+            logger.warning(
+                f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
+                "--v0_decay_steps 0.33, or leave it out to have it measured"
+            )
+        narrow = [shard for shard in self.shards.list_all() if shard.param.dtype in NARROW_DTYPES]
+        slow = max((shard.group["betas"][1] for shard in narrow), default=0.0)
+        if slow > SLOW_BETA2:
+            logger.warning(
+                f"the second moment is kept in 16 bits with beta2 {slow:g}, whose rounding lets v0 leave late (a fifth of the step is "
+                "missing at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
+            )
 
     def _lend(self, group: dict, key: str, value: Any) -> None:
         """Set a value of a parameter group for this step."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..errors import InputError
 from ..estimation.batches import SampleBatch
 from ..estimation.per_sample import FP16_LOSS_SCALE
-from ..initialization.per_sample import USE_MINIBATCH, write_per_sample_v0
+from ..hook.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
 from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments
 from ..sharding.processes import fail_together, gather_objects, get_rank_and_world_size

@@ -105,11 +105,6 @@ def require_decay_steps(steps: float) -> float:
     )
 
 
-def resolve_decay_steps(steps: float, max_steps: int) -> int:
-    """Return `v0_decay_steps` as optimizer steps: a share in (0, 1) is of the run's `max_steps`, rounded up."""
-    return math.ceil(steps * max_steps) if steps < 1.0 else int(steps)
-
-
 def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int | None = None) -> float:
     """Compute the length of the linear warmup that takes away as much step size as v0 does, in optimizer steps.
 

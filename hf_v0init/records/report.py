@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,11 @@ import torch
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
+from ..second_moment.state import SecondMoment
+from ..settings import V0Plan
+from ..sharding.parts import Fragment, ParamShard
+from ..sharding.processes import get_rank_and_world_size
+from ..sharding.tensor_statistics import compute_figures
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
@@ -67,6 +73,35 @@ class V0Report:
     parameters: dict[str, dict] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def begin(
+        cls,
+        plan: V0Plan,
+        moments: SecondMoment,
+        chosen: list[ParamShard],
+        without: list[ParamShard],
+        *,
+        scale: float | None,
+        seed: int,
+    ) -> "V0Report":
+        """Begin a report: what was asked for, and of what; `chosen` get a v0, `without` do not."""
+        return cls(
+            strategy=plan.init,
+            scale=scale,
+            seed=seed,
+            decay=plan.decay,
+            decay_steps=plan.decay_steps,
+            estimator=plan.estimator,
+            num_samples_requested=plan.num_samples,
+            include_bias_and_norm=plan.include_bias_and_norm,
+            optimizer=moments.name,
+            beta2=moments.read_beta2(chosen[0].group),
+            num_processes=get_rank_and_world_size()[1],
+            num_parameters_without_v0=len(without),
+            num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in without),
+            versions=collect_versions(),
+        )
+
     def to_dict(self) -> dict:
         """Return the report as plain JSON types."""
         return asdict(self)
@@ -80,6 +115,40 @@ class V0Report:
     def is_all_zero(self) -> bool:
         """Whether no element has a v0 above zero, so that the run is one without a v0."""
         return self.v0_max == 0.0
+
+    def add_parameters(
+        self,
+        shards: list[ParamShard],
+        moments: list[torch.Tensor | Fragment],
+        scales: list[float],
+        over_processes: bool,
+    ) -> None:
+        """Add the statistics of v0.
+
+        Args:
+            shards: that have got one.
+            moments: what it is a multiple of, for each: whole, DTensor or fragment.
+            scales: from these to v0, one for each.
+            over_processes: whether any is sharded; then all processes must call this.
+
+        Raises:
+            InputError: a v0 that is not finite.
+        """
+        total = (self.v0_mean or 0.0) * self.num_elements_with_v0
+        figures = compute_figures(moments, over_processes)
+        for shard, (mean, low, high, zeros), scale in zip(shards, figures, scales, strict=True):
+            if not all(math.isfinite(value) for value in (mean, low, high)):
+                raise InputError(describe_not_finite(shard.name))
+            mean, low, high, numel = mean * scale, low * scale, high * scale, math.prod(shard.full_shape)
+            shape = list(shard.full_shape)
+            self.parameters[shard.name] = {"mean": mean, "min": low, "max": high, "zeros": zeros, "shape": shape}
+            self.num_zero_elements += zeros
+            self.num_parameters_with_v0 += 1
+            total += mean * numel
+            self.num_elements_with_v0 += numel
+        self.v0_mean = total / max(1, self.num_elements_with_v0)
+        self.v0_min = min((entry["min"] for entry in self.parameters.values()), default=0.0)
+        self.v0_max = max((entry["max"] for entry in self.parameters.values()), default=0.0)
 
     def add_expectation(self, max_steps: int) -> None:
         """Fill in the multiplier m(t) over a run of `max_steps` optimizer steps, where the closed form holds."""
@@ -148,6 +217,14 @@ class V0Report:
         warning = self.find_warning()
         if warning is not None:
             logger.warning(warning)
+
+
+def describe_not_finite(name: str) -> str:
+    """Say that a gradient is not finite, and what to do."""
+    return (
+        f"the gradient of parameter {name!r} is not finite, so no v0 can be taken from it. Look at the data and the precision (bf16 "
+        "rather than fp16); v0_init=zeros trains without a v0"
+    )
 
 
 def write_report(report: dict, folder: str | os.PathLike) -> Path:

@@ -1,14 +1,14 @@
 """Finds the second moment of an optimizer that nobody listed, by dry runs on small copies of it.
 
 A copy of the optimizer (its class, options and other attributes) gets a small parameter in the place of the user's and makes
-steps with known gradients; one copy for each set of group options, number of dimensions and size. What it then holds tells
-where the second moment is; a state put back to zero must step bit for bit like the one that the optimizer builds itself; and
-from a written v0 its first step must obey v1 = beta2 * v0 + (1 - beta2) * g^2. Anything else is a refusal with its reason.
+steps with known gradients; one copy for each set of group options, number of dimensions and size. One tensor of its state must
+obey v1 = beta2 * v0 + (1 - beta2) * g^2 in the first step from a written v0, and a state put back to zero must step bit for
+bit like the one that the optimizer builds itself. Anything else is a refusal with its reason.
 The user's optimizer, its parameters and all random states stay as they are.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from .table import OptimizerRow, read_option
 SIZES = ((5, 3, 2), (64, 128, 3))
 BETA2_OPTIONS = ("betas[1]", "beta2", "alpha", "rho")
 TOLERANCE = 1e-5
+KEPT, WIPED_OUT = "kept", "wiped out"  # what becomes of a written v0
 
 _verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (row or None, reason)
 
@@ -55,38 +56,35 @@ def _find_row(optimizer: torch.optim.Optimizer) -> OptimizerRow:
         raise _Refusal("it holds a model, of which no small copy can be made")
     option, beta2 = _find_beta2(optimizer)
     cases = _list_cases(optimizer)
-    kinds, keys = None, []
+    kinds = None
     for case in cases:
         for dtype in {torch.float32, case.dtype}:
-            run = _Run(optimizer, case, torch.zeros(case.shape, dtype=dtype))
-            run.step(_make_gradient(case.shape, 1))
-            found = _describe_state(run)
-            if kinds is None:
-                kinds, keys = found, [key for key, kind in found.items() if kind == "moment"]
-            elif found != kinds:
+            copied = _Copy(optimizer, case, torch.zeros(case.shape, dtype=dtype))
+            copied.step(_make_gradient(case.shape, 1))
+            found = _describe_state(copied)
+            if kinds not in (None, found):
                 raise _Refusal("what it keeps differs between tensors or groups")
-            if dtype == torch.float32:
-                keys = [key for key in keys if _is_mean_of_squares(run, key, beta2)]
-    if not keys:
-        names = ", ".join(sorted(kinds or {})) or "none"
-        raise _Refusal(f"no tensor of the parameter's shape in its state ({names}) is (1 - beta2) * g^2 after one step")
-    accepted, reasons = [], []
-    for key in keys:
-        row = OptimizerRow(
-            type(optimizer).__name__,
-            key=key,
-            beta2=option,
-            no_linear="it is not listed, and how it corrects the bias of its second moment is not known",
-        )
-        reason = next((r for r in (_try_row(optimizer, row, case, beta2) for case in cases) if r), "")
-        if reason:
-            reasons.append(f"{key}: {reason}")
-        else:
-            accepted.append(row)
+            kinds = found
+    row = OptimizerRow(
+        type(optimizer).__name__,
+        beta2=option,
+        no_linear="it is not listed, and how it corrects the bias of its second moment is not known",
+    )
+    rows = [replace(row, key=key) for key, kind in kinds.items() if kind == "moment"]
+    found = {row: {_find_effect(optimizer, row, case, beta2) for case in cases} for row in rows}
+    accepted = [row for row, effects in found.items() if effects == {KEPT}]
     if len(accepted) > 1:
         raise _Refusal("more than one state tensor obeys the recurrence: " + ", ".join(row.key for row in accepted))
     if not accepted:
-        raise _Refusal("; ".join(reasons))
+        wiped = next((row.key for row, effects in found.items() if effects <= {KEPT, WIPED_OUT}), None)
+        if wiped is not None:
+            raise _Refusal(f"{wiped}: its first step wipes a written v0 out")
+        names = ", ".join(sorted(kinds))
+        raise _Refusal(
+            f"no tensor of the parameter's shape in its state ({names}) is (1 - beta2) * g^2 + beta2 * v0 after one step from v0"
+        )
+    for case in cases:
+        _require_same_steps(optimizer, accepted[0], case)
     return accepted[0]
 
 
@@ -127,30 +125,23 @@ def _find_beta2(optimizer: torch.optim.Optimizer) -> tuple[str, float]:
 # ---- dry runs --------------------------------------------------------------------------------------------------------
 
 
-class _Run:
-    """A copy of the optimizer with one small parameter, and the gradients it was given."""
+class _Copy:
+    """A copy of the optimizer with one small parameter."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, case: _Case, values: torch.Tensor) -> None:
         original = next(p for group in optimizer.param_groups for p in group["params"])
         self.parameter = nn.Parameter(values.to(original.device, copy=True))
         self.optimizer = copy_optimizer(optimizer, case.group, self.parameter)
-        self.gradients: list[torch.Tensor] = []
-        group = self.optimizer.param_groups[0]
-        if "lr" in group:
-            group["lr"] = torch.full_like(group["lr"], 1e-3) if isinstance(group["lr"], torch.Tensor) else 1e-3
+        self.group = self.optimizer.param_groups[0]
+        if "lr" in self.group:
+            rate = self.group["lr"]
+            self.group["lr"] = torch.full_like(rate, 1e-3) if isinstance(rate, torch.Tensor) else 1e-3
 
     @property
     def state(self) -> State:
         return self.optimizer.state.get(self.parameter, {})
 
-    def prime(self, row: OptimizerRow) -> StateFormat:
-        """Make the state that the optimizer's first step would make."""
-        state_format = StateFormat(row)
-        state_format.prime(self.optimizer, [self.parameter], self.optimizer.param_groups[0])
-        return state_format
-
     def step(self, gradient: torch.Tensor) -> None:
-        self.gradients.append(gradient)
         self.parameter.grad = gradient.to(self.parameter, copy=True)
         with torch.enable_grad():
             self.optimizer.step()
@@ -162,14 +153,18 @@ def _make_gradient(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return gradient * (torch.randint(0, 2, shape, generator=generator) * 2 - 1)
 
 
-def _describe_state(run: _Run) -> dict[str, str]:
+def _describe_state(copied: _Copy) -> dict[str, str]:
     """Say of what kind each entry is: "moment", a plain tensor like the parameter, or else a number or its like."""
-    if not run.state:
+    if not copied.state:
         raise _Refusal("it keeps no state for a parameter in `optimizer.state`")
     kinds = {}
-    for key, value in run.state.items():
-        if isinstance(value, torch.Tensor) and value.shape == run.parameter.shape:
-            if (type(value), value.dtype, value.device) != (torch.Tensor, run.parameter.dtype, run.parameter.device):
+    for key, value in copied.state.items():
+        if isinstance(value, torch.Tensor) and value.shape == copied.parameter.shape:
+            if (type(value), value.dtype, value.device) != (
+                torch.Tensor,
+                copied.parameter.dtype,
+                copied.parameter.device,
+            ):
                 raise _Refusal(f"its state {key!r} is no plain tensor of the parameter's dtype and device")
             kinds[key] = "moment"
         elif isinstance(value, torch.Tensor) and value.numel() <= 1:
@@ -182,34 +177,30 @@ def _describe_state(run: _Run) -> dict[str, str]:
     return kinds
 
 
-def _is_mean_of_squares(run: _Run, key: str, beta2: float) -> bool:
-    expected = (1 - beta2) * run.gradients[0].double().square()
-    return torch.allclose(run.state[key].double().cpu(), expected, rtol=TOLERANCE, atol=0.0)
-
-
-def _try_row(optimizer, row: OptimizerRow, case: _Case, beta2: float) -> str:
-    """Hold the row to two dry runs; returns what went wrong, or ''."""
-    start = _make_gradient(case.shape, 7) * 0.1
-    own, primed = (_Run(optimizer, case, start) for _ in range(2))
-    primed.prime(row)
-    for number in (1, 2):
-        for run in (own, primed):
-            run.step(_make_gradient(case.shape, number))
-        if not torch.equal(own.parameter, primed.parameter) or not _are_equal(own.state, primed.state):
-            return f"a state built from what it holds makes another step {number} than its own"
-
-    written = _Run(optimizer, case, torch.zeros(case.shape))
+def _find_effect(optimizer: torch.optim.Optimizer, row: OptimizerRow, case: _Case, beta2: float) -> str | None:
+    """Find what the first step makes of a v0 that is written where the row says."""
+    copied, state_format = _Copy(optimizer, case, torch.zeros(case.shape)), StateFormat(row)
     v0, gradient = _make_gradient(case.shape, 9).square(), _make_gradient(case.shape, 1)
-    state_format = written.prime(row)
-    state_format.write_(written.state, v0.to(written.parameter.device))
-    written.step(gradient)
-    v1 = state_format.read(written.state).double().cpu()
+    state_format.prime(copied.optimizer, [copied.parameter], copied.group)
+    state_format.write_(copied.state, v0.to(copied.parameter.device))
+    copied.step(gradient)
+    v1 = state_format.read(copied.state).double().cpu()
     from_gradient = (1 - beta2) * gradient.double().square()
-    if torch.allclose(v1, beta2 * v0.double() + from_gradient, rtol=TOLERANCE, atol=0.0):
-        return ""
-    if torch.allclose(v1, from_gradient, rtol=TOLERANCE, atol=0.0):
-        return "its first step wipes a written v0 out"
-    return "from a written v0 its first step does not give beta2 * v0 + (1 - beta2) * g^2"
+    for effect, expected in ((KEPT, beta2 * v0.double() + from_gradient), (WIPED_OUT, from_gradient)):
+        if torch.allclose(v1, expected, rtol=TOLERANCE, atol=0.0):
+            return effect
+    return None
+
+
+def _require_same_steps(optimizer: torch.optim.Optimizer, row: OptimizerRow, case: _Case) -> None:
+    """Refuse an optimizer that does not go on from a state made by us as from its own."""
+    own, primed = (_Copy(optimizer, case, _make_gradient(case.shape, 7) * 0.1) for _ in range(2))
+    StateFormat(row).prime(primed.optimizer, [primed.parameter], primed.group)
+    for number in (1, 2):
+        for copied in (own, primed):
+            copied.step(_make_gradient(case.shape, number))
+        if not torch.equal(own.parameter, primed.parameter) or not _are_equal(own.state, primed.state):
+            raise _Refusal(f"{row.key}: a state built from what it holds makes another step {number} than its own")
 
 
 def _are_equal(state: State, other: State) -> bool:

@@ -79,6 +79,14 @@ def get_local_part(tensor: torch.Tensor | Fragment) -> torch.Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def read_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's gradient, detached, and placed as the parameter itself where it is a DTensor."""
+    gradient = parameter.grad.detach()
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
 def with_local_part(tensor: torch.Tensor | Fragment, local: torch.Tensor) -> torch.Tensor | Fragment:
     """Return other values that lie as `tensor` does: whole, a DTensor or a `Fragment`."""
     if isinstance(tensor, Fragment):

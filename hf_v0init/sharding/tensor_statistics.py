@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .parts import get_local_part
-from .processes import gather_objects, get_rank_and_world_size
+from .processes import get_rank_and_world_size
 
 
 def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[tuple[float, float, float, float]]:
@@ -44,8 +44,3 @@ def _measure(part: torch.Tensor) -> torch.Tensor:
     low, high = torch.aminmax(part)
     total = part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
     return torch.stack([value.double() for value in (total, torch.count_nonzero(part), -low, high)])
-
-
-def gather_values(values: torch.Tensor) -> torch.Tensor:
-    """Return the 1-D `values` of all processes, joined, on the CPU."""
-    return torch.cat(gather_objects(values.cpu()))

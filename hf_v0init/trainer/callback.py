@@ -17,14 +17,15 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
-from ..hook import LengthHook, V0Hook
+from ..hook import V0Hook, call_before_first_update, measure_length
+from ..hook.shards import SteppedShards
 from ..method.length import WarmupLength
 from ..method.untuned_warmup import UNTUNED_WARMUPS
 from ..records.report import V0Report, read_report, write_decay_state, write_report
@@ -63,7 +64,7 @@ class V0InitCallback(TrainerCallback):
         self.hook: V0Hook | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
-        self._length_hook: LengthHook | None = None
+        self._length_handle: RemovableHandle | None = None
         self._recorder: LossRecorder | None = None
         self._has_own_schedule = False
 
@@ -107,63 +108,71 @@ class V0InitCallback(TrainerCallback):
         if self.report is not None:
             return self.report | length
         hook = self.hook
-        if hook is not None and hook.num_steps and hook.plan.init != "zeros":
-            return describe_under_way(hook.plan, hook.estimation_steps) | length
+        if hook is not None and hook.num_steps:
+            return describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps) | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         return {"strategy": "zeros"} | ({"warmup_steps": self.length["steps"]} if is_warmup else {}) | length
 
-    def attach_to(self, optimizer, model) -> None:
-        """Attach to an optimizer that was just made, or refuse it. Called by `V0InitMixin.create_optimizer`."""
+    def require_possible(self, optimizer) -> None:
+        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for."""
         plan = self.get_settings().resolve(self._trainer.args.max_steps)
-        if plan.estimator == "per_sample":
-            SecondMoment(optimizer)
-            return
-        self._attach(optimizer, model, plan, None)
+        shards = SteppedShards(SecondMoment(optimizer), self._trainer.model, plan.include_bias_and_norm, seed=0)
+        shards.require_possible(plan, None)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         """Attach, estimate sample by sample, or go on where a checkpoint left off; see the top of the file."""
         if self._trainer is None:
             raise InputError(
                 "V0InitCallback does not know its Trainer: write V0InitCallback(...).attach(trainer) in place of add_callback"
             )
-        state = self._trainer.state
-        settings = self.get_settings()
-        start = _Start(optimizer, settings, settings.resolve(state.max_steps), state.global_step, state.max_steps)
-        self._began_at = start.step
-        self._require_one_warmup(start)
-        if optimizer is None or not start.wants_anything:
+        state, optimizer, settings = self._trainer.state, self._trainer.optimizer, self.get_settings()
+        plan = settings.resolve(state.max_steps)
+        self._began_at = state.global_step
+        self._require_one_warmup(settings, plan)
+        if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
             self._let_go()
-            if start.step > 0:
-                self._keep_record_of_another_start(start)
+            if state.global_step > 0:
+                self._keep_record_of_another_start()
             return
-        if start.plan.init == "zeros":
+        if plan.init == "zeros":
             require_measurable(optimizer)
-            is_untouched = start.step == 0
+            is_untouched = state.global_step == 0
         else:
             require_supported_run(self._trainer)
             is_untouched = SecondMoment(optimizer).is_untouched()
-        actions = {  # whether it is resumed, whether the optimizer is without state
-            (False, True): self._begin,
-            (False, False): self._keep_state,
-            (True, True): self._begin_anew,
-            (True, False): self._go_on,
-        }
-        actions[start.step > 0, is_untouched](start)
+        if not is_untouched and state.global_step > 0:
+            self._go_on(plan)
+        elif not is_untouched and not self._is_first(plan):
+            self._let_go()
+            logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
+        else:
+            if state.global_step > 0:
+                logger.warning(
+                    f"the checkpoint at step {state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
+                    "anew: v0 is written at the loaded weights"
+                )
+            self._begin(settings, plan)
 
-    def _require_one_warmup(self, start: "_Start") -> None:
+    def _is_first(self, plan: V0Plan) -> bool:
+        """Whether no step has been made, though the optimizer has state."""
+        moments = SecondMoment(self._trainer.optimizer)
+        has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
+        return plan.estimator != "per_sample" and (self.hook is None or self.hook.is_waiting) and not has_stepped
+
+    def _require_one_warmup(self, settings: V0InitArguments, plan: V0Plan) -> None:
         """Refuse a warmup of the schedule beside what stands for one, and one that this Trainer cannot make."""
-        untuned, trainer = start.settings.untuned_warmup, self._trainer
+        untuned, trainer = settings.untuned_warmup, self._trainer
         if untuned in UNTUNED_WARMUPS and not hasattr(trainer, "_v0_callback"):
             raise InputError(
                 f"untuned_warmup={untuned} changes the schedule, which is V0InitTrainer's or V0InitMixin's to make: use "
                 "one of these, untuned_warmup=trust_radius, or warmup_steps"
             )
-        what = find_what_warms_up(start.settings, start.plan)
-        if start.step == 0 and what is not None:
+        what = find_what_warms_up(settings, plan)
+        if trainer.state.global_step == 0 and what is not None:
             is_joined = untuned in UNTUNED_WARMUPS  # the Trainer classes have looked at it before that
             require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
 
@@ -171,11 +180,6 @@ class V0InitCallback(TrainerCallback):
         """Let the recorder of losses begin anew."""
         if self._recorder is not None:
             self._recorder.begin_step()
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        """Measure no more once the first step has been made."""
-        if self._recorder is not None and self.length is not None:
-            self._remove_recorder()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Give the Trainer its `compute_loss` back, whatever became of the first step."""
@@ -202,50 +206,39 @@ class V0InitCallback(TrainerCallback):
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
 
-    def _begin(self, start: "_Start") -> None:
-        """A new run."""
+    def _begin(self, settings: V0InitArguments, plan: V0Plan) -> None:
+        """A new run, or one from a checkpoint without optimizer state."""
         self.report = self.length = None
-        plan = start.plan
+        trainer = self._trainer
         if plan.estimator == "per_sample":
             if isinstance(plan.decay_steps, int):
-                keep_plateau(self._trainer, self._trainer.lr_scheduler, plan.decay_steps)
+                keep_plateau(trainer, trainer.lr_scheduler, plan.decay_steps)
             with defer_interrupts():
-                self._finish(self._run_pass(start))
+                self._finish(self._run_pass(plan))
             return
         self._remove_recorder()
-        if start.settings.wants_length:
-            self._recorder = LossRecorder(self._trainer)
+        if settings.wants_length:
+            self._recorder = LossRecorder(trainer)
         if plan.init != "zeros":
-            self._attach(start.optimizer, self._trainer.model, plan, start.max_steps)
+            self._attach(plan)
         else:
-            self._measure_warmup(start)
+            self._let_go()
+            self._length_handle = call_before_first_update(trainer.optimizer, self._find_length)
         if isinstance(plan.decay_steps, int):
             self._keep_plateau(plan.decay_steps)
 
-    def _begin_anew(self, start: "_Start") -> None:
-        """A checkpoint without optimizer state."""
-        logger.warning(
-            f"the checkpoint at step {start.step} holds no optimizer state (save_only_model?), so Adam starts "
-            "anew: v0 is written at the loaded weights"
-        )
-        self._begin(start)
-
-    def _keep_state(self, start: "_Start") -> None:
-        """State is there without a checkpoint."""
-        moments = SecondMoment(start.optimizer)
-        has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
-        if self.hook is not None and self.hook.is_waiting and not has_stepped:
-            self._begin(start)
-            return
-        self._let_go()
-        logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
-
-    def _go_on(self, start: "_Start") -> None:
+    def _go_on(self, plan: V0Plan) -> None:
         """Keep the loaded state and its record; name the settings that differ."""
-        folder, plan = self._find_checkpoint(start), start.plan
-        stored = read_report(folder)
-        if plan.init == "zeros":
-            self._warm_up_as_before(stored, start.step)
+        folder, trainer = self._find_checkpoint(), self._trainer
+        step, stored = trainer.state.global_step, read_report(folder)
+        if plan.init == "zeros":  # a warmup that was measured
+            self.length = (stored or {}).get("length")
+            if self.length is None:
+                raise InputError(
+                    f"the checkpoint at step {step} was trained without a measured warmup: go on without "
+                    "--untuned_warmup trust_radius, or start a new run"
+                )
+            self._warm_up(self.length["steps"])
             return
         if stored is None or stored["strategy"] == "zeros":
             self._let_go()
@@ -257,24 +250,25 @@ class V0InitCallback(TrainerCallback):
         self.length, self._began_at = stored.get("length"), stored.get("global_step", 0)
         if stored.get("is_written", True):
             self.report = {key: value for key, value in stored.items() if key != "length"}
-        differences = find_differences(stored, plan, self._trainer.args.seed if plan.seed is None else plan.seed)
+        differences = find_differences(stored, plan, trainer.args.seed if plan.seed is None else plan.seed)
         if differences:
             logger.warning("v0 settings differ from the checkpoint's, which stand: " + "; ".join(differences))
         if stored.get("decay_steps") is not None:
             self._keep_plateau(stored["decay_steps"])
-        hook_state = read_hook_state(folder, stored, start.step)
+        hook_state = read_hook_state(folder, stored, step)
         if hook_state is not None:
-            self._attach(start.optimizer, self._trainer.model, read_plan(stored), start.max_steps)
+            self._attach(read_plan(stored))
             self.hook.load_state_dict(hook_state)
 
-    def _find_checkpoint(self, start: "_Start") -> str:
-        return self.resumed_from or os.path.join(self._trainer.args.output_dir, f"checkpoint-{start.step}")
+    def _find_checkpoint(self) -> str:
+        trainer = self._trainer
+        return self.resumed_from or os.path.join(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
 
-    def _keep_record_of_another_start(self, start: "_Start") -> None:
+    def _keep_record_of_another_start(self) -> None:
         """Resumed with `v0_init=zeros` a run that was begun with a v0: say so, and let the record go along."""
         stored = None
         with contextlib.suppress(InputError):  # a damaged record is no reason not to resume the stock run
-            stored = read_report(self._find_checkpoint(start))
+            stored = read_report(self._find_checkpoint())
         if stored is not None and stored["strategy"] != "zeros":
             self.length, self.report = stored.get("length"), {k: v for k, v in stored.items() if k != "length"}
             logger.warning(
@@ -282,64 +276,40 @@ class V0InitCallback(TrainerCallback):
                 "forgotten by beta2; give the same v0 flags to go on as it was begun"
             )
 
-    def _warm_up_as_before(self, stored: dict | None, step: int) -> None:
-        """Give the schedule of a resumed run the warmup that was measured when it began."""
-        self.length = (stored or {}).get("length")
-        if self.length is None:
-            raise InputError(
-                f"the checkpoint at step {step} was trained without a measured warmup: go on without "
-                "--untuned_warmup trust_radius, or start a new run"
-            )
-        self._warm_up(self.length["steps"])
-
     # ---- how -----------------------------------------------------------------------------------------------------------
 
-    def _attach(self, optimizer, model, plan: V0Plan, max_steps: int | None) -> None:
-        hook = self.hook
-        if hook is not None and hook.moments.inner is SecondMoment(optimizer).inner:
-            hook.model = model
-            if hook.is_attached:
-                hook.bind(optimizer)
-                hook.set_length(max_steps, plan)
-                return
-        if hook is not None:
-            hook.remove()
-        args = self._trainer.args
+    def _attach(self, plan: V0Plan) -> None:
+        self._let_go()
+        trainer = self._trainer
         self.hook = V0Hook(
-            optimizer,
-            model,
+            trainer.optimizer,
+            trainer.model,
             plan,
-            seed=args.seed if plan.seed is None else plan.seed,
-            max_steps=max_steps,
-            loss_fn=self._compute_first_loss,
-            on_length=self._take_length,
-            on_failed=self._remove_recorder,
+            seed=trainer.args.seed if plan.seed is None else plan.seed,
+            max_steps=trainer.state.max_steps,
+            find_length=self._find_length,
             on_written=self._finish,
         )
 
-    def _measure_warmup(self, start: "_Start") -> None:
-        """Measure the length of a warmup in the first step, without a v0."""
-        self._let_go()
-        self._length_hook = LengthHook(
-            start.optimizer,
-            self._trainer.model,
-            max_steps=start.max_steps,
-            loss_fn=self._compute_first_loss,
-            on_length=self._take_length,
-            on_failed=self._remove_recorder,
-        )
+    def _find_length(self) -> WarmupLength:
+        """Measure for how long to warm up, and let the schedule follow, before the first update."""
+        trainer = self._trainer
 
-    def _compute_first_loss(self) -> float:
-        if self._recorder is None:
-            raise LossNotComputed("compute_loss is kept for the first step alone")
-        return self._recorder.compute_again()
+        def compute_loss() -> float:
+            if self._recorder is None:
+                raise LossNotComputed("compute_loss is kept for the first step alone")
+            return self._recorder.compute_again()
 
-    def _take_length(self, length: WarmupLength) -> None:
-        """Let the schedule follow what was measured, before the first update."""
+        try:
+            length = measure_length(trainer.optimizer, trainer.model, compute_loss, trainer.state.max_steps)
+        except BaseException:  # Ctrl-C, too
+            self._remove_recorder()
+            raise
         self.length = length.to_dict()
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         length.log("the schedule warms up over" if is_warmup else "v0 decays over")
         (self._warm_up if is_warmup else self._keep_plateau)(length.steps)
+        return length
 
     def _warm_up(self, steps: int) -> None:
         warm_up(self._trainer, self._trainer.lr_scheduler, steps, "untuned_warmup=trust_radius")
@@ -358,7 +328,7 @@ class V0InitCallback(TrainerCallback):
         report.log()
 
     def _let_go(self) -> None:
-        for hook in (self.hook, self._length_hook):
+        for hook in (self.hook, self._length_handle):
             if hook is not None:
                 hook.remove()
 
@@ -367,24 +337,8 @@ class V0InitCallback(TrainerCallback):
             self._recorder.remove()
             self._recorder = None
 
-    def _run_pass(self, start: "_Start") -> V0Report:
+    def _run_pass(self, plan: V0Plan) -> V0Report:
         """Estimate E[g^2] sample by sample and write v0 from it (eq. 10)."""
-        report = write_trainers_v0(self._trainer, start.plan, start.optimizer)
-        report.add_expectation(start.max_steps)
+        report = write_trainers_v0(self._trainer, plan, self._trainer.optimizer)
+        report.add_expectation(self._trainer.state.max_steps)
         return report
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What `on_train_begin` finds: the optimizer, what is wanted of it, and the step that the run is at."""
-
-    optimizer: Any
-    settings: V0InitArguments
-    plan: V0Plan
-    step: int
-    max_steps: int
-
-    @property
-    def wants_anything(self) -> bool:
-        """Whether a v0 or a measured warmup is asked for."""
-        return self.plan.init != "zeros" or self.settings.untuned_warmup == TRUST_RADIUS

@@ -1,7 +1,7 @@
 """The Trainer classes: `V0InitCallback`, attached from the start, with the flags, early refusals, the record and the model card.
 
-Order in a run: `create_optimizer` refuses an optimizer without a second moment and attaches the hook -> accelerate prepares
-model and optimizer -> a checkpoint is loaded -> `on_train_begin` decides (see `callback`) -> first step, which writes v0.
+Order in a run: `create_optimizer` refuses an optimizer without a second moment -> accelerate prepares model and optimizer -> a
+checkpoint is loaded -> `on_train_begin` decides, and attaches the hook (see `callback`) -> first step, which writes v0.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class V0InitMixin:
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args, **kwargs):
-        """Create the optimizer as the Trainer does, and attach v0 to it; refuse it now if no v0 could be written."""
+        """Create the optimizer as the Trainer does; refuse it now if no v0 could be written."""
         self._choose_optimizer()  # again, since a hyperparameter search changes the learning rate
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
@@ -83,7 +83,7 @@ class V0InitMixin:
             require_supported_run(self)
             # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
             if type(optimizer).__name__ != "DummyOptim":
-                self._v0_callback.attach_to(optimizer, self.model)
+                self._v0_callback.require_possible(optimizer)
         return optimizer
 
     def create_scheduler(self, *args, **kwargs):

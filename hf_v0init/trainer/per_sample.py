@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 from ..errors import InputError
 from ..estimation.batches import choose_samples, iterate_batches
 from ..estimation.per_sample import FP16_LOSS_SCALE
-from ..initialization.per_sample import USE_MINIBATCH, write_per_sample_v0
+from ..hook.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
 from ..second_moment.state import unwrap_optimizer
 from ..settings import V0Plan
-from .state import preserve_trainer
+from .first_loss import preserve_trainer
 
 logger = logging.getLogger("hf_v0init")
 

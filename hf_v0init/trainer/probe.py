@@ -1,13 +1,10 @@
 """The trust radius of a run that is not to be made: everything is prepared as for training, and left at the first optimizer step."""
 
-import torch
 from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import TrustRadius
-from ..hook import find_largest_rate, measure_radius
-from ..second_moment.state import unwrap_optimizer
-from ..sharding.parts import get_local_part
+from ..hook import call_before_first_update, find_largest_rate, measure_radius
 from .first_loss import LossRecorder
 
 
@@ -28,13 +25,11 @@ class _Probe(TrainerCallback):
         """Begin to keep what `compute_loss` is called with."""
         self.recorder = LossRecorder(self.trainer)
 
-        def measure(inner, args, kwargs) -> None:
-            gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
-            if any(bool(get_local_part(gradient).any()) for gradient in gradients):
-                radius = measure_radius(optimizer, self.trainer.model, self.recorder.compute_again)
-                raise _Probed(radius, find_largest_rate(optimizer))
+        def measure() -> None:
+            radius = measure_radius(optimizer, self.trainer.model, self.recorder.compute_again)
+            raise _Probed(radius, find_largest_rate(optimizer))
 
-        self.handle = unwrap_optimizer(optimizer).register_step_pre_hook(torch.compiler.disable(measure))
+        self.handle = call_before_first_update(optimizer, measure)
 
     def close(self) -> None:
         """Give the Trainer its own loss back."""

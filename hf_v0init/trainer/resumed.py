@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..records.report import DECAY_FILE, read_decay_state
 from ..settings import AUTO, V0Plan
 
-IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm")  # a record and a plan
+IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm", "seed")  # a record and a plan
 
 
 def describe_under_way(plan: V0Plan, estimation_steps: int) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import WALL, Conditions, Row, measure_pairs
-from hf_v0init.initialization.strategies import compute_random_v0_mean
+from hf_v0init.method.strategies import compute_random_v0_mean
 from hf_v0init.sharding.draws import draw_standard_normal_
 
 NUM_PROCESSES = 2

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_v0init import InputError, read_second_moment
 from hf_v0init.estimation.batches import SampleBatch
-from hf_v0init.initialization.per_sample import write_per_sample_v0
+from hf_v0init.hook.per_sample import write_per_sample_v0
 from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.settings import V0InitArguments
 
@@ -85,6 +85,6 @@ def test_a_gradient_that_is_not_finite_is_refused_and_nothing_is_written(optimiz
 
 def test_a_model_in_shards_is_refused(monkeypatch):
     model = make_model()
-    monkeypatch.setattr("hf_v0init.initialization.per_sample.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_v0init.hook.per_sample.is_sharded", lambda model: True)
     with pytest.raises(InputError, match=r"under FSDP2 or tensor parallelism is not supported.*v0_estimator=minibatch"):
         write(torch.optim.AdamW(model.parameters()), model)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_v0init import InputError, V0InitArguments
-from hf_v0init.initialization.strategies import (
+from hf_v0init.method.strategies import (
     compute_fans,
     compute_random_v0_mean,
     is_eligible,

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from trainers import is_untouched
 
 from hf_v0init import InputError, attach_v0, compute_multiplier, compute_scale_for_warmup, read_second_moment
-from hf_v0init.method.defaults import DEFAULT_SCALE
+from hf_v0init.method.strategies import DEFAULT_SCALE
 
 
 def make_network(dtype=torch.float32) -> nn.Module:

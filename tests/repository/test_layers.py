@@ -16,7 +16,6 @@ LAYERS = [
     ["trainer", "loop"],
     ["diagnostics"],
     ["hook"],
-    ["initialization"],
     ["records"],
     ["estimation", "second_moment"],
     ["settings", "sharding", "state_guard", "plots"],
@@ -33,7 +32,7 @@ FORBIDDEN = {
     "sharding": {"transformers", "accelerate", "datasets"},
     "estimation": {"transformers", "accelerate", "datasets"},
     "second_moment": {"transformers", "accelerate", "datasets"},
-    "initialization": {"transformers", "accelerate", "datasets"},
+    "hook": {"transformers", "accelerate", "datasets"},
     "compare": {"torch", "transformers", "accelerate", "datasets"},
 }
 
@@ -119,7 +118,7 @@ def test_nothing_loads_what_it_must_not_even_through_others(name):
 
 
 def test_the_maths_knows_no_optimizer():
-    for path in [*get_files("estimation"), PACKAGE / "initialization" / "strategies.py"]:
+    for path in get_files("estimation"):
         assert not [module for module in find_imports(path)[0] if module[0] == "second_moment"], path.name
 
 

@@ -8,7 +8,7 @@ from linear_decay import factor
 from optimizer_cases import CASES, make_gradients, make_parameter, name_of, quiet_and_eager, write
 
 from hf_v0init import InputError, attach_v0, read_second_moment
-from hf_v0init.initialization.strategies import compute_random_v0_mean
+from hf_v0init.method.strategies import compute_random_v0_mean
 from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import draw_standard_normal_
 

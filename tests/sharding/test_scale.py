@@ -25,7 +25,6 @@ from hf_v0init import V0InitArguments
 from hf_v0init.hook import beta2_decay
 from hf_v0init.hook.beta2_decay import Beta2Decay
 from hf_v0init.hook.shards import SteppedShards
-from hf_v0init.initialization import summary
 from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import BLOCK_NUMEL
 
@@ -164,7 +163,7 @@ def test_drawing_takes_the_shard_and_one_block(shapes, join, without_values, siz
 
 def test_one_layer_of_a_shard_for_real(shapes, join, monkeypatch):
     """Every allocation of torch's allocator, inside kernels too, with figures and report; 8B on 64 processes."""
-    monkeypatch.setattr(summary, "gather_values", lambda values: values)
+    monkeypatch.setattr(beta2_decay, "gather_objects", lambda mine: [mine])
     layer = {name: shape for name, shape in shapes["8B"].items() if re.search(r"layers\.7\.", name)}
     parameters, optimizer = shard_parameters(join(64, 5), layer, device="cpu")
     for number, parameter in enumerate(parameters):

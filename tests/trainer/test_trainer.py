@@ -23,7 +23,6 @@ from transformers import Trainer, TrainerCallback
 
 from hf_v0init import V0InitArguments, V0InitMixin, V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.hook import choose_estimation_steps
 
 STRATEGIES = {
     "random": {"v0_init": "random", "v0_decay": "beta2"},
@@ -133,7 +132,7 @@ def test_minibatch_is_the_mean_square_of_the_first_steps_gradients(tmp_path, opt
 def test_the_default_estimates_over_one_percent_of_the_run_and_32_steps_at_most(max_steps, expected):
     for strategy, number in (("data_driven", expected), ("random", 1)):
         plan = V0InitArguments(v0_init=strategy, v0_decay="beta2").resolve(max_steps)
-        assert choose_estimation_steps(plan, max_steps) == number
+        assert plan.choose_estimation_steps(max_steps) == number
 
 
 def test_more_estimating_than_steps_is_refused_before_the_first(tmp_path):

@@ -30,7 +30,14 @@ class Rates(TrainerCallback):
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 L = 9
-RUN = {"max_steps": 12, "v0_decay_steps": L, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+RUN = {
+    "max_steps": 12,
+    "v0_seed": 5,
+    "v0_decay_steps": L,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "learning_rate": 1e-2,
+}
 
 
 def make(folder, by_callback: bool, strategy: str, seed: int = 0, **options):

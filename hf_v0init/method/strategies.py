@@ -1,4 +1,4 @@
-"""The start values themselves: tensors in, tensors out. Knows no optimizer, no model and no Trainer.
+"""The strategies, their scales, and what of eq. 11 needs no tensor. Imports nothing, so that the command line starts at once.
 
 Notation of Abuduweili & Liu, arXiv 2412.02153: g is the gradient of the loss on a sample, v0 the start value of the
 second moment, sigma (here `scale`) its size.
@@ -10,6 +10,12 @@ second moment, sigma (here `scale`) its size.
 """
 
 import math
+
+STRATEGIES = ("zeros", "random", "data_driven", "first_gradient")
+SCALED_BY_GRADIENTS = ("data_driven", "first_gradient")  # v0 is a multiple of a mean of g^2
+
+PAPER_SCALE = {"random": 100.0, "data_driven": 1.0}  # its section 4
+DEFAULT_SCALE = {"zeros": 0.0, "random": 100.0, "data_driven": 1.0, "first_gradient": 1.0}
 
 
 def compute_fans(shape: tuple[int, ...]) -> tuple[int, int]:

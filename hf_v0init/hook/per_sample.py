@@ -13,14 +13,9 @@ from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, is_sharded, name_parameters
-from .strategies import is_eligible
-from .summary import add_parameters, begin_report
+from .shards import NOTHING_TO_WRITE, SteppedShards
 
 USE_MINIBATCH = "use v0_estimator=minibatch (the default; attach_v0 in a loop of your own), which takes v0 from the run's own first steps"
-NOTHING_TO_WRITE = (
-    "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
-    "set v0_include_bias_and_norm=True to include vectors, or v0_init=zeros"
-)
 
 
 def write_per_sample_v0(
@@ -53,8 +48,8 @@ def write_per_sample_v0(
             left to give a v0 to; a scale that beta2 does not give; what the estimate refuses. Nothing is written then.
     """
     moments = SecondMoment(optimizer)
-    chosen, skipped = _choose_parameters(moments, model, plan.include_bias_and_norm)
-    scales = [_find_scale(plan, moments, shard.group) for shard in chosen]
+    chosen, skipped = _choose_parameters(moments, model, plan)
+    scales = [plan.get_scale(moments.read_beta2(shard.group) or 0.0) for shard in chosen]
     named = [(shard.name, shard.param) for shard in chosen]
     estimate = estimate_grad_sq_mean(
         named,
@@ -66,12 +61,11 @@ def write_per_sample_v0(
         effective_batch_size=effective_batch_size,
         other_parameters=other_parameters,
     )
-    report = begin_report(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
+    report = V0Report.begin(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
     report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
     report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
     report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
-    tensors = [(shard.name, shard.full_shape, estimate.tensors[shard.name]) for shard in chosen]
-    add_parameters(report, tensors, False, scales)
+    report.add_parameters(chosen, [estimate.tensors[shard.name] for shard in chosen], scales, over_processes=False)
     report.without_gradient = [name for name, numbers in report.parameters.items() if numbers["max"] == 0.0]
     if estimate.measured_ratio is not None:
         report.measured_ratio = estimate.measured_ratio * report.scale
@@ -83,7 +77,7 @@ def write_per_sample_v0(
 
 
 def _choose_parameters(
-    moments: SecondMoment, model: nn.Module, include_bias_and_norm: bool
+    moments: SecondMoment, model: nn.Module, plan: V0Plan
 ) -> tuple[list[ParamShard], list[ParamShard]]:
     """Choose which of a model's parameters, held by an optimizer, get a v0; returns them and the others."""
     if moments.zero is not None or is_sharded(model):
@@ -96,23 +90,10 @@ def _choose_parameters(
             "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
             "stands; build a new optimizer to start again"
         )
-    names = name_parameters(model)
-    trained = [s for s in moments.list_shards(names) if id(s.param) in names and s.param.requires_grad]
-    chosen = [
-        shard
-        for shard in trained
-        if is_eligible(shard.full_shape, include_bias_and_norm) and shard.param.is_floating_point()
-    ]
+    shards, names = SteppedShards(moments, model, plan.include_bias_and_norm, 0), name_parameters(model)
+    shards.require_possible(plan, None)
+    trained = [shard for shard in shards.list_all() if id(shard.param) in names and shard.param.requires_grad]
+    chosen = [shard for shard in trained if shards.is_eligible(shard)]
     if not chosen:
         raise InputError(NOTHING_TO_WRITE)
     return chosen, [shard for shard in trained if shard not in chosen]
-
-
-def _find_scale(plan: V0Plan, moments: SecondMoment, group: dict) -> float:
-    beta2 = moments.read_beta2(group)
-    if beta2 is None and plan.decay_steps is not None:
-        raise InputError(
-            f"v0_decay_steps={plan.decay_steps} with {moments.name}: its second moment is no decaying mean of g^2, so the closed form "
-            "gives no scale; use v0_scale"
-        )
-    return plan.get_scale(beta2 or 0.0)
