@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 from conftest import make_gpt2, make_sequences
-from tqdm.auto import tqdm
 from trainers import is_untouched, make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -235,10 +234,4 @@ def interrupt(request: dict, report) -> None:
     save_result(request, trainer, left=left)
 
 
-def die_drawing(request: dict, report) -> None:
-    """Die by SIGKILL while a progress bar is drawn."""
-    tqdm.get_lock().acquire()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-TASKS = {"train": train, "interrupt": interrupt, "die_drawing": die_drawing}
+TASKS = {"train": train, "interrupt": interrupt}

@@ -34,31 +34,19 @@ from hf_v0init.second_moment.table import (
 # ---- the table itself ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [name.value for name in OptimizerNames])
-def test_every_optim_value_has_a_row(value):
-    assert find_row_of_optim(value) is not None
-
-
-def test_no_optim_value_is_invented_and_none_has_two_rows():
+def test_every_optim_value_has_one_row_and_none_is_invented():
     named = [value for row in ROWS for value in row.optim]
-    assert len(named) == len(set(named)) and set(named) <= {name.value for name in OptimizerNames}
-
-
-def test_every_optimizer_of_the_paper_has_a_row():
-    names = {row.name for row in ROWS}
-    assert {"SGD", "Adam", "AdamW", "AdaBound", "RAdam", "AdaBelief", "RMSprop", "AMSGrad"} <= names
+    assert sorted(named) == sorted(name.value for name in OptimizerNames)
+    papers = {"SGD", "Adam", "AdamW", "AdaBound", "RAdam", "AdaBelief", "RMSprop", "AMSGrad"}
+    assert papers <= {row.name for row in ROWS}
 
 
 def test_every_supported_row_has_a_case_and_a_layout():
     assert {(row.name, row.package) for row in SUPPORTED_ROWS} == {case.row for case in CASES}
     assert all(row.format in FORMATS for row in SUPPORTED_ROWS)
     for name in {name for row in ROWS for name in row.classes}:
-        assert (
-            len(
-                {(row.format, row.key, row.beta2, row.starts, bool(row.refusal)) for row in ROWS if name in row.classes}
-            )
-            == 1
-        ), name
+        rows = [row for row in ROWS if name in row.classes]
+        assert len({(row.format, row.key, row.beta2, row.starts, bool(row.refusal)) for row in rows}) == 1, name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_probed], ids=lambda row: f"{row.name}-{row.package}")
@@ -86,17 +74,13 @@ def test_optim_values_lead_to_the_class_of_their_row(value, tmp_path):
     assert f"{built.__module__}.{built.__qualname__}" in find_row_of_optim(value).classes
 
 
-def test_markdown_has_one_line_a_row_and_whole_cells():
-    lines = make_markdown_table().splitlines()
-    assert len(lines) == len(ROWS) + 3
-    assert {line.count(" | ") for line in lines} == {5}
-
-
 def test_command_prints_the_table_without_torch():
     code = "import sys; sys.argv = ['x', 'optimizers', '--markdown']; from hf_v0init.cli.main import main\ntry: main()\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == make_markdown_table()
+    lines = make_markdown_table().splitlines()
+    assert len(lines) == len(ROWS) + 3 and {line.count(" | ") for line in lines} == {5}
 
 
 # ---- refusals, and what was measured for them -----------------------------------------------------------------------------------
@@ -127,8 +111,7 @@ def test_refused_rows_raise_their_reason(path, options, words):
     with pytest.raises(InputError, match=words) as caught:
         find_format(optimizer)
     row = find_row(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
-    assert row.refusal in str(caught.value) and "adamw_torch" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert row.refusal in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -84,34 +84,22 @@ def test_a_run_killed_in_the_pass_a_save_and_an_evaluation_ends_the_same(server,
     assert count_passes_that_lasted(tmp_path) == 1
 
 
-def test_a_run_killed_while_it_draws_a_bar_does_not_stop_the_next(server, tmp_path):
-    """Of the tests themselves: their children fork from one process, and killed ones leave no lock behind."""
-    assert server.run(tmp_path, task="die_drawing")["status"] == -signal.SIGKILL
-    assert server.run(tmp_path, options=SHORT, time_limit=60)["status"] == 0
-
-
 @pytest.mark.slow
 def test_ten_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
     """Two first kills in every phase, some runs killed again and again; with and without rotation."""
-    generator = random.Random(20)
-    record, died = [], Counter()
+    generator, died = random.Random(20), Counter()
     for number in range(10):
         kills = [choose_kill(straight["events"], PHASES[number % 5], generator)]
         while generator.random() < 0.4:
             kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:4]), generator) | {"occurrence": 2})
-        limit = [None, 1, 2][number % 3]
-        folder = tmp_path / str(number)
+        limit, folder = [None, 1, 2][number % 3], tmp_path / str(number)
         answer, died_in = kill_and_resume(server, folder, kills, options={"save_total_limit": limit})
         died.update(died_in)
-        different = find_differences(straight["result"], answer["result"])
-        passes = count_passes_that_lasted(folder)
-        record.append((number, limit, died_in, different, passes))
+        assert find_differences(straight["result"], answer["result"]) == [], (number, died_in)
+        assert count_passes_that_lasted(folder) == 1, (number, died_in)
         kept = [path for path in list_checkpoints(folder / "out") if find_defect(path) is None]
         assert limit is None or len(list_checkpoints(folder / "out")) <= limit
         assert os.path.basename(kept[0]) == "checkpoint-6"
-    survived = sum(not different and passes == 1 for *_, different, passes in record)
-    print(f"\nours: {survived} of 10 the same in the end; {died.total()} kills: {dict(died)}")
-    assert survived == 10, record
     assert all(died[phase] for phase in PHASES[:4]), died
 
 
@@ -180,49 +168,26 @@ def test_a_save_cut_off_over_an_older_valid_checkpoint_is_not_taken_for_valid(se
 @pytest.mark.slow
 def test_the_stock_trainers_broken_checkpoints_lack_its_last_file(server, tmp_path):
     last = count_writes(server, tmp_path / "count", stock=True, options=SHORT)
-    judged = Counter()
-    for operation in range(1, last + 1):
-        folder = tmp_path / str(operation)
-        server.run(folder, stock=True, options=SHORT, kill_at={"save": 2, "operation": operation})
-        defect = find_defect(folder / "out" / "checkpoint-2")
-        judged[defect] += 1
-        assert defect is not None
-        assert find_newest_valid(list_checkpoints(folder / "out"))[0] == str(folder / "out" / "checkpoint-1")
-    print(f"\nstock saves cut off at {last} places: {dict(judged)}")
     assert last > 5
+    for operation in range(1, last + 1):
+        out = tmp_path / str(operation) / "out"
+        server.run(out.parent, stock=True, options=SHORT, kill_at={"save": 2, "operation": operation})
+        assert find_defect(out / "checkpoint-2") is not None
+        assert find_newest_valid(list_checkpoints(out))[0] == str(out / "checkpoint-1")
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def check_interrupt(server, folder: Path, kill: dict, straight: dict) -> bool:
-    """True if the interrupt met the pass."""
-    answer = server.run(folder, task="interrupt", kill=kill | {"signal": signal.SIGINT})
-    left = answer["result"]["left"]
-    if left is None or left["step"] > 0 or left["report"] is not None:  # it came after the pass
-        return False
-    assert left == {
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
+    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
+    answer = server.run(tmp_path, task="interrupt", kill=kill | {"signal": signal.SIGINT})
+    assert answer["result"]["left"] == {
         "step": 0, "untouched": True, "report": None, "weights": True, "gradients": 0, "hooks": 0, "rng": True, "modes": True,
         "files": [],
     }  # fmt: skip
     assert find_differences(straight["result"], answer["result"]) == []
-    return True
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
-    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
-    assert check_interrupt(server, tmp_path, kill, straight)
-
-
-@pytest.mark.slow
-def test_ctrl_c_at_a_hundred_moments_of_the_pass(server, straight, tmp_path):
-    generator = random.Random(5)
-    met = [
-        check_interrupt(server, tmp_path / str(n), choose_kill(straight["events"], "pass", generator), straight)
-        for n in range(100)
-    ]
-    assert sum(met) >= 75
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
