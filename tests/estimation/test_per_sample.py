@@ -85,28 +85,8 @@ def test_batches_of_any_sizes_give_mean_square_plus_the_spread_between_them():
         torch.testing.assert_close(made.tensors[name].double(), expected, rtol=1e-4, atol=1e-10)
 
 
-def test_batches_estimate_the_per_sample_mean_square_without_bias():
-    """1,200 random cuts of the same samples into uneven batches average to the per-sample value."""
-    torch.manual_seed(0)
-    model = Regression()
-    x, y = make_data(23)
-    per_sample = per_sample_gradients(model, list(zip(x.split(1), y.split(1), strict=True)), mean_loss)["last.weight"]
-    sizes = [4, 4, 4, 4, 4, 3]
-    generator = torch.Generator().manual_seed(1)
-    total, repeats = torch.zeros(5, dtype=torch.float64), 1200
-    for _ in range(repeats):
-        order = torch.randperm(23, generator=generator)
-        means = [per_sample[i].mean(0) for i in order.split(sizes)]
-        grad_sum = sum(n * g for n, g in zip(sizes, means, strict=True)).flatten()
-        grad_sq_sum = sum(n * g * g for n, g in zip(sizes, means, strict=True)).flatten()
-        total += compute_grad_sq_mean(grad_sum, grad_sq_sum, 23, 6)
-    # a finite population of 23: its variance with n - 1 enters, E[g^2] with n
-    expected = per_sample.square().mean(0).flatten()
-    torch.testing.assert_close(total / repeats, expected, rtol=0.05, atol=0)
-
-
-@pytest.mark.parametrize("batch_size", [2, 8, 64])
-def test_of_a_larger_batch_it_is_the_mean_square_of_that_batchs_gradient(batch_size):
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_batches_estimate_the_mean_square_of_the_gradient_of_any_batch_size(batch_size):
     """i.i.d. g ~ N(mu, s^2): E[g_B^2] = mu^2 + s^2 / B."""
     generator = torch.Generator().manual_seed(0)
     g = 0.5 + 2.0 * torch.randn(50_000, generator=generator, dtype=torch.float64)
@@ -131,26 +111,12 @@ def test_one_batch_of_several_samples_and_no_batch_are_refused():
         estimate(model, [])
 
 
-def snapshot(model):
-    return {
-        "state": {k: v.clone() for k, v in model.state_dict().items()},
-        "modes": [m.training for m in model.modules()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state()[1].copy(),
-    }
-
-
-def assert_same(before, after):
-    assert all(torch.equal(v, after["state"][k]) for k, v in before["state"].items())
-    for key in ("modes", "requires_grad", "python"):
-        assert before[key] == after[key], key
-    for a, b in zip(before["grads"], after["grads"], strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-    assert torch.equal(before["torch"], after["torch"])
-    assert np.array_equal(before["numpy"], after["numpy"])
+def read_everything(model) -> list:
+    """Weights, buffers, gradients, modes and random states, each as it can be compared by `str` without loss."""
+    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
+    values = [None if tensor is None else tensor.tolist() for tensor in tensors]
+    modes = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    return [*values, modes, random.getstate(), np.random.get_state()[1].tolist()]
 
 
 @pytest.mark.parametrize("fails", [None, ValueError, KeyboardInterrupt])
@@ -160,7 +126,7 @@ def test_the_pass_leaves_everything_as_it_was(fails, is_training):
     model = Regression(dropout=0.5, batch_norm=True).train(is_training)
     model.first.eval()  # a user's own mixture of modes
     mean_loss(model, make_data(8)).backward()  # a user's own gradients
-    before = snapshot(model)
+    before = read_everything(model)
     modes = []
 
     def loss(model, inputs):
@@ -177,7 +143,7 @@ def test_the_pass_leaves_everything_as_it_was(fails, is_training):
     else:
         with pytest.raises(fails, match="stop here"):
             estimate(model, batches, loss)
-    assert_same(before, snapshot(model))
+    assert before == read_everything(model)
 
 
 def test_dropout_of_a_batch_is_its_own_by_seed_and_index():

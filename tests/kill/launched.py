@@ -1,8 +1,8 @@
-"""Started by torchrun: one task of `runs.py` on several processes, of which one may kill itself.
-
-    torchrun --nproc_per_node 2 tests/kill/launched.py REQUEST.json
+"""Started by `processes.launch`: one task of `runs.py` on several processes, of which one may kill itself.
 
 In the request, `dies` = {"rank", "phase", "occurrence"}.
+
+Arguments: REQUEST.json
 """
 
 import json
@@ -10,9 +10,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 from processes import leave

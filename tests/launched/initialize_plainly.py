@@ -1,13 +1,10 @@
-"""Started by torchrun: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
+"""Started by `processes.launch`: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
 
-torchrun --nproc_per_node 2 tests/launched/initialize_plainly.py OUTPUT_DIR
+Arguments: OUTPUT_DIR
 """
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 from accelerate import Accelerator

@@ -1,14 +1,12 @@
-"""Started alone or by torchrun: measures the trust radius of one small network, and saves what a test compares.
+"""Started by `processes.launch`: measures the trust radius of one small network, and saves what a test compares.
 
-torchrun --nproc_per_node 2 tests/launched/measure_trust_radius.py FOLDER plain fsdp failing
+Arguments: FOLDER plain fsdp failing
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 import torch.distributed as dist

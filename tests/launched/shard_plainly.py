@@ -1,14 +1,11 @@
-"""Started by torchrun: writes v0 into sharded models without a Trainer, and saves what a test compares.
+"""Started by `processes.launch`: writes v0 into sharded models without a Trainer, and saves what a test compares.
 
-torchrun --nproc_per_node 2 tests/launched/shard_plainly.py OUTPUT_DIR MODEL_DIR
+Arguments: OUTPUT_DIR MODEL_DIR
 """
 
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 import torch.distributed as dist

@@ -2,26 +2,22 @@
 
 import contextlib
 import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_gpt2, make_sequences
 from launched import initialize_plainly
-from reference import adamw_steps, per_sample_gradients
+from optimizer_references import adam
+from processes import launch
+from reference import per_sample_gradients
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
 from hf_v0init import InputError, initialize_v0, read_second_moment
 from hf_v0init.estimation.batches import choose_samples
-
-SCRIPT = Path(initialize_plainly.__file__)
 
 
 class Network(nn.Module):
@@ -115,7 +111,7 @@ def test_equals_the_oracle_for_single_samples_and_the_first_steps_are_adam_from_
         mean_square(model, data[:]).backward()
         gradients.append(weight.grad.clone())
         optimizer.step()
-    w, v = adamw_steps(start, v0, gradients, lr=1e-2)[-1]
+    w, v = adam(start, v0, gradients, lr=1e-2)[-1]
     torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(read_second_moment(optimizer, weight).double(), v, rtol=1e-5, atol=0.0)
 
@@ -286,11 +282,7 @@ def test_half_precision_of_accelerate_is_that_of_the_loop(make_accelerator):
 def launched(tmp_path_factory):
     """What tests/launched/initialize_plainly.py wrote on two gloo processes, by rank."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run(
-        [*command, str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("launched/initialize_plainly.py", 2, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,9 +1,35 @@
-"""How a script that the tests start on several processes ends."""
+"""How the tests start a script of theirs on several processes, and how such a script ends."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def make_environment(**more: str) -> dict[str, str]:
+    """One thread per process, and the tests' own modules on the path."""
+    path = [str(TESTS), str(TESTS / "references"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)} | more
+
+
+def launch(
+    script: str, num_processes: int, *arguments, time_limit: float = 300.0, may_fail: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a script below `tests` on so many processes; a deadlock is a failure after `time_limit` seconds."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if num_processes > 1 else []), str(TESTS / script), *map(str, arguments)],
+        env=make_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=time_limit,
+    )
+    assert may_fail or done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 def leave() -> None:

@@ -4,19 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from kill.client import KillServer, choose_kill, read_lives
+from processes import launch
 
 from hf_v0init.records.checkpoints import find_defect, find_newest_valid, list_checkpoints
 
 PHASES = ["pass", "train", "save", "evaluate", "end"]  # the end: after the last save
-TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
 
 
 @pytest.fixture(scope="module")
@@ -193,18 +191,14 @@ def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straig
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def launch(num_processes: int, folder: Path, may_fail: bool = False, **request) -> tuple[int, list[dict], str]:
+def start(num_processes: int, folder: Path, may_fail: bool = False, **request) -> tuple[int, list[dict], str]:
+    """Do a task of `kill/runs.py` on so many processes; (status, what each left, stderr)."""
     folder.mkdir(parents=True, exist_ok=True)
     for result in folder.glob("result*"):
         result.unlink()
     path = folder / "request.json"
     path.write_text(json.dumps({"task": "train", "folder": str(folder)} | request))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    script = str(Path(__file__).parents[1] / "kill" / "launched.py")
-    command = [sys.executable, *(torchrun if num_processes > 1 else []), script, str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 0 or may_fail, done.stderr[-4000:]
+    done = launch("kill/launched.py", num_processes, path, may_fail=may_fail)
     results = [folder / f"result.rank{rank}.pt" for rank in range(num_processes)]
     return done.returncode, [torch.load(r, weights_only=False) for r in results if r.exists()], done.stderr
 
@@ -214,16 +208,16 @@ TWO = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_s
 
 @pytest.fixture(scope="module")
 def straight_on_two(tmp_path_factory):
-    return launch(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
+    return start(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "phase"), [(1, "train"), (0, "save"), (1, "save")])
 def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_two, tmp_path, rank, phase):
     dies = {"rank": rank, "phase": phase, "occurrence": 3}
-    status, results, _ = launch(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
+    status, results, _ = start(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
     assert status != 0 and results == []
-    _, results, _ = launch(2, tmp_path / "killed", options=TWO)
+    _, results, _ = start(2, tmp_path / "killed", options=TWO)
     for before, after in zip(straight_on_two, results, strict=True):
         assert find_differences(before, after) == []
     assert count_passes_that_lasted(tmp_path / "killed") == 1
@@ -231,16 +225,16 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_t
 
 @pytest.mark.slow
 def test_processes_agree_on_the_newest_valid_checkpoint_and_on_refusals(tmp_path):
-    launch(2, tmp_path, options=TWO)
+    start(2, tmp_path, options=TWO)
     (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{")
-    _, results, said = launch(2, tmp_path, options=TWO)
+    _, results, said = start(2, tmp_path, options=TWO)
     assert len(results) == 2
     for name in ("lives.jsonl", "lives.rank1.jsonl"):
         assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
     assert said.count("checkpoint-5 (trainer_state.json is damaged") == 1  # one process speaks
     named = str(tmp_path / "out" / "checkpoint-4")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text("{")
-    status, results, said = launch(2, tmp_path, may_fail=True, options=TWO, resume=named)
+    status, results, said = start(2, tmp_path, may_fail=True, options=TWO, resume=named)
     assert status != 0 and results == [] and "trainer_state.json is damaged" in said
 
 
@@ -259,9 +253,9 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
             "lr_scheduler_type": "constant",
         }
 
-    _, straight, _ = launch(1, tmp_path / "straight", dropout=0.0, options=options(1, 5))
-    launch(before, tmp_path / "moved", dropout=0.0, options=options(before, 2))
-    _, moved, _ = launch(after, tmp_path / "moved", dropout=0.0, options=options(after, 5))
+    _, straight, _ = start(1, tmp_path / "straight", dropout=0.0, options=options(1, 5))
+    start(before, tmp_path / "moved", dropout=0.0, options=options(before, 2))
+    _, moved, _ = start(after, tmp_path / "moved", dropout=0.0, options=options(after, 5))
     assert [life["passes"] for life in read_lives(tmp_path / "moved")] == [1, 0]
     assert moved[0]["report"]["num_processes"] == before
     for result in moved:
