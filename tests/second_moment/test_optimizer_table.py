@@ -5,17 +5,13 @@ import sys
 import warnings
 
 import pytest
-import torch
 from optimizer_cases import (
     CASES,
     LR,
     REFUSED_ROWS,
-    SHAPE,
     find_row_of_optim,
     load,
-    make_gradients,
     make_parameter,
-    step,
 )
 from torch import nn
 from trainers import make_arguments
@@ -83,7 +79,7 @@ def test_command_prints_the_table_without_torch():
     assert len(lines) == len(ROWS) + 3 and {line.count(" | ") for line in lines} == {5}
 
 
-# ---- refusals, and what was measured for them -----------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -127,49 +123,3 @@ def test_every_refused_row_is_tried():
     tried = {path for path, *_ in REFUSED} | {"lomo_optim:Lomo", "lomo_optim:AdaLomo"}
     homes = {path.split(":")[0].split(".")[0] for path in tried}
     assert {row.classes[0].split(".")[0] for row in REFUSED_ROWS} == homes
-
-
-@pytest.mark.parametrize(
-    ("path", "options", "keys"),
-    [
-        ("optimi:StableAdamW", {}, ["exp_avg_sq"]),
-        ("pytorch_optimizer:StableAdamW", {}, ["exp_avg_sq"]),
-        ("torch.optim:Adafactor", {}, ["row_var", "col_var"]),
-        (
-            "transformers.optimization:Adafactor",
-            {"scale_parameter": False, "relative_step": False},
-            ["exp_avg_sq_row", "exp_avg_sq_col"],
-        ),
-    ],
-)
-def test_a_v0_has_no_effect_on_those_that_reset_theirs(path, options, keys):
-    """The measured reason of the refusal: with its second moment set to 7 before step 1, every step is the same bit for bit."""
-    optimizer_class = load(path)
-    parameters = [make_parameter(), make_parameter()]
-    optimizers = [optimizer_class([p], lr=LR, **options) for p in parameters]
-    probe = make_parameter()
-    scout = optimizer_class([probe], lr=LR, **options)
-    step(scout, probe, torch.zeros(SHAPE))
-    state = {}
-    for key, value in scout.state[probe].items():
-        state[key] = torch.zeros_like(value) if isinstance(value, torch.Tensor) and key != "eps_sq" else value
-        if key == "step" and not isinstance(value, torch.Tensor):
-            state[key] = 0
-        if key in keys:
-            state[key] = torch.full_like(value, 7.0)
-    assert set(keys) <= set(state)
-    optimizers[0].state[parameters[0]] = state
-    for gradient in make_gradients(3):
-        for optimizer, parameter in zip(optimizers, parameters, strict=True):
-            step(optimizer, parameter, gradient)
-        assert torch.equal(*parameters)
-
-
-def test_galore_keeps_its_second_moment_in_another_space():
-    parameter = make_parameter()
-    group = {"params": [parameter], "rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = load("galore_torch:GaLoreAdamW")([group], lr=LR)
-    step(optimizer, parameter, make_gradients(1)[0])
-    assert optimizer.state[parameter]["exp_avg_sq"].shape == (4, 128)
