@@ -52,11 +52,11 @@ def step(model, optimizer, batch) -> None:
     optimizer.step()
 
 
-NUM = 40
+NUM = 32
 
 
 def train_by_both(start=None, make=make_adam, on_step=None, oracle=None, tolerance: float = 2e-5, **attached):
-    """Train 40 steps with `attach_v0`, and by the oracle, to which the weights must be close; (model, optimizer, hook)."""
+    """Train 32 steps with `attach_v0`, and by the oracle, to which the weights must be close; (model, optimizer, hook)."""
     start, batches = Network() if start is None else start, make_batches(NUM)
     model = copy.deepcopy(start)
     optimizer = make(model)

@@ -134,34 +134,22 @@ def test_flags_parse_back_to_the_arguments(arguments):
     assert parsed.resolve(1000) == wanted
 
 
-def test_tags_are_added_once_and_other_metadata_stays():
+@pytest.mark.parametrize("tags", ["tags: hf_v0init", "tags: [hf_v0init, a, a]", "license: mit", ""])
+def test_tags_of_any_form_become_one_list_without_duplicates_and_other_metadata_stays(tags):
+    after = read_metadata(add_v0_section(f"---\n{tags}\n---\n# x\n", REPORT))["tags"]
+    assert set(after) >= set(V0_TAGS) and len(after) == len(set(after))
     before, after = read_metadata(CARD), read_metadata(add_v0_section(CARD, REPORT))
-    assert after.pop("tags") == ["generated_from_trainer", *V0_TAGS]
-    assert before.pop("tags") == ["generated_from_trainer"]
+    assert after.pop("tags") == [*before.pop("tags"), *V0_TAGS]
     assert list(after.items()) == list(before.items())
 
 
-@pytest.mark.parametrize("tags", ["tags: hf_v0init", "tags: [hf_v0init, a, a]", "license: mit", ""])
-def test_tags_of_any_form_become_one_list_without_duplicates(tags):
-    after = read_metadata(add_v0_section(f"---\n{tags}\n---\n# x\n", REPORT))["tags"]
-    assert set(after) >= set(V0_TAGS)
-    assert len(after) == len(set(after))
-
-
-def test_section_goes_before_training_procedure():
-    after = add_v0_section(CARD, REPORT)
-    body = read_body(after)
+def test_section_goes_before_training_procedure_or_to_the_end():
+    body = read_body(add_v0_section(CARD, REPORT))
     begin, heading = body.index(BEGIN), body.index("## Training procedure")
     assert begin < body.index(f"## {SECTION_TITLE}") < heading
-    block = body[begin:heading]
-    assert body.replace(block, "") == read_body(CARD)
-
-
-def test_section_goes_to_the_end_where_there_is_no_training_procedure():
-    after = add_v0_section("---\nlicense: mit\n---\n# x\n\nText about ## Training procedure.\n", REPORT)
-    text, block = after.split(BEGIN)
-    assert text.endswith("# x\n\nText about ## Training procedure.\n\n")
-    assert block.count(SECTION_TITLE) == 1
+    assert body.replace(body[begin:heading], "") == read_body(CARD)
+    text, block = add_v0_section("# x\n\nText about ## Training procedure.\n", REPORT).split(BEGIN)
+    assert text.endswith("# x\n\nText about ## Training procedure.\n\n") and block.count(SECTION_TITLE) == 1
 
 
 @pytest.mark.parametrize("report", [None, REPORT])

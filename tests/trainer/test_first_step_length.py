@@ -163,14 +163,6 @@ def test_a_measured_length_gives_the_run_of_that_length_bit_for_bit(strategy, ca
     assert_same_run(measured, given)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_measured_warmup_is_warmup_steps_of_that_length_bit_for_bit(case, tmp_path):
-    measured = run(tmp_path / "a", untuned_warmup="trust_radius", **CASES[case])
-    record = measured.get_v0_report()
-    assert record["strategy"] == "zeros" and record["warmup_steps"] == record["length"]["steps"] > 1
-    assert_same_run(measured, run(tmp_path / "b", stock=True, warmup_steps=record["warmup_steps"], **CASES[case]))
-
-
 @pytest.mark.parametrize(
     ("settings", "given", "batch_norm"),
     [

@@ -198,7 +198,7 @@ def start(num_processes: int, folder: Path, may_fail: bool = False, **request) -
         result.unlink()
     path = folder / "request.json"
     path.write_text(json.dumps({"task": "train", "folder": str(folder)} | request))
-    done = launch("kill/launched.py", num_processes, path, may_fail=may_fail)
+    done = launch("kill/runs.py", num_processes, path, may_fail=may_fail)
     results = [folder / f"result.rank{rank}.pt" for rank in range(num_processes)]
     return done.returncode, [torch.load(r, weights_only=False) for r in results if r.exists()], done.stderr
 
