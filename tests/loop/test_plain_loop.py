@@ -1,7 +1,6 @@
 """`initialize_v0` for loops without a Trainer: the Trainer's numbers, the oracle's numbers, and nothing else touched."""
 
 import contextlib
-import itertools
 import random
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
-from hf_v0init import InputError, initialize_v0, read_second_moment
+from hf_v0init import InputError, compute_scale_for_warmup, initialize_v0, read_second_moment
 from hf_v0init.estimation.batches import choose_samples
 
 
@@ -116,6 +115,18 @@ def test_equals_the_oracle_for_single_samples_and_the_first_steps_are_adam_from_
     torch.testing.assert_close(read_second_moment(optimizer, weight).double(), v, rtol=1e-5, atol=0.0)
 
 
+def test_each_group_by_its_own_beta2():
+    data, model = make_data(25), make_network(batch_norm=False)
+    exact = per_sample_gradients(model, [data[i : i + 1] for i in range(25)], mean_square)
+    groups = [{"params": model.first.parameters()}, {"params": model.last.parameters(), "betas": (0.9, 0.9)}]
+    optimizer = torch.optim.AdamW(groups)
+    initialize_v0(optimizer, model=model, batches=DataLoader(data, 1), loss_fn=mean_square, v0_decay_steps=20)
+    for name, beta2 in (("first.weight", 0.999), ("last.weight", 0.9)):
+        expected = compute_scale_for_warmup(20, beta2) * exact[name].square().mean(0)
+        v0 = read_second_moment(optimizer, model.get_parameter(name))
+        torch.testing.assert_close(v0.double(), expected, rtol=1e-4, atol=1e-9)
+
+
 # ---- how far it reads ------------------------------------------------------------------------------------------------
 
 
@@ -167,35 +178,32 @@ def read_everything(*models) -> list[torch.Tensor]:
     return found
 
 
-class Failure(Exception):
-    pass
-
-
-@pytest.mark.parametrize("fails_in", [None, 2])
-def test_all_else_is_as_before_also_after_an_exception(fails_in):
-    model, other = make_network(dropout=0.3), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_all_else_is_as_before_also_after_an_exception(is_training, error):
+    model, other = make_network(dropout=0.3).train(is_training), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
     other[0].bias.requires_grad_(False)
     for network in (model, other):
         network(torch.randn(6, 5)).sum().backward()
     model.norm.eval()
-    calls, gradients, modes = itertools.count(), model.last.weight.grad, []
+    gradients, modes = model.last.weight.grad, []
 
     def loss_fn(network, batch):
         random.random(), np.random.rand(), torch.rand(1)
         modes.append((network.training, network.norm.training, network.dropout.training))
         loss = mean_square(network, (other(batch[0]), batch[1]))
-        if next(calls) == fails_in:
-            raise Failure
+        if error is not None and len(modes) == 3:
+            raise error
         return loss
 
     loader = DataLoader(make_data(24), 4, shuffle=True)
     before, optimizer = read_everything(model, other), make_adam(model)
-    with contextlib.nullcontext() if fails_in is None else pytest.raises(Failure):
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
         initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, other_modules=[other])
-    assert len(optimizer.state) == (2 if fails_in is None else 0)
+    assert len(optimizer.state) == (2 if error is None else 0)
     assert all(torch.equal(a, b) for a, b in zip(before, read_everything(model, other), strict=True))
     assert model.last.weight.grad is gradients
-    assert set(modes) == {(True, False, True)}  # parts in evaluation mode stay so
+    assert set(modes) == {(True, not is_training, True)}  # parts in evaluation mode stay so, a whole model does not
 
 
 @pytest.mark.parametrize("kind", ["global", "own generator", "accelerate", "accelerate seedable"])
@@ -358,6 +366,7 @@ BAD = [
     ({"loss_fn": lambda m, b: 1.0}, "returned float"),
     ({"loss_fn": lambda m, b: mean_square(m, b).detach()}, "scalar tensor with a gradient"),
     ({"loss_fn": lambda m, b: mean_square(m, b) * float("nan")}, "the loss is nan in batch 0"),
+    ({"loss_fn": lambda m, b: mean_square(m, b) + (m.last.weight * 0).abs().sqrt().sum()}, r"'last\.weight' is not finite"),
 ]  # fmt: skip
 
 
