@@ -5,12 +5,10 @@ import json
 import math
 import random
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import launch
 from torch import nn
 
 from hf_v0init import InputError, measure_trust_radius
@@ -255,30 +253,3 @@ def test_an_interruption_at_any_pass_changes_nothing(at, how):
         signal.signal(signal.SIGINT, handler)
     assert passes - (at + 1) in ((0, 1) if how == "signal" else (0,))  # it acts within one pass
     assert describe_state(model) == before
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-def run_program(folder: Path, num_processes: int, *kinds: str) -> dict[str, list[dict]]:
-    launch("launched/measure_trust_radius.py", num_processes, folder, *kinds, CUDA_VISIBLE_DEVICES="")
-    results = [json.loads((folder / f"{num_processes}_{rank}.json").read_text()) for rank in range(num_processes)]
-    return {kind: [result[kind] for result in results] for kind in kinds}
-
-
-@pytest.mark.slow
-def test_any_number_of_processes_measures_the_same(tmp_path):
-    """Plain replicas (as under DDP) and FSDP2 on two gloo processes, each with half of every batch."""
-    (alone,) = run_program(tmp_path, 1, "plain")["plain"]
-    results = run_program(tmp_path, 2, "plain", "fsdp", "failing")
-    for kind in ("plain", "fsdp"):
-        first, second = results[kind]
-        assert first["d50"] == second["d50"] and first["rho"] == second["rho"]  # of one mind, bit for bit
-        assert first["d50"] == pytest.approx(alone["d50"], rel=1e-3)
-        assert first["rho"] == pytest.approx(alone["rho"], abs=2e-3)
-        assert first["slope"] == pytest.approx(alone["slope"], rel=1e-4)
-        assert first["num_elements"] == alone["num_elements"]
-        assert first["unchanged"] and second["unchanged"]
-    mine, theirs = results["failing"]
-    assert "bad batch here" in mine["error"] and "process 0: bad batch here" in theirs["error"]
-    assert mine["unchanged"] and theirs["unchanged"]

@@ -333,6 +333,15 @@ def test_v0_of_the_first_steps_is_the_same_on_two_processes(launched, make_accel
         assert two["report"]["num_processes"] == 2
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+def test_two_processes_measure_the_trust_radius_of_one(launched, make_accelerator, kind):
+    one = initialize_plainly.measure(make_accelerator(), "ddp")
+    first, second = (launched[rank][kind]["radius"] for rank in range(2))
+    assert (first["d50"], first["rho"]) == (second["d50"], second["rho"])  # of one mind, bit for bit
+    assert first["d50"] == pytest.approx(one["d50"], rel=1e-3) and first["rho"] == pytest.approx(one["rho"], abs=2e-3)
+    assert first["unchanged"] and second["unchanged"]
+
+
 def test_an_exception_on_one_process_is_raised_on_all(launched):
     errors = [launched[rank]["errors"] for rank in range(2)]
     assert errors[0]["fails"].startswith("RuntimeError: process 1: disk full")
@@ -343,6 +352,7 @@ def test_an_exception_on_one_process_is_raised_on_all(launched):
     for rank in range(2):
         assert "runs the model inside DDP" in errors[rank]["wrapped"]
         assert errors[rank]["num_states"] == 0
+        assert "bad batch here" in errors[rank]["radius"]["error"] and errors[rank]["radius"]["unchanged"]
         assert "bad batch on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
 
 
