@@ -104,6 +104,7 @@ def make_trainer(kind: str, tokenizer, folder, by_mixin: bool = False, callbacks
     if by_mixin:
         trainer_class = type("Ours", (V0InitMixin, trainer_class), {})
         config_class = dataclass(type("OurConfig", (V0InitArguments, config_class), {}))
+        globals()["OurConfig"] = config_class  # where pickle looks for it
     model = make_llama(tokenizer)
     if kind == "reward":
         model = make_llama(tokenizer, LlamaForSequenceClassification, num_labels=1)
