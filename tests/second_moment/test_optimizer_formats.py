@@ -215,3 +215,22 @@ def test_state_of_other_dtypes_is_the_optimizers_own(case, dtype):
     assert torch.equal(ours, theirs)
     mine, own = get_state(a, ours), get_state(b, theirs)
     assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in own.items()}
+
+
+def test_shards_are_named_by_the_model_the_group_or_their_place():
+    p, q, r, s = (nn.Parameter(torch.ones(2, n)) for n in range(1, 5))
+    groups = [{"params": [p, q]}, {"params": [("own.name", r)], "betas": (0.8, 0.9)}]
+    optimizer = torch.optim.AdamW([{"params": [("a", p), ("b", q)]}, groups[1]])
+    moments = SecondMoment(optimizer)
+    shards = moments.list_shards({id(q): "layer.weight"})
+    assert [(shard.name, shard.full_shape) for shard in shards] == [
+        ("a", (2, 1)),
+        ("layer.weight", (2, 2)),
+        ("own.name", (2, 3)),
+    ]
+    assert [shard.param for shard in shards] == [p, q, r]
+    assert [moments.read_beta2(shard.group) for shard in shards] == [0.999, 0.999, 0.9]
+    unnamed = SecondMoment(torch.optim.AdamW([{"params": [p]}, {"params": [q, s]}]))
+    names = [shard.name for shard in unnamed.list_shards({id(q): "w"})]
+    assert names == ["group 0, parameter 0", "w", "group 1, parameter 1"]
+    assert unnamed.read_parameter(r) is None
