@@ -63,9 +63,9 @@ def test_the_numbers_are_those_of_all_elements(tmp_path):
 
 def test_under_a_linear_decay_the_factor_is_t_over_the_length(tmp_path):
     options = {"v0_init": "data_driven", "v0_decay_steps": 4, "v0_estimation_steps": 2}
-    train_watched(tmp_path, max_steps=6, **options)
+    train_watched(tmp_path, max_steps=6, model=make_gpt2().bfloat16(), **options)
     rows = read_rows(tmp_path)
-    assert [row["factor"] for row in rows] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [row["factor"] for row in rows] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0] and rows[0]["update_rms"] > 0
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,3 @@ def test_a_resumed_run_leaves_the_record_of_the_start(tmp_path):
 def test_a_callback_that_does_not_know_its_trainer_is_refused(tmp_path):
     with pytest.raises(InputError, match="attach"):
         train(tmp_path, callbacks=[V0DiagnosticsCallback()])
-
-
-def test_weights_of_low_precision(tmp_path):
-    train_watched(tmp_path, model=make_gpt2().bfloat16(), max_steps=2, **DATA_DRIVEN)
-    assert read_rows(tmp_path)[0]["update_rms"] > 0

@@ -15,25 +15,25 @@ from hf_v0init.estimation.batches import (
 )
 
 
-@pytest.mark.parametrize(("num", "size"), list(itertools.product(range(1, 12), range(1, 6))))
-def test_batches_hold_every_sample_once_and_none_is_a_single_one_unless_all_are(num, size):
-    batches = list(cut_into_batches(iter(range(num)), size))
-    assert list(itertools.chain(*batches)) == list(range(num))
-    if size == 1 or num == 1:
-        assert [len(b) for b in batches] == [1] * num
-    else:
-        assert all(2 <= len(b) <= size + 1 for b in batches)
-        assert all(len(b) == size for b in batches[:-1])
+def test_batches_hold_every_sample_once_and_none_is_a_single_one_unless_all_are():
+    for num, size in itertools.product(range(1, 12), range(1, 6)):
+        batches = list(cut_into_batches(iter(range(num)), size))
+        assert list(itertools.chain(*batches)) == list(range(num))
+        if size == 1 or num == 1:
+            assert [len(b) for b in batches] == [1] * num
+        else:
+            assert all(2 <= len(b) <= size + 1 for b in batches)
+            assert all(len(b) == size for b in batches[:-1])
 
 
-@pytest.mark.parametrize(("num", "world_size"), list(itertools.product(range(10), range(1, 5))))
-def test_every_batch_counts_once_and_every_process_has_as_many(num, world_size):
-    batches = [f"batch {number}" for number in range(num)]
-    dealt = [list(deal_out(iter(batches), rank, world_size)) for rank in range(world_size)]
-    assert len({len(mine) for mine in dealt}) == 1
-    assert sorted(number for mine in dealt for number, _, counts in mine if counts) == list(range(num))
-    assert all(batch == batches[number] for mine in dealt for number, batch, _ in mine)
-    assert sum(not counts for mine in dealt for *_, counts in mine) == -num % world_size
+def test_every_batch_counts_once_and_every_process_has_as_many():
+    for num, world_size in itertools.product(range(10), range(1, 5)):
+        batches = [f"batch {number}" for number in range(num)]
+        dealt = [list(deal_out(iter(batches), rank, world_size)) for rank in range(world_size)]
+        assert len({len(mine) for mine in dealt}) == 1
+        assert sorted(number for mine in dealt for number, _, counts in mine if counts) == list(range(num))
+        assert all(batch == batches[number] for mine in dealt for number, batch, _ in mine)
+        assert sum(not counts for mine in dealt for *_, counts in mine) == -num % world_size
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from processes import make_environment
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -22,7 +22,7 @@ class KillServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=make_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"),
         )
         return self
 

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 from conftest import make_gpt2, make_sequences
-from tqdm.auto import tqdm
+from processes import leave
 from trainers import is_untouched, make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -235,10 +236,28 @@ def interrupt(request: dict, report) -> None:
     save_result(request, trainer, left=left)
 
 
-def die_drawing(request: dict, report) -> None:
-    """Die by SIGKILL while a progress bar is drawn."""
-    tqdm.get_lock().acquire()
-    os.kill(os.getpid(), signal.SIGKILL)
+TASKS = {"train": train, "interrupt": interrupt}
 
 
-TASKS = {"train": train, "interrupt": interrupt, "die_drawing": die_drawing}
+def main(path: str) -> None:
+    """One task on several processes, of which one may kill itself: in the request, `dies` = {"rank", "phase", "occurrence"}."""
+    request = json.loads(Path(path).read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    request["result"] = f"result.rank{rank}.pt"
+    if rank != 0:
+        request["lives"] = f"lives.rank{rank}.jsonl"
+    seen = []
+
+    def report(phase: str) -> None:
+        seen.append(phase)
+        dies = request.get("dies")
+        if dies and dies["rank"] == rank and dies["phase"] == phase and seen.count(phase) == dies["occurrence"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TASKS[request["task"]](request, report)
+
+
+if __name__ == "__main__":  # started by `processes.launch` with the path of a request
+    torch.set_num_threads(1)
+    main(sys.argv[1])
+    leave()

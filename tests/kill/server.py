@@ -17,14 +17,9 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
-
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 from runs import TASKS, warm_up  # imports torch, transformers and the package
+from tqdm import tqdm
 
 TIME_LIMIT = 120.0  # seconds a child may take; a deadlock is a failure, not a wait
 

@@ -1,13 +1,10 @@
-"""Started by torchrun: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
+"""Started by `processes.launch`: gives v0 in loops without a Trainer and saves it: under DDP by accelerate, and from the first steps under FSDP2.
 
-torchrun --nproc_per_node 2 tests/launched/initialize_plainly.py OUTPUT_DIR
+Arguments: OUTPUT_DIR
 """
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_v0init import attach_v0, initialize_v0, read_second_moment
+from hf_v0init import attach_v0, initialize_v0, measure_trust_radius, read_second_moment
 
 LEARNING_RATE = 1e-2
 CASES = {"data_driven": {}, "uneven": {"v0_num_samples": 12}}
@@ -117,6 +114,29 @@ def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
     return {"v0": {name: whole(v) for name, v in moments.items() if v is not None}, "report": report.to_dict()}
 
 
+def measure(accelerator: Accelerator, kind: str, fails_at: int | None = None) -> dict:
+    """The trust radius of plain replicas, as under DDP, or under FSDP2; with `fails_at` the last process raises in that forward."""
+    model, num_calls = make_network(), 0
+    if kind == "fully_shard":
+        fully_shard(model)
+
+    def compute(network, batch):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == fails_at and accelerator.is_last_process:
+            raise RuntimeError("bad batch here")
+        return loss_fn(network, batch)
+
+    before, found = [whole(p) for p in model.parameters()], {}
+    try:
+        batches = make_batches(accelerator.process_index, accelerator.num_processes)
+        found = measure_trust_radius(model, batches, compute).to_dict()
+    except RuntimeError as error:
+        found["error"] = str(error)
+    unchanged = all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), before, strict=True))
+    return found | {"unchanged": unchanged}
+
+
 def collect_errors(accelerator: Accelerator) -> dict:
     def failing(model, batch):
         failing.calls += 1
@@ -180,9 +200,10 @@ def main(output_dir: str) -> None:
     saved = {kind: {} for kind in kinds}
     saved["ddp"] = {name: run(accelerator, "ddp", options) for name, options in CASES.items()}
     for kind in kinds:
+        saved[kind]["radius"] = measure(accelerator, kind)
         saved[kind]["attached"] = {name: run_attached(accelerator, kind, options) for name, options in ATTACHED.items()}
     if accelerator.num_processes > 1:
-        saved["errors"] = collect_errors(accelerator)
+        saved["errors"] = collect_errors(accelerator) | {"radius": measure(accelerator, "ddp", fails_at=7)}
     torch.save(saved, Path(output_dir) / f"rank{accelerator.process_index}.pt")
 
 

@@ -1,14 +1,11 @@
-"""Started by torchrun: writes v0 into sharded models without a Trainer, and saves what a test compares.
+"""Started by `processes.launch`: writes v0 into sharded models without a Trainer, and saves what a test compares.
 
-torchrun --nproc_per_node 2 tests/launched/shard_plainly.py OUTPUT_DIR MODEL_DIR
+Arguments: OUTPUT_DIR MODEL_DIR
 """
 
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 import torch.distributed as dist
@@ -16,37 +13,15 @@ import torch.distributed.checkpoint as dcp
 from conftest import make_sequences
 from processes import leave
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from trainers import call_before_update
 from transformers import LlamaForCausalLM
 
 from hf_v0init import attach_v0, read_second_moment
 
 BATCH_SIZE = 4
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation makes on this process."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # look at the operations on the local tensors instead
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):  # a fake one has no memory
-                self.num_bytes = max(self.num_bytes, leaf.numel() * leaf.element_size())
-        return result
 
 
 def compute_token_loss(model, inputs) -> torch.Tensor:
@@ -178,43 +153,12 @@ def run_steps(model, optimizer, numbers) -> None:
         optimizer.zero_grad()
 
 
-def draw_large(model: nn.Module) -> dict:
-    """The bytes of the largest tensor made while drawing for a sharded layer of 4 million elements, and what was drawn."""
-    largest = LargestTensor()
-    optimizer = make_optimizer(model)
-    seen = {}
-    attach_v0(optimizer, model, v0_init="random", v0_decay="beta2", v0_seed=5)
-    optimizer.register_step_pre_hook(call_before_update(lambda _: seen.update(largest=largest.num_bytes)))
-    optimizer.register_step_pre_hook(
-        call_before_update(lambda _: seen.update(drawn=gather_second_moments(model, optimizer)))
-    )
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    with largest:
-        optimizer.step()
-    drawn = seen["drawn"]
-    return {"largest": seen["largest"], "drawn": drawn, "whole": max(p.numel() for p in model.parameters()) * 4}
-
-
-def make_large(kind: str) -> nn.Module:
-    model = nn.Sequential(nn.Linear(1024, 4099, bias=False), nn.ReLU(), nn.Linear(4099, 16, bias=False))
-    if kind == "fsdp2":
-        return fully_shard(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return (
-        parallelize_module(model, mesh, {"0": RowwiseParallel(), "2": RowwiseParallel()})
-        if kind == "columns"
-        else (parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}))
-    )
-
-
 def main(output_dir: str, model_dir: str) -> None:
     dist.init_process_group("gloo")
     folder = Path(output_dir)
     kinds = ["fully_shard", "tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
     saved = {kind: write_both(load_sharded(kind, model_dir)) for kind in kinds}
     saved["checkpoint"] = save_and_load(model_dir, folder / "checkpoint")
-    saved |= {f"large_{kind}": draw_large(make_large(kind)) for kind in ("fsdp2", "rows", "columns")}
     torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")
 
 

@@ -1,14 +1,11 @@
-"""Started by torchrun (or plain python): trains each run of a JSON list and saves what a test compares.
+"""Started by `processes.launch`: trains each run of a JSON list and saves what a test compares.
 
-torchrun --nproc_per_node 2 tests/launched/train.py RUNS.json OUTPUT_DIR
+Arguments: RUNS.json OUTPUT_DIR
 """
 
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 import torch.distributed as dist

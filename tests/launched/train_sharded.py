@@ -1,17 +1,14 @@
-"""Started by torchrun (or plain python): trains each run of a JSON list, sharded as it says, and saves what a test compares.
-
-    torchrun --nproc_per_node 2 tests/launched/train_sharded.py RUNS.json OUTPUT_DIR MODEL_DIR
+"""Started by `processes.launch`: trains each run of a JSON list, sharded as it says, and saves what a test compares.
 
 Whole tensors are gathered from the live optimizer state just before the first step, so what is compared is what the step sees.
+
+Arguments: RUNS.json OUTPUT_DIR MODEL_DIR
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "references"))
 
 import torch
 import torch.distributed as dist

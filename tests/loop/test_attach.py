@@ -1,7 +1,6 @@
 """`attach_v0` in loops of every kind, with a v0 that decays by beta2: it is made of the gradients that the optimizer sees."""
 
 import copy
-import io
 import logging
 
 import pytest
@@ -155,51 +154,13 @@ def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerat
     assert steps.report is not None and not steps.is_attached
 
 
-@pytest.mark.parametrize("as_keyword", [False, True])
-def test_gradients_made_inside_the_step_are_seen_as_lightning_calls_it(as_keyword):
-    model, batches = make_network(), make_batches(4)
-    optimizer = make_adam(model)
-    attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=2)
-    calls = []
-
-    def closure():
-        calls.append(1)
-        optimizer.zero_grad()
-        loss = compute_loss(model, batches[len(calls) - 1])
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure=closure) if as_keyword else optimizer.step(closure) for _ in range(4)]
-    plain = make_network()
-    other = make_adam(plain)
-    attach_v0(other, plain, v0_decay="beta2", v0_estimation_steps=2)
-    train(plain, other, batches)
-    assert len(calls) == 4 and losses[0].item() == compute_loss(make_network(), batches[0]).item()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
-
-
-def test_a_compiled_step_is_the_plain_one():
-    weights = []
-    for compiled in (False, True):
-        model, batches = make_network(), make_batches(5)
-        optimizer = make_adam(model)
-        steps = attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=2)
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for batch in batches:
-            optimizer.zero_grad()
-            compute_loss(model, batch).backward()
-            step()
-        assert steps.report.num_parameters_with_v0 == 2 and optimizer.state[model[0].weight]["step"] == 5
-        weights.append([p.detach().clone() for p in model.parameters()])
-    for plain, of_compiled in zip(*weights, strict=True):
-        torch.testing.assert_close(of_compiled, plain, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("strategy", ["data_driven", "first_gradient", "random"])
-def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
-    """The hook sees scaled gradients there, and an overflow, in whose step it waits."""
+@pytest.mark.parametrize(
+    ("strategy", "fused"), [("data_driven", True), ("data_driven", False), ("first_gradient", True), ("random", True)]
+)
+def test_a_step_that_a_grad_scaler_skips_for_an_overflow_does_not_lose_v0(strategy, fused):
+    """Fused Adam is left the unscaling: the hook sees scaled gradients there, and the overflow, in whose step it waits."""
     model, batches = make_network(), make_batches(3)
-    optimizer = make_adam(model, fused=True)
+    optimizer = make_adam(model, fused=fused)
     steps = attach_v0(optimizer, model, strategy, v0_scale=1.0)
     caught = catch_v0(steps, optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -212,7 +173,8 @@ def test_a_grad_scaler_that_leaves_unscaling_to_fused_adam(strategy):
         scaler.update()
         assert steps.is_waiting == (number == 0)
         if number == 0:
-            assert scaler.get_scale() == 512.0 and not read_second_moment(optimizer, model[0].weight).any()
+            moment = read_second_moment(optimizer, model[0].weight)
+            assert scaler.get_scale() == 512.0 and (moment is None or not moment.any())
             assert torch.equal(model[0].weight, make_network()[0].weight)
     assert optimizer.state[model[0].weight]["step"] == 2
     gradients = compute_gradients(batches[1:2])
@@ -241,8 +203,9 @@ def test_steps_without_a_gradient_are_not_counted():
     assert_v0_is_mean_square(caught, compute_gradients(batches[:1]))
 
 
-@pytest.mark.parametrize("options", [{"v0_decay": "beta2"}, {"v0_decay_steps": 5}], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("bad", "options"), [(float("nan"), {"v0_decay": "beta2"}), (float("inf"), {"v0_decay_steps": 5})]
+)
 def test_a_gradient_that_is_not_finite_is_refused_by_name(bad, options):
     model, (batch,) = make_network(), make_batches(1)
     optimizer = make_adam(model)
@@ -250,7 +213,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name(bad, options):
     compute_loss(model, batch).backward()
     model[2].weight.grad[1, 1] = bad
     start = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=r"gradient of parameter '2.weight' is not finite.*v0_init=zeros"):
+    with pytest.raises(InputError, match=r"'2\.weight' is not finite"):
         optimizer.step()
     assert is_untouched(optimizer)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
@@ -355,28 +318,6 @@ def test_an_optimizer_that_has_made_steps_keeps_its_state():
     assert steps.report is None and not steps.is_attached
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"v0_init": "xavier"}, "v0_init='xavier': choose one of"),
-        ({"v0_scale": -1.0}, "scale=-1"),
-        ({"v0_estimation_steps": 0}, "v0_estimation_steps=0: must be a whole number >= 1"),
-        ({"v0_estimation_steps": 5, "v0_init": "random"}, "only data_driven with v0_estimator=minibatch takes"),
-        (
-            {"v0_estimation_steps": 5, "max_steps": 5, "v0_scale": 1.0},
-            "v0_estimation_steps=5 with max_steps=5: give fewer",
-        ),
-        ({"v0_scale": 1.0, "v0_decay_steps": 3}, "both set the size of v0"),
-    ],
-)
-def test_bad_settings_are_refused_before_any_step(options, words):
-    model = make_network()
-    optimizer = make_adam(model)
-    with pytest.raises(InputError, match=words) as caught:
-        attach_v0(optimizer, model, **options)
-    assert "\n" not in str(caught.value) and not optimizer._optimizer_step_pre_hooks
-
-
 def test_a_model_without_matrices_is_refused_and_nothing_stays_attached():
     model = nn.BatchNorm1d(4)
     optimizer = make_adam(model)
@@ -386,53 +327,10 @@ def test_a_model_without_matrices_is_refused_and_nothing_stays_attached():
     assert attach_v0(optimizer, model, v0_decay="beta2", v0_include_bias_and_norm=True).is_waiting
 
 
-def test_decay_steps_need_a_decaying_second_moment():
-    model = make_network()
-    with pytest.raises(InputError, match="no decaying mean of g\\^2"):
-        attach_v0(torch.optim.Adagrad(model.parameters()), model, v0_decay="beta2", v0_decay_steps=5)
-
-
-# ---- stopping while v0 is estimated -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_stop_and_go_on_is_the_straight_run_bit_for_bit(dtype, stop):
-    batches = make_batches(7, dtype)
-    straight = make_network(dtype)
-    straight_optimizer = make_adam(straight)
-    attach_v0(straight_optimizer, straight, v0_decay="beta2", v0_estimation_steps=4)
-    train(straight, straight_optimizer, batches)
-
-    model = make_network(dtype)
-    optimizer = make_adam(model)
-    steps = attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=4)
-    train(model, optimizer, batches[:stop])
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "v0": steps.state_dict()}, file)
-    saved = torch.load(io.BytesIO(file.getvalue()))
-    assert (saved["v0"]["num_steps"], saved["v0"]["estimation_steps"]) == (stop, 4) and saved["v0"]["held"] == {}
-
-    resumed = make_network(dtype)
-    resumed_optimizer = make_adam(resumed)
-    handle = attach_v0(resumed_optimizer, resumed, v0_decay="beta2", v0_estimation_steps=4)
-    resumed.load_state_dict(saved["model"])
-    resumed_optimizer.load_state_dict(saved["optimizer"])
-    handle.load_state_dict(saved["v0"])
-    train(resumed, resumed_optimizer, batches[stop:])
-    for name, value in straight.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-    for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
-        a, b = straight_optimizer.state[p], resumed_optimizer.state[q]
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        assert a["step"] == 7
-
-
 # ---- parameters whose first gradient comes later ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize(("num", "scale"), [(1, 1.0), (2, 0.25)])
 def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num, scale, caplog):
     model, batches = make_network(), make_batches(6)
     model[0].weight.requires_grad_(False)
@@ -453,33 +351,6 @@ def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num
     torch.testing.assert_close(model[0].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_late_one_is_not_estimated_anew_after_a_resume():
-    """Its v0 is of its first gradient, in the straight run and in one that was stopped within the K steps."""
-    batches = make_batches(9)
-
-    def make():
-        model = make_network()
-        model[0].weight.requires_grad_(False)
-        optimizer = make_adam(model)
-        return model, optimizer, attach_v0(optimizer, model, v0_decay="beta2", v0_estimation_steps=5)
-
-    straight, straight_optimizer, _ = make()
-    train(straight, straight_optimizer, batches[:2])
-    straight[0].weight.requires_grad_(True)
-    train(straight, straight_optimizer, batches[2:])
-    model, optimizer, hook = make()
-    train(model, optimizer, batches[:2])
-    model[0].weight.requires_grad_(True)
-    train(model, optimizer, batches[2:4])
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), hook.state_dict()))
-    resumed, resumed_optimizer, handle = make()
-    resumed[0].weight.requires_grad_(True)
-    for one, state in zip((resumed, resumed_optimizer, handle), saved, strict=True):
-        one.load_state_dict(state)
-    train(resumed, resumed_optimizer, batches[4:])
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
-
-
 class LowRank(nn.Module):
     """As LoRA starts: B = 0, so A's gradient is exactly zero at step 1."""
 
@@ -493,11 +364,10 @@ class LowRank(nn.Module):
         return self.base(x) + x @ self.a.T @ self.b.T
 
 
-@pytest.mark.parametrize("strategy", ["data_driven", "first_gradient"])
-def test_a_weight_whose_gradient_is_zero_at_first_gets_v0_at_the_first_that_is_not(strategy):
+def test_a_weight_whose_gradient_is_zero_at_first_gets_v0_at_the_first_that_is_not():
     model, batches = LowRank(), make_batches(3)
     optimizer = torch.optim.AdamW([model.a, model.b], lr=1e-2, betas=(0.9, 0.98))
-    steps = attach_v0(optimizer, model, strategy, v0_scale=0.5)
+    steps = attach_v0(optimizer, model, v0_scale=0.5)
     train(model, optimizer, batches[:1])
     assert steps.report.without_gradient == ["a"] and set(steps.report.parameters) == {"b"}
     g = compute_gradients(batches[1:2], model)["a"][0]

@@ -2,15 +2,12 @@ import math
 
 import pytest
 import torch
-from reference import adamw_steps, multiplier
+from optimizer_references import adam
 
-from hf_v0init.errors import InputError
+from hf_v0init import InputError, compute_multiplier, compute_scale_for_warmup, compute_steps_to_multiplier
 from hf_v0init.method.multiplier import (
-    compute_multiplier,
     compute_multiplier_table,
-    compute_scale_for_warmup,
     compute_similar_linear_warmup,
-    compute_steps_to_multiplier,
     compute_washout_warning,
 )
 
@@ -19,12 +16,8 @@ from hf_v0init.method.multiplier import (
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 100.0])
 def test_multiplier_is_the_closed_form(scale, beta2):
     for step in (1, 2, 10, 300, 5000):
-        assert compute_multiplier(step, scale, beta2) == pytest.approx(multiplier(step, scale, beta2), rel=1e-9)
-
-
-def test_first_step_is_equation_12():
-    """With g^2 = s and v0 = scale * s: |step 1| / lr = 1 / sqrt(1 + beta2 / (1 - beta2) * scale)."""
-    assert compute_multiplier(1, 3.0, 0.98) == pytest.approx(1 / math.sqrt(1 + 0.98 / 0.02 * 3.0), rel=1e-12)
+        expected = 1 / math.sqrt(1 + scale * beta2**step / (1 - beta2**step))  # as the paper writes it
+        assert compute_multiplier(step, scale, beta2) == pytest.approx(expected, rel=1e-9)
 
 
 def test_multiplier_is_what_adam_does_on_constant_gradient_magnitude():
@@ -32,8 +25,8 @@ def test_multiplier_is_what_adam_does_on_constant_gradient_magnitude():
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randint(0, 2, (50,), generator=generator).double() * 2 - 1 for _ in range(60)]
     w = torch.zeros(50)
-    with_v0 = adamw_steps(w, torch.full((50,), 10.0), gradients, lr=1.0, beta2=0.98, eps=0.0)
-    without = adamw_steps(w, torch.zeros(50), gradients, lr=1.0, beta2=0.98, eps=0.0)
+    with_v0 = adam(w, torch.full((50,), 10.0), gradients, lr=1.0, b2=0.98, eps=0.0)
+    without = adam(w, torch.zeros(50), gradients, lr=1.0, b2=0.98, eps=0.0)
     previous = w.double(), w.double()
     for t, ((a, _), (b, _)) in enumerate(zip(with_v0, without, strict=True), start=1):
         step_a, step_b = a - previous[0], b - previous[1]
@@ -56,10 +49,7 @@ def test_scale_and_steps_are_inverse(target):
         assert compute_steps_to_multiplier(target, scale, 0.98) == pytest.approx(steps, rel=1e-9)
 
 
-def test_similar_linear_warmup_loses_the_same_area():
-    for scale, beta2 in ((1.0, 0.99), (30.0, 0.98)):
-        lost = sum(1 - multiplier(t, scale, beta2) for t in range(1, 5000))
-        assert compute_similar_linear_warmup(scale, beta2) == pytest.approx(2 * lost, rel=0.03)  # integral against sum
+def test_similar_linear_warmup_of_a_whole_washout():
     exact = (4 - 4 * math.log(2)) / -math.log(0.999)
     assert compute_similar_linear_warmup(1.0, 0.999) == pytest.approx(exact, rel=1e-3)
     assert compute_similar_linear_warmup(0.0, 0.999) == 0.0
@@ -73,25 +63,18 @@ def test_table_holds_the_steps_before_the_end_and_the_end():
 def test_warning_only_when_not_washed_out_and_its_remedies_hold():
     assert compute_washout_warning(1.0, 0.98, 83) is None
     text = compute_washout_warning(1.0, 0.98, 82)
-    assert "0.9" in text and "83 steps" in text
-    steps = int(text.split("--v0_decay_steps ")[1].split(" ")[0])
-    assert steps == 27 and text.count("Remedy: ") == 1
-    scale = compute_scale_for_warmup(steps, 0.98)
+    assert "83 steps" in text and "--v0_decay_steps 27 " in text
+    scale = compute_scale_for_warmup(27, 0.98)
     assert compute_multiplier(27, scale, 0.98) == pytest.approx(0.9, abs=1e-6)
     assert compute_washout_warning(scale, 0.98, 82) is None
-    asked = compute_washout_warning(5.0, 0.98, 82, asked_for=200)
-    assert "Remedy: --v0_decay_steps 27: the 200 given are more than the run has" in asked
-    assert asked.endswith("; or --v0_decay linear")
+    assert "--v0_decay_steps 27: the 200 given" in compute_washout_warning(5.0, 0.98, 82, asked_for=200)
     assert "--v0_decay_steps 1 " in compute_washout_warning(1e6, 0.98, 2)
 
 
-@pytest.mark.parametrize("beta2", [0.0, 1.0, -1.0, float("nan")])
-def test_beta2_outside_its_range_is_refused(beta2):
-    with pytest.raises(InputError, match="beta2"):
-        compute_multiplier(1, 1.0, beta2)
-
-
-def test_impossible_warmup_lengths_are_refused():
+def test_impossible_values_are_refused():
+    for beta2 in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(InputError, match="beta2"):
+            compute_multiplier(1, 1.0, beta2)
     with pytest.raises(InputError, match="v0_decay_steps=0"):
         compute_scale_for_warmup(0, 0.98)
     with pytest.raises(InputError, match="use at most"):

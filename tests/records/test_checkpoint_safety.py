@@ -17,7 +17,6 @@ from conftest import make_gpt2, make_sequences
 from kill.saves import NAMES as FILES_OF_A_SAVE
 from trainers import SafeTrainer, assert_equal_weights, make_trainer, train
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from hf_v0init import InputError, SafeCheckpointsMixin, V0InitCallback, V0InitMixin
 from hf_v0init.records.checkpoints import (
@@ -109,17 +108,14 @@ def kill_a_save(output_dir, seconds: float) -> None:
 
 
 def test_kill_9_at_any_moment_leaves_only_valid_checkpoints_to_resume_from(tmp_path):
-    generator, skipped = random.Random(3), 0
+    generator = random.Random(3)
     for _ in range(12):
         kill_a_save(tmp_path, generator.uniform(0.0, 0.03))
-        folders = list_checkpoints(tmp_path)
-        valid = [Path(folder) for folder in folders if find_defect(folder) is None]
-        skipped += len(folders) - len(valid)
+        valid = [Path(folder) for folder in list_checkpoints(tmp_path) if find_defect(folder) is None]
         assert 1 <= len(valid) <= 3  # one more than the limit while it is kept
         for folder in valid:
             token = json.loads((folder / "trainer_state.json").read_text())["token"]
             assert {(folder / name).read_text() for name in FILES_OF_A_SAVE} == {20 * token}
-    print(f"\n12 kills, {skipped} of them left a checkpoint that was cut off")
 
 
 def test_a_deletion_that_is_cut_off_after_the_mark_leaves_nothing_that_looks_valid(tmp_path, monkeypatch):
@@ -175,13 +171,6 @@ def test_what_a_rotation_deletes(tmp_path, steps, limit, best, deleted):
     assert sorted(list_checkpoints(tmp_path)) == sorted(path[step] for step in steps if step not in deleted)
 
 
-def test_the_stock_rotation_would_have_deleted_the_only_valid_one(tmp_path):
-    """Why we do it ourselves: among folders of one time, the Trainer keeps the highest number, valid or not."""
-    make_folders(tmp_path, {3: (5, True), 9: (5, False)})
-    rotate_checkpoints(str(tmp_path), save_total_limit=1, use_mtime=True)
-    assert find_newest_valid(list_checkpoints(tmp_path))[0] is None
-
-
 # ---- in the Trainer --------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +187,8 @@ def test_resume_true_takes_the_newest_valid_one_names_the_skipped_and_deletes_no
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer.train(resume_from_checkpoint=True)
     assert (
-        f"skipped checkpoints: {run / 'checkpoint-3'} ({defect}); resuming from {run / 'checkpoint-2'}, the newest valid one. "
-        "Nothing was deleted"
-    ) in caplog.text
+        f"{run / 'checkpoint-3'} ({defect})" in caplog.text and f"resuming from {run / 'checkpoint-2'}" in caplog.text
+    )
     assert snapshot(run) == before
     assert_equal_weights(train(run.parent / "straight", **RUN | {"v0_init": v0}), trainer)
 
@@ -208,30 +196,28 @@ def test_resume_true_takes_the_newest_valid_one_names_the_skipped_and_deletes_no
 def test_a_broken_checkpoint_asked_for_by_name_is_one_clear_error(run):
     defect = cut_off(run)
     trainer = make_trainer(run, **SAFE)
-    start = "Can't find a valid checkpoint at "
-    newest = f"; the newest valid checkpoint is {run / 'checkpoint-2'}"
-    for folder, end in (
-        (run / "checkpoint-3", defect + newest),
-        (run / "checkpoint-8", f"there is no such folder{newest}"),
-        (run.parent / "nowhere" / "checkpoint-8", "there is no such folder"),
+    newest = str(run / "checkpoint-2")
+    for folder, words in (
+        (run / "checkpoint-3", [defect, newest]),
+        (run / "checkpoint-8", ["there is no such folder", newest]),
+        (run.parent / "nowhere" / "checkpoint-8", ["there is no such folder"]),
     ):
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="Can't find a valid checkpoint") as error:
             trainer.train(resume_from_checkpoint=folder)
-        assert str(error.value) == f"{start}{folder}: {end}"
+        assert all(word in str(error.value) for word in [str(folder), *words])
     assert trainer.state.global_step == 0
 
 
 def test_no_checkpoint_at_all_is_an_error_and_only_broken_ones_a_new_run(tmp_path, caplog):
     trainer = make_trainer(tmp_path / "a", **SAFE)
     for _ in range(2):  # without the folder, and with it
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="No valid checkpoint found"):
             trainer.train(resume_from_checkpoint=True)
-        assert str(error.value).startswith(f"No valid checkpoint found in output directory ({tmp_path / 'a'}): give ")
         (tmp_path / "a").mkdir(exist_ok=True)
     begin_save(tmp_path / "a" / "checkpoint-1")
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         trainer.train(resume_from_checkpoint=True)
-    assert f"checkpoint-1 ({CUT_OFF}); none is valid: starting from scratch" in caplog.text
+    assert f"checkpoint-1 ({CUT_OFF})" in caplog.text
     assert_equal_weights(train(tmp_path / "b", **RUN), trainer)
     assert [find_defect(folder) for folder in list_checkpoints(tmp_path / "a")] == [None, None, None]
     assert trainer.get_v0_report()["global_step"] == 0
@@ -316,25 +302,21 @@ class Killed(TrainerCallback):
             raise SystemExit
 
 
-@pytest.mark.parametrize("decay", ["linear", "beta2"])
-def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_before(tmp_path, caplog, decay):
-    options = RUN | {"v0_init": "data_driven", "v0_decay": decay, "v0_decay_steps": 3, "v0_estimation_steps": 2}
-    settings = {name: options.pop(name) for name in list(options) if name.startswith("v0_")}
+def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_before(tmp_path, caplog):
+    options = {name: value for name, value in RUN.items() if not name.startswith("v0_")}
 
     def make(folder, **more):
         trainer = make_trainer(folder, stock=True, trainer_class=SafeStock, **options | more)
-        return trainer, V0InitCallback(**settings)
+        V0InitCallback(v0_init="data_driven", v0_decay_steps=3, v0_estimation_steps=2).attach(trainer)
+        return trainer
 
-    straight, callback = make(tmp_path / "straight")
-    callback.attach(straight)
+    straight = make(tmp_path / "straight")
     straight.train()
-    killed, callback = make(tmp_path / "out", callbacks=[Killed()])
-    callback.attach(killed)
+    killed = make(tmp_path / "out", callbacks=[Killed()])
     with pytest.raises(SystemExit):
         killed.train()
     assert find_defect(tmp_path / "out" / "checkpoint-2") == CUT_OFF
-    resumed, callback = make(tmp_path / "out", model=make_gpt2(seed=9))
-    callback.attach(resumed)
+    resumed = make(tmp_path / "out", model=make_gpt2(seed=9))
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
         resumed.train(resume_from_checkpoint=True)
     assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in caplog.text

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -15,6 +16,28 @@ def start(*command, **environment) -> subprocess.CompletedProcess:
     """Start python with these words; more than `os.environ` as given."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+
+
+def make_environment(**more: str) -> dict[str, str]:
+    """One thread per process, and the tests' own modules on the path."""
+    path = [str(TESTS), str(TESTS / "references"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)} | more
+
+
+def launch(
+    script: str, num_processes: int, *arguments, time_limit: float = 300.0, may_fail: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a script below `tests` on so many processes; a deadlock is a failure after `time_limit` seconds."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if num_processes > 1 else []), str(TESTS / script), *map(str, arguments)],
+        env=make_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=time_limit,
+    )
+    assert may_fail or done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 def leave() -> None:

@@ -84,6 +84,35 @@ def assert_equal_weights(a, b) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def read_logs(trainer) -> list[dict]:
+    """The log without its clocks."""
+    clocks = ("runtime", "per_second")
+    return [{k: v for k, v in entry.items() if not k.endswith(clocks)} for entry in trainer.state.log_history]
+
+
+def assert_recurrence(recorder, beta2: float = 0.999, rtol: float = 1e-6) -> None:
+    """v1 = beta2 * v0 + (1 - beta2) * g^2 where there is a v0, (1 - beta2) * g^2 elsewhere."""
+    for name, v1 in recorder.moments[0].items():
+        g = recorder.gradients[0][name].double()
+        v0 = recorder.v0[name].double() if name in recorder.v0 else torch.zeros_like(g)
+        torch.testing.assert_close(v1.double(), beta2 * v0 + (1 - beta2) * g.square(), rtol=rtol, atol=1e-20)
+
+
+class Rates(TrainerCallback):
+    """The learning rates of each step, one for each group."""
+
+    def __init__(self):
+        self.of_groups = []
+
+    @property
+    def rates(self) -> list[float]:
+        """Those of the first group."""
+        return [of_groups[0] for of_groups in self.of_groups]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.of_groups.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
 def call_before_update(look):
     """Make a step pre-hook that calls look(optimizer) when all others have acted, also those that act in the step's closure."""
 
@@ -104,23 +133,15 @@ def call_before_update(look):
 
 
 class Recorder(TrainerCallback):
-    """Records what the run is made of: v0 as the first step sees it, gradients and random states at each step.
-
-    `v0` and `step_gradients` are taken inside the optimizer's first real step, after v0 has been written and before Adam moves.
-    """
+    """Records gradients and second moments of each step, and v0 as the first real step sees it: written, before Adam moves."""
 
     def __init__(self, erase: bool = False):
         self.trainer, self.erase, self.hooked = None, erase, None
-        self.v0, self.step_gradients, self.gradients, self.rng, self.moments = None, None, [], [], []
+        self.v0, self.gradients, self.moments = None, [], []
 
-    def read_gradients(self):
-        return {n: p.grad.detach().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.rng.append(torch.get_rng_state())
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append(self.read_gradients())
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = self.trainer.model.named_parameters()
+        self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
@@ -130,7 +151,7 @@ class Recorder(TrainerCallback):
         steps = find_hook(optimizer)
         if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
-        self.v0, self.step_gradients = second_moments_of(self.trainer), self.read_gradients()
+        self.v0 = second_moments_of(self.trainer)
         if self.erase:
             optimizer.state.clear()
 

@@ -1,6 +1,5 @@
 """Every supported optimizer, held to a slow reference that starts at v0 and to the state that it makes itself."""
 
-import optimizer_references as slow
 import pytest
 import torch
 from optimizer_cases import (
@@ -74,9 +73,6 @@ def test_states_that_are_there_are_never_replaced(case):
         assert torch.equal(read_second_moment(optimizer, parameter), stored)
 
 
-LOSES_STATE = "GrokAdamW's state_dict holds tensors keyed by parameters that no longer exist after loading: its resume starts anew"
-
-
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_v0_survives_a_checkpoint(case, tmp_path):
     """Saved before the first step and loaded into a new optimizer, as a resumed run does, the steps are the same bit for bit."""
@@ -86,8 +82,8 @@ def test_v0_survives_a_checkpoint(case, tmp_path):
         write(optimizer, parameter, make_v0())
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
-        if case.row[0] == "GrokAdamW":
-            assert is_untouched(resumed), LOSES_STATE
+        if case.row[0] == "GrokAdamW":  # whose states are keyed by parameters that no longer exist after loading
+            assert is_untouched(resumed)
             return
         assert not is_untouched(resumed)
         assert torch.equal(read_second_moment(resumed, other), read_second_moment(optimizer, parameter))
@@ -137,21 +133,6 @@ def store(path, v0):
         optimizer = load(path)([parameter], lr=LR)
         write(optimizer, parameter, v0)
         return read_second_moment(optimizer, parameter)
-
-
-def test_what_torchao_cannot_tell_from_zero_or_store_small():
-    v0 = torch.ones(SHAPE)
-    v0[:, ::2] = 5e-8
-    assert not store("torchao.optim:AdamW8bit", v0)[:, ::2].any()
-    assert store("torchao.optim:AdamW8bit", 2 * v0 / 5)[:, 1::2].bool().all()
-    tiny = store("torchao.optim:AdamW4bit", torch.full(SHAPE, 1e-16))
-    torch.testing.assert_close(tiny, torch.full(SHAPE, 1e-12 / 16))
-
-
-def test_stored_v0_of_random_strategy_is_right_in_the_mean():
-    v0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).square()
-    for path in ("torchao.optim:AdamW8bit", "torchao.optim:AdamWFp8", "bitsandbytes.optim:AdamW8bit"):
-        assert store(path, v0).mean().item() == pytest.approx(v0.mean().item(), rel=1e-3)
 
 
 # ---- details of single optimizers --------------------------------------------------------------------------------------------------
@@ -211,18 +192,6 @@ def test_schedule_free_averages_start_at_the_weights():
     assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("beta1", [0.9, 0.5])
-def test_adabelief_settles_where_the_table_says(beta1):
-    """2 beta1^2 / (1 + beta1) * Var[g], whatever the mean of g: the note of its row."""
-    generator = torch.Generator().manual_seed(0)
-    gradients = [3.0 + torch.randn(4000, generator=generator) for _ in range(400)]
-    zero = torch.zeros(4000)
-    history = slow.adabelief(zero, zero, gradients, lr=0.0, b1=beta1, b2=0.95)
-    assert history[-1][1].mean().item() == pytest.approx(2 * beta1**2 / (1 + beta1), rel=0.02)
-    first = slow.adabelief(zero, zero, gradients[:1], lr=0.0, b1=beta1, b2=0.95)[0][1]
-    torch.testing.assert_close(first, 0.05 * beta1**2 * gradients[0].double() ** 2)
-
-
 def test_state_that_only_an_option_adds_is_made_too():
     ours, theirs = make_parameter(), make_parameter()
     a, b = (load("pytorch_optimizer:AdaBelief")([p], lr=LR, adanorm=True) for p in (ours, theirs))
@@ -246,3 +215,22 @@ def test_state_of_other_dtypes_is_the_optimizers_own(case, dtype):
     assert torch.equal(ours, theirs)
     mine, own = get_state(a, ours), get_state(b, theirs)
     assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in own.items()}
+
+
+def test_shards_are_named_by_the_model_the_group_or_their_place():
+    p, q, r, s = (nn.Parameter(torch.ones(2, n)) for n in range(1, 5))
+    groups = [{"params": [p, q]}, {"params": [("own.name", r)], "betas": (0.8, 0.9)}]
+    optimizer = torch.optim.AdamW([{"params": [("a", p), ("b", q)]}, groups[1]])
+    moments = SecondMoment(optimizer)
+    shards = moments.list_shards({id(q): "layer.weight"})
+    assert [(shard.name, shard.full_shape) for shard in shards] == [
+        ("a", (2, 1)),
+        ("layer.weight", (2, 2)),
+        ("own.name", (2, 3)),
+    ]
+    assert [shard.param for shard in shards] == [p, q, r]
+    assert [moments.read_beta2(shard.group) for shard in shards] == [0.999, 0.999, 0.9]
+    unnamed = SecondMoment(torch.optim.AdamW([{"params": [p]}, {"params": [q, s]}]))
+    names = [shard.name for shard in unnamed.list_shards({id(q): "w"})]
+    assert names == ["group 0, parameter 0", "w", "group 1, parameter 1"]
+    assert unnamed.read_parameter(r) is None

@@ -5,17 +5,13 @@ import sys
 import warnings
 
 import pytest
-import torch
 from optimizer_cases import (
     CASES,
     LR,
     REFUSED_ROWS,
-    SHAPE,
     find_row_of_optim,
     load,
-    make_gradients,
     make_parameter,
-    step,
 )
 from torch import nn
 from trainers import make_arguments
@@ -34,31 +30,19 @@ from hf_v0init.second_moment.table import (
 # ---- the table itself ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [name.value for name in OptimizerNames])
-def test_every_optim_value_has_a_row(value):
-    assert find_row_of_optim(value) is not None
-
-
-def test_no_optim_value_is_invented_and_none_has_two_rows():
+def test_every_optim_value_has_one_row_and_none_is_invented():
     named = [value for row in ROWS for value in row.optim]
-    assert len(named) == len(set(named)) and set(named) <= {name.value for name in OptimizerNames}
-
-
-def test_every_optimizer_of_the_paper_has_a_row():
-    names = {row.name for row in ROWS}
-    assert {"SGD", "Adam", "AdamW", "AdaBound", "RAdam", "AdaBelief", "RMSprop", "AMSGrad"} <= names
+    assert sorted(named) == sorted(name.value for name in OptimizerNames)
+    papers = {"SGD", "Adam", "AdamW", "AdaBound", "RAdam", "AdaBelief", "RMSprop", "AMSGrad"}
+    assert papers <= {row.name for row in ROWS}
 
 
 def test_every_supported_row_has_a_case_and_a_layout():
     assert {(row.name, row.package) for row in SUPPORTED_ROWS} == {case.row for case in CASES}
     assert all(row.format in FORMATS for row in SUPPORTED_ROWS)
     for name in {name for row in ROWS for name in row.classes}:
-        assert (
-            len(
-                {(row.format, row.key, row.beta2, row.starts, bool(row.refusal)) for row in ROWS if name in row.classes}
-            )
-            == 1
-        ), name
+        rows = [row for row in ROWS if name in row.classes]
+        assert len({(row.format, row.key, row.beta2, row.starts, bool(row.refusal)) for row in rows}) == 1, name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.is_probed], ids=lambda row: f"{row.name}-{row.package}")
@@ -86,20 +70,16 @@ def test_optim_values_lead_to_the_class_of_their_row(value, tmp_path):
     assert f"{built.__module__}.{built.__qualname__}" in find_row_of_optim(value).classes
 
 
-def test_markdown_has_one_line_a_row_and_whole_cells():
-    lines = make_markdown_table().splitlines()
-    assert len(lines) == len(ROWS) + 3
-    assert {line.count(" | ") for line in lines} == {5}
-
-
 def test_command_prints_the_table_without_torch():
     code = "import sys; sys.argv = ['x', 'optimizers', '--markdown']; from hf_v0init.cli.main import main\ntry: main()\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == make_markdown_table()
+    lines = make_markdown_table().splitlines()
+    assert len(lines) == len(ROWS) + 3 and {line.count(" | ") for line in lines} == {5}
 
 
-# ---- refusals, and what was measured for them -----------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 REFUSED = [
@@ -127,8 +107,7 @@ def test_refused_rows_raise_their_reason(path, options, words):
     with pytest.raises(InputError, match=words) as caught:
         find_format(optimizer)
     row = find_row(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
-    assert row.refusal in str(caught.value) and "adamw_torch" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert row.refusal in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -144,49 +123,3 @@ def test_every_refused_row_is_tried():
     tried = {path for path, *_ in REFUSED} | {"lomo_optim:Lomo", "lomo_optim:AdaLomo"}
     homes = {path.split(":")[0].split(".")[0] for path in tried}
     assert {row.classes[0].split(".")[0] for row in REFUSED_ROWS} == homes
-
-
-@pytest.mark.parametrize(
-    ("path", "options", "keys"),
-    [
-        ("optimi:StableAdamW", {}, ["exp_avg_sq"]),
-        ("pytorch_optimizer:StableAdamW", {}, ["exp_avg_sq"]),
-        ("torch.optim:Adafactor", {}, ["row_var", "col_var"]),
-        (
-            "transformers.optimization:Adafactor",
-            {"scale_parameter": False, "relative_step": False},
-            ["exp_avg_sq_row", "exp_avg_sq_col"],
-        ),
-    ],
-)
-def test_a_v0_has_no_effect_on_those_that_reset_theirs(path, options, keys):
-    """The measured reason of the refusal: with its second moment set to 7 before step 1, every step is the same bit for bit."""
-    optimizer_class = load(path)
-    parameters = [make_parameter(), make_parameter()]
-    optimizers = [optimizer_class([p], lr=LR, **options) for p in parameters]
-    probe = make_parameter()
-    scout = optimizer_class([probe], lr=LR, **options)
-    step(scout, probe, torch.zeros(SHAPE))
-    state = {}
-    for key, value in scout.state[probe].items():
-        state[key] = torch.zeros_like(value) if isinstance(value, torch.Tensor) and key != "eps_sq" else value
-        if key == "step" and not isinstance(value, torch.Tensor):
-            state[key] = 0
-        if key in keys:
-            state[key] = torch.full_like(value, 7.0)
-    assert set(keys) <= set(state)
-    optimizers[0].state[parameters[0]] = state
-    for gradient in make_gradients(3):
-        for optimizer, parameter in zip(optimizers, parameters, strict=True):
-            step(optimizer, parameter, gradient)
-        assert torch.equal(*parameters)
-
-
-def test_galore_keeps_its_second_moment_in_another_space():
-    parameter = make_parameter()
-    group = {"params": [parameter], "rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = load("galore_torch:GaLoreAdamW")([group], lr=LR)
-    step(optimizer, parameter, make_gradients(1)[0])
-    assert optimizer.state[parameter]["exp_avg_sq"].shape == (4, 128)

@@ -12,49 +12,32 @@ def draw(shape, name="w", seed=1, **kwargs):
     return draw_standard_normal_(torch.empty(shape), name=name, seed=seed, **kwargs)
 
 
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
-def test_rows_split_over_processes_are_the_whole_tensor_bit_for_bit(shape, num_parts):
+def test_rows_and_columns_split_over_processes_are_the_whole_tensor_bit_for_bit(shape, num_parts):
     whole = draw(shape)
-    if not shape:
-        return
-    parts = []
-    for rows in torch.arange(shape[0]).tensor_split(num_parts):
-        if len(rows):
-            part = torch.empty((len(rows), *shape[1:]))
-            offset = (int(rows[0]),) + (0,) * (len(shape) - 1)
-            parts.append(draw_standard_normal_(part, name="w", seed=1, full_shape=shape, offset=offset))
-    assert torch.equal(torch.cat(parts), whole)
+    for dim in range(min(len(shape), 2)):
+        parts = []
+        for numbers in torch.arange(shape[dim]).tensor_split(num_parts):
+            if len(numbers):
+                part = torch.empty((*shape[:dim], len(numbers), *shape[dim + 1 :]))
+                offset = tuple(int(numbers[0]) if d == dim else 0 for d in range(len(shape)))
+                parts.append(draw_standard_normal_(part, name="w", seed=1, full_shape=shape, offset=offset))
+        assert torch.equal(torch.cat(parts, dim=dim), whole)
 
 
-def test_columns_split_over_processes_are_the_whole_tensor_bit_for_bit():
-    shape = (513, 1024)
-    whole = draw(shape)
-    parts = [
-        draw_standard_normal_(torch.empty(513, 256), name="w", seed=1, full_shape=shape, offset=(0, 256 * i))
-        for i in range(4)
-    ]
-    assert torch.equal(torch.cat(parts, dim=1), whole)
+def correlate(x, y) -> float:
+    return abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item())
 
 
-def test_draws_are_standard_normal_and_differ_by_name_and_seed():
+def test_draws_are_standard_normal_and_differ_by_name_seed_and_block():
+    before = torch.get_rng_state()
     a, b, c = draw((600, 500)), draw((600, 500), name="v"), draw((600, 500), seed=2)
     for x in (a, b, c):
         assert x.mean().item() == pytest.approx(0.0, abs=0.01)
         assert x.std().item() == pytest.approx(1.0, abs=0.01)
-    for x, y in ((a, b), (a, c), (b, c)):
-        assert abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()) < 0.01
-
-
-def test_blocks_of_one_tensor_are_independent():
-    a = draw((2 * (BLOCK_NUMEL // 64), 64))
-    first, second = a.chunk(2)
-    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()) < 0.01
-
-
-def test_global_random_state_is_not_touched():
-    before = torch.get_rng_state()
-    draw((100, 100))
+    blocks = draw((2 * (BLOCK_NUMEL // 64), 64)).chunk(2)
+    assert max(correlate(a, b), correlate(a, c), correlate(b, c), correlate(*blocks)) < 0.01
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -85,7 +68,7 @@ def test_wrapper_prefixes_do_not_count(name):
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 7), (513, 1024), (70, 3, 5, 7)])
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
 def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
     """As ZeRO cuts: in equal numbers of elements, through the middle of rows."""
     whole = draw(shape).flatten()
@@ -97,10 +80,7 @@ def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
         for piece in pieces:
             draw_standard_normal_(piece.local, name="w", seed=1, full_shape=piece.full_shape, offset=piece.offset)
         assert torch.equal(part, whole[start : start + len(part)])
-
-
-def test_a_process_without_any_element_has_no_piece():
-    assert find_pieces(Fragment(torch.empty(0), (3, 7), 21)) == []
+    assert find_pieces(Fragment(torch.empty(0), shape, whole.numel())) == []
 
 
 def test_figures_of_whole_tensors_and_fragments():

@@ -4,19 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from kill.client import KillServer, choose_kill, read_lives
+from processes import launch
 
 from hf_v0init.records.checkpoints import find_defect, find_newest_valid, list_checkpoints
 
 PHASES = ["pass", "train", "save", "evaluate", "end"]  # the end: after the last save
-TIME_LIMIT = 240  # seconds; a deadlock is a failure, not a wait
 
 
 @pytest.fixture(scope="module")
@@ -84,34 +82,22 @@ def test_a_run_killed_in_the_pass_a_save_and_an_evaluation_ends_the_same(server,
     assert count_passes_that_lasted(tmp_path) == 1
 
 
-def test_a_run_killed_while_it_draws_a_bar_does_not_stop_the_next(server, tmp_path):
-    """Of the tests themselves: their children fork from one process, and killed ones leave no lock behind."""
-    assert server.run(tmp_path, task="die_drawing")["status"] == -signal.SIGKILL
-    assert server.run(tmp_path, options=SHORT, time_limit=60)["status"] == 0
-
-
 @pytest.mark.slow
 def test_ten_runs_killed_at_random_moments_end_the_same(server, straight, tmp_path):
     """Two first kills in every phase, some runs killed again and again; with and without rotation."""
-    generator = random.Random(20)
-    record, died = [], Counter()
+    generator, died = random.Random(20), Counter()
     for number in range(10):
         kills = [choose_kill(straight["events"], PHASES[number % 5], generator)]
         while generator.random() < 0.4:
             kills.append(choose_kill(straight["events"], generator.choice(PHASES[1:4]), generator) | {"occurrence": 2})
-        limit = [None, 1, 2][number % 3]
-        folder = tmp_path / str(number)
+        limit, folder = [None, 1, 2][number % 3], tmp_path / str(number)
         answer, died_in = kill_and_resume(server, folder, kills, options={"save_total_limit": limit})
         died.update(died_in)
-        different = find_differences(straight["result"], answer["result"])
-        passes = count_passes_that_lasted(folder)
-        record.append((number, limit, died_in, different, passes))
+        assert find_differences(straight["result"], answer["result"]) == [], (number, died_in)
+        assert count_passes_that_lasted(folder) == 1, (number, died_in)
         kept = [path for path in list_checkpoints(folder / "out") if find_defect(path) is None]
         assert limit is None or len(list_checkpoints(folder / "out")) <= limit
         assert os.path.basename(kept[0]) == "checkpoint-6"
-    survived = sum(not different and passes == 1 for *_, different, passes in record)
-    print(f"\nours: {survived} of 10 the same in the end; {died.total()} kills: {dict(died)}")
-    assert survived == 10, record
     assert all(died[phase] for phase in PHASES[:4]), died
 
 
@@ -180,66 +166,39 @@ def test_a_save_cut_off_over_an_older_valid_checkpoint_is_not_taken_for_valid(se
 @pytest.mark.slow
 def test_the_stock_trainers_broken_checkpoints_lack_its_last_file(server, tmp_path):
     last = count_writes(server, tmp_path / "count", stock=True, options=SHORT)
-    judged = Counter()
-    for operation in range(1, last + 1):
-        folder = tmp_path / str(operation)
-        server.run(folder, stock=True, options=SHORT, kill_at={"save": 2, "operation": operation})
-        defect = find_defect(folder / "out" / "checkpoint-2")
-        judged[defect] += 1
-        assert defect is not None
-        assert find_newest_valid(list_checkpoints(folder / "out"))[0] == str(folder / "out" / "checkpoint-1")
-    print(f"\nstock saves cut off at {last} places: {dict(judged)}")
     assert last > 5
+    for operation in range(1, last + 1):
+        out = tmp_path / str(operation) / "out"
+        server.run(out.parent, stock=True, options=SHORT, kill_at={"save": 2, "operation": operation})
+        assert find_defect(out / "checkpoint-2") is not None
+        assert find_newest_valid(list_checkpoints(out))[0] == str(out / "checkpoint-1")
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def check_interrupt(server, folder: Path, kill: dict, straight: dict) -> bool:
-    """True if the interrupt met the pass."""
-    answer = server.run(folder, task="interrupt", kill=kill | {"signal": signal.SIGINT})
-    left = answer["result"]["left"]
-    if left is None or left["step"] > 0 or left["report"] is not None:  # it came after the pass
-        return False
-    assert left == {
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
+    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
+    answer = server.run(tmp_path, task="interrupt", kill=kill | {"signal": signal.SIGINT})
+    assert answer["result"]["left"] == {
         "step": 0, "untouched": True, "report": None, "weights": True, "gradients": 0, "hooks": 0, "rng": True, "modes": True,
         "files": [],
     }  # fmt: skip
     assert find_differences(straight["result"], answer["result"]) == []
-    return True
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
-    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
-    assert check_interrupt(server, tmp_path, kill, straight)
-
-
-@pytest.mark.slow
-def test_ctrl_c_at_a_hundred_moments_of_the_pass(server, straight, tmp_path):
-    generator = random.Random(5)
-    met = [
-        check_interrupt(server, tmp_path / str(n), choose_kill(straight["events"], "pass", generator), straight)
-        for n in range(100)
-    ]
-    assert sum(met) >= 75
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def launch(num_processes: int, folder: Path, may_fail: bool = False, **request) -> tuple[int, list[dict], str]:
+def start(num_processes: int, folder: Path, may_fail: bool = False, **request) -> tuple[int, list[dict], str]:
+    """Do a task of `kill/runs.py` on so many processes; (status, what each left, stderr)."""
     folder.mkdir(parents=True, exist_ok=True)
     for result in folder.glob("result*"):
         result.unlink()
     path = folder / "request.json"
     path.write_text(json.dumps({"task": "train", "folder": str(folder)} | request))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    script = str(Path(__file__).parents[1] / "kill" / "launched.py")
-    command = [sys.executable, *(torchrun if num_processes > 1 else []), script, str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 0 or may_fail, done.stderr[-4000:]
+    done = launch("kill/runs.py", num_processes, path, may_fail=may_fail)
     results = [folder / f"result.rank{rank}.pt" for rank in range(num_processes)]
     return done.returncode, [torch.load(r, weights_only=False) for r in results if r.exists()], done.stderr
 
@@ -249,16 +208,16 @@ TWO = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_s
 
 @pytest.fixture(scope="module")
 def straight_on_two(tmp_path_factory):
-    return launch(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
+    return start(2, tmp_path_factory.mktemp("two"), options=TWO)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "phase"), [(1, "train"), (0, "save"), (1, "save")])
 def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_two, tmp_path, rank, phase):
     dies = {"rank": rank, "phase": phase, "occurrence": 3}
-    status, results, _ = launch(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
+    status, results, _ = start(2, tmp_path / "killed", may_fail=True, options=TWO, dies=dies)
     assert status != 0 and results == []
-    _, results, _ = launch(2, tmp_path / "killed", options=TWO)
+    _, results, _ = start(2, tmp_path / "killed", options=TWO)
     for before, after in zip(straight_on_two, results, strict=True):
         assert find_differences(before, after) == []
     assert count_passes_that_lasted(tmp_path / "killed") == 1
@@ -266,16 +225,16 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_resumes(straight_on_t
 
 @pytest.mark.slow
 def test_processes_agree_on_the_newest_valid_checkpoint_and_on_refusals(tmp_path):
-    launch(2, tmp_path, options=TWO)
+    start(2, tmp_path, options=TWO)
     (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{")
-    _, results, said = launch(2, tmp_path, options=TWO)
+    _, results, said = start(2, tmp_path, options=TWO)
     assert len(results) == 2
     for name in ("lives.jsonl", "lives.rank1.jsonl"):
         assert [life["resumed_from"] for life in read_lives(tmp_path, name)] == [None, "checkpoint-4"]
     assert said.count("checkpoint-5 (trainer_state.json is damaged") == 1  # one process speaks
     named = str(tmp_path / "out" / "checkpoint-4")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text("{")
-    status, results, said = launch(2, tmp_path, may_fail=True, options=TWO, resume=named)
+    status, results, said = start(2, tmp_path, may_fail=True, options=TWO, resume=named)
     assert status != 0 and results == [] and "trainer_state.json is damaged" in said
 
 
@@ -294,9 +253,9 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, before, after):
             "lr_scheduler_type": "constant",
         }
 
-    _, straight, _ = launch(1, tmp_path / "straight", dropout=0.0, options=options(1, 5))
-    launch(before, tmp_path / "moved", dropout=0.0, options=options(before, 2))
-    _, moved, _ = launch(after, tmp_path / "moved", dropout=0.0, options=options(after, 5))
+    _, straight, _ = start(1, tmp_path / "straight", dropout=0.0, options=options(1, 5))
+    start(before, tmp_path / "moved", dropout=0.0, options=options(before, 2))
+    _, moved, _ = start(after, tmp_path / "moved", dropout=0.0, options=options(after, 5))
     assert [life["passes"] for life in read_lives(tmp_path / "moved")] == [1, 0]
     assert moved[0]["report"]["num_processes"] == before
     for result in moved:

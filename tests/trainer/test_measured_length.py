@@ -5,24 +5,14 @@ import logging
 
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import make_gpt2, make_sequences
 from torch import nn
-from trainers import assert_equal_weights, make_trainer, train
-from transformers import TrainerCallback
+from trainers import Rates, assert_equal_weights, make_trainer, train, weights_of
 
-from hf_v0init import InputError, V0InitArguments, V0InitCallback, attach_v0, compute_warmup_length
+from hf_v0init import InputError, V0InitCallback, compute_warmup_length, measure_trust_radius
+from hf_v0init.trainer.probe import measure_run
 
 LONG = {"max_steps": 12, "learning_rate": 0.05, "adam_beta2": 0.9}
-
-
-class Rates(TrainerCallback):
-    """The learning rate of each step."""
-
-    def __init__(self):
-        self.rates = []
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.rates.append(optimizer.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "inverse_sqrt"])
@@ -56,21 +46,10 @@ def test_a_resumed_run_keeps_its_length(settings, tmp_path):
 
 def test_a_measured_warmup_cannot_begin_in_the_middle(tmp_path):
     options = LONG | {"save_strategy": "steps", "save_steps": 3}
-    train(tmp_path, **options)
+    train(tmp_path, **options | {"max_steps": 3})
     late = make_trainer(tmp_path, **options, untuned_warmup="trust_radius")
     with pytest.raises(InputError, match="trained without a measured warmup"):
         late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_resumed_run_of_another_strategy_keeps_the_checkpoints(tmp_path, caplog):
-    """Of a measured run, too."""
-    options = LONG | {"save_strategy": "steps", "save_steps": 3}
-    straight = train(tmp_path, v0_init="data_driven", **options)
-    resumed = make_trainer(tmp_path, v0_init="random", **options)
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "strategy: data_driven -> random" in caplog.text
-    assert_equal_weights(straight, resumed)
 
 
 class Flat(nn.Module):
@@ -83,18 +62,16 @@ class Flat(nn.Module):
         return {"loss": loss + 1.0}
 
 
-@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
-def test_what_cannot_be_measured_falls_back_to_a_third_of_training(settings, tmp_path, caplog):
+def test_what_cannot_be_measured_falls_back_to_a_third_of_training(tmp_path, caplog):
     data = [{"x": torch.ones(3), "labels": torch.tensor(0.0)}] * 8
     options = {"data": data, "max_steps": 60, "remove_unused_columns": False, "adam_beta2": 0.9, "learning_rate": 1.0}
     rates = Rates()
     with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        trainer = train(tmp_path, model=Flat(), callbacks=[rates], **settings, **options)
+        trainer = train(tmp_path, model=Flat(), callbacks=[rates], untuned_warmup="trust_radius", **options)
     length = trainer.get_v0_report()["length"]
     assert length["steps"] == 20 and length["d50"] is None and "rounding" in length["reason"]
     assert "cannot be measured" in caplog.text
-    if "untuned_warmup" in settings:
-        assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
+    assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
 
 
 def test_a_measured_run_begins_as_the_others_of_a_comparison_do(tmp_path):
@@ -107,21 +84,14 @@ def test_a_measured_run_begins_as_the_others_of_a_comparison_do(tmp_path):
 
 
 def test_a_callback_knows_its_trainer_and_what_it_cannot_do(tmp_path):
-    for settings in ({"v0_init": "random"}, {"untuned_warmup": "trust_radius"}):
-        stock = make_trainer(tmp_path, stock=True, max_steps=2)
-        stock.add_callback(V0InitCallback(**settings))
-        with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\)"):
-            stock.train()
+    stock = make_trainer(tmp_path, stock=True, max_steps=2)
+    stock.add_callback(V0InitCallback(v0_init="random"))
+    with pytest.raises(InputError, match=r"V0InitCallback\(...\).attach\(trainer\)"):
+        stock.train()
     stock = make_trainer(tmp_path, stock=True, max_steps=2)
     V0InitCallback(untuned_warmup="linear").attach(stock)
-    with pytest.raises(InputError, match="untuned_warmup=linear changes the schedule"):
+    with pytest.raises(InputError, match="untuned_warmup=linear"):
         stock.train()
-    with pytest.raises(InputError, match="v0_decay_steps=auto needs loss_fn"):
-        attach_v0(torch.optim.AdamW(make_gpt2().parameters()), v0_decay_steps="auto")
-    with pytest.raises(InputError, match="v0_init='auto': choose one of"):
-        V0InitArguments(v0_init="auto")
-    with pytest.raises(InputError, match="choose one of linear, exponential, trust_radius"):
-        V0InitArguments(untuned_warmup="cosine")
 
 
 @pytest.mark.parametrize("settings", [{"v0_init": "xavier"}, {"v0_scale": -1.0}, {"v0_decay": "cubic"}], ids=str)
@@ -132,3 +102,35 @@ def test_settings_that_are_changed_after_construction_are_checked_when_they_are_
     with pytest.raises(InputError, match=next(iter(settings))):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+# ---- a run that is not made ------------------------------------------------------------------------------------------
+
+
+def test_measure_run_is_what_the_run_itself_measures_and_no_update_is_made(tmp_path):
+    options = {"learning_rate": 0.02, "gradient_accumulation_steps": 2, "max_steps": 8}
+    trainer = make_trainer(tmp_path / "a", **options)
+    before = weights_of(trainer)
+    radius, rate = measure_run(trainer)
+    assert rate == 0.02 and all(torch.equal(w, before[name]) for name, w in weights_of(trainer).items())
+    assert not trainer.optimizer.state and "compute_loss" not in vars(trainer)
+    length = train(tmp_path / "b", untuned_warmup="trust_radius", **options).get_v0_report()["length"]
+    assert radius.d50 is not None and (length["d50"], length["num_forwards"]) == (radius.d50, radius.num_forwards)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.01])
+def test_measure_run_is_measure_trust_radius_on_the_same_batch(tmp_path, max_norm):
+    """Eight sequences: one batch is all the data, in whatever order; clipping scales the gradient and not the radius."""
+    data, model = make_sequences(8), make_gpt2(dropout=0.0)
+    options = {"data": data, "per_device_train_batch_size": 8, "max_steps": 2, "max_grad_norm": max_norm}
+    radius, _ = measure_run(make_trainer(tmp_path, model=model, **options))
+    rows = torch.stack([row["input_ids"] for row in data])
+    again = measure_trust_radius(model, [rows], lambda m, ids: m(input_ids=ids, labels=ids).loss * 9 / 10)
+    assert radius.d50 == pytest.approx(again.d50, rel=0.02)
+
+
+def test_measure_run_without_a_gradient_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.compute_loss = lambda model, inputs, **_: 0.0 * model(**inputs).loss
+    with pytest.raises(InputError, match="no step of the run had a gradient"):
+        measure_run(trainer)

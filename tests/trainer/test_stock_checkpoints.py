@@ -20,7 +20,7 @@ RUN = {
     "save_total_limit": 2,
     "lr_scheduler_type": "constant",
 }
-TIMES = ("runtime", "samples_per_second", "steps_per_second")  # how the names of logged times end
+RANDOM = {"v0_init": "random", "v0_decay": "beta2"}
 
 
 def list_files(folder) -> set[str]:
@@ -29,7 +29,8 @@ def list_files(folder) -> set[str]:
 
 def read_state(path) -> dict:
     state = json.loads(path.read_text())
-    state["log_history"] = [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]]
+    clocks = ("runtime", "per_second")
+    state["log_history"] = [{k: v for k, v in e.items() if not k.endswith(clocks)} for e in state["log_history"]]
     return state
 
 
@@ -38,11 +39,7 @@ def runs(tmp_path_factory):
     """Output folders of the stock Trainer, and of ours without and with a v0, all called `out`."""
     folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     try:
-        for kind, kwargs in (
-            ("stock", {"stock": True}),
-            ("zeros", {}),
-            ("random", {"v0_init": "random", "v0_decay": "beta2"}),
-        ):
+        for kind, kwargs in (("stock", {"stock": True}), ("zeros", {}), ("random", RANDOM)):
             (folder / kind).mkdir()
             os.chdir(folder / kind)  # trainer_state.json holds the name of the output folder
             trainer = train("out", **RUN | kwargs)
@@ -53,7 +50,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_zeros_leaves_the_files_of_the_stock_trainer_with_the_same_bytes(runs):
+def test_zeros_leaves_the_files_of_the_stock_trainer_with_the_same_bytes_and_a_v0_adds_its_record(runs):
     stock, ours = runs / "stock" / "out", runs / "zeros" / "out"
     names = list_files(stock)
     assert list_files(ours) == names
@@ -65,16 +62,9 @@ def test_zeros_leaves_the_files_of_the_stock_trainer_with_the_same_bytes(runs):
             assert read_state(stock / name) == read_state(ours / name)
         else:
             assert (stock / name).read_bytes() == (ours / name).read_bytes(), name
-
-
-def test_a_v0_adds_its_record_beside_every_model_and_nothing_else(runs):
-    stock, ours = list_files(runs / "stock" / "out"), list_files(runs / "random" / "out")
-    assert ours - stock == {"v0_init.json", "checkpoint-2/v0_init.json", "checkpoint-4/v0_init.json"}
-    assert stock <= ours
-
-
-def keep(folder):
-    """Untouched."""
+    assert list_files(runs / "random" / "out") - names == {
+        "v0_init.json", "checkpoint-2/v0_init.json", "checkpoint-4/v0_init.json"
+    }  # fmt: skip
 
 
 def reshard(folder):
@@ -82,33 +72,21 @@ def reshard(folder):
     (folder / "model.safetensors").unlink(missing_ok=True)
 
 
-def save_in_bf16(folder):
-    GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+EDITS = {
+    "untouched": lambda folder: None,
+    "resharded": reshard,
+    "in bf16": lambda folder: GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder),
+    "a save that was cut off": begin_save,
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half an optimizer": lambda folder: os.truncate(folder / "optimizer.pt", 500),
+    "half a record": lambda folder: (folder / "v0_init.json").write_text("{"),
+}
 
 
-def remove_optimizer(folder):
-    (folder / "optimizer.pt").unlink()
-
-
-def remove_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def cut_optimizer(folder):
-    os.truncate(folder / "optimizer.pt", 500)
-
-
-def cut_v0_record(folder):
-    (folder / "v0_init.json").write_text("{")
-
-
-def leave_begun(folder):
-    begin_save(folder)
-
-
-def resume(kind, folder, wanted, **options):
-    """The resumed run's weights and steps, or the error's type and first line."""
-    trainer = make_trainer(folder, stock=kind == "stock", model=make_gpt2(seed=9), **RUN | {"max_steps": 6} | options)
+def resume(folder, wanted, **options):
+    """The resumed run, or the error's type and first line."""
+    trainer = make_trainer(folder, model=make_gpt2(seed=9), **RUN | {"max_steps": 6} | options)
     try:
         trainer.train(resume_from_checkpoint=wanted)
     except Exception as error:
@@ -116,36 +94,27 @@ def resume(kind, folder, wanted, **options):
     return trainer
 
 
-@pytest.mark.parametrize(
-    ("edit", "wanted"),
-    [(keep, True), (keep, "checkpoint-2"), (reshard, True), (save_in_bf16, "checkpoint-2"), (leave_begun, True),
-     (remove_optimizer, "checkpoint-2"), (remove_weights, True), (cut_optimizer, "checkpoint-2"), (cut_v0_record, True)],
-)  # fmt: skip
+@pytest.mark.parametrize(("edit", "wanted"), [("untouched", "checkpoint-2"), *((edit, True) for edit in EDITS)])
 def test_zeros_resumes_from_what_the_stock_trainer_resumes_from(runs, tmp_path, monkeypatch, edit, wanted):
     monkeypatch.setattr("gc.collect", lambda: 0)  # the Trainer does it for every shard
     folder = tmp_path / "out"
     ends = []
-    for kind in ("stock", "zeros"):
+    for stock in (True, False):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(runs / "stock" / "out", folder)
-        edit(folder / ("checkpoint-4" if wanted is True else wanted))
-        ends.append(resume(kind, folder, wanted if wanted is True else str(folder / wanted)))
-    if isinstance(ends[0], tuple):
-        assert ends[0] == ends[1] and edit in (remove_weights, cut_optimizer)
+        EDITS[edit](folder / ("checkpoint-4" if wanted is True else wanted))
+        ends.append(resume(folder, wanted if wanted is True else str(folder / wanted), stock=stock))
+    if edit in ("no weights", "half an optimizer"):
+        assert ends[0] == ends[1] and isinstance(ends[0], tuple)
     else:
         assert_equal_weights(*ends)
         assert [end.state.global_step for end in ends] == [6, 6]
 
 
-@pytest.mark.parametrize("v0", ["zeros", "random"])
-def test_errors_of_a_resume_are_the_stock_trainers(tmp_path, v0):
-    (tmp_path / "empty").mkdir()
-    for wanted, phrase in (
-        (True, "No valid checkpoint found in output directory"),
-        (str(tmp_path / "checkpoint-bogus"), "Can't find a valid checkpoint at"),
-    ):
+def test_errors_of_a_resume_are_the_stock_trainers(tmp_path):
+    for wanted, phrase in ((True, "No valid checkpoint found"), ("checkpoint-bogus", "Can't find a valid checkpoint")):
         with pytest.raises(ValueError, match=phrase):
-            make_trainer(tmp_path / "empty", v0_init=v0).train(resume_from_checkpoint=wanted)
+            make_trainer(tmp_path, **RANDOM).train(resume_from_checkpoint=wanted)
 
 
 def test_the_top_of_the_output_folder_is_left_to_its_checkpoints_during_training(tmp_path):
@@ -155,7 +124,7 @@ def test_the_top_of_the_output_folder_is_left_to_its_checkpoints_during_training
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(sorted(os.listdir(args.output_dir)))
 
-    trainer = make_trainer(tmp_path, callbacks=[Look()], **RUN | {"v0_init": "random", "v0_decay": "beta2"})
+    trainer = make_trainer(tmp_path, callbacks=[Look()], **RUN | RANDOM)
     trainer.train()
     assert seen == [[], [], ["checkpoint-2"], ["checkpoint-2"]]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
@@ -182,9 +151,7 @@ def test_a_push_during_training_takes_the_record_with_the_model(tmp_path, strate
     class Ours(V0InitMixin, Pushes):
         pass
 
-    trainer = make_trainer(
-        tmp_path, trainer_class=Ours, **RUN | {"v0_init": "random", "v0_decay": "beta2", "hub_strategy": strategy}
-    )
+    trainer = make_trainer(tmp_path, trainer_class=Ours, **RUN | RANDOM | {"hub_strategy": strategy})
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [[at_top, True]] * 2
@@ -193,27 +160,19 @@ def test_a_push_during_training_takes_the_record_with_the_model(tmp_path, strate
 # ---- the record of v0 on resume ----------------------------------------------------------------------------------------
 
 
-def test_resume_true_continues_the_stock_trainers_choice_with_its_record(runs, tmp_path):
-    folder = tmp_path / "out"
-    shutil.copytree(runs / "random" / "out", folder)
-    (folder / "checkpoint-2" / "v0_init.json").unlink()  # not the one to be read
-    trainer = resume("ours", folder, True, v0_init="random", v0_decay="beta2")
-    assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
-    assert_equal_weights(
-        train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random", "v0_decay": "beta2"}), trainer
-    )
-
-
-def test_a_checkpoint_without_a_record_of_v0_stands_and_says_so(runs, tmp_path, caplog):
+def test_a_resumed_run_has_the_record_of_its_checkpoint_or_says_that_there_is_none(runs, tmp_path, caplog):
     folder = tmp_path / "out"
     shutil.copytree(runs / "random" / "out", folder)
     (folder / "checkpoint-2" / "v0_init.json").unlink()
+    straight = train(tmp_path / "straight", **RUN | {"max_steps": 6} | RANDOM)
     with caplog.at_level("WARNING", logger="hf_v0init"):
-        trainer = resume("ours", folder, str(folder / "checkpoint-2"), v0_init="random", v0_decay="beta2")
-    assert "was trained without a v0 (v0_init.json): its optimizer state stands" in caplog.text
-    assert_equal_weights(
-        train(tmp_path / "straight", **RUN | {"max_steps": 6, "v0_init": "random", "v0_decay": "beta2"}), trainer
-    )
+        trainer = resume(folder, True, **RANDOM)  # at step 4
+        assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
+        assert_equal_weights(straight, trainer)
+        assert "trained without a v0" not in caplog.text
+        trainer = resume(folder, str(folder / "checkpoint-2"), **RANDOM, save_strategy="no")
+    assert "trained without a v0" in caplog.text and trainer.get_v0_report() is None
+    assert_equal_weights(straight, trainer)
 
 
 class NeverSteps(V0InitTrainer):
@@ -226,8 +185,6 @@ def test_a_cut_off_record_of_v0_is_an_error_before_any_step(runs, tmp_path):
     record = tmp_path / "out" / "checkpoint-4" / "v0_init.json"
     os.truncate(record, record.stat().st_size // 2)
     for wanted in (True, str(record.parent)):
-        trainer = make_trainer(
-            tmp_path / "out", trainer_class=NeverSteps, **RUN | {"v0_init": "random", "v0_decay": "beta2"}
-        )
-        with pytest.raises(InputError, match=r"checkpoint-4/v0_init.json is damaged .*; delete it"):
+        trainer = make_trainer(tmp_path / "out", trainer_class=NeverSteps, **RUN | RANDOM)
+        with pytest.raises(InputError, match=r"checkpoint-4/v0_init.json is damaged"):
             trainer.train(resume_from_checkpoint=wanted)

@@ -1,7 +1,8 @@
-"""TRL's and sentence-transformers' own trainers with one callback: they train, v0 is there, the first log is the stock run's."""
+"""TRL's and sentence-transformers' own trainers, with one callback or the mixin: they train, v0 is there, the first log is the stock run's."""
 
 import os
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from transformers import (
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from hf_v0init import V0InitCallback
+from trainers import Recorder, assert_equal_weights, assert_recurrence, read_logs
+
+from hf_v0init import V0InitArguments, V0InitCallback, V0InitMixin
 from hf_v0init.hook import find_hook
+from hf_v0init.records.model_card import compose_v0_section, list_tags
+from hf_v0init.records.report import read_report
 from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
 
 WORDS = "the a cat dog owl sees eats small old mouse fish runs".split()
-STRATEGIES = ["data_driven", "random", "first_gradient"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,10 @@ def say(seed: int, num: int) -> str:
 PAIRS = [{"prompt": say(i, 4), "chosen": " " + say(-i - 1, 4), "rejected": " " + say(i + 999, 4)} for i in range(24)]
 
 
+KINDS = {"sft": "data_driven", "dpo": "random", "kto": "first_gradient", "reward": "data_driven", "orpo": "data_driven",
+         "cpo": "data_driven", "grpo": "data_driven", "rloo": "data_driven"}  # the strategy that each is tried with  # fmt: skip
+
+
 def list_kinds() -> dict:
     """name -> (trainer class, configuration class, rows, further arguments of the trainer, of the configuration)."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -82,52 +90,53 @@ def list_kinds() -> dict:
     }
 
 
-def run(kind: str, tokenizer, folder, settings: dict | None):
-    """Train three steps, with v0 from one callback or (None) without; (first log, trainer, callback)."""
+def read_own_logs(trainer) -> list[dict]:
+    """The logs of the steps, without what is of the clock."""
+    logs = [entry for entry in read_logs(trainer) if "loss" in entry]
+    return [{k: v for k, v in entry.items() if "time" not in k and "tokens_per" not in k} for entry in logs]
+
+
+def make_trainer(kind: str, tokenizer, folder, by_mixin: bool = False, callbacks=(), **v0):
+    """A trainer for three steps; with `by_mixin` of a class of ours, with these v0 settings."""
     import datasets
 
     trainer_class, config_class, rows, further, of_config = list_kinds()[kind]
+    if by_mixin:
+        trainer_class = type("Ours", (V0InitMixin, trainer_class), {})
+        config_class = dataclass(type("OurConfig", (V0InitArguments, config_class), {}))
+        globals()["OurConfig"] = config_class  # where pickle looks for it
     model = make_llama(tokenizer)
     if kind == "reward":
         model = make_llama(tokenizer, LlamaForSequenceClassification, num_labels=1)
     model.save_pretrained(folder / "model")  # some make a reference model from where this one came from
     model = type(model).from_pretrained(folder / "model")
     options = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "bf16": False,
-    }
-    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "seed": 3}
-    trainer = trainer_class(
+        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "seed": 3, "learning_rate": 1e-2,
+    }  # fmt: skip
+    return trainer_class(
         model=model,
-        args=config_class(**options | {"learning_rate": 1e-2} | of_config),
+        args=config_class(**options | of_config | v0),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
+        callbacks=list(callbacks),
         **further,
     )
-    callback = None
-    if settings is not None:
-        callback = V0InitCallback(**settings)
-        callback.attach(trainer)
+
+
+def run(kind: str, tokenizer, folder, settings: dict | None = None):
+    """Train three steps, with v0 from one callback or (None) without; (logs, trainer, callback)."""
+    trainer = make_trainer(kind, tokenizer, folder)
+    callback = None if settings is None else V0InitCallback(**settings).attach(trainer)
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    timed = ("time", "runtime", "per_second", "tokens_per")
-    return (
-        [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in logs],
-        trainer,
-        callback,
-    )
+    return read_own_logs(trainer), trainer, callback
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward", "orpo", "cpo", "grpo", "rloo"])
-def test_trl_trains_and_its_first_log_is_the_stock_one(kind, strategy, tokenizer, tmp_path):
-    stock, _, _ = run(kind, tokenizer, tmp_path / "a", None)
-    settings = {"v0_init": strategy, "v0_decay": "beta2"} | (
-        {"v0_estimation_steps": 2} if strategy == "data_driven" else {}
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_trl_trains_and_its_first_log_is_the_stock_one(kind, tokenizer, tmp_path):
+    stock, _, _ = run(kind, tokenizer, tmp_path / "a")
+    settings = {"v0_init": KINDS[kind], "v0_decay": "beta2"}
+    settings |= {"v0_estimation_steps": 2} if KINDS[kind] == "data_driven" else {}
     ours, trainer, callback = run(kind, tokenizer, tmp_path / "b", settings)
     assert ours[0] == stock[0]
     assert len(ours) == 3 and callback.report["v0_max"] > 0
@@ -138,7 +147,7 @@ def test_trl_trains_and_its_first_log_is_the_stock_one(kind, strategy, tokenizer
     assert steps is not None and steps.is_attached == bool(missing)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_trl_measures_its_length_in_the_first_step(kind, tokenizer, tmp_path):
     """With nothing read or generated for it: the second batch, or the completions of it, are those of the run of that length."""
     ours, _, callback = run(kind, tokenizer, tmp_path / "a", {"v0_init": "data_driven"})
@@ -148,6 +157,30 @@ def test_trl_measures_its_length_in_the_first_step(kind, tokenizer, tmp_path):
     assert (callback.length["reason"] is None) == (kind != "grpo")
     expected, _, _ = run(kind, tokenizer, tmp_path / "b", {"v0_init": "data_driven", "v0_decay_steps": steps})
     assert ours == expected
+
+
+def test_trls_trainer_and_configuration_with_the_mixin(tokenizer, tmp_path):
+    """With its own data preparation, loss and metrics; the card and the record are written."""
+    recorder = Recorder()
+    recorder.trainer = trainer = make_trainer(
+        "sft", tokenizer, tmp_path / "a", True, [recorder], v0_init="data_driven", v0_scale=3.0, v0_estimation_steps=2
+    )
+    trainer.train()
+    assert len(recorder.v0) == 9 and all(trainer.model.get_parameter(name).dim() >= 2 for name in recorder.v0)
+    for name, v0 in recorder.v0.items():  # at step 1; the second refines it
+        torch.testing.assert_close(v0, 3.0 * recorder.gradients[0][name].square(), rtol=1e-6, atol=0)
+    assert_recurrence(recorder, trainer.args.adam_beta2)
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny", tags=["mine"])
+    card, report = (tmp_path / "a" / "README.md").read_text(), trainer.get_v0_report()
+    assert all(card.count(f"- {tag}\n") == 1 for tag in [*list_tags(report), "mine", "sft"])
+    assert card.count(compose_v0_section(report)) == 1 and read_report(tmp_path / "a") == report
+
+    stock = run("sft", tokenizer, tmp_path / "b")[1]
+    zeros = make_trainer("sft", tokenizer, tmp_path / "c", True, v0_init="zeros")
+    zeros.train()
+    assert_equal_weights(stock, zeros)
+    assert zeros.get_v0_report() is None and read_own_logs(stock)[0] == read_own_logs(trainer)[0]
 
 
 # ---- sentence-transformers ---------------------------------------------------------------------------------------------------
@@ -199,8 +232,11 @@ def make_sentence_run(kind: str, model):
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["ranking", "cached_ranking", "dict_of_data", "components", "softmax"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("ranking", "data_driven"), ("cached_ranking", "first_gradient"), ("cached_ranking", "data_driven"),
+     ("dict_of_data", "data_driven"), ("components", "random"), ("softmax", "data_driven")],
+)  # fmt: skip
 def test_sentence_transformers_train_with_default_arguments(kind, strategy, bert_folder, tmp_path):
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     from sentence_transformers.models import Pooling, Transformer
