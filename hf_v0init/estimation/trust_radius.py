@@ -36,6 +36,7 @@ from torch import nn
 from ..errors import InputError
 from ..sharding.parts import get_local_part, is_dtensor, is_sharded, read_gradient
 from ..sharding.processes import add_over_processes, get_rank_and_world_size, raise_together
+from ..sharding.tensor_statistics import get_wide_dtype
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -142,7 +143,7 @@ def measure_trust_radius(
         write_rng_states(states)  # the losses have the masks of the gradients
         walk = _StepWalk(
             [(parameter, 1.0) for parameter in parameters],
-            lambda: sum(float(loss_fn(model, batch).detach().double()) for batch in batches),
+            lambda: sum(float(loss_fn(model, batch).detach()) for batch in batches),
             model,
         )
         for parameter in model.parameters():
@@ -225,7 +226,7 @@ class _StepWalk:
         predicted = self._sum(
             [
                 sum(
-                    rate * float(get_local_part(g).float().abs().sum(dtype=torch.float64))
+                    rate * float(get_local_part(g).float().abs().sum(dtype=get_wide_dtype(g.device)))
                     for g, rate in zip(self.gradients, self.rates, strict=True)
                 )
             ]
@@ -294,7 +295,7 @@ class _StepWalk:
         try:
             write_rng_states(self.rng_states)  # the same masks at every displacement
             loss = self.loss_fn()
-            total = float(loss.detach().double() if isinstance(loss, torch.Tensor) else loss)
+            total = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
             self.result.num_forwards += 1
         except Exception as exception:
             error = exception

@@ -9,6 +9,11 @@ from .parts import get_local_part
 from .processes import get_rank_and_world_size
 
 
+def get_wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which to sum on a device: fp64, and fp32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[tuple[float, float, float, float]]:
     """Compute (mean, smallest, largest, number of zeros) of each tensor, of the whole where it is sharded.
 
@@ -23,7 +28,7 @@ def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[t
     device = parts[0].device
     measured = [_measure(part).to(device) for part in parts]
     found = torch.stack(measured)
-    counts = torch.tensor([float(part.numel()) for part in parts], dtype=torch.float64, device=device)
+    counts = torch.tensor([float(part.numel()) for part in parts], dtype=found.dtype, device=device)
     sums, extremes = torch.cat([counts[:, None], found[:, :2]], dim=1), found[:, 2:].contiguous()
     if over_processes and get_rank_and_world_size()[1] > 1:
         # Replicas count alike in sums and counts, so means are right whatever the mesh.
@@ -38,9 +43,10 @@ def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[t
 
 
 def _measure(part: torch.Tensor) -> torch.Tensor:
-    """Return (sum, number of elements that are not zero, minus the smallest, the largest) in fp64, on the part's device."""
+    """Return (sum, number of elements that are not zero, minus the smallest, the largest), on the part's device."""
+    dtype = get_wide_dtype(part.device)
     if part.numel() == 0:
-        return torch.tensor([0.0, 0.0, -math.inf, -math.inf], dtype=torch.float64, device=part.device)
+        return torch.tensor([0.0, 0.0, -math.inf, -math.inf], dtype=dtype, device=part.device)
     low, high = torch.aminmax(part)
     total = part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
-    return torch.stack([value.double() for value in (total, torch.count_nonzero(part), -low, high)])
+    return torch.stack([value.to(dtype) for value in (total, torch.count_nonzero(part), -low, high)])

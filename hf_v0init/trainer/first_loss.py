@@ -61,7 +61,7 @@ class LossRecorder:
             with preserve_trainer(self.trainer), self.trainer.compute_loss_context_manager():
                 write_rng_states(states)
                 loss = self._compute_loss(model, _copy(inputs), *args, **_plain(kwargs))
-            total += float(loss.detach().double().mean())
+            total += float(loss.detach().cpu().double().mean())
         return total
 
     def _record(self, model, inputs, *args, **kwargs):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_v0init.sharding import tensor_statistics
 from hf_v0init.sharding.draws import BLOCK_NUMEL, compute_block_seed, draw_standard_normal_
 from hf_v0init.sharding.parts import Fragment, clean_parameter_name, find_pieces
 from hf_v0init.sharding.tensor_statistics import compute_figures
@@ -83,7 +84,12 @@ def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
     assert find_pieces(Fragment(torch.empty(0), shape, whole.numel())) == []
 
 
-def test_figures_of_whole_tensors_and_fragments():
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_figures_of_whole_tensors_and_fragments(device, monkeypatch):
+    """In the dtype of sums on that device: Apple's GPUs have no fp64."""
+    dtype = tensor_statistics.get_wide_dtype(torch.device(device))
+    assert dtype == (torch.float32 if device == "mps" else torch.float64)
+    monkeypatch.setattr(tensor_statistics, "get_wide_dtype", lambda _: dtype)
     values = torch.tensor([[0.0, 2.0], [4.0, 0.0]])
     fragment = Fragment(values.flatten()[1:3], (2, 2), 1)
     assert compute_figures([values, fragment], over_processes=False) == [(1.5, 0.0, 4.0, 2), (3.0, 2.0, 4.0, 0)]
