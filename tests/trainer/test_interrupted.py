@@ -177,15 +177,32 @@ def test_the_stock_trainers_broken_checkpoints_lack_its_last_file(server, tmp_pa
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
-    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
-    answer = server.run(tmp_path, task="interrupt", kill=kill | {"signal": signal.SIGINT})
-    assert answer["result"]["left"] == {
+def check_interrupt(server, folder: Path, kill: dict, straight: dict) -> bool:
+    """True if the interrupt met the pass."""
+    answer = server.run(folder, task="interrupt", kill=kill | {"signal": signal.SIGINT})
+    left = answer["result"]["left"]
+    if left is None or left["step"] > 0 or left["report"] is not None:  # it came after the pass
+        return False
+    assert left == {
         "step": 0, "untouched": True, "report": None, "weights": True, "gradients": 0, "hooks": 0, "rng": True, "modes": True,
         "files": [],
     }  # fmt: skip
     assert find_differences(straight["result"], answer["result"]) == []
+    return True
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ctrl_c_in_the_pass_leaves_nothing_and_the_trainer_usable(server, straight, tmp_path, seed):
+    kill = choose_kill(straight["events"], "pass", random.Random(seed)) | {"occurrence": 2 + 3 * seed}
+    assert check_interrupt(server, tmp_path, kill, straight)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_hundred_moments_of_the_pass(server, straight, tmp_path):
+    generator = random.Random(5)
+    kills = [choose_kill(straight["events"], "pass", generator) for _ in range(100)]
+    met = [check_interrupt(server, tmp_path / str(number), kill, straight) for number, kill in enumerate(kills)]
+    assert sum(met) >= 75
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
