@@ -71,10 +71,11 @@ def _choose_scale(content: dict[str, Any], small: bool) -> dict[str, Any]:
         raise InputError("--small: the file has no small scale (a mapping `small`); leave the flag out")
     if isinstance(scale, bool):
         return content
-    scale = _take_known(scale, SMALL_KEYS)
+    _take_known(scale, SMALL_KEYS)
     if not small:
         return {**content, "small": False}
-    content = {**content, "arguments": {}, **scale, "small": True}
+    content = {**content, "arguments": {}, **scale, "small": True}  # null takes away what the full scale has
+    content = {key: value for key, value in content.items() if value is not None}
     seed = content.pop("seed", None)
     return content if seed is None else {**content, "grids": [{**grid, "seed": seed} for grid in _take_grids(content)]}
 

@@ -110,8 +110,8 @@ class RunProcess:
         return time.monotonic() - self.started
 
     def stop(self, state: str, reason: str) -> None:
-        """Ask the process to end, once; `kill` is due after the grace period."""
-        if self.stop_as is None:
+        """Ask the process to end, once and if it has not; `kill` is due after the grace period."""
+        if self.stop_as is None and self.process.poll() is None:
             self.stop_as = (state, reason)
             self.kill_at = time.monotonic() + GRACE_SECONDS
             launch.signal_group(self.process.pid, signal.SIGINT)
@@ -220,7 +220,7 @@ def judge_output(output: Path, metric: str) -> tuple[str, str | None]:
         the results nor in the log; else `finished` and None.
     """
     trace, log, results = LossTrace(), files.read_log(output), files.read_json(output / files.FINAL_FILE) or {}
-    for entry in [*log, results]:
+    for entry in [*log, {key: value for key, value in results.items() if key == "eval_loss"}]:
         trace.add(entry)
     value = next((e[metric] for e in [results, *reversed(log)] if isinstance(e.get(metric), int | float)), None)
     if not trace.not_finite and value is not None and not math.isfinite(value):

@@ -73,8 +73,9 @@ class DatasetArguments:
 
     def describe_missing(self, role: str) -> str:
         """Say that there are no data of a role, and what to give."""
-        name = self.local_flags[0].replace("train", role)
-        return f"there is no {role} data; give --{name}, or a --dataset_name that has this split"
+        file, *pair = [name for name in self.local_flags if name.startswith(role)]
+        files = f"--{file}" + (f", or --{' and --'.join(pair)}" if pair else "")
+        return f"there is no {role} data; give {files}, or a --dataset_name that has this split"
 
     def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
         """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.

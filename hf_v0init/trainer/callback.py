@@ -208,6 +208,7 @@ class V0InitCallback(TrainerCallback):
 
     def _begin(self, settings: V0InitArguments, plan: V0Plan) -> None:
         """A new run, or one from a checkpoint without optimizer state."""
+        self._let_go()
         self.report = self.length = None
         trainer = self._trainer
         if plan.estimator == "per_sample":
@@ -222,13 +223,14 @@ class V0InitCallback(TrainerCallback):
         if plan.init != "zeros":
             self._attach(plan)
         else:
-            self._let_go()
             self._length_handle = call_before_first_update(trainer.optimizer, self._find_length)
         if isinstance(plan.decay_steps, int):
             self._keep_plateau(plan.decay_steps)
 
     def _go_on(self, plan: V0Plan) -> None:
         """Keep the loaded state and its record; name the settings that differ."""
+        self._let_go()
+        self.report = None
         folder, trainer = self._find_checkpoint(), self._trainer
         step, stored = trainer.state.global_step, read_report(folder)
         if plan.init == "zeros":  # a warmup that was measured
@@ -241,7 +243,6 @@ class V0InitCallback(TrainerCallback):
             self._warm_up(self.length["steps"])
             return
         if stored is None or stored["strategy"] == "zeros":
-            self._let_go()
             logger.warning(
                 f"the checkpoint {folder} was trained without a v0 (v0_init.json): its optimizer state stands as it is, "
                 f"and v0_init={plan.init} has no effect on this resumed run"
@@ -279,7 +280,6 @@ class V0InitCallback(TrainerCallback):
     # ---- how -----------------------------------------------------------------------------------------------------------
 
     def _attach(self, plan: V0Plan) -> None:
-        self._let_go()
         trainer = self._trainer
         self.hook = V0Hook(
             trainer.optimizer,
@@ -328,9 +328,11 @@ class V0InitCallback(TrainerCallback):
         report.log()
 
     def _let_go(self) -> None:
+        """Take off what an earlier call of `train` may have left, so that nothing of it acts or is told."""
         for hook in (self.hook, self._length_handle):
             if hook is not None:
                 hook.remove()
+        self.hook = self._length_handle = None
 
     def _remove_recorder(self) -> None:
         if self._recorder is not None:

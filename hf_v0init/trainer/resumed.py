@@ -56,6 +56,5 @@ def find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
         now["num_samples_requested"] = plan.num_samples
         if plan.stats_batch_size is not None:
             now["stats_batch_size"] = plan.stats_batch_size
-    if stored.get("is_written", True):
-        now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
+    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
     return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_cal
 from hf_v0init.compare import process as process_module
 from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
-from hf_v0init.compare.process import LossTrace, find_error_line, judge_output
+from hf_v0init.compare.process import LossTrace, RunProcess, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.errors import InputError
@@ -118,6 +119,16 @@ def test_a_run_whose_loss_is_no_number_is_stopped_and_diverged(comparison):
     assert told.ends[0][2:] == ("diverged", "the training loss is nan at step 10")
     assert time.monotonic() - began < 50  # it would have gone on for 60 seconds
     assert comparison.read_records()["behaviour=nan 42"]["exit_status"] == -signal.SIGINT
+
+
+def test_a_run_that_has_ended_well_before_it_is_told_to_stop_is_finished(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "all_results.json").write_text('{"eval_loss": 1.0, "loss": null}')
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    process.wait()
+    run = RunProcess(None, tmp_path, process, slot=0, record={"state": "running"}, started=time.monotonic())
+    run.stop("interrupted", "the comparison was stopped")
+    assert run.write_end(SimpleNamespace(metric="eval_loss", keep_models=True)) == "finished"
 
 
 def test_a_stubborn_run_is_killed_after_the_grace_period(comparison, monkeypatch):

@@ -252,11 +252,17 @@ def test_betas_of_the_run_reach_optimizers_that_name_them_otherwise(plan_of):
 
 def test_the_small_scale_stands_in_for_the_full_one(tmp_path):
     path = tmp_path / "grid.yaml"
-    scale = {"arguments": {"max_steps": 10, "do_eval": True}, "seed": [7, 8]}
-    content = {**MINIMAL, "arguments": {"max_steps": 1000, "fp16": True, "do_eval": True}, "small": scale}
+    scale = {"arguments": {"max_steps": 10, "do_eval": True}, "seed": [7, 8], "test_metrics": None}
+    content = {
+        **MINIMAL,
+        "arguments": {"max_steps": 1000, "fp16": True, "do_eval": True},
+        "small": scale,
+        "test_metrics": ["predict_bleu"],
+    }
     path.write_text(json.dumps({**content, "grids": [{"v0": ["zeros", "random"], "seed": [1, 2, 3]}]}))
     full, small = read_plan(path), read_plan(path, small=True)
     assert (full.small, small.small) == (False, True)
+    assert (full.test_metrics, small.test_metrics) == (("predict_bleu",), ())
     assert [(run.setting, run.seed) for run in small.runs] == list(
         zip(["no warmup", "random"] * 2, [7, 7, 8, 8], strict=True)
     )

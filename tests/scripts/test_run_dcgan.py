@@ -211,11 +211,13 @@ def test_overwriting_removes_old_checkpoints_and_the_limit_holds(images, tmp_pat
         {"optim": "adamw_torch", "warmup_steps": 2, "max_grad_norm": 1.0},
         {"v0_optimizer": "torch.optim:RAdam", "untuned_warmup": "linear"},
         {"bf16": True},
+        {"v0_init": "random", "v0_preset": "paper"},
     ],
-    ids=["rmsprop", "warmup", "untuned", "bf16"],
+    ids=["rmsprop", "warmup", "untuned", "bf16", "preset"],
 )
 def test_optimizers_schedules_and_precision(images, tmp_path, options):
-    folder = run(images, tmp_path, v0_init="data_driven", max_steps=2, do_eval=False, logging_steps=1, **options)
+    options = {"v0_init": "data_driven", "max_steps": 2, "do_eval": False, "logging_steps": 1} | options
+    folder = run(images, tmp_path, **options)
     assert all(value.isfinite().all() for value in read_weights(folder).values())
     rates = [entry["learning_rate"] for entry in read_log(folder)[:2]]
     if "warmup_steps" in options:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_gpt2, make_sequences
 from trainers import Rates, assert_equal_weights, make_trainer, second_moments_of, train
+from transformers import TrainerCallback
 
 from hf_v0init import InputError, V0InitCallback, V0InitTrainer
 from hf_v0init.trainer.schedule import keep_plateau
@@ -60,6 +61,30 @@ def test_resumed_at_any_step_it_is_the_straight_run_bit_for_bit(straight, stop, 
     for name, v in second_moments_of(trainer).items():
         assert torch.equal(v, second_moments_of(resumed)[name]), name
     assert rates.rates == pytest.approx([1e-2 * min(1, (12 - t) / (12 - L)) for t in range(stop, 12)])
+
+
+class CutOff(TrainerCallback):
+    """Ends a run after some of its steps as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            self.after = 0
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("cut_after", [3, 7])  # while g^2 is measured, and while v0 decays
+@pytest.mark.parametrize("resume_at", [4, 11])
+def test_a_call_that_was_cut_off_leaves_nothing_to_the_next(straight, cut_after, resume_at, tmp_path):
+    strategy, by_callback, trainer, folder = straight
+    resumed = make(tmp_path, by_callback, strategy, seed=99, save_strategy="no")
+    resumed.add_callback(CutOff(cut_after))
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train()
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{resume_at}"))
+    assert_equal_weights(trainer, resumed)
 
 
 def test_what_lies_beside_a_checkpoint(straight):

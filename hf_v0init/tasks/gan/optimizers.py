@@ -22,7 +22,7 @@ from .dcgan import compute_discriminator_loss, compute_generator_loss
 
 logger = logging.getLogger("hf_v0init")
 
-V0_OPTIONS = ("v0_scale", "v0_estimation_steps", "v0_include_bias_and_norm", "v0_decay")
+V0_OPTIONS = ("scale", "estimation_steps", "include_bias_and_norm", "decay")  # of a plan, which has the preset's
 SUMMED = ("num_samples", "num_batches", "num_skipped", "seconds")
 
 
@@ -87,13 +87,14 @@ def choose_decay_steps(training, max_steps: int) -> int | None:
 def attach_to_both(run) -> dict:
     """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
     training, hooks = run.training, {}
-    options = {name: getattr(training, name) for name in V0_OPTIONS}
+    plan = training.resolve(run.max_steps)
+    if plan.init == "zeros":
+        return hooks
+    options = {f"v0_{name}": getattr(plan, name) for name in V0_OPTIONS}
     options |= {"v0_seed": choose_seed(training), "max_steps": run.max_steps, "v0_decay_steps": run.decay_steps}
     for name, network in run.networks.items():
-        hook = attach_v0(run.optimizers[name], network, training.v0_init, **options)
-        if hook is not None:
-            hook.on_written = functools.partial(_log_report, name)
-            hooks[name] = hook
+        hooks[name] = attach_v0(run.optimizers[name], network, plan.init, **options)
+        hooks[name].on_written = functools.partial(_log_report, name)
     return hooks
 
 

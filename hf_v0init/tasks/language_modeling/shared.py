@@ -46,7 +46,7 @@ class LanguageDataArguments(TextDataArguments):
     )
     validation_split_rows: int | None = flag(
         None,
-        "The same by number: validation data are the first so many rows of the training data, also of a stream.",
+        "The same by number: validation data are the first so many rows of the training data.",
     )
     text_column: str | None = flag(None, "Column with the text. Default: 'text', else the first column.")
     block_size: int | None = flag(None, "Tokens of a sample. Default: what model and tokenizer take, within limits.")
@@ -69,10 +69,10 @@ class LanguageDataArguments(TextDataArguments):
         """Split rows into "train" and "validation", its first rows; raise `InputError` if one of them would be empty."""
         number = self.validation_split_rows
         if train is None or (is_stream(train) and number is None):
-            raise InputError(
-                f"{self.describe_missing('validation')}, or for a stream --validation_split_rows 1000 for the first rows of the "
-                "training data"
+            of_stream = (
+                ", or --validation_split_rows 1000 for the first rows of the training data" if is_stream(train) else ""
             )
+            raise InputError(f"{self.describe_missing('validation')}{of_stream}")
         if is_stream(train):
             if next(iter(train.skip(number)), None) is None:
                 raise InputError(f"--validation_split_rows={number}: the training stream has no more rows; lower it")
