@@ -144,6 +144,8 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
                 card.data["model-index"] = eval_results_to_model_index(
                     Path(self.args.output_dir).absolute().name, listed
                 )
+                measured = [result.metric_type for result in listed if result.metric_type != "loss"]
+                card.data["metrics"] = list(dict.fromkeys([*(card.data.get("metrics") or []), *measured])) or None
             path.write_text(str(card), encoding="utf-8")
 
     def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:

@@ -113,10 +113,12 @@ class LoopbackHub:
 
     def make_environment(self, home: str | os.PathLike) -> dict[str, str]:
         """Return the environment for a client process of this server; `home` is its cache folder."""
-        unwanted = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH")
+        unwanted = ("HF_HUB_CACHE", "HF_TOKEN_PATH")
         inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
         return inherited | {
             "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
             "HF_TOKEN": self.token,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",

@@ -431,7 +431,7 @@ def test_push_sends_model_tokenizer_card_and_v0(data, tmp_path):
         "cache_dir": tmp_path / "cache", "push_to_hub": True, "hub_model_id": "someone/words",
     }  # fmt: skip
     with LoopbackHub() as hub:
-        environment = hub.make_environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        environment = hub.make_environment(tmp_path / "home")
         start(SCRIPT, *to_argv(flags), **environment).check_returncode()
         files = hub.repositories["someone/words"].head.files
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "v0_init.json"} <= set(files)
