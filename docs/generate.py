@@ -81,12 +81,8 @@ def make_linear() -> str:
     """Which optimizers a v0 with the linear decay can be used with, and why not with the others."""
     lines = ["| optimizer | `--v0_decay linear` |", "| --- | --- |"]
     for row in SUPPORTED_ROWS:
-        group = {"betas": (0.9, 0.999), "amsgrad": row.name == "AMSGrad"}
-        reason = row.explain_no_linear_decay(group)
-        if not reason and row.stored_error:
-            reason = "its second moment is kept in few bits, in which g^2 is lost beside v0"
         package = "" if row.package == TORCH else f" ({row.package})"
-        lines.append(f"| {row.name}{package} | {f'no: {reason}' if reason else 'yes'} |")
+        lines.append(f"| {row.name}{package} | {row.describe_linear_decay()} |")
     return "\n".join(lines)
 
 

@@ -156,8 +156,8 @@ class V0InitArguments:
         choices=tuple(PRESETS),
     )
     v0_estimator: str | None = _flag(
-        "Whose square data_driven takes: 'minibatch', of the gradients of the run's own first steps as Adam sees them "
-        "(accumulated, reduced, unscaled, clipped; --v0_estimation_steps), or 'per_sample', of single training samples by a pass "
+        "Which gradients data_driven squares: 'minibatch', those of the run's own first steps as Adam sees them "
+        "(accumulated, reduced, unscaled, clipped; --v0_estimation_steps), or 'per_sample', those of single training samples by a pass "
         "before training (eq. 10; --v0_num_samples), for losses that are a mean over independent samples. Default: minibatch.",
         choices=ESTIMATORS,
     )

@@ -27,7 +27,7 @@ from ..method.multiplier import (
     require_beta2,
 )
 from ..method.strategies import SCALED_BY_GRADIENTS, STRATEGIES
-from ..second_moment.table import make_cells, make_markdown_table
+from ..second_moment.table import ROWS, make_cells, make_markdown_table
 from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import connectivity, landscape, linear_loss, saddle
@@ -106,8 +106,8 @@ def explain(
     plan = arguments.resolve(max_steps)
     if plan.decay_steps == AUTO:
         raise InputError(
-            "v0_decay_steps=auto is measured in the run's first step: --probe_only of a training script prints it; here give "
-            "--v0_decay_steps a number"
+            "v0_decay_steps=auto is measured in a run's first step, and is a third to two thirds of training: here give a number, as in "
+            "--v0_decay_steps 500; --probe_only of a training script prints what a run would measure"
         )
     scale = compute_scale_in_force(plan, adam_beta2)
     settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": plan.decay_steps, "v0_scale": scale}
@@ -132,10 +132,13 @@ def optimizers(
     if markdown:
         typer.echo(make_markdown_table())
         return
-    table = Table("optimizer", Column("--optim", overflow="fold"), "v0", "remark", show_lines=True)
-    for name, optim, second_moment, start, error, remark in make_cells():
-        v0 = f"{start} in {second_moment}; {error}" if error else start
-        table.add_row(*(cell.replace("`", "") for cell in (name, optim, v0, remark)))
+    columns = ("optimizer", "--optim", "linear", "beta2", "remark")
+    caption = "linear: takes a v0 with --v0_decay linear, the default; beta2: what holds it with --v0_decay beta2"
+    table = Table(*(Column(name, overflow="fold") for name in columns), show_lines=True, caption=caption)
+    linear = [row.describe_linear_decay().partition(":")[0] for row in ROWS] + ["no"]
+    for decays, (name, optim, second_moment, start, error, remark) in zip(linear, make_cells(), strict=True):
+        beta2 = f"{second_moment}: starts as {start}; {error}" if error else start
+        table.add_row(*(cell.replace("`", "") for cell in (name, optim, decays, beta2, remark)))
     CONSOLE.print(table)
 
 
@@ -254,7 +257,7 @@ def main() -> None:
     except InputError as error:
         exit_with_error(str(error))
     except UsageError as error:
-        exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the flags")
+        exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the commands and flags")
     except typer.Abort:
         raise SystemExit(130) from None
     raise SystemExit(status or 0)

@@ -77,6 +77,15 @@ class OptimizerRow:
             return "its second moment is no mean of g^2 that decays by betas[1]"
         return ""
 
+    def describe_linear_decay(self) -> str:
+        """Say whether v0 can decay linearly with the optimizer's usual options: "yes", or "no: why"."""
+        if not self.key:
+            return "no"
+        reason = self.explain_no_linear_decay({"betas": (0.9, 0.999), "amsgrad": self.name == "AMSGrad"})
+        if not reason and self.stored_error:
+            reason = "its second moment is kept in few bits, in which g^2 is lost beside v0"
+        return f"no: {reason}" if reason else "yes"
+
 
 def read_option(group: dict, option: str) -> float | None:
     """Read a number such as "alpha" or "betas[1]" from the options of a parameter group; None where it is not there."""

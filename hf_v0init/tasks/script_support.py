@@ -89,6 +89,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
         values = read_configuration_file(argv.pop(0))
     tokens = [*_turn_values_into_flags(parser, values), *argv]
     _require_deepspeed_mapping(tokens)
+    unknown = parser.parse_known_args(tokens)[1]
+    if unknown:  # before what the known ones rule out
+        raise InputError(f"unknown flags: {unknown}; --help_all lists all")
     try:
         parsed = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
         given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}

@@ -63,14 +63,14 @@ def require_no_warmup(what: str, trainer, scheduler: LRScheduler | None = None) 
     steps = trainer.args.get_warmup_steps(1000)
     if steps:
         raise InputError(
-            f"{what} and warmup_steps={trainer.args.warmup_steps} are two warmups: drop --warmup_steps, or use --v0_decay beta2, which "
-            "leaves the schedule alone"
+            f"{what} and warmup_steps={trainer.args.warmup_steps} are two warmups: drop warmup_steps, or move its "
+            "length to v0_decay_steps; v0_decay=beta2 with a v0_scale leaves the schedule alone"
         )
     found = find_warmup(scheduler, trainer.state.max_steps) if scheduler is not None else None
     if found:
         raise InputError(
-            f"{what} beside the schedule's own warmup ({found}) are two warmups: give a schedule without one, or use --v0_decay beta2, "
-            "which leaves the schedule alone"
+            f"{what} beside the schedule's own warmup ({found}) are two warmups: give a schedule without one, or use "
+            "v0_decay=beta2 with a v0_scale, which leaves the schedule alone"
         )
 
 
@@ -89,7 +89,7 @@ def keep_plateau(trainer, scheduler: LRScheduler, num_steps: int) -> None:
 
     _put(scheduler, [flatten(factor) for factor in longer.lr_lambdas])
     logger.info(
-        f"the schedule stays at its peak for the {num_steps:,} steps of v0, as after --warmup_steps {num_steps}"
+        f"the learning rate stays at its peak for the {num_steps:,} steps of v0, then follows the schedule as after a warmup of that length"
     )
 
 
