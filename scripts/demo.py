@@ -30,8 +30,8 @@ from hf_v0init.method.length import compute_bounds
 from hf_v0init.plots import TrainingCurve, draw_training_curves
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
-NO_WARMUP, CUSTOMARY, BEST = "no warmup", "warmup, 10% of the run", "warmup, the best tried"
-LONG, V0 = "warmup, two thirds of the run", "v0, no warmup"
+NO_WARMUP, CUSTOMARY, BEST = "no warmup", "warmup, 10% of training", "warmup, the best tried"
+LONG, V0 = "warmup, two thirds of training", "v0, no warmup"
 FOLDERS = {NO_WARMUP: "no_warmup", CUSTOMARY: "customary", BEST: "best", LONG: "long", V0: "v0"}
 RUNS_FOR_THE_BEST = 6  # lengths tried: 50, 100, 200, 300, 333 and 400 of 500 steps
 
@@ -44,7 +44,7 @@ class DemoSettings:
     steps: int = 500
     seed: int = 1
     num_pairs: int = 12_000
-    num_test: int = 300
+    num_test: int = 200
     vocab_size: int = 800
     num_layers: int = 6
     d_model: int = 64

@@ -53,6 +53,10 @@ def saddle(
     for run in runs:
         table.add_row(run.name, f"{run.final:.4g}", run.published or "")
     CONSOLE.print(table)
+    CONSOLE.print(
+        "Optimum 0, saddles -1 and 1. The data-driven v0, which the paper does not run here, is the square of the first gradient: at a "
+        "start this flat it is far too small, and is gone after one step."
+    )
     if figure:
         from ..analysis.plots import draw_saddle
 

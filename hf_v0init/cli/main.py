@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
+from ..method.length import compute_bounds
 from ..method.multiplier import (
     PRINTED_STEPS,
     WASHED_OUT,
@@ -72,7 +73,14 @@ def introduce(
         typer.echo(context.get_help())
 
 
-@app.command()
+for name, script in SCRIPTS.items():
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, short_help=script.summary, context_settings=settings)(make_command(name))
+app.command(short_help="Tune v0 and warmup on a grid, confirm on fresh seeds.")(compare)
+app.command(short_help="Write the report on a comparison's folder.")(report)
+
+
+@app.command(short_help="Print what v0 does to the step size, without training.")
 def explain(
     v0_init: Annotated[str, typer.Option("--v0_init", help=f"Strategy: {', '.join(STRATEGIES)}.")] = "data_driven",
     v0_decay: Annotated[
@@ -104,10 +112,11 @@ def explain(
         raise InputError(f"v0_decay_steps={v0_decay_steps}: must be a number or {AUTO}") from error
     arguments = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale)
     plan = arguments.resolve(max_steps)
-    if plan.decay_steps == AUTO:
+    lengths = compute_bounds(max_steps) if plan.decay_steps == AUTO else (plan.decay_steps,)
+    if plan.decay_steps == AUTO and plan.decay == "beta2":
         raise InputError(
-            "v0_decay_steps=auto is measured in a run's first step, and is a third to two thirds of training: here give a number, as in "
-            "--v0_decay_steps 500; --probe_only of a training script prints what a run would measure"
+            f"v0_decay_steps=auto is measured in a run's first step: here give a number, as in --v0_decay_steps {lengths[0]}; "
+            "--probe_only of a training script prints what a run would measure"
         )
     scale = compute_scale_in_force(plan, adam_beta2)
     settings = {"v0_init": v0_init, "v0_decay": plan.decay, "v0_decay_steps": plan.decay_steps, "v0_scale": scale}
@@ -117,14 +126,14 @@ def explain(
     if v0_init == "zeros":
         CONSOLE.print("v0 = 0 is Adam as it is: m(t) = 1 at every step, no warmup, nothing to wash out.")
     elif plan.decay == "linear":
-        _print_linear(plan.decay_steps, max_steps)
+        _print_linear(lengths, max_steps)
     elif scale is None:
         _print_random(adam_beta2, max_steps)
     else:
         _print_multiplier(scale, adam_beta2, max_steps)
 
 
-@app.command()
+@app.command(short_help="Print which optimizers take a v0, and how.")
 def optimizers(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
@@ -142,16 +151,7 @@ def optimizers(
     CONSOLE.print(table)
 
 
-for further in (saddle, linear_loss, landscape, connectivity, report, compare):
-    app.command()(further)
-for name, script in SCRIPTS.items():
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(name, help=f"{script.summary} Flags: hf-v0init {name} --help", context_settings=settings)(
-        make_command(name)
-    )
-
-
-@app.command()
+@app.command(short_help="Print versions and devices, for a report of a problem.")
 def env() -> None:
     """Print the versions and devices that a report of a problem should contain."""
     for package in PACKAGES:
@@ -164,6 +164,12 @@ def env() -> None:
     typer.echo(f"- devices: {', '.join(names) or 'no CUDA device'} (CUDA {torch.version.cuda})")
 
 
+app.command(short_help="Draw the loss on a plane through a checkpoint.")(landscape)
+app.command(short_help="Draw the loss on the line between two checkpoints.")(connectivity)
+app.command(short_help="The paper's toy saddle: Adam's first step, four ways.")(saddle)
+app.command(short_help="The paper's linear loss: how the second moment drifts.")(linear_loss)
+
+
 def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
     """Return the size of v0 beside g^2, as far as it is known beforehand: not for `random` without a length, nor with linear."""
     if plan.decay != "beta2" or (plan.init not in SCALED_BY_GRADIENTS and plan.decay_steps is None):
@@ -171,23 +177,34 @@ def compute_scale_in_force(plan: V0Plan, beta2: float) -> float | None:
     return plan.get_scale(beta2)
 
 
-def _print_factors(heading: str, factors: Mapping[int, float], max_steps: int) -> None:
-    table = make_table("step t", heading)
-    for step, factor in factors.items():
-        table.add_row(f"{step:,}" + (" (end)" if step == max_steps else ""), _format_multiplier(factor))
+def _print_factors(factors: Mapping[str, Mapping[int, float]], max_steps: int) -> None:
+    """Print a column for each entry: heading -> step -> factor; all have the same steps."""
+    table = make_table("step t", *factors)
+    for step in next(iter(factors.values())):
+        end = " (end)" if step == max_steps else ""
+        table.add_row(f"{step:,}{end}", *(_format_multiplier(column[step]) for column in factors.values()))
     CONSOLE.print(table)
 
 
-def _print_linear(decay_steps: int, max_steps: int) -> None:
+def _print_linear(lengths: tuple[int, ...], max_steps: int) -> None:
+    if len(lengths) > 1:
+        shortest, longest = lengths
+        CONSOLE.print(
+            f"The run's first step measures L, from {shortest:,} to {longest:,} of {max_steps:,} steps; --probe_only of a training "
+            "script prints it beforehand."
+        )
     CONSOLE.print("Effective learning-rate factor of an element whose g² keeps its size:")
-    steps = sorted({*PRINTED_STEPS, decay_steps // 2, decay_steps, max_steps})
-    factors = {step: compute_linear_factor(step, decay_steps) for step in steps if 1 <= step <= max_steps}
-    _print_factors("min(1, t / L)", factors, max_steps)
+    steps = sorted({*PRINTED_STEPS, *(n // 2 for n in lengths), *lengths, max_steps})
+    columns = {
+        f"min(1, t / {length:,})": {t: compute_linear_factor(t, length) for t in steps if 1 <= t <= max_steps}
+        for length in lengths
+    }
+    _print_factors(columns, max_steps)
     CONSOLE.print(
-        f"The schedule stays at its peak for these {decay_steps:,} steps, as after a linear warmup of that length. Elements whose "
-        "gradients grow meanwhile are slowed less, those whose gradients shrink are slowed more."
+        "The schedule stays at its peak for these L steps, as after a linear warmup of that length. Elements whose gradients "
+        "grow meanwhile are slowed less, those whose gradients shrink are slowed more."
     )
-    if decay_steps >= max_steps:
+    if min(lengths) >= max_steps > 1:
         CONSOLE.print(
             f"Warning: the run has {max_steps:,} steps, so v0 never leaves. Remedy: --v0_decay_steps 0.33",
             style="yellow",
@@ -196,7 +213,7 @@ def _print_linear(decay_steps: int, max_steps: int) -> None:
 
 def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
     CONSOLE.print("m(t), the factor on Adam's step:")
-    _print_factors("m(t)", compute_multiplier_table(scale, beta2, max_steps), max_steps)
+    _print_factors({"m(t)": compute_multiplier_table(scale, beta2, max_steps)}, max_steps)
 
     reached = make_table("m(t) reaches", "at step")
     for target in TARGETS:

@@ -36,7 +36,7 @@ SCRIPTS = {
         "run_translation", "translation.script", "Train and evaluate an encoder-decoder model for translation."
     ),
     "clm": Script(
-        "run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, Llama, AWD-LSTM, ...)."
+        "run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, LSTM)."
     ),
     "mlm": Script("run_mlm", "language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
     "images": Script("run_image_classification", "images.script", "Train and evaluate an image classifier.", "images"),

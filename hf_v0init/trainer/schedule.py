@@ -2,7 +2,9 @@
 
 A v0 takes the ramp's place, so the rest of the schedule must be what it is beside a warmup of that length:
 
-    lambda'(t) = lambda_L(max(t, L))        lambda_L: what the Trainer makes with `warmup_steps=L`
+    lambda'(t) = lambda_L(t) from L on, before it lambda_L's peak        lambda_L: what the Trainer makes with `warmup_steps=L`
+
+The peak is lambda_L(L); of `cosine_warmup_with_min_lr`, whose cosine has begun there, lambda_L(L - 1).
 
 Of transformers' schedules those without a warmup (`constant`, `reduce_lr_on_plateau`, `greedy`) stay as they are, and so do schedules that
 were passed in.
@@ -85,7 +87,8 @@ def keep_plateau(trainer, scheduler: LRScheduler, num_steps: int) -> None:
         return
 
     def flatten(factor: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda steps_made: factor(max(steps_made, num_steps))
+        peak = max(factor(num_steps - 1), factor(num_steps))
+        return lambda steps_made: peak if steps_made < num_steps else factor(steps_made)
 
     _put(scheduler, [flatten(factor) for factor in longer.lr_lambdas])
     logger.info(

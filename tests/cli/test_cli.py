@@ -73,8 +73,16 @@ def test_the_linear_decay_is_a_linear_factor(steps):
     assert "Warning" in run_explain("--v0_decay_steps", "1000", "--max_steps", "1000").stdout
 
 
-def test_a_length_that_is_measured_is_asked_for():
-    done = run_explain()
+def test_a_length_that_is_measured_has_a_column_for_each_bound():
+    done = run_explain("--max_steps", "900")
+    assert done.returncode == 0 and "from 300 to 600 of 900 steps" in " ".join(done.stdout.split())
+    for step, *factors in read_tables(done.stdout):
+        t = int(step.removesuffix(" (end)").replace(",", ""))
+        assert [float(m) for m in factors] == pytest.approx([min(1.0, t / 300), min(1.0, t / 600)], abs=6e-5)
+
+
+def test_a_length_that_is_measured_is_asked_for_with_beta2():
+    done = run_explain("--v0_decay", "beta2", "--v0_decay_steps", "auto")
     assert done.returncode == 2 and "--probe_only" in done.stderr
 
 
