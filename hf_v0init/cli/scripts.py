@@ -35,9 +35,7 @@ SCRIPTS = {
     "translate": Script(
         "run_translation", "translation.script", "Train and evaluate an encoder-decoder model for translation."
     ),
-    "clm": Script(
-        "run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, LSTM)."
-    ),
+    "clm": Script("run_clm", "language_modeling.script", "Train and evaluate a causal language model (GPT, LSTM)."),
     "mlm": Script("run_mlm", "language_modeling.masked_script", "Train and evaluate a masked language model (BERT)."),
     "images": Script("run_image_classification", "images.script", "Train and evaluate an image classifier.", "images"),
     "dcgan": Script("run_dcgan", "gan.script", "Train a DCGAN on images.", "images"),

@@ -92,7 +92,7 @@ def test_a_module_that_a_launcher_starts_ends_with_one_line():
 
 def test_the_base_installation_explains():
     explained = run_hidden(HIDDEN, ["hf-v0init", "explain", "--v0_decay_steps", "9"], COMMAND)
-    assert explained.returncode == 0 and "min(1, t / L)" in explained.stdout and explained.stderr == ""
+    assert explained.returncode == 0 and "min(1, t / 9)" in explained.stdout and explained.stderr == ""
 
 
 @pytest.mark.slow
