@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import textwrap
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
@@ -16,7 +17,7 @@ from transformers import TrainingArguments
 from hf_v0init import V0InitArguments
 
 HELP_FLAGS, HELP_ALL_FLAGS = ("-h", "--help"), ("--help_all", "--help-all")
-WIDTH, FLAG_WIDTH = 120, 34
+WIDTH, FLAG_WIDTH = 80, 30
 COMMON_TRAINING_FLAGS = {
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -41,11 +42,12 @@ def compose_help(
         everything: all of the Trainer's flags with the whole of their texts, not the common ones with their first sentence.
 
     Returns:
-        The text, lines of at most 120 characters.
+        The text, lines of at most 80 characters where words allow.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}
     ours = set(V0InitArguments.__dataclass_fields__)
-    commands = [f"  {line.rstrip()}" for line in examples.replace("{}", program).strip().splitlines()]
+    joined = examples.replace("{}", program).replace("\\\n", "").strip()
+    commands = [_wrap_command(" ".join(line.split())) for line in joined.splitlines()]
     head = [
         f"usage: {program} [FILE.yaml | FILE.json] --flag value ...\n",
         "FILE holds flags as a mapping; flags on the command line override it.\n",
@@ -69,12 +71,17 @@ def compose_help(
             is_short = title.startswith("training") and not everything
             page.add_arguments([_describe_flag(actions[name], is_short) for name in members])
             page.end_section()
-    tail = (
-        []
-        if everything
-        else ["\n--help_all lists all flags of transformers' TrainingArguments, and the texts in full."]
-    )
+    tail = [] if everything else ["\n--help_all lists all flags of transformers' TrainingArguments, texts in full."]
     return "\n".join([*head, page.format_help().strip(), *tail]) + "\n"
+
+
+def _wrap_command(line: str) -> str:
+    """Break a command before a flag, where a shell goes on reading; a comment into comments."""
+    if line.startswith("#"):
+        return textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="  # ")
+    flags = re.sub(r" (?!-)", "\0", line)  # a flag and its value stay together
+    lines = textwrap.wrap(flags, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+    return ("  " + " \\\n      ".join(lines)).replace("\0", " ")
 
 
 def _describe_flag(action: argparse.Action, is_short: bool) -> argparse.Action:
