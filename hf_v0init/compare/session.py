@@ -7,7 +7,7 @@
 | interrupted, running (its worker is gone), nothing | starts it from scratch in an emptied folder, or resumes it |
 
 An interrupted run starts from scratch also if its script saves checkpoints: its clock and its curve are then those of one process.
-With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `claims`).
+With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `executor`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from rich.text import Text
 from ..errors import InputError
 from . import files
 from .axes import suggest
-from .claims import lock_plan
 from .cluster import SubmititExecutor
 from .comparison_file import read_plan
-from .executor import LocalExecutor, read_record, stop_on_signals
+from .executor import LocalExecutor, lock_plan, read_record, stop_on_signals
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay

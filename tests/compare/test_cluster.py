@@ -15,9 +15,9 @@ import pytest
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, make_call, wait_until, write_checkpoint
 from rich.console import Console
 
-from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor
 from hf_v0init.compare.comparison_file import read_plan
+from hf_v0init.compare.executor import lock_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.compare.session import TrainRun
 from hf_v0init.errors import InputError

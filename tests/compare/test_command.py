@@ -17,10 +17,9 @@ from command_line import Done, run_command as run_in_process
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
 from rich.console import Console
 
-from hf_v0init.compare import claims as claims_module, executor as executor_module
-from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare import executor as executor_module
 from hf_v0init.compare.comparison_file import read_plan
-from hf_v0init.compare.executor import LocalExecutor
+from hf_v0init.compare.executor import LocalExecutor, lock_plan, make_lease
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.compare.tables import format_seconds
 
@@ -243,13 +242,13 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
 def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(comparison, monkeypatch):
     """Its lease is of another machine, so nobody can see that the process is gone: the call waits until the lease has lapsed."""
     monkeypatch.setattr(executor_module, "CLAIM_SECONDS", 0.1)
-    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(executor_module, "LEASE_SECONDS", 1.5)
     comparison.write(behave("plain", "good")).run()
     (run, _) = read_plan(comparison.config).runs
     record = comparison.folder / "runs" / run.name / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running", "host": "node7", "pid": 1}))
-    claims = claims_module.RunClaims(comparison.folder)
-    assert claims.acquire(run.digest)
+    gone = make_lease(comparison.folder, f"run_{run.digest}")
+    gone.acquire(blocking=False)
     move_to_another_machine(comparison.folder / ".locks" / f"run_{run.digest}.lock")
     began = time.monotonic()
     told = comparison.run()

@@ -17,7 +17,7 @@ import yaml
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, wait_until, write_checkpoint
 
 from hf_v0init.compare import process as process_module
-from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.executor import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
 from hf_v0init.compare.process import LossTrace, RunProcess, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
