@@ -109,14 +109,9 @@ def stop_on_signals() -> Iterator[None]:
 
 
 class LocalExecutor:
-    """Trains runs as processes of this machine.
+    """Trains runs as processes of this machine, `jobs` side by side, on `devices` as `launch.list_devices` returns them.
 
-    Args:
-        folder: of the comparison.
-        jobs: runs side by side.
-        progress: what is told how they go on.
-        devices: as `launch.list_devices` returns them.
-        resume: whether runs that were cut off go on from their newest checkpoint.
+    With `resume` runs that were cut off go on from their newest checkpoint.
     """
 
     def __init__(

@@ -14,9 +14,9 @@ PLAN_FILE, RECORD_FILE = "plan.json", "record.json"
 RUNS_FOLDER, OUTPUT_FOLDER, LOCKS_FOLDER = "runs", "output", ".locks"
 SCRIPT_LOG_FILE = "log.txt"
 # What a run leaves in its output folder
-LOG_FILE, FINGERPRINT_FILE, V0_FILE = "run_log.jsonl", "fingerprint.json", "v0_init.json"
+LOG_FILE, FINGERPRINT_FILE = "run_log.jsonl", "fingerprint.json"
 FINAL_FILE, STATE_FILE = "all_results.json", "trainer_state.json"
-READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, V0_FILE, FINAL_FILE, STATE_FILE)
+READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, FINAL_FILE, STATE_FILE)
 
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"

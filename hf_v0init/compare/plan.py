@@ -1,4 +1,4 @@
-"""A comparison as it is planned: what its file says (see `comparison_file`), and its runs (see `grid`). Starts nothing.
+"""A comparison as it is planned: what its file says, and its runs (see `comparison_file`). Starts nothing.
 
 The file's grids are the first stage, `tune`. When its runs are over, the best setting of each family is trained on fresh seeds: the
 second stage, `confirm` (see `stages`). A grid that leaves nothing to choose is its own confirmation.

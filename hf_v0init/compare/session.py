@@ -56,21 +56,18 @@ def require_usable_folder(folder: Path) -> None:
         raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
 
 
-def release_failed(plan: Plan, folder: Path) -> None:
-    """Have runs that failed started again: as such that were interrupted."""
-    for run in plan.runs:
-        record = read_record(folder, run)
-        if record.get("state") == files.FAILED:
-            files.write_json(
-                files.find_run(folder, run.name) / files.RECORD_FILE, {**record, "state": files.INTERRUPTED}
-            )
+def update_plan(
+    plan: Plan, folder: Path, retry_failed: bool = False, only: str | None = None
+) -> tuple[Plan, list[PlannedRun]]:
+    """Write the plan with all runs that are known by now; return it, and those to be trained next.
 
-
-def update_plan(plan: Plan, folder: Path, retry_failed: bool = False) -> tuple[Plan, list[PlannedRun]]:
-    """Write the plan with all runs that are known by now; return it, and those to be trained next."""
+    With `retry_failed` runs that failed (or `only` the one of this name) are started again, as such that were interrupted.
+    """
     with lock_plan(folder):
-        if retry_failed:
-            release_failed(lay_out_stages(plan, folder)[0], folder)
+        for run in lay_out_stages(plan, folder)[0].runs if retry_failed else ():
+            record, file = read_record(folder, run), files.find_run(folder, run.name) / files.RECORD_FILE
+            if record.get("state") == files.FAILED and only in (None, run.name):
+                files.write_json(file, {**record, "state": files.INTERRUPTED})
         known, runs = lay_out_stages(plan, folder)
         files.write_json(folder / files.PLAN_FILE, known.to_dict())
     return known, runs
@@ -93,14 +90,7 @@ def train_stages(
 
 @dataclass
 class Session:
-    """One call of the command.
-
-    Attributes:
-        console: where to tell how it goes on.
-        config, folder: the comparison's file and its folder.
-        small: whether at the file's small scale.
-        retry_failed: start failed runs again.
-        resume_runs: go on with interrupted runs from their newest checkpoint.
+    """One call of the command: `config` is the comparison's file, `folder` its folder; the rest are options of the command.
 
     Raises:
         InputError: a file that cannot be read as a comparison, or a folder that holds something else.
@@ -156,7 +146,7 @@ class Session:
         runs = {run.name: run for run in lay_out_stages(self.plan, self.folder)[0].runs}
         if name not in runs:
             raise InputError(f"run={name}: the plan has no such run{suggest(name, runs)}; --list_commands lists them")
-        plan, _ = update_plan(self.plan, self.folder, self.retry_failed)
+        plan, _ = update_plan(self.plan, self.folder, self.retry_failed, only=name)
         with ProgressDisplay(self.console, 1) as progress, stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
             executor = LocalExecutor(self.folder, 1, progress, list_devices(plan), self.resume_runs)
             executor.run(plan, [runs[name]])
@@ -242,12 +232,7 @@ class Session:
 
 @dataclass
 class TrainRun:
-    """What a task of `SubmititExecutor` does; pickled. It reads the comparison's file itself, so no secret of it is written anywhere.
-
-    Attributes:
-        config, folder: the comparison's file and its folder, whole paths.
-        small: whether at small scale.
-    """
+    """What a task of `SubmititExecutor` does; pickled. It reads the comparison's file itself, so no secret of it is written anywhere."""
 
     config: Path
     folder: Path

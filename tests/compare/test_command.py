@@ -21,7 +21,7 @@ from hf_v0init.compare import executor as executor_module
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.executor import LocalExecutor, lock_plan, make_lease
 from hf_v0init.compare.progress import ProgressDisplay
-from hf_v0init.compare.tables import format_seconds
+from hf_v0init.compare.summary import format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
