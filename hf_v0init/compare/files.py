@@ -29,13 +29,14 @@ MASK = "***"
 _SECRET = re.compile(r"(token|key|password)$", re.IGNORECASE)
 
 
-def mask_secrets(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags with `***` in place of every value whose name ends in token, key or password, inside mappings too."""
-    masked = {}
-    for name, value in flags.items():
-        is_hidden = value is not None and _SECRET.search(str(name))
-        masked[name] = MASK if is_hidden else mask_secrets(value) if isinstance(value, dict) else value
-    return masked
+def mask_secrets(value: Any) -> Any:
+    """Return flags with `***` in place of every value whose name ends in token, key or password, inside mappings and lists too."""
+    if isinstance(value, list):
+        return [mask_secrets(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    hidden = {name for name, one in value.items() if one is not None and _SECRET.search(str(name))}
+    return {name: MASK if name in hidden else mask_secrets(one) for name, one in value.items()}
 
 
 def is_secret(name: str, value: Any) -> bool:

@@ -73,7 +73,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON types, as in `plan.json`: secrets masked, of each run what the others have not."""
         content = asdict(self) | {
-            "arguments": mask_secrets(self.arguments),
+            **mask_secrets({"arguments": self.arguments, "slurm": self.slurm}),
             "runs": [self.describe_run(r) for r in self.runs],
         }
         return json.loads(json.dumps(content))

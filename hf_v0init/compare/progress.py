@@ -90,7 +90,8 @@ class ProgressDisplay:
             return
         self.has_announced = True
         end, later = (
-            datetime.now() + timedelta(seconds=seconds * n / self.jobs) for n in (num_left, num_left + self.num_later)
+            datetime.now() + timedelta(seconds=seconds * -(-n // self.jobs))
+            for n in (num_left, num_left + self.num_later)
         )
         text = f"By the first run's pace a run takes {format_seconds(seconds)}: {num_left} runs with {self.jobs} at a time until "
         self.tell(f"{text}{end:%a %H:%M}" + (f", the second stage until {later:%a %H:%M}." if self.num_later else "."))

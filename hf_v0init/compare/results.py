@@ -142,7 +142,7 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
     }
     evaluations = _add_losses(row, files.read_log(output), metric, trainer.get("global_step"), results.get(metric))
     test_metrics = plan.get("test_metrics") or []
-    row |= {name: results[name] for name in test_metrics if _is_number(results.get(name))}
+    row |= {name: results[name] for name in test_metrics if isinstance(results.get(name), int | float)}
     if row["state"] == files.FINISHED:
         problems += [f"left no {name}" for name in test_metrics if name not in row]
         if evaluations and evaluations[-1]["step"] < row["num_steps"]:
@@ -156,7 +156,7 @@ def _add_losses(row: dict[str, Any], log: list[dict], metric: str, num_steps: in
     curve: dict[int, dict[str, Any]] = {}
     for entry in log:
         if metric in entry:
-            loss = float(entry[metric]) if _is_number(entry[metric]) else math.nan
+            loss = float(entry[metric]) if isinstance(entry[metric], int | float) else math.nan
             clock = entry.get("train_seconds")
             curve.setdefault(entry["step"], {"step": entry["step"], "loss": loss, "train_seconds": clock})
     row["num_steps"] = num_steps or max((entry["step"] for entry in log), default=None)
@@ -166,17 +166,13 @@ def _add_losses(row: dict[str, Any], log: list[dict], metric: str, num_steps: in
     row["train_seconds"] = clocks[-1] if clocks else None
     start = curve.get(0, {}).get("loss", math.nan)
     row["start_loss"] = start if math.isfinite(start) else None
-    if _is_number(final) and row["num_steps"] is not None:
+    if isinstance(final, int | float) and row["num_steps"] is not None:
         # The final evaluation stands for the end of the curve; it differs from the log's where checkpoints are averaged.
         end = {"step": int(row["num_steps"]), "train_seconds": row["train_seconds"]}
         curve.setdefault(end["step"], end)["loss"] = float(final)
-    losses = [float(final)] if _is_number(final) else [evaluation["loss"] for evaluation in curve.values()]
+    losses = [float(final)] if isinstance(final, int | float) else [evaluation["loss"] for evaluation in curve.values()]
     row["final_loss"] = losses[-1] if losses else None
     return list(curve.values())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def find_odd_beginnings(runs: pd.DataFrame) -> list[dict[str, Any]]:

@@ -114,7 +114,10 @@ class Session:
         """Train both stages and report; return the exit status."""
         plan, folder = self.plan, self.folder
         found = list_devices(plan, devices) if launcher == "local" else None
-        jobs = jobs or choose_jobs(plan, found)
+        at_once = (
+            choose_jobs(plan, found) if launcher == "local" else plan.slurm.get("array_parallelism", len(plan.runs))
+        )
+        jobs = jobs or at_once
         was_stopped = False
         with stop_on_signals():
             self.console.print(Text(plan.title, style="bold"))

@@ -133,6 +133,17 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     assert len(comparison.read_journal()) == 3
 
 
+def test_a_failed_run_is_tried_again_by_its_name_and_no_other(comparison):
+    comparison.write(behave("plain", "fail", "refuse")).run()
+    (name,) = [run.name for run in read_plan(comparison.config).runs if "fail" in run.name]
+    (comparison.root / "fake.py").write_text(FAKE_SCRIPT.replace('if behaviour == "fail"', "if False"))
+    assert call_command(comparison, "--run", name).returncode == 1 and len(comparison.read_journal()) == 3
+    done = call_command(comparison, "--run", name, "--retry_failed")
+    assert done.returncode == 0 and f"{name}: finished." in done.stdout
+    states = {"behaviour=plain 42": "finished", "behaviour=fail 42": "finished", "behaviour=refuse 42": "failed"}
+    assert comparison.read_states() == states and len(comparison.read_journal()) == 4
+
+
 def test_the_second_stage_is_listed_when_the_first_is_over(comparison):
     comparison.write([{"learning_rate": [1e-3, 1e-2]}], confirm_seeds=2).run()
     for record in comparison.folder.glob("runs/*seed44*/record.json"):
