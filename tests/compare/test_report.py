@@ -14,7 +14,7 @@ from hf_v0init.compare.files import PLAN_FILE
 from hf_v0init.compare.report import read_conclusion, write_report
 from hf_v0init.compare.results import read_comparison
 from hf_v0init.compare.statistics import Verdict
-from hf_v0init.compare.summary import make_confirmed_table, summarize
+from hf_v0init.compare.summary import format_interval, make_confirmed_table, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = {1: 0.0, 2: 0.002, 3: -0.002, 4: 0.001}
@@ -238,6 +238,23 @@ def test_committed_results_follow_from_their_committed_numbers(plan, tmp_path):
     assert (folder / "report.md").read_bytes().split() == without.split()
     for name in set(before) - {"report.md"}:
         assert (folder / name).read_bytes() == before[name]
+
+
+def test_the_page_of_results_says_what_the_committed_numbers_say():
+    """Its intervals, in the order of its rows: every contrast of v0 and warmup there is."""
+    place = ROOT / "configs" / "compare" / "results"
+    rows = [line for line in (place / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    found = []
+    for name in ("multi30k_small", "multi30k", "multi30k_paper_model", "ptb_small"):
+        for here in summarize(read_comparison(place / name)):
+            if here.replacement:
+                verdicts = (here.contrasts[0].verdict, here.replacement.verdict)
+                assert verdicts == (Verdict.NOT_SIGNIFICANT, Verdict.NOT_SHOWN)
+                words = f"| {format_interval(here.contrasts[0].interval)} | not significant"
+                found.append((f"({name}/report.md)", words))
+    assert len(rows) == len(found)
+    for row, (link, words) in zip(rows, found, strict=True):
+        assert link in row and words in row, row
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):
