@@ -43,11 +43,10 @@ def make_lease(folder: Path, name: str) -> SoftFileLease:
 
 def describe_holder(lease: SoftFileLease) -> str:
     """Say in words which worker holds a lock."""
-    if lease.owner is None:
+    owner = lease.owner  # read once: it may be gone at the next look
+    if owner is None:
         return "another worker"
-    return f"process {lease.owner.pid}" + (
-        "" if lease.owner.hostname == platform.node() else f" on {lease.owner.hostname}"
-    )
+    return f"process {owner.pid}" + ("" if owner.hostname == platform.node() else f" on {owner.hostname}")
 
 
 def lock_plan(folder: Path) -> contextlib.AbstractContextManager:

@@ -19,7 +19,8 @@ from .results import Comparison
 from .statistics import compute_half_width, compute_paired_interval
 from .summary import Condition
 
-# Told apart by the colour-blind, and in grey by style and marker; the first four are of no warmup, warmup, v0, v0 + warmup.
+# Told apart by the colour-blind, and in grey by style and marker; the first four are of no warmup, warmup, v0, v0 + warmup,
+# the others in turn of further families.
 LOOKS = (("#333333", ":", "s"), ("#D55E00", "--", "^"), ("#0072B2", "-", "o"), ("#009E73", "-.", "D"))
 LOOKS += (("#CC79A7", "-.", "v"), ("#E69F00", "--", "P"), ("#56B4E9", "-", "X"), ("#882255", ":", "*"))
 STYLE = {
@@ -67,7 +68,7 @@ class _Artist:
         chosen = [choice.family for here in conditions for choice in here.choices]
         confirmed = [family for here in conditions for family in here.losses]
         families = dict.fromkeys([NONE, WARMUP, V0, V0_AND_WARMUP, *chosen, *confirmed])
-        self.looks = dict(zip(families, itertools.cycle(LOOKS), strict=False))
+        self.looks = dict(zip(families, itertools.chain(LOOKS, itertools.cycle(LOOKS[4:])), strict=False))
         metric = comparison.plan.get("metric") or "eval_loss"
         self.metric = "validation loss" if metric == "eval_loss" else metric
 
@@ -132,13 +133,11 @@ class _Artist:
         if not chosen:
             return None
         figure, axes = self.pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
-        rates: set[float] = set()
         for choice in chosen:
             colour, style, marker = self.looks[choice.family]
             means = tuned[tuned["setting"] == choice.setting].groupby("learning_rate")["scored_loss"].mean()
             axes.plot(means.index, means, style, marker=marker, color=colour, label=_shorten(choice.setting))
-            rates |= set(means.index)
-        ticks = _keep_apart(sorted(rates))
+        ticks = _keep_apart(sorted({rate for line in axes.lines for rate in line.get_xdata()}))
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.minorticks_off()
