@@ -21,8 +21,7 @@ def compare(
     devices: Annotated[
         str | None,
         typer.Option(
-            "--devices",
-            help="GPUs to use, such as 0,1, or none; a run of one process gets one of them. [default: all that are visible]",
+            "--devices", help="GPUs to use, such as 0,1, or none: one for a run of one process. [default: all]"
         ),
     ] = None,
     launcher: Annotated[
@@ -39,22 +38,15 @@ def compare(
     retry_failed: Annotated[bool, typer.Option("--retry_failed", help="Start failed runs again.")] = False,
     resume_runs: Annotated[
         bool,
-        typer.Option(
-            "--resume_runs", help="Go on with interrupted runs from their newest checkpoint, if they saved one."
-        ),
+        typer.Option("--resume_runs", help="Go on with interrupted runs from the newest checkpoint, if there is one."),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry_run", help="Print the runs and the first command, and let the script check its flags; train none."
-        ),
+        typer.Option("--dry_run", help="Print the runs and the first command, have the flags checked, and train none."),
     ] = False,
     list_commands: Annotated[
         bool,
-        typer.Option(
-            "--list_commands",
-            help="Print a command line for each run of the stage that is not over, for another scheduler.",
-        ),
+        typer.Option("--list_commands", help="Print a command for each run that is not over, for another scheduler."),
     ] = False,
     run: Annotated[
         str | None, typer.Option("--run", help="Train this run alone, by the name of its folder; writes no report.")

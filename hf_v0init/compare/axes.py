@@ -1,12 +1,7 @@
 """The words of a grid: what a value of the axes `v0`, `warmup` and `optimizer` means in flags of the training script.
 
-| axis | values |
-| --- | --- |
-| v0 | `zeros`; a strategy alone, with a scale (`random 100`), or with a decay and its length (`data_driven linear 0.33`) |
-| warmup | `none`; optimizer steps, or below 1 a fraction of training; `trust_radius`, `untuned_linear`, `untuned_exponential` |
-| optimizer | the keys of `OPTIMIZERS` |
-
-Each also takes a mapping of any flags, `{flag: value, ...}`, and a `name` for it if wished. A name decides nothing: flags do.
+Each has words of its own (`WORDS`) and takes a mapping of any flags, `{flag: value, ...}`, with a `name` if wished. A name decides
+nothing: flags do.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
@@ -44,7 +39,7 @@ class AxisValue:
     """One value of an axis: its name in tables, and the flags it stands for."""
 
     name: str
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -68,67 +63,7 @@ def name_flags(flags: Mapping[str, Any]) -> list[str]:
     return [f"{flag}={format_value(value)}" for flag, value in mask_secrets(dict(flags)).items()]
 
 
-# ------------------------------------------------------------------------------------------------------------- v0
-
-
-def parse_v0(value: Any) -> AxisValue:
-    """Parse a value of the axis v0, such as `data_driven linear 0.33`.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    if isinstance(value, dict):
-        return _parse_mapping("v0", value)
-    found = _V0_WORDS.fullmatch(" ".join(str(value).split()))
-    flags: dict[str, Any] = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
-    if found is None or (flags["v0_init"] == NO_V0 and len(flags) > 1):
-        raise InputError(
-            f"v0: {value!r} cannot be read{suggest(str(value).split(' ')[0], STRATEGIES)}; write {NO_V0}, or a strategy "
-            f"({', '.join(STRATEGIES[1:])}) alone, with its scale ('random 100'), or with a decay and its length in steps, as a "
-            "fraction of training or 'auto' ('data_driven linear 0.33'); or a mapping of flags"
-        )
-    if "v0_scale" in flags:
-        flags |= {"v0_scale": float(flags["v0_scale"]), "v0_decay": "beta2"}  # it sets the length of beta2's own decay
-    if flags.get("v0_decay_steps", "auto") != "auto":
-        length = float(flags["v0_decay_steps"])
-        flags["v0_decay_steps"] = int(length) if length.is_integer() else length
-    return AxisValue(name_v0(flags), flags)
-
-
-def name_v0(flags: Mapping[str, Any]) -> str:
-    """Name a v0 by its flags, as `parse_v0` reads it."""
-    shown = dict(flags)
-    words = [shown.pop("v0_init")]
-    words += [shown.pop("v0_estimator")] if "v0_estimator" in shown else []
-    if "v0_decay_steps" in shown and "v0_decay" in shown:
-        words += [shown.pop("v0_decay"), format_value(shown.pop("v0_decay_steps"))]
-    elif "v0_scale" in shown and shown.get("v0_decay") == "beta2":
-        words.append(format_value(shown.pop("v0_scale")))
-        del shown["v0_decay"]
-    return " ".join([*words, *name_flags(shown)])
-
-
-# ---------------------------------------------------------------------------------------------- warmup, optimizer
-
-
-def parse_warmup(value: Any) -> AxisValue:
-    """Parse a value of the axis warmup: none, the length of a linear warmup, one that needs no length, or a mapping.
-
-    Raises:
-        InputError: none of these.
-    """
-    if isinstance(value, dict):
-        return _parse_mapping("warmup", value)
-    if value in (None, NO_WARMUP, 0) and value is not False:
-        return AxisValue(NO_WARMUP, {"warmup_steps": 0})
-    if isinstance(value, str) and value in UNTUNED:
-        return AxisValue(value, {"warmup_steps": 0, "untuned_warmup": UNTUNED[value]})
-    if is_number(value) and (0 < value < 1 or (value >= 1 and float(value).is_integer())):  # as transformers reads it
-        return AxisValue(format_value(value), {"warmup_steps": int(value) if value >= 1 else float(value)})
-    raise InputError(
-        f"warmup: {value!r} cannot be read; give none, a whole number of optimizer steps, a fraction of training such as 0.3, "
-        f"{', '.join(UNTUNED)}, or a mapping of flags"
-    )
+# ------------------------------------------------------------------------------------------------------- the words
 
 
 def _use(spec: str, optim_args: str | None = None) -> dict[str, Any]:
@@ -151,22 +86,67 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adopt": _use("pytorch_optimizer:ADOPT", "weight_decouple=true"),
     "yogi": _use("pytorch_optimizer:Yogi"),
 }
+WORDS = {  # of an axis, for whoever wrote another
+    "v0": f"{NO_V0}; a strategy ({', '.join(STRATEGIES[1:])}) alone, with its scale ('random 100'), or with a decay and its length in "
+    "steps, as a fraction of training or 'auto' ('data_driven linear 0.33'); or a mapping of flags",
+    "warmup": "none, a whole number of optimizer steps, a fraction of training such as 0.3, "
+    f"{', '.join(UNTUNED)}, or a mapping of flags",
+    "optimizer": f"{', '.join(OPTIMIZERS)}, or a mapping such as {{name: mine, v0_optimizer: package:Class, optim_args: k=v}}",
+}
 
 
-def parse_optimizer(value: Any) -> AxisValue:
-    """Parse a value of the axis optimizer: a key of `OPTIMIZERS`, or a mapping of flags.
+def parse_value(axis: str, value: Any) -> AxisValue:
+    """Parse a value of the axis v0, warmup or optimizer: one of its words, such as `data_driven linear 0.33`, or a mapping.
 
     Raises:
-        InputError: neither.
+        InputError: it cannot be read.
     """
     if isinstance(value, dict):
-        return _parse_mapping("optimizer", value)
-    if value not in OPTIMIZERS:
-        raise InputError(
-            f"optimizer: {value!r} is unknown; choose {', '.join(OPTIMIZERS)}, or a mapping such as "
-            "{name: mine, v0_optimizer: package:Class, optim_args: k=v}"
-        )
-    return AxisValue(value, dict(OPTIMIZERS[value]))
+        return _parse_mapping(axis, value)
+    if axis == "optimizer":
+        parsed = AxisValue(value, dict(OPTIMIZERS[value])) if value in OPTIMIZERS else None
+    else:
+        parsed = (_parse_v0 if axis == "v0" else _parse_warmup)(value)
+    if parsed is None:
+        meant = suggest(str(value).split(" ")[0], [*STRATEGIES, *UNTUNED, *OPTIMIZERS])
+        raise InputError(f"{axis}: {value!r} cannot be read{meant}; choose {WORDS[axis]}")
+    return parsed
+
+
+def _parse_v0(value: Any) -> AxisValue | None:
+    found = _V0_WORDS.fullmatch(" ".join(str(value).split()))
+    flags: dict[str, Any] = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
+    if not flags or (flags["v0_init"] == NO_V0 and len(flags) > 1):
+        return None
+    if "v0_scale" in flags:
+        flags |= {"v0_scale": float(flags["v0_scale"]), "v0_decay": "beta2"}  # it sets the length of beta2's own decay
+    if flags.get("v0_decay_steps", "auto") != "auto":
+        length = float(flags["v0_decay_steps"])
+        flags["v0_decay_steps"] = int(length) if length.is_integer() else length
+    return AxisValue(_name_v0(flags), flags)
+
+
+def _name_v0(flags: Mapping[str, Any]) -> str:
+    """Name a v0 by its flags, as `parse_value` reads it."""
+    shown = dict(flags)
+    words = [shown.pop("v0_init")]
+    words += [shown.pop("v0_estimator")] if "v0_estimator" in shown else []
+    if "v0_decay_steps" in shown and "v0_decay" in shown:
+        words += [shown.pop("v0_decay"), format_value(shown.pop("v0_decay_steps"))]
+    elif "v0_scale" in shown and shown.get("v0_decay") == "beta2":
+        words.append(format_value(shown.pop("v0_scale")))
+        del shown["v0_decay"]
+    return " ".join([*words, *name_flags(shown)])
+
+
+def _parse_warmup(value: Any) -> AxisValue | None:
+    if value in (None, NO_WARMUP, 0) and value is not False:
+        return AxisValue(NO_WARMUP, {"warmup_steps": 0})
+    if isinstance(value, str) and value in UNTUNED:
+        return AxisValue(value, {"warmup_steps": 0, "untuned_warmup": UNTUNED[value]})
+    if is_number(value) and (0 < value < 1 or (value >= 1 and float(value).is_integer())):  # as transformers reads it
+        return AxisValue(format_value(value), {"warmup_steps": int(value) if value >= 1 else float(value)})
+    return None
 
 
 def _parse_mapping(axis: str, value: dict) -> AxisValue:
@@ -176,7 +156,7 @@ def _parse_mapping(axis: str, value: dict) -> AxisValue:
     if not flags or (axis == "v0" and flags.get("v0_init") not in STRATEGIES):
         needed = "at least one flag" if axis != "v0" else f"v0_init, one of {', '.join(STRATEGIES)}"
         raise InputError(f"{axis}: {mask_secrets(value)} needs {needed}")
-    return AxisValue(str(name or (name_v0(flags) if axis == "v0" else " ".join(name_flags(flags)))), flags)
+    return AxisValue(str(name or (_name_v0(flags) if axis == "v0" else " ".join(name_flags(flags)))), flags)
 
 
 def clean_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,10 +173,6 @@ def merge_axes(common: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]
 
     A linear warmup before a constant rate needs another schedule in transformers (`constant_with_warmup`); the schedule-free
     optimizer does its warmup itself, with the schedule `constant`.
-
-    Args:
-        common: the comparison's `arguments`.
-        given: axis -> its flags; a flag that two axes set must have one value.
 
     Raises:
         InputError: two axes that set one flag to different values; values that do not go together.

@@ -1,7 +1,11 @@
-"""Reads the YAML file of a comparison: its keys, their defaults, and what is refused."""
+"""Reads the YAML file of a comparison, and lays out the runs of its grids.
+
+Each grid is the product of its axes; its runs are named, and sorted into families.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,12 +15,14 @@ from typing import Any
 
 from ..errors import InputError
 from ..yaml_file import read_mapping
+from . import axes
 from .axes import OF_THE_RUN, OWNERS, clean_flags, suggest
-from .files import CONFIRM
-from .grid import lay_out, require_number
+from .files import CONFIRM, TUNE, is_secret
 from .launch import SCRIPT_MODULES, find_script, split_launch
-from .plan import Plan, PlannedRun
+from .plan import NONE, V0, V0_AND_WARMUP, WARMUP, Plan, PlannedRun, make_run_name
 
+DEFAULT_LEARNING_RATE, DEFAULT_SEED = 5e-5, 42  # transformers'
+AXES = ("v0", "warmup", "optimizer", "learning_rate", "seed")
 DEFAULT_CONFIRM_SEEDS, DEFAULT_MARGIN = 5, "1%"
 # What a comparison needs and a single run does not; `arguments` may say otherwise.
 DEFAULT_FLAGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
@@ -35,9 +41,8 @@ def read_plan(path: str | Path, small: bool = False) -> Plan:
 
     Args:
         path: the YAML file.
-        small: take the file's `small` mapping in place of what it says at the top: `arguments_file`, `arguments`, `test_metrics`,
-            `grids`, `confirm_seeds`, and `seed`, which replaces the seeds of every grid. (`small: true` marks a file that has one
-            scale only.)
+        small: take the file's `small` mapping in place of what it says at the top; its `seed` replaces those of every grid.
+            (`small: true` marks a file that has one scale only.)
 
     Raises:
         InputError: an unknown key or value, a flag that an axis owns, an empty grid, two settings of one name, a script or a file
@@ -98,7 +103,7 @@ def _make_plan(content: dict[str, Any], path: Path, command: str) -> Plan:
         raise InputError(
             f"metric: {plan.metric}: write beside it whether more of it is better, greater_is_better: true or false"
         )
-    runs = lay_out(_take_grids(content), plan.arguments, plan.script, plan.launch)
+    runs = _lay_out(_take_grids(content), plan)
     _require_evaluation(plan, runs)
     seeds = list(dict.fromkeys(run.seed for run in runs))
     candidates = {(run.condition, run.family, run.setting, run.learning_rate) for run in runs}
@@ -162,3 +167,126 @@ def _require_evaluation(plan: Plan, runs: Iterable[PlannedRun]) -> None:
         raise InputError(
             f"metric: {plan.metric} is of an evaluation, and there is none: write do_eval: true in `arguments`"
         )
+
+
+# ------------------------------------------------------------------------------------------------------- the grids
+
+
+def _lay_out(grids: Iterable[dict], plan: Plan) -> list[PlannedRun]:
+    """Lay out the runs of all grids in their order; a run equal to an earlier one is left out."""
+    runs: dict[str, PlannedRun] = {}
+    for number, grid in enumerate(grids, start=1):
+        try:
+            for run in _lay_out_grid(axes.clean_flags(grid), plan):
+                runs.setdefault(run.digest, run)
+        except InputError as error:
+            raise InputError(f"grids, number {number}: {error}") from None
+    _require_one_meaning(runs.values())
+    return _name_families(list(runs.values()))
+
+
+def _lay_out_grid(grid: dict, plan: Plan) -> Iterable[PlannedRun]:
+    lists, common = _read_axes(grid), plan.arguments
+    lists.setdefault("seed", [common.get("seed", DEFAULT_SEED)])
+    by_axis = {axis: [axes.parse_value(axis, value) for value in lists.pop(axis)] for axis in AXES[:3] if axis in lists}
+    by_axis |= {axis: [axes.AxisValue(axis, {axis: value}) for value in values] for axis, values in lists.items()}
+    for combination in itertools.product(*by_axis.values()):
+        values = dict(zip(by_axis, combination, strict=True))
+        arguments = axes.merge_axes(common, {axis: value.flags for axis, value in values.items()})
+        rate = require_number("learning_rate", arguments.get("learning_rate", DEFAULT_LEARNING_RATE))
+        arguments["learning_rate"] = rate
+        other = {axis: value.flags[axis] for axis, value in values.items() if axis not in AXES}
+        other = {flag: value for flag, value in other.items() if common.get(flag) != value}
+        named = dict(zip(other, axes.name_flags(other), strict=True))
+        words = {axis: values[axis].name if axis in values else _name_by_flags(axis, arguments) for axis in AXES[:3]}
+        v0, warmup, optimizer = words.values()
+        parts = [v0] if v0 != axes.NO_V0 or axes.has_v0(arguments) else []
+        parts += [f"warmup {warmup}"] if warmup != axes.NO_WARMUP or axes.has_warmup(arguments) else []
+        is_other = (
+            "optimizer" in values and axes.get_optimizer(arguments) != axes.OPTIMIZERS[axes.MAIN_OPTIMIZER]["optim"]
+        )
+        parts += [optimizer] if optimizer != axes.MAIN_OPTIMIZER or is_other else []
+        setting = " + ".join([*parts, *named.values()]) or NONE
+        yield PlannedRun(
+            name=make_run_name(setting, rate, arguments["seed"], plan.script, plan.launch, arguments),
+            stage=TUNE,
+            condition=", ".join(named[flag] for flag in sorted(named) if not flag.startswith("v0_")),
+            family="",
+            setting=setting,
+            **words,
+            other=other,
+            learning_rate=rate,
+            seed=arguments["seed"],
+            arguments=arguments,
+        )
+
+
+def _name_by_flags(axis: str, arguments: Mapping[str, Any]) -> str:
+    """Name what another axis' mapping has set of an axis that the grid does not have."""
+    if axis == "optimizer":
+        return axes.MAIN_OPTIMIZER
+    if not (axes.has_v0 if axis == "v0" else axes.has_warmup)(arguments):
+        return axes.NO_V0 if axis == "v0" else axes.NO_WARMUP
+    flags = {flag: arguments[flag] for flag, owner in axes.OWNERS.items() if owner == axis and arguments.get(flag)}
+    return " ".join(axes.name_flags(flags))
+
+
+def _read_axes(grid: dict[str, Any]) -> dict[str, list]:
+    """Return the values of each axis of a grid."""
+    lists = {}
+    for axis, values in grid.items():
+        if axis in axes.OWNERS:
+            owner = axes.OWNERS[axis]
+            raise InputError(f"{axis} is set by the axis {owner}; write it as a mapping there, {{{axis}: value}}")
+        values = values if isinstance(values, list) else [values]
+        if not values:
+            raise InputError(f"{axis} has no values; give at least one, or leave the axis out")
+        if axis not in AXES and any(is_secret(axis, value) for value in values):
+            raise InputError(f"{axis} is a secret, by which nothing is compared; give it in `arguments`")
+        if axis in ("learning_rate", "seed"):
+            kind = int if axis == "seed" else float
+            values = [require_number(axis, value, kind) for value in values]
+        lists[axis] = [axes.clean_flags({axis: value})[axis] for value in values]
+    return lists
+
+
+def require_number(name: str, value: Any, kind: type = float) -> Any:
+    """Return a value as a number of this kind, > 0 or, if it is whole, >= 0.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not axes.is_number(value) or value < 0 or kind(value) != value or (kind is float and value == 0):
+        raise InputError(f"{name}: {value!r} must be a {'whole number >= 0' if kind is int else 'number > 0'}")
+    return kind(value)
+
+
+def _name_families(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """Put every run into its family, by its flags.
+
+    The main optimizer is the first that has a v0 or a warmup anywhere, or else the first; what is trained with another one is a
+    family of that optimizer.
+    """
+    with_either = [run for run in runs if axes.has_v0(run.arguments) or axes.has_warmup(run.arguments)]
+    main = axes.get_optimizer((with_either or runs)[0].arguments)
+    kinds = {(False, False): NONE, (False, True): WARMUP, (True, False): V0, (True, True): V0_AND_WARMUP}
+    named = []
+    for run in runs:
+        family = kind = kinds[axes.has_v0(run.arguments), axes.has_warmup(run.arguments)]
+        if axes.get_optimizer(run.arguments) != main:
+            family = run.optimizer if kind == NONE else f"{run.optimizer}, {kind}"
+        named.append(replace(run, family=family))
+    return named
+
+
+def _require_one_meaning(runs: Iterable[PlannedRun]) -> None:
+    """Refuse two runs that a reader could not tell apart: one setting, rate and seed with different flags."""
+    by_place: dict[tuple, PlannedRun] = {}
+    for run in runs:
+        first = by_place.setdefault((run.setting, run.learning_rate, run.seed), run)
+        keys = {*first.arguments, *run.arguments}
+        flags = sorted(key for key in keys if first.arguments.get(key) != run.arguments.get(key))
+        if flags:
+            raise InputError(
+                f"grids: two settings are named {run.setting!r} but differ in {', '.join(flags)}; give one another name"
+            )

@@ -2,11 +2,17 @@
 
 Other workers, on this machine or another, may be at work on the same runs. Each run is claimed before it is started; what another
 worker brings to its end is left out, and what one that has died leaves behind is taken over when its lease has lapsed.
+
+`.locks/` holds a lock for the plan, taken for the moment in which it is written, and one for each run in progress. They are leases
+of the package filelock: files that their holder refreshes. A holder that was killed on this machine is noticed at once, one on
+another machine when its file has not been refreshed for `LEASE_SECONDS` (by the clock of whoever looks). So any file system will
+do that all machines see.
 """
 
 from __future__ import annotations
 
 import contextlib
+import platform
 import signal
 import subprocess
 import time
@@ -14,9 +20,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import SoftFileLease, Timeout
+
 from ..errors import InputError
 from . import files
-from .claims import LEASE_SECONDS, RunClaims
 from .plan import Plan, PlannedRun
 from .process import RunProcess, end_left_run, start_process
 
@@ -25,6 +32,41 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 CLAIM_SECONDS = 5.0  # until a run that another worker is training is asked for again
+LEASE_SECONDS = 60.0
+PLAN_SECONDS = 600.0  # how long to wait for a worker that is writing the plan or the report
+
+
+def make_lease(folder: Path, name: str) -> SoftFileLease:
+    """Make the lock of this name, not yet taken: `plan`, or `run_` and a run's digest, so that it outlives a change of its name."""
+    return SoftFileLease(folder / files.LOCKS_FOLDER / f"{name}.lock", lease_duration=LEASE_SECONDS, thread_local=False)
+
+
+def describe_holder(lease: SoftFileLease) -> str:
+    """Say in words which worker holds a lock."""
+    owner = lease.owner  # read once: it may be gone at the next look
+    if owner is None:
+        return "another worker"
+    return f"process {owner.pid}" + ("" if owner.hostname == platform.node() else f" on {owner.hostname}")
+
+
+def lock_plan(folder: Path) -> contextlib.AbstractContextManager:
+    """Hold what all workers share, the plan and the report, while they are written; the folder is made if need be.
+
+    Raises:
+        InputError: it cannot be written, or another worker holds it and goes on doing so.
+    """
+    lease = make_lease(folder, "plan")
+    try:
+        Path(lease.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        return lease.acquire(timeout=PLAN_SECONDS)
+    except Timeout:
+        raise InputError(
+            f"output_dir={folder}: {describe_holder(lease)} has been writing plan or report for {PLAN_SECONDS:g} s; try again"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"output_dir={folder} cannot be written ({error.strerror}); give another --output_dir"
+        ) from error
 
 
 def read_record(folder: Path, run: PlannedRun) -> dict[str, Any]:
@@ -66,14 +108,9 @@ def stop_on_signals() -> Iterator[None]:
 
 
 class LocalExecutor:
-    """Trains runs as processes of this machine.
+    """Trains runs as processes of this machine, `jobs` side by side, on `devices` as `launch.list_devices` returns them.
 
-    Args:
-        folder: of the comparison.
-        jobs: runs side by side.
-        progress: what is told how they go on.
-        devices: as `launch.list_devices` returns them.
-        resume: whether runs that were cut off go on from their newest checkpoint.
+    With `resume` runs that were cut off go on from their newest checkpoint.
     """
 
     def __init__(
@@ -88,7 +125,8 @@ class LocalExecutor:
         self.devices, self.resume = devices, resume
         self.waiting: list[PlannedRun] = []
         self.active: list[RunProcess] = []
-        self.claims = RunClaims(folder)
+        # They are kept, since a lease remembers since when another's has been silent.
+        self.leases: dict[str, SoftFileLease] = {}
         self.retry_claim_at: dict[str, float] = {}
 
     def run(self, plan: Plan, runs: Sequence[PlannedRun]) -> None:
@@ -132,11 +170,13 @@ class LocalExecutor:
 
     def _claim(self, run: PlannedRun) -> bool:
         """Claim a run; False if another worker has it, or has brought it to its end."""
-        if not self.claims.acquire(run.digest):
+        lease = self.leases.setdefault(run.digest, make_lease(self.folder, f"run_{run.digest}"))
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
             if run.digest not in self.retry_claim_at:
-                holder = self.claims.describe_holder(run.digest)
                 self.progress.tell(
-                    f"{run.name} is left to {holder}; it is taken over when that has been silent for {LEASE_SECONDS:g} s."
+                    f"{run.name} is left to {describe_holder(lease)}; it is taken over when that has been silent for {LEASE_SECONDS:g} s."
                 )
             self.retry_claim_at[run.digest] = time.monotonic() + CLAIM_SECONDS
             return False
@@ -144,7 +184,7 @@ class LocalExecutor:
         state = record.get("state")
         if not is_over(state):
             return True
-        self.claims.release(run.digest)
+        lease.release()
         self.waiting.remove(run)
         self.progress.report_end(run, state, record.get("reason"), None, record.get("seconds") or 0.0)
         return False
@@ -153,10 +193,10 @@ class LocalExecutor:
 
     def _follow_runs(self) -> None:
         for active in list(self.active):
-            if self.claims.is_lost(active.run.digest):  # its folder is the other worker's now
+            if self.leases[active.run.digest].compromise:  # its folder is the other worker's now
                 active.kill()
                 self.active.remove(active)
-                self.claims.release(active.run.digest)
+                self.leases[active.run.digest].release()
                 self.progress.warn(
                     f"{active.run.name} was taken over by another worker, since this one was silent for too long"
                 )
@@ -174,7 +214,7 @@ class LocalExecutor:
         """Record how a run ended whose process is gone, and draw what consequences it has."""
         state = self._write_end(active)
         self.active.remove(active)
-        self.claims.release(active.run.digest)
+        self.leases[active.run.digest].release()
         if state in files.COUNTED:
             self.is_on_trial = False
         elif state == files.INTERRUPTED:
@@ -202,5 +242,5 @@ class LocalExecutor:
         for active in self.active:
             if active.record["state"] == files.RUNNING:
                 self._write_end(active)
-            self.claims.release(active.run.digest)
+            self.leases[active.run.digest].release()
         self.active = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +19,10 @@ from .results import Comparison
 from .statistics import compute_half_width, compute_paired_interval
 from .summary import Condition
 
-# Told apart by the colour-blind, and in grey by style and marker; in that order for further families.
-LOOKS = {
-    NONE: ("#333333", ":", "s"),
-    WARMUP: ("#D55E00", "--", "^"),
-    V0: ("#0072B2", "-", "o"),
-    V0_AND_WARMUP: ("#009E73", "-.", "D"),
-}
-FURTHER = (("#CC79A7", "-.", "v"), ("#E69F00", "--", "P"), ("#56B4E9", "-", "X"), ("#882255", ":", "*"))
+# Told apart by the colour-blind, and in grey by style and marker; the first four are of no warmup, warmup, v0, v0 + warmup,
+# the others in turn of further families.
+LOOKS = (("#333333", ":", "s"), ("#D55E00", "--", "^"), ("#0072B2", "-", "o"), ("#009E73", "-.", "D"))
+LOOKS += (("#CC79A7", "-.", "v"), ("#E69F00", "--", "P"), ("#56B4E9", "-", "X"), ("#882255", ":", "*"))
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -44,12 +42,10 @@ MAX_CURVES = 8
 def draw_figures(
     comparison: Comparison, conditions: Sequence[Condition], folder: Path, suffixes: Sequence[str] = (".svg",)
 ) -> list[str]:
-    """Draw the figures for which there are numbers, and remove those that a former call has left.
-
-    Returns their names; the files are NAME.svg in `folder`, and such of the other `suffixes`.
-    """
+    """Draw the figures for which there are numbers, NAME.svg and such other `suffixes`, in a folder that is emptied; return the names."""
     artist, drawn = _Artist(comparison, conditions), []
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name in ("confirmed", "loss_curves", "learning_rates", "tuning_budget"):
         with artist.pyplot.rc_context(STYLE):
             figure = getattr(artist, f"draw_{name}")()
@@ -61,9 +57,6 @@ def draw_figures(
                 path = folder / f"{name}{suffix}"
                 figure.savefig(path, dpi=PIXELS_PER_INCH, bbox_inches="tight", metadata=metadata)
             artist.pyplot.close(figure)
-    for file in folder.glob("*.*"):
-        if file.suffix in (".svg", ".png") and file.stem not in drawn:
-            file.unlink()
     return drawn
 
 
@@ -72,10 +65,10 @@ class _Artist:
 
     def __init__(self, comparison: Comparison, conditions: Sequence[Condition]) -> None:
         self.comparison, self.conditions, self.pyplot = comparison, conditions, import_pyplot()
-        chosen = [c.family for here in conditions for c in here.choices]
-        families = list(dict.fromkeys(chosen or [family for here in conditions for family in here.losses]))
-        further = [family for family in families if family not in LOOKS]
-        self.looks = LOOKS | {family: FURTHER[i % len(FURTHER)] for i, family in enumerate(further)}
+        chosen = [choice.family for here in conditions for choice in here.choices]
+        confirmed = [family for here in conditions for family in here.losses]
+        families = dict.fromkeys([NONE, WARMUP, V0, V0_AND_WARMUP, *chosen, *confirmed])
+        self.looks = dict(zip(families, itertools.chain(LOOKS, itertools.cycle(LOOKS[4:])), strict=False))
         metric = comparison.plan.get("metric") or "eval_loss"
         self.metric = "validation loss" if metric == "eval_loss" else metric
 
@@ -106,7 +99,7 @@ class _Artist:
             low, high = min(shown), max(shown)
             pad = 0.3 * (high - low) or 0.1
             left.set_xlim(low - pad, high + pad)
-            right.set_xlim(*(np.array([-1.3, 1.3]) * (high - low or 0.1)))
+            right.set_xlim(-1.3 * (high - low or 0.1), 1.3 * (high - low or 0.1))
         left.set_yticks(range(len(rows)), labels)
         left.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"final {self.metric}")
         right.set_xlabel("less the warmup, same seed")
@@ -140,13 +133,11 @@ class _Artist:
         if not chosen:
             return None
         figure, axes = self.pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
-        rates: set[float] = set()
         for choice in chosen:
             colour, style, marker = self.looks[choice.family]
             means = tuned[tuned["setting"] == choice.setting].groupby("learning_rate")["scored_loss"].mean()
             axes.plot(means.index, means, style, marker=marker, color=colour, label=_shorten(choice.setting))
-            rates |= set(means.index)
-        ticks = _keep_apart(sorted(rates))
+        ticks = _keep_apart(sorted({rate for line in axes.lines for rate in line.get_xdata()}))
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.minorticks_off()

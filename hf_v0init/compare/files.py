@@ -14,9 +14,9 @@ PLAN_FILE, RECORD_FILE = "plan.json", "record.json"
 RUNS_FOLDER, OUTPUT_FOLDER, LOCKS_FOLDER = "runs", "output", ".locks"
 SCRIPT_LOG_FILE = "log.txt"
 # What a run leaves in its output folder
-LOG_FILE, FINGERPRINT_FILE, V0_FILE = "run_log.jsonl", "fingerprint.json", "v0_init.json"
+LOG_FILE, FINGERPRINT_FILE = "run_log.jsonl", "fingerprint.json"
 FINAL_FILE, STATE_FILE = "all_results.json", "trainer_state.json"
-READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, V0_FILE, FINAL_FILE, STATE_FILE)
+READ_BY_REPORTS = (LOG_FILE, FINGERPRINT_FILE, FINAL_FILE, STATE_FILE)
 
 PENDING, RUNNING, FINISHED, DIVERGED = "pending", "running", "finished", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"
@@ -29,13 +29,14 @@ MASK = "***"
 _SECRET = re.compile(r"(token|key|password)$", re.IGNORECASE)
 
 
-def mask_secrets(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags with `***` in place of every value whose name ends in token, key or password, inside mappings too."""
-    masked = {}
-    for name, value in flags.items():
-        is_hidden = value is not None and _SECRET.search(str(name))
-        masked[name] = MASK if is_hidden else mask_secrets(value) if isinstance(value, dict) else value
-    return masked
+def mask_secrets(value: Any) -> Any:
+    """Return flags with `***` in place of every value whose name ends in token, key or password, inside mappings and lists too."""
+    if isinstance(value, list):
+        return [mask_secrets(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    hidden = {name for name, one in value.items() if one is not None and _SECRET.search(str(name))}
+    return {name: MASK if name in hidden else mask_secrets(one) for name, one in value.items()}
 
 
 def is_secret(name: str, value: Any) -> bool:

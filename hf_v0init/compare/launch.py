@@ -25,8 +25,6 @@ from .files import is_secret
 if TYPE_CHECKING:
     from .plan import Plan
 
-PYTHON = "python"
-
 # The scripts that come with the package, by the name that a comparison's file gives.
 SCRIPT_MODULES = {
     "run_translation": "hf_v0init.tasks.translation.script",
@@ -43,11 +41,7 @@ STARTER, SECRET_FLAGS = "hf_v0init.compare.start_script", "HF_V0INIT_SECRET_FLAG
 
 
 def find_script(name: str, folder: Path) -> str:
-    """Return what a run of this script is known by: its name in `SCRIPT_MODULES`, or the whole path of a user's own.
-
-    Args:
-        name: such a name, or a path from here or from `folder`.
-        folder: that of the comparison's file.
+    """Return what a run of this script is known by: its name in `SCRIPT_MODULES`, or the whole path of a file here or in `folder`.
 
     Raises:
         InputError: there is none.
@@ -74,7 +68,7 @@ def split_launch(launch: str) -> list[str]:
         raise InputError(
             f"launch: {launch!r} cannot be split into words ({str(error).lower()}); close the quote"
         ) from None
-    if program == PYTHON:
+    if program == "python":
         return [sys.executable, *words]
     beside = Path(sys.executable).parent / program
     found = str(beside) if beside.is_file() else shutil.which(program)
@@ -85,7 +79,7 @@ def split_launch(launch: str) -> list[str]:
 
 def is_one_process(launch: str) -> bool:
     """Whether the launcher is the interpreter itself."""
-    return launch.split()[:1] == [PYTHON]
+    return launch.split()[:1] == ["python"]
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -113,16 +107,11 @@ def make_command(launch: str, script: str, arguments: Mapping[str, Any], output:
 def make_flags(arguments: Mapping[str, Any]) -> list[str]:
     """Write flags as words of a command line, `--flag=value`; lists as several words, mappings as JSON."""
     words: list[str] = []
-    for key, value in arguments.items():
-        is_list = isinstance(value, list)
-        words += [f"--{key}", *map(_write_value, value)] if is_list else [f"--{key}={_write_value(value)}"]
+    for key, given in arguments.items():
+        values = given if isinstance(given, list) else [given]
+        written = [json.dumps(value) if isinstance(value, bool | dict) else str(value) for value in values]
+        words += [f"--{key}", *written] if isinstance(given, list) else [f"--{key}={written[0]}"]
     return words
-
-
-def _write_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def make_environment(
@@ -135,10 +124,8 @@ def make_environment(
     Other launchers deal out threads and devices themselves, among those of `devices`.
 
     Args:
-        launch: the launcher.
         arguments: the run's flags; the secret ones reach its script through this environment.
-        jobs: runs side by side.
-        slot: the run's place among them, from 0.
+        slot: the run's place among `jobs` side by side, from 0.
         devices: ids as in `CUDA_VISIBLE_DEVICES`; () for none; None leaves the variable as it is.
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -181,10 +168,8 @@ def kill_tree(pid: int) -> None:
 def list_devices(plan: Plan, wanted: str | None = None) -> tuple[str, ...] | None:
     """Return the ids of the devices to hand out, as `CUDA_VISIBLE_DEVICES` names them.
 
-    Args:
-        plan: the comparison; one whose runs all have `use_cpu` needs none.
-        wanted: the ids, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists.
-            MIG instances and devices of other makers have to be named.
+    Those of `wanted`, comma separated, or `none`. Without it those of `CUDA_VISIBLE_DEVICES`, else those that `nvidia-smi` lists (MIG
+    instances and devices of other makers have to be named); a plan whose runs all have `use_cpu` needs none.
 
     Returns:
         The ids; () if there are to be none; None if nothing is known of any, which leaves the environment as it is.

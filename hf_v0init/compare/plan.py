@@ -1,4 +1,4 @@
-"""A comparison as it is planned: what its file says (see `comparison_file`), and its runs (see `grid`). Starts nothing.
+"""A comparison as it is planned: what its file says, and its runs (see `comparison_file`). Starts nothing.
 
 The file's grids are the first stage, `tune`. When its runs are over, the best setting of each family is trained on fresh seeds: the
 second stage, `confirm` (see `stages`). A grid that leaves nothing to choose is its own confirmation.
@@ -73,7 +73,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON types, as in `plan.json`: secrets masked, of each run what the others have not."""
         content = asdict(self) | {
-            "arguments": mask_secrets(self.arguments),
+            **mask_secrets({"arguments": self.arguments, "slurm": self.slurm}),
             "runs": [self.describe_run(r) for r in self.runs],
         }
         return json.loads(json.dumps(content))

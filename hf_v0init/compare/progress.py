@@ -13,10 +13,9 @@ from rich.text import Text
 from . import files
 from .plan import Plan, PlannedRun
 from .process import LossTrace, RunProcess
-from .tables import format_number, format_seconds
+from .summary import format_number, format_seconds
 
 STYLES = {files.FAILED: "red", files.DIVERGED: "yellow"}
-STAGES = {True: "stage 2 of 2, confirm", False: "stage 1 of 2, tune"}
 SHARE_OF_PACE = 0.1  # of the first run, after which the time of the others is estimated by its pace
 
 
@@ -29,12 +28,7 @@ def count_steps(active: RunProcess) -> int | None:
 
 
 class ProgressDisplay:
-    """Tells on a rich console how runs go on; a context manager.
-
-    Args:
-        console: where to.
-        jobs: runs side by side.
-    """
+    """Tells on a rich console how runs go on, `jobs` of them side by side; a context manager."""
 
     def __init__(self, console: Console, jobs: int) -> None:
         self.console, self.jobs = console, jobs
@@ -65,7 +59,7 @@ class ProgressDisplay:
         num_families = len({(run.condition, run.family) for run in of_stage})
         self.num_later = 0 if is_second else num_families * len(plan.confirm_seeds)
         self.num_runs, self.num_over = len(of_stage), len(of_stage) - len(runs)
-        text = f"{STAGES[is_second].capitalize()}: " if plan.confirm_seeds else ""
+        text = f"Stage {1 + is_second} of 2, {runs[0].stage}: " if plan.confirm_seeds else ""
         text += f"{len(of_stage)} runs" + (f", of which {self.num_over} are over" if self.num_over else "")
         if self.num_later:
             text += f"; then at most {num_families} chosen settings on {len(plan.confirm_seeds)} fresh seeds, {self.num_later} runs"
@@ -96,7 +90,8 @@ class ProgressDisplay:
             return
         self.has_announced = True
         end, later = (
-            datetime.now() + timedelta(seconds=seconds * n / self.jobs) for n in (num_left, num_left + self.num_later)
+            datetime.now() + timedelta(seconds=seconds * -(-n // self.jobs))
+            for n in (num_left, num_left + self.num_later)
         )
         text = f"By the first run's pace a run takes {format_seconds(seconds)}: {num_left} runs with {self.jobs} at a time until "
         self.tell(f"{text}{end:%a %H:%M}" + (f", the second stage until {later:%a %H:%M}." if self.num_later else "."))

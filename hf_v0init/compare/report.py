@@ -6,6 +6,7 @@ It can be written at any time, also while runs are going on, and says how far th
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,17 +15,15 @@ from typing import Any
 import jinja2
 from markdown_it import MarkdownIt
 
-from . import files, results, tables
+from . import files, results, summary
 from .figures import draw_figures
-from .results import Comparison, list_odd_beginnings, read_comparison, write_tables
-from .summary import Condition, find_unknown_costs, summarize
+from .results import Comparison, find_odd_beginnings, read_comparison, write_tables
+from .summary import Condition, summarize
 
 MARKDOWN_FILE, HTML_FILE, FIGURES_FOLDER = "report.md", "report.html", "figures"
 COPIED = (files.PLAN_FILE, results.RESULTS_FILE, results.EVALUATIONS_FILE, results.MACHINES_FILE, MARKDOWN_FILE)
 STAGES = {files.TUNE: "First stage (tune)", files.CONFIRM: "Second stage (confirm)"}
 LEFT = "family,setting,chosen,condition,run,state,stage,remarks,flag,value,optimizer,at the edge of".split(",")
-# How the page shows a section; the others are plain.
-FOLDED, MARKED = "Runs", {"Conclusion": "answer", "Runs that did not begin alike": "alarm"}
 
 
 def write_report(folder: str | Path, summary_dir: str | Path | None = None) -> Path:
@@ -80,9 +79,11 @@ def load_template(name: str) -> jinja2.Template:
     environment.filters |= {
         "cell": lambda value: _plain(value).replace("|", r"\|"),
         "plain": _plain,
-        "number": tables.format_number,
-        "estimate": tables.format_estimate,
-        "interval": lambda interval: tables.format_interval(interval).replace("(", "(95% CI "),
+        "number": summary.format_number,
+        "seconds": summary.format_seconds,
+        "json": json.dumps,
+        "estimate": summary.format_estimate,
+        "interval": lambda interval: summary.format_interval(interval).replace("(", "(95% CI "),
     }
     return environment.get_template(name)
 
@@ -90,43 +91,23 @@ def load_template(name: str) -> jinja2.Template:
 def make_context(comparison: Comparison, conditions: list[Condition]) -> dict[str, Any]:
     """Make all that the template says, but the figures."""
     plan, runs = comparison.plan, comparison.runs
-    states = {stage: list(runs.loc[runs["stage"] == stage, "state"]) for stage in STAGES}
-    failed = runs[runs["state"] == files.FAILED].groupby("stage")["setting"].agg(list)
     return {
-        "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", **plan},
+        "plan": {"margin": 0.01, "margin_is_relative": True, "at_step": None, "command": "", "arguments": {}, **plan},
         "conditions": conditions,
         "stages": STAGES,
-        "progress": {
-            stage: {state: of_stage.count(state) for state in files.STATES if state in of_stage}
-            for stage, of_stage in states.items()
-        },
-        "num_further": int((~runs["stage"].isin(STAGES)).sum()),
-        "odd": list_odd_beginnings(runs),
-        "confirmed": tables.make_confirmed_table(comparison, conditions),
+        "states": files.STATES,
+        "runs": runs.to_dict("records"),
+        "odd": find_odd_beginnings(runs),
+        "confirmed": summary.make_confirmed_table(comparison, conditions),
         "confirmed_any": any(here.losses for here in conditions),
         "is_own_confirmation": not (runs["stage"] == files.TUNE).any(),
         "tuned_any": any(here.choices for here in conditions),
-        "tuning": tables.make_tuning_table(comparison, conditions),
-        "rates": tables.make_rate_table(comparison),
-        "budget": tables.make_budget_table(conditions),
-        "runs": tables.make_run_table(comparison),
-        "num_checked": int((runs["initial_weights"] != "").sum()),
-        "num_counted": int((runs["state"] != files.PENDING).sum()),
-        "failures": {
-            word: failed[stage] for stage, word in zip(STAGES, ("first", "second"), strict=True) if stage in failed
-        },
-        "unknown_costs": find_unknown_costs(comparison),
-        "machines": [_describe_machine(machine) for machine in comparison.machines],
-        "arguments": tables.describe_arguments(comparison),
+        "tuning": summary.make_tuning_table(comparison, conditions),
+        "rates": summary.make_rate_table(comparison),
+        "budget": summary.make_budget_table(conditions),
+        "machines": comparison.machines,
         "left": LEFT,
     }
-
-
-def _describe_machine(machine: dict[str, Any]) -> str:
-    parts = [f"{name} {version}" for name, version in (machine.get("versions") or {}).items()]
-    hardware = {key: value for key, value in (machine.get("hardware") or {}).items() if value not in (None, [], "")}
-    parts += [f"{key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in hardware.items()]
-    return "; ".join(parts)
 
 
 def _plain(value: Any) -> str:
@@ -154,4 +135,4 @@ def render_html(markdown: str, title: str, folder: Path) -> str:
     # What comes before the first heading, then headings and their sections in turn
     head, *rest = re.split(r"<h2>(.*?)</h2>\n", page)
     sections = list(zip(rest[::2], rest[1::2], strict=True))
-    return load_template("page.jinja").render(title=title, head=head, sections=sections, folded=FOLDED, marked=MARKED)
+    return load_template("page.jinja").render(title=title, head=head, sections=sections)

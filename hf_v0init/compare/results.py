@@ -3,7 +3,7 @@
 | file | content |
 | --- | --- |
 | `plan.json` | what the file said, and the runs of both stages |
-| `results.csv` | a row for each run: its place in the grid, how it ended, losses, times, what its v0 cost, its fingerprint |
+| `results.csv` | a row for each run: its place in the grid, how it ended, losses, times, its fingerprint |
 | `evaluations.csv` | the validation losses along the runs |
 | `machines.json` | versions and hardware |
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,8 @@ PLACE = ("name", "stage", "condition", "family", "setting", "v0", "warmup", "opt
 FINGERPRINT = ("initial_weights", "rng", "batches")
 TEXTS = (*PLACE, "other", "state", "reason", *FINGERPRINT, "problems")
 COUNTS = ("exit_status", "num_steps", "final_loss", "scored_loss", "start_loss", "seconds", "train_seconds")
-COSTS = ("v0_seconds", "v0_samples", "v0_extra_steps", "estimated_warmup_steps")
-NUMBERS = ("learning_rate", "seed", *COUNTS, *COSTS)
+NUMBERS = ("learning_rate", "seed", *COUNTS)
 EVALUATIONS = ("name", "step", "loss", "train_seconds")
-BEGINNINGS = {  # what a fingerprint says of a run's beginning, and a difference in it in words
-    "initial_weights": "other initial weights",
-    "batches": "other first batches",
-    "rng": "another random state before the first step",
-}
 
 
 @dataclass
@@ -48,8 +41,7 @@ class Comparison:
         folder: where it was read.
         plan: the content of `plan.json`.
         runs: a row for each run, in the plan's order. Steps are optimizer steps; `train_seconds` is the time of training with the
-            pass before it and without evaluations, `v0_samples` what that pass read, `v0_extra_steps` the same in steps of the run's
-            batch. NaN where it is not known.
+            pass before it and without evaluations. NaN where it is not known.
         evaluations: a row for each validation loss along a run.
         machines: what the runs were made with.
     """
@@ -65,19 +57,9 @@ class Comparison:
         """Whether more of the metric is better."""
         return bool(self.plan.get("greater_is_better"))
 
-    @property
-    def counted(self) -> pd.DataFrame:
-        """The runs whose outcome is known and due to their setting."""
-        return self.runs[self.runs["state"].isin(files.COUNTED)]
-
     def get_counted(self, stage: str) -> pd.DataFrame:
-        """Those of one stage."""
-        return self.counted[self.counted["stage"] == stage]
-
-    def get_arguments(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all flags of a run of the plan, by its entry there."""
-        flags = {**(self.plan.get("arguments") or {}), **(entry.get("arguments") or {})}
-        return {key: value for key, value in flags.items() if value is not None}
+        """The runs of a stage whose outcome is known and due to their setting."""
+        return self.runs[self.runs["state"].isin(files.COUNTED) & (self.runs["stage"] == stage)]
 
 
 def read_comparison(folder: str | Path) -> Comparison:
@@ -122,7 +104,7 @@ def collect_runs(plan: dict[str, Any], folder: Path) -> Comparison:
         if any(made_with.values()) and made_with not in machines:
             machines.append(made_with)
     metrics = list(plan.get("test_metrics") or [])
-    columns = [*PLACE, "other", "learning_rate", "seed", "state", "reason", *COUNTS, *COSTS, *metrics]
+    columns = [*PLACE, "other", "learning_rate", "seed", "state", "reason", *COUNTS, *metrics]
     runs = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *FINGERPRINT, "problems"])))
     runs = runs.astype(dict.fromkeys([*NUMBERS, *metrics], float)).astype({"seed": int})
     # The weights at the start are the same for all runs of a seed, and so is the loss there.
@@ -144,8 +126,7 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
         return content or {}
 
     record, results = read(folder / files.RECORD_FILE), read(output / files.FINAL_FILE)
-    trainer, report = read(output / files.STATE_FILE), read(output / files.V0_FILE)
-    fingerprint = read(output / files.FINGERPRINT_FILE)
+    trainer, fingerprint = read(output / files.STATE_FILE), read(output / files.FINGERPRINT_FILE)
     state = record.get("state", files.RUNNING if record else files.PENDING)
     row = {key: entry.get(key) or "" for key in PLACE} | {
         "learning_rate": entry["learning_rate"],
@@ -160,14 +141,10 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
         "batches": " ".join(map(str, fingerprint.get("batches") or [])),
     }
     evaluations = _add_losses(row, files.read_log(output), metric, trainer.get("global_step"), results.get(metric))
-    _add_cost_of_v0(row, report)
     test_metrics = plan.get("test_metrics") or []
-    row |= {name: results[name] for name in test_metrics if _is_number(results.get(name))}
-    if row["state"] == files.FINISHED and row["final_loss"] is not None and not math.isfinite(row["final_loss"]):
-        row["state"], row["reason"] = files.DIVERGED, f"final {metric} is {row['final_loss']}"
-    elif row["state"] == files.FINISHED:
-        absent = [name for name in test_metrics if name not in row] + [metric] * (row["final_loss"] is None)
-        problems += [f"left no {name}" for name in absent]
+    row |= {name: results[name] for name in test_metrics if isinstance(results.get(name), int | float)}
+    if row["state"] == files.FINISHED:
+        problems += [f"left no {name}" for name in test_metrics if name not in row]
         if evaluations and evaluations[-1]["step"] < row["num_steps"]:
             problems.append(f"last evaluated at step {evaluations[-1]['step']}; call trainer.evaluate() at the end")
     row["problems"] = "; ".join(dict.fromkeys(problems))
@@ -176,62 +153,43 @@ def _read_run(folder: Path, entry: dict, plan: dict) -> tuple[dict[str, Any], li
 
 def _add_losses(row: dict[str, Any], log: list[dict], metric: str, num_steps: int | None, final: Any) -> list[dict]:
     """Add losses and times to a row, and return the evaluations; `num_steps` and `final` are the Trainer's, at the end."""
-    evaluations: list[dict] = []
+    curve: dict[int, dict[str, Any]] = {}
     for entry in log:
-        if metric in entry and (not evaluations or entry["step"] > evaluations[-1]["step"]):
-            loss = float(entry[metric]) if _is_number(entry[metric]) else math.nan
-            evaluations.append({"step": entry["step"], "loss": loss, "train_seconds": entry.get("train_seconds")})
+        if metric in entry:
+            loss = float(entry[metric]) if isinstance(entry[metric], int | float) else math.nan
+            clock = entry.get("train_seconds")
+            curve.setdefault(entry["step"], {"step": entry["step"], "loss": loss, "train_seconds": clock})
     row["num_steps"] = num_steps or max((entry["step"] for entry in log), default=None)
     # The log goes on after training, with the last evaluation; training ends with the entry of its total.
     clocks = [e["train_seconds"] for e in log if "train_seconds" in e and ("loss" in e or "train_runtime" in e)]
-    clocks = clocks or [e["train_seconds"] for e in evaluations if e["train_seconds"] is not None]
+    clocks = clocks or [e["train_seconds"] for e in curve.values() if e["train_seconds"] is not None]
     row["train_seconds"] = clocks[-1] if clocks else None
-    row["start_loss"] = next((e["loss"] for e in evaluations if e["step"] == 0 and math.isfinite(e["loss"])), None)
-    if _is_number(final) and row["num_steps"] is not None:
+    start = curve.get(0, {}).get("loss", math.nan)
+    row["start_loss"] = start if math.isfinite(start) else None
+    if isinstance(final, int | float) and row["num_steps"] is not None:
         # The final evaluation stands for the end of the curve; it differs from the log's where checkpoints are averaged.
-        end = {"step": int(row["num_steps"]), "loss": float(final), "train_seconds": row["train_seconds"]}
-        if evaluations and evaluations[-1]["step"] >= end["step"]:
-            evaluations[-1]["loss"] = float(final)
-        else:
-            evaluations.append(end)
-    ends = [float(final)] if _is_number(final) else [evaluation["loss"] for evaluation in evaluations]
-    row["final_loss"] = ends[-1] if ends else None
-    return evaluations
+        end = {"step": int(row["num_steps"]), "train_seconds": row["train_seconds"]}
+        curve.setdefault(end["step"], end)["loss"] = float(final)
+    losses = [float(final)] if isinstance(final, int | float) else [evaluation["loss"] for evaluation in curve.values()]
+    row["final_loss"] = losses[-1] if losses else None
+    return list(curve.values())
 
 
-def _add_cost_of_v0(row: dict[str, Any], report: dict[str, Any]) -> None:
-    """Read what measuring cost; nothing is known where a run with a v0 left no report."""
-    length = report.get("length") or {}
-    row["estimated_warmup_steps"], measuring = length.get("steps"), length.get("seconds") or 0.0
-    if not report or report.get("strategy") == "zeros":
-        if row["v0"] == "zeros" or length.get("steps") == 0:
-            row |= {"v0_seconds": measuring, "v0_samples": 0, "v0_extra_steps": 0.0}
-        return
-    samples, batch = report.get("num_samples"), report.get("effective_batch_size")
-    row["v0_seconds"] = None if report.get("seconds") is None else report["seconds"] + measuring
-    row["v0_samples"] = samples
-    if samples == 0 or (samples is not None and batch):
-        row["v0_extra_steps"] = samples / batch if samples else 0.0
+def find_odd_beginnings(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Find the runs that did not begin like the others of their seed and condition: `names` that differ in a `part` of `FINGERPRINT`.
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def list_odd_beginnings(runs: pd.DataFrame) -> list[str]:
-    """List, in words, the runs that did not begin like the others of their seed and condition: weights, batches, random state.
-
-    Nothing in a comparison may change them: runs that differ in optimizer, warmup, learning rate or v0 must have equal fingerprints. A
-    run that ended within four steps has fewer batches, and is compared as far as it goes.
+    Nothing in a comparison may change how a run begins: runs that differ in optimizer, warmup, learning rate or v0 must have equal
+    fingerprints. A run that ended within four steps has fewer batches, and is compared as far as it goes.
     """
     found = []
     for (seed, condition), group in runs[runs["initial_weights"] != ""].groupby(["seed", "condition"], dropna=False):
-        for part, what in BEGINNINGS.items():
-            values = {row.name: tuple(getattr(row, part).split()) for row in group.itertuples(index=False)}
-            counts = pd.Series(list(values.values())).value_counts()
-            usual = max(counts.index, key=lambda value: (counts[value], len(value)))
-            odd = [name for name, value in values.items() if value[: len(usual)] != usual[: len(value)]]
+        for part in FINGERPRINT:
+            usual = group[part].mode()[0]
+            odd = [
+                name
+                for name, of in zip(group["name"], group[part], strict=True)
+                if of[: len(usual)] != usual[: len(of)]
+            ]
             if odd:
-                at = f"seed {seed}" + (f", {condition}" if condition else "")
-                found.append(f"{at}: {what} in {len(odd)} of {len(group)} runs: {', '.join(odd)}")
+                found.append({"seed": seed, "condition": condition, "part": part, "names": odd, "total": len(group)})
     return found

@@ -7,7 +7,7 @@
 | interrupted, running (its worker is gone), nothing | starts it from scratch in an emptied folder, or resumes it |
 
 An interrupted run starts from scratch also if its script saves checkpoints: its clock and its curve are then those of one process.
-With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `claims`).
+With `resume_runs` it goes on from the newest checkpoint. A run that another worker is training is left to it (see `executor`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from rich.text import Text
 from ..errors import InputError
 from . import files
 from .axes import suggest
-from .claims import lock_plan
 from .cluster import SubmititExecutor
 from .comparison_file import read_plan
-from .executor import LocalExecutor, read_record, stop_on_signals
+from .executor import LocalExecutor, lock_plan, read_record, stop_on_signals
 from .launch import SCRIPT_MODULES, STARTER, choose_jobs, list_devices, make_command, make_flags
 from .plan import Plan, PlannedRun
 from .progress import ProgressDisplay
@@ -57,21 +56,18 @@ def require_usable_folder(folder: Path) -> None:
         raise InputError(f"output_dir={folder} is not empty and holds no comparison; give another --output_dir")
 
 
-def release_failed(plan: Plan, folder: Path) -> None:
-    """Have runs that failed started again: as such that were interrupted."""
-    for run in plan.runs:
-        record = read_record(folder, run)
-        if record.get("state") == files.FAILED:
-            files.write_json(
-                files.find_run(folder, run.name) / files.RECORD_FILE, {**record, "state": files.INTERRUPTED}
-            )
+def update_plan(
+    plan: Plan, folder: Path, retry_failed: bool = False, only: str | None = None
+) -> tuple[Plan, list[PlannedRun]]:
+    """Write the plan with all runs that are known by now; return it, and those to be trained next.
 
-
-def update_plan(plan: Plan, folder: Path, retry_failed: bool = False) -> tuple[Plan, list[PlannedRun]]:
-    """Write the plan with all runs that are known by now; return it, and those to be trained next."""
+    With `retry_failed` runs that failed (or `only` the one of this name) are started again, as such that were interrupted.
+    """
     with lock_plan(folder):
-        if retry_failed:
-            release_failed(lay_out_stages(plan, folder)[0], folder)
+        for run in lay_out_stages(plan, folder)[0].runs if retry_failed else ():
+            record, file = read_record(folder, run), files.find_run(folder, run.name) / files.RECORD_FILE
+            if record.get("state") == files.FAILED and only in (None, run.name):
+                files.write_json(file, {**record, "state": files.INTERRUPTED})
         known, runs = lay_out_stages(plan, folder)
         files.write_json(folder / files.PLAN_FILE, known.to_dict())
     return known, runs
@@ -94,14 +90,7 @@ def train_stages(
 
 @dataclass
 class Session:
-    """One call of the command.
-
-    Attributes:
-        console: where to tell how it goes on.
-        config, folder: the comparison's file and its folder.
-        small: whether at the file's small scale.
-        retry_failed: start failed runs again.
-        resume_runs: go on with interrupted runs from their newest checkpoint.
+    """One call of the command: `config` is the comparison's file, `folder` its folder; the rest are options of the command.
 
     Raises:
         InputError: a file that cannot be read as a comparison, or a folder that holds something else.
@@ -125,7 +114,10 @@ class Session:
         """Train both stages and report; return the exit status."""
         plan, folder = self.plan, self.folder
         found = list_devices(plan, devices) if launcher == "local" else None
-        jobs = jobs or choose_jobs(plan, found)
+        at_once = (
+            choose_jobs(plan, found) if launcher == "local" else plan.slurm.get("array_parallelism", len(plan.runs))
+        )
+        jobs = jobs or at_once
         was_stopped = False
         with stop_on_signals():
             self.console.print(Text(plan.title, style="bold"))
@@ -157,7 +149,7 @@ class Session:
         runs = {run.name: run for run in lay_out_stages(self.plan, self.folder)[0].runs}
         if name not in runs:
             raise InputError(f"run={name}: the plan has no such run{suggest(name, runs)}; --list_commands lists them")
-        plan, _ = update_plan(self.plan, self.folder, self.retry_failed)
+        plan, _ = update_plan(self.plan, self.folder, self.retry_failed, only=name)
         with ProgressDisplay(self.console, 1) as progress, stop_on_signals(), contextlib.suppress(KeyboardInterrupt):
             executor = LocalExecutor(self.folder, 1, progress, list_devices(plan), self.resume_runs)
             executor.run(plan, [runs[name]])
@@ -243,12 +235,7 @@ class Session:
 
 @dataclass
 class TrainRun:
-    """What a task of `SubmititExecutor` does; pickled. It reads the comparison's file itself, so no secret of it is written anywhere.
-
-    Attributes:
-        config, folder: the comparison's file and its folder, whole paths.
-        small: whether at small scale.
-    """
+    """What a task of `SubmititExecutor` does; pickled. It reads the comparison's file itself, so no secret of it is written anywhere."""
 
     config: Path
     folder: Path

@@ -26,12 +26,7 @@ LENGTHS = ("warmup_steps", "v0_decay_steps", "v0_scale")  # flags that set how l
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting of a family that the first stage has chosen, at its best learning rate.
-
-    Attributes:
-        condition, family, setting, learning_rate: which.
-        num_trials: settings at one learning rate that it was chosen from.
-    """
+    """The setting of a family that the first stage has chosen, at its best learning rate, from `num_trials` (settings at one rate)."""
 
     condition: str
     family: str

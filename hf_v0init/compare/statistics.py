@@ -21,17 +21,11 @@ BAND = (0.1, 0.9)  # of the best of k: the middle eight of ten draws
 
 
 class Verdict(str, Enum):
-    """What a planned contrast has shown."""
+    """What a planned contrast has shown; the last three also of whether v0 can replace the warmup, a test of non-inferiority."""
 
     BETTER = "better"
     WORSE = "worse"
     NOT_SIGNIFICANT = "not significant"
-    TOO_FEW_SEEDS = "too few seeds"
-
-
-class Replacement(str, Enum):
-    """Whether v0 can replace the warmup: a test of non-inferiority."""
-
     CAN_REPLACE = "can replace"
     NOT_SHOWN = "not shown"
     TOO_FEW_SEEDS = "too few seeds"
@@ -44,7 +38,6 @@ class Interval:
     Attributes:
         mean, low, high: over the seeds on which both are finite; NaN where there are none, or too few for an interval.
         p_value: of the paired t test, two-sided.
-        seeds: that both have.
         n: seeds that the interval is over.
         lost_one, lost_other: seeds on which the one, or the other, diverged and has no value.
     """
@@ -53,7 +46,6 @@ class Interval:
     low: float
     high: float
     p_value: float
-    seeds: tuple[int, ...]
     n: int
     lost_one: int = 0
     lost_other: int = 0
@@ -76,26 +68,25 @@ class NonInferiority:
 
     worst: float
     margin: float
-    verdict: Replacement
+    verdict: Verdict
 
 
 def compute_paired_interval(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:
     """Compute `one` - `other` over the seeds that both have: mean -+ t(.975; n - 1) s / sqrt(n). None without a common seed."""
-    seeds = tuple(sorted(one.keys() & other.keys()))
+    seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
     lost_one = sum(not math.isfinite(one[seed]) for seed in seeds)
     lost_other = sum(not math.isfinite(other[seed]) for seed in seeds)
     differences = [one[s] - other[s] for s in seeds if math.isfinite(one[s]) and math.isfinite(other[s])]
-    mean, low, high, p_value = math.nan, math.nan, math.nan, math.nan
-    if differences:
-        mean = statistics.fmean(differences)
+    mean = statistics.fmean(differences) if differences else math.nan
+    low, high, p_value = math.nan, math.nan, math.nan
     if len(differences) > 1:
         half = compute_half_width(differences)
         low, high = mean - half, mean + half
         error = statistics.stdev(differences) / math.sqrt(len(differences))
         p_value = 2 * float(stdtr(len(differences) - 1, -abs(mean) / error)) if error else float(mean == 0)
-    return Interval(mean, low, high, p_value, seeds, len(differences), lost_one, lost_other)
+    return Interval(mean, low, high, p_value, len(differences), lost_one, lost_other)
 
 
 def compute_half_width(values: Sequence[float]) -> float:
@@ -152,9 +143,9 @@ def judge_replacement(interval: Interval, margin: float, greater_is_better: bool
     """
     worst = -interval.low if greater_is_better else interval.high
     if math.isnan(worst):
-        return NonInferiority(worst, margin, Replacement.TOO_FEW_SEEDS)
+        return NonInferiority(worst, margin, Verdict.TOO_FEW_SEEDS)
     is_shown = worst < margin and interval.lost_one == 0
-    return NonInferiority(worst, margin, Replacement.CAN_REPLACE if is_shown else Replacement.NOT_SHOWN)
+    return NonInferiority(worst, margin, Verdict.CAN_REPLACE if is_shown else Verdict.NOT_SHOWN)
 
 
 def choose_best(scores: Mapping[object, Mapping[int, float]]) -> object | None:
@@ -193,22 +184,3 @@ def compute_budget(losses: Sequence[float], greater_is_better: bool = False) -> 
         ends = [ordered[np.argmax(chances.cumsum() >= quantile * (1.0 - 1e-12))] for quantile in BAND]
         rows.append((ordered[: n - k + 1] @ chances, *ends))
     return sign * pd.DataFrame(rows, columns=["expected", "low", "high"])
-
-
-def compute_steps_to_loss(
-    steps: Sequence[float], losses: Sequence[float], target: float, greater_is_better: bool = False
-) -> float | None:
-    """Compute when the loss first reaches `target`: linear between evaluations; None if it does not.
-
-    If the first evaluation is there already, or the one before was no finite number, that evaluation's step counts.
-    """
-    if greater_is_better:
-        losses, target = [-loss for loss in losses], -target
-    for i, (step, loss) in enumerate(zip(steps, losses, strict=True)):
-        if not loss <= target:
-            continue
-        if i == 0 or not math.isfinite(losses[i - 1]):
-            return float(step)
-        share = (losses[i - 1] - target) / (losses[i - 1] - loss)
-        return steps[i - 1] + share * (step - steps[i - 1])
-    return None

@@ -15,9 +15,9 @@ import pytest
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, make_call, wait_until, write_checkpoint
 from rich.console import Console
 
-from hf_v0init.compare.claims import lock_plan
 from hf_v0init.compare.cluster import SubmititExecutor
 from hf_v0init.compare.comparison_file import read_plan
+from hf_v0init.compare.executor import lock_plan
 from hf_v0init.compare.progress import ProgressDisplay
 from hf_v0init.compare.session import TrainRun
 from hf_v0init.errors import InputError
@@ -105,6 +105,7 @@ def test_submitit_s_local_executor_trains_both_stages(comparison):
     assert done.returncode == 0, done.stderr
     assert "Stage 1 of 2, tune: 2 runs" in done.stdout and "Stage 2 of 2, confirm: 2 runs" in done.stdout
     assert comparison.list_states() == ["finished"] * 4 and "4 finished." in done.stdout
+    assert done.stdout.count("finished, step 20, validation loss 3.000") == 4 and "another worker" not in done.stdout
     assert {entry["secret"] for entry in comparison.read_journal()} == {"hf_s3cret"}
     assert not [path for path in comparison.folder.rglob("*") if path.is_file() and b"hf_s3cret" in path.read_bytes()]
 
@@ -144,13 +145,13 @@ def test_an_array_job_for_each_stage(comparison, cluster):
 @pytest.mark.slow
 def test_runs_in_the_queue_are_not_submitted_again(comparison, cluster):
     comparison.write(behave("plain", "good"))
-    plan = read_plan(comparison.config)
-    assert call(comparison, "--launcher", "slurm").returncode == 0
+    done = call(comparison, "--launcher", "slurm")
+    assert done.returncode == 0 and done.stdout.count("finished, step 20, validation loss 3.000") == 2, done.stdout
     for path in comparison.folder.glob("runs/*/record.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "state": "interrupted"}))
+    for path in comparison.folder.glob("jobs/*_result.pkl"):
+        path.unlink()
     (cluster / "queue").write_text("76_0\n77_0\n")
-    jobs = json.loads((comparison.folder / "jobs" / "jobs.json").read_text())
-    assert jobs == {run.digest: f"77_{i}" for i, run in enumerate(plan.runs)}
     words = make_call(comparison.config, comparison.folder, "--launcher", "slurm")
     process = subprocess.Popen(words, cwd=comparison.root, stdout=subprocess.PIPE, text=True)
     wait_for_states(comparison, ["finished", "interrupted"])  # the other one is for the queue to start
@@ -230,11 +231,12 @@ def test_what_slurm_refuses_and_where_there_is_none(comparison, cluster, monkeyp
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     with pytest.raises(InputError, match=r"slurm: the job was refused: .*invalid partition specified: gpu"):
         make().run(plan, plan.runs)
-    assert not (comparison.folder / "jobs" / "jobs.json").exists()
     with pytest.raises(InputError, match=r"slurm: .*partitoin"):
         make(dataclasses.replace(plan, slurm={"partitoin": "gpu"}))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with pytest.raises(InputError, match=r"there is no sbatch here; .* or use --list_commands for another scheduler"):
+    with pytest.raises(
+        InputError, match=r"launcher=slurm: Could not detect .*srun.* --list_commands is for other schedulers"
+    ):
         make()
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"needs submitit; type: pip install 'hf_v0init\[cluster\]'"):

@@ -17,12 +17,11 @@ from command_line import Done, run_command as run_in_process
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, move_to_another_machine, wait_until
 from rich.console import Console
 
-from hf_v0init.compare import claims as claims_module, executor as executor_module
-from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare import executor as executor_module
 from hf_v0init.compare.comparison_file import read_plan
-from hf_v0init.compare.executor import LocalExecutor
+from hf_v0init.compare.executor import LocalExecutor, lock_plan, make_lease
 from hf_v0init.compare.progress import ProgressDisplay
-from hf_v0init.compare.tables import format_seconds
+from hf_v0init.compare.summary import format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,6 +133,17 @@ def test_the_command_lines_for_another_scheduler_train_the_runs_from_anywhere(tm
     assert len(comparison.read_journal()) == 3
 
 
+def test_a_failed_run_is_tried_again_by_its_name_and_no_other(comparison):
+    comparison.write(behave("plain", "fail", "refuse")).run()
+    (name,) = [run.name for run in read_plan(comparison.config).runs if "fail" in run.name]
+    (comparison.root / "fake.py").write_text(FAKE_SCRIPT.replace('if behaviour == "fail"', "if False"))
+    assert call_command(comparison, "--run", name).returncode == 1 and len(comparison.read_journal()) == 3
+    done = call_command(comparison, "--run", name, "--retry_failed")
+    assert done.returncode == 0 and f"{name}: finished." in done.stdout
+    states = {"behaviour=plain 42": "finished", "behaviour=fail 42": "finished", "behaviour=refuse 42": "failed"}
+    assert comparison.read_states() == states and len(comparison.read_journal()) == 4
+
+
 def test_the_second_stage_is_listed_when_the_first_is_over(comparison):
     comparison.write([{"learning_rate": [1e-3, 1e-2]}], confirm_seeds=2).run()
     for record in comparison.folder.glob("runs/*seed44*/record.json"):
@@ -243,13 +253,13 @@ def test_a_call_waits_for_what_another_is_training_and_says_so(comparison):
 def test_a_new_call_takes_over_the_run_of_a_node_that_has_died(comparison, monkeypatch):
     """Its lease is of another machine, so nobody can see that the process is gone: the call waits until the lease has lapsed."""
     monkeypatch.setattr(executor_module, "CLAIM_SECONDS", 0.1)
-    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(executor_module, "LEASE_SECONDS", 1.5)
     comparison.write(behave("plain", "good")).run()
     (run, _) = read_plan(comparison.config).runs
     record = comparison.folder / "runs" / run.name / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running", "host": "node7", "pid": 1}))
-    claims = claims_module.RunClaims(comparison.folder)
-    assert claims.acquire(run.digest)
+    gone = make_lease(comparison.folder, f"run_{run.digest}")
+    gone.acquire(blocking=False)
     move_to_another_machine(comparison.folder / ".locks" / f"run_{run.digest}.lock")
     began = time.monotonic()
     told = comparison.run()

@@ -17,7 +17,7 @@ import yaml
 from comparison_fakes import FAKE_SCRIPT, Comparison, behave, is_alive, make_call, wait_until, write_checkpoint
 
 from hf_v0init.compare import process as process_module
-from hf_v0init.compare.claims import lock_plan
+from hf_v0init.compare.executor import lock_plan
 from hf_v0init.compare.launch import count_cores, make_environment
 from hf_v0init.compare.process import LossTrace, RunProcess, find_error_line, judge_output
 from hf_v0init.compare.report import write_report
@@ -398,8 +398,9 @@ def test_a_later_refusal_is_that_run_s_failure(comparison):
 
 def test_a_secret_reaches_the_script_and_nothing_that_is_written(comparison):
     secret = "hf_" + "s3cret" * 4
-    arguments = {"hub_token": secret, "db_password": secret + "2", "lr_scheduler_kwargs": {"api_key": secret + "3"}}
-    comparison.write([{"v0": ["zeros", "random"]}], arguments)
+    kwargs = {"api_key": secret + "3", "more": [{"access_key": secret + "4"}]}
+    arguments = {"hub_token": secret, "db_password": secret + "2", "lr_scheduler_kwargs": kwargs}
+    comparison.write([{"v0": ["zeros", "random"]}], arguments, slurm={"additional_parameters": {"db_token": secret}})
     assert [end[2] for end in comparison.run().ends] == ["finished"] * 2
     assert {entry["secret"] for entry in comparison.read_journal()} == {secret}
     (comparison.root / "journal").unlink()
@@ -409,7 +410,7 @@ def test_a_secret_reaches_the_script_and_nothing_that_is_written(comparison):
     assert not [path for path in written if secret in path.read_text(errors="replace")]
     plan = json.loads((comparison.folder / "plan.json").read_text())
     assert plan["arguments"]["hub_token"] == plan["arguments"]["db_password"] == "***"
-    assert plan["arguments"]["lr_scheduler_kwargs"] == {"api_key": "***"}
+    assert plan["arguments"]["lr_scheduler_kwargs"] == {"api_key": "***", "more": [{"access_key": "***"}]}
     command = next(iter(comparison.read_records().values()))["command"]
     assert "hf_v0init.compare.start_script" in command and not [word for word in command if "token" in word]
     # Another token is the same run.
@@ -458,3 +459,15 @@ def test_an_optimum_at_an_edge_extends_its_axis_before_the_second_stage(comparis
     comparison.folder = comparison.root / "second"
     comparison.write(grids, confirm_seeds=1).run()
     assert [entry["rate"] for entry in comparison.read_journal()][6:] == [1e-3, 2e-3, 2e-3]
+
+
+def test_a_length_at_an_edge_is_extended_and_named(comparison):
+    """The fake's loss falls with the warmup up to 20 steps; the grid ends at 10, by a factor of 2."""
+    script = FAKE_SCRIPT.replace(
+        'flags.get("losses", "6,4,3")', '("60,50,%g" % (3 + abs(int(flags["warmup_steps"]) - 20)))'
+    )
+    (comparison.root / "fake.py").write_text(script)
+    comparison.write([{"warmup": [5, 10]}], {"max_steps": 100}, confirm_seeds=1, extend=True).run()
+    assert [int(entry["warmup"]) for entry in comparison.read_journal()] == [5, 10, 20, 40, 20]
+    confirmed = [run for run in read_comparison(comparison.folder).plan["runs"] if run["stage"] == "confirm"]
+    assert [run["setting"] for run in confirmed] == ["warmup 10 (warmup_steps=20)"]

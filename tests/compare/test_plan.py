@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_v0init.compare.axes import OPTIMIZERS, parse_optimizer, parse_v0, parse_warmup
+from hf_v0init.compare.axes import OPTIMIZERS, parse_value
 from hf_v0init.compare.comparison_file import read_plan
 from hf_v0init.compare.launch import SCRIPT_MODULES, make_command, make_flags
 from hf_v0init.errors import InputError
@@ -58,7 +58,7 @@ def plan_of(tmp_path):
     ],
 )  # fmt: skip
 def test_words_of_v0(value, name, flags):
-    parsed = parse_v0(value)
+    parsed = parse_value("v0", value)
     assert (parsed.name, parsed.flags) == (name, flags)
 
 
@@ -77,32 +77,32 @@ def test_words_of_v0(value, name, flags):
     ],
 )  # fmt: skip
 def test_words_of_warmup(value, name, flags):
-    parsed = parse_warmup(value)
+    parsed = parse_value("warmup", value)
     assert (parsed.name, parsed.flags) == (name, flags)
 
 
 @pytest.mark.parametrize(
-    ("parse", "value", "words"),
+    ("axis", "value", "words"),
     [
-        (parse_v0, "data_drivn 1", "did you mean data_driven"),
-        (parse_v0, "", "cannot be read"),
-        (parse_v0, "zeros 1", "cannot be read"),
-        (parse_v0, "data_driven warmup", "or with a decay and its length"),
-        (parse_v0, "data_driven linear", "a decay and its length in steps, as a fraction of training or 'auto'"),
-        (parse_v0, "data_driven beta2 long", "cannot be read"),
-        (parse_v0, "data_driven nan", "cannot be read"),
-        (parse_v0, {"v0_scale": 1}, "needs v0_init"),
-        (parse_warmup, "linear", "untuned_linear"),
-        (parse_warmup, 1.5, "a fraction of training such as 0.3"),
-        (parse_warmup, -5, "-5"),
-        (parse_warmup, True, "True"),
-        (parse_optimizer, "adamm", "choose adamw"),
-        (parse_optimizer, {"name": "mine"}, "at least one flag"),
+        ("v0", "data_drivn 1", "did you mean data_driven"),
+        ("v0", "", "cannot be read"),
+        ("v0", "zeros 1", "cannot be read"),
+        ("v0", "data_driven warmup", "or with a decay and its length"),
+        ("v0", "data_driven linear", "a decay and its length in steps, as a fraction of training or 'auto'"),
+        ("v0", "data_driven beta2 long", "cannot be read"),
+        ("v0", "data_driven nan", "cannot be read"),
+        ("v0", {"v0_scale": 1}, "needs v0_init"),
+        ("warmup", "linear", "untuned_linear"),
+        ("warmup", 1.5, "a fraction of training such as 0.3"),
+        ("warmup", -5, "-5"),
+        ("warmup", True, "True"),
+        ("optimizer", "adamm", "choose adamw"),
+        ("optimizer", {"name": "mine"}, "at least one flag"),
     ],
 )
-def test_words_that_are_refused(parse, value, words):
+def test_words_that_are_refused(axis, value, words):
     with pytest.raises(InputError, match=words) as error:
-        parse(value)
+        parse_value(axis, value)
     assert "\n" not in str(error.value)
 
 

@@ -13,9 +13,8 @@ from comparison_folders import make_entry, write_grid, write_plan, write_run
 from hf_v0init.compare.files import PLAN_FILE
 from hf_v0init.compare.report import read_conclusion, write_report
 from hf_v0init.compare.results import read_comparison
-from hf_v0init.compare.statistics import Replacement, Verdict
-from hf_v0init.compare.summary import summarize
-from hf_v0init.compare.tables import make_confirmed_table
+from hf_v0init.compare.statistics import Verdict
+from hf_v0init.compare.summary import format_interval, make_confirmed_table, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = {1: 0.0, 2: 0.002, 3: -0.002, 4: 0.001}
@@ -45,10 +44,10 @@ def conclude(folder) -> str:
 @pytest.mark.parametrize(
     ("losses", "replacement", "verdicts", "words"),
     [
-        ({}, Replacement.CAN_REPLACE, ["not significant", "better", "better"], "v0 can replace the warmup: with 95% confidence it ends at most 0.01"),
-        ({"v0": 3.1}, Replacement.NOT_SHOWN, ["worse", "better", "better"], "Not shown that v0 can replace the warmup: it may end 0.11"),
-        ({"v0": 2.8}, Replacement.CAN_REPLACE, ["better", "better", "better"], "with 95% confidence it ends no worse, within the margin of 0.030 (1% of"),
-        ({"warmup": 4.2, "v0": 4.1}, Replacement.CAN_REPLACE, ["better", "worse", "worse"], "no worse"),
+        ({}, Verdict.CAN_REPLACE, ["not significant", "better", "better"], "v0 can replace the warmup: with 95% confidence it ends at most 0.01"),
+        ({"v0": 3.1}, Verdict.NOT_SHOWN, ["worse", "better", "better"], "Not shown that v0 can replace the warmup: it may end 0.11"),
+        ({"v0": 2.8}, Verdict.CAN_REPLACE, ["better", "better", "better"], "with 95% confidence it ends no worse, within the margin of 0.030 (1% of"),
+        ({"warmup": 4.2, "v0": 4.1}, Verdict.CAN_REPLACE, ["better", "worse", "worse"], "no worse"),
     ],
 )  # fmt: skip
 def test_the_conclusion_follows_from_the_second_stage(tmp_path, losses, replacement, verdicts, words):
@@ -139,7 +138,7 @@ def test_an_edge_is_said_with_the_value_to_add(tmp_path):
     )
 
 
-def test_the_table_has_every_confirmed_setting_its_test_metrics_and_what_it_cost(tmp_path):
+def test_the_table_has_every_confirmed_setting_and_its_test_metrics(tmp_path):
     folder = write_grid(tmp_path, outcome_of(v0=2.0))
     comparison = read_comparison(folder)
     table = make_confirmed_table(comparison, summarize(comparison)).set_index("family")
@@ -148,9 +147,6 @@ def test_the_table_has_every_confirmed_setting_its_test_metrics_and_what_it_cost
         table.loc["v0", "predict_bleu"] == "30.002 ± 0.010"
         and table.loc["no warmup", "predict_bleu"] == "19.998 ± 0.010"
     )
-    steps, charged = (float(table.loc["v0", name].split()[0]) for name in ("steps to its loss", "with the pass"))
-    assert steps < 400 and charged == steps + 20
-    assert table.loc["no warmup", "steps to its loss"] == "not reached (0 of 3)"
 
 
 def test_a_copy_gives_the_same_report_and_keeps_its_tables(tmp_path):
@@ -180,6 +176,7 @@ def test_runs_that_did_not_begin_alike_come_before_the_conclusion(tmp_path):
     write_report(folder)
     text = (folder / "report.md").read_text()
     assert text.index("## Runs that did not begin alike") < text.index("## Conclusion")
+    assert f"- seed 2: other initial weights in 1 of 3 runs: {path.parents[1].name}\n" in text
     assert '<section class="alarm">' in (folder / "report.html").read_text()
 
 
@@ -241,6 +238,23 @@ def test_committed_results_follow_from_their_committed_numbers(plan, tmp_path):
     assert (folder / "report.md").read_bytes().split() == without.split()
     for name in set(before) - {"report.md"}:
         assert (folder / name).read_bytes() == before[name]
+
+
+def test_the_page_of_results_says_what_the_committed_numbers_say():
+    """Its intervals, in the order of its rows: every contrast of v0 and warmup there is."""
+    place = ROOT / "configs" / "compare" / "results"
+    rows = [line for line in (place / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    found = []
+    for name in ("multi30k_small", "multi30k", "multi30k_paper_model", "ptb_small"):
+        for here in summarize(read_comparison(place / name)):
+            if here.replacement:
+                verdicts = (here.contrasts[0].verdict, here.replacement.verdict)
+                assert verdicts == (Verdict.NOT_SIGNIFICANT, Verdict.NOT_SHOWN)
+                words = f"| {format_interval(here.contrasts[0].interval)} | not significant"
+                found.append((f"({name}/report.md)", words))
+    assert len(rows) == len(found)
+    for row, (link, words) in zip(rows, found, strict=True):
+        assert link in row and words in row, row
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):

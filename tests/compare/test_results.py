@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from comparison_folders import EVAL_STEPS, make_entry, make_losses, write_grid, write_plan, write_run
 
-from hf_v0init.compare.results import list_odd_beginnings, read_comparison, write_tables
+from hf_v0init.compare.results import find_odd_beginnings, read_comparison, write_tables
 from hf_v0init.errors import InputError
 
 
@@ -21,21 +21,11 @@ def read_one(folder, entry, outcome, **options):
 def test_a_finished_run_is_read(tmp_path):
     comparison, run = read_one(tmp_path, make_entry("data_driven 10", "none", 1e-3, 1), 3.0)
     assert (run["state"], run["final_loss"], run["scored_loss"], run["start_loss"]) == ("finished", 3.0, 3.0, 9.0)
-    assert (run["v0_seconds"], run["v0_samples"], run["v0_extra_steps"]) == (3.0, 1280, 20.0)
     assert (run["num_steps"], run["train_seconds"], run["seconds"], run["predict_bleu"]) == (400, 43.0, 60.0, 25.0)
     assert run["problems"] == ""
     assert list(comparison.evaluations["step"]) == list(EVAL_STEPS)
     assert list(comparison.evaluations["loss"]) == pytest.approx(make_losses(3.0))
     assert comparison.machines == [{"versions": {"torch": "2.13.0"}, "hardware": {"cpu": "two cores"}}]
-
-
-def test_no_v0_costs_nothing_and_a_lost_report_is_not_known(tmp_path):
-    assert read_one(tmp_path / "a", make_entry("zeros", "none", 1e-3, 1), 3.0)[1]["v0_extra_steps"] == 0.0
-    folder = tmp_path / "b"
-    entry = make_entry("random 100", "none", 1e-3, 1)
-    read_one(folder, entry, 3.0)
-    (folder / "runs" / entry["name"] / "output" / "v0_init.json").unlink()
-    assert math.isnan(read_comparison(folder).runs.iloc[0]["v0_extra_steps"])
 
 
 def test_a_diverged_run_counts_with_the_loss_at_the_start_and_never_with_a_training_loss(tmp_path):
@@ -52,7 +42,11 @@ def test_a_diverged_run_counts_with_the_loss_at_the_start_and_never_with_a_train
 @pytest.mark.parametrize("state", ["running", "interrupted", "failed", None])
 def test_runs_without_an_outcome_do_not_count(tmp_path, state):
     comparison, run = read_one(tmp_path, make_entry("zeros", "none", 1e-3, 1), state)
-    assert run["state"] == (state or "pending") and comparison.counted.empty and math.isnan(run["scored_loss"])
+    assert (
+        run["state"] == (state or "pending")
+        and comparison.get_counted("confirm").empty
+        and math.isnan(run["scored_loss"])
+    )
 
 
 def test_without_a_log_the_trainers_history_is_read(tmp_path):
@@ -70,11 +64,12 @@ def test_damage_is_named_and_the_rest_read(tmp_path):
     entry = make_entry("random 1", "none", 1e-3, 1)
     read_one(tmp_path, entry, 3.0)
     output = tmp_path / "runs" / entry["name"] / "output"
-    (output / "v0_init.json").write_text("{")
+    (output / "trainer_state.json").write_text("{")
     (output / "fingerprint.json").write_text("[1]")
     run = read_comparison(tmp_path).runs.iloc[0]
     assert (
-        run["problems"] == "v0_init.json cannot be read; fingerprint.json cannot be read" and run["final_loss"] == 3.0
+        run["problems"] == "trainer_state.json cannot be read; fingerprint.json cannot be read"
+        and run["final_loss"] == 3.0
     )
 
 
@@ -114,13 +109,13 @@ def test_what_a_run_did_not_leave_is_named(tmp_path):
 
 def test_runs_that_began_otherwise_are_named(tmp_path):
     folder = write_grid(tmp_path, lambda *place: 3.0)
-    assert list_odd_beginnings(read_comparison(folder).runs) == []
+    assert find_odd_beginnings(read_comparison(folder).runs) == []
     odd = make_entry("data_driven 10", "none", 1e-3, 2)["name"]
     path = folder / "runs" / odd / "output" / "fingerprint.json"
     begun = json.loads(path.read_text())
-    for part, value, words in (("initial_weights", "w9", "other initial weights"), ("batches", ["b9"], "other first batches"),
-            ("rng", "r9", "another random state before the first step")):  # fmt: skip
+    for part, value in (("initial_weights", "w9"), ("batches", ["b9"]), ("rng", "r9")):
         path.write_text(json.dumps(begun | {part: value}))
-        assert list_odd_beginnings(read_comparison(folder).runs) == [f"seed 2: {words} in 1 of 3 runs: {odd}"]
+        (found,) = find_odd_beginnings(read_comparison(folder).runs)
+        assert found == {"seed": 2, "condition": "", "part": part, "names": [odd], "total": 3}
     path.write_text(json.dumps(begun | {"batches": begun["batches"][:2]}))  # it ended within two steps
-    assert list_odd_beginnings(read_comparison(folder).runs) == []
+    assert find_odd_beginnings(read_comparison(folder).runs) == []

@@ -11,7 +11,7 @@ import pytest
 
 from hf_v0init.compare.plan import NONE, V0, WARMUP
 from hf_v0init.compare.stages import choose_settings
-from hf_v0init.compare.statistics import Replacement, Verdict, judge_contrasts, judge_replacement
+from hf_v0init.compare.statistics import Verdict, judge_contrasts, judge_replacement
 from hf_v0init.compare.summary import PLANNED
 
 NUM_DRAWS = 1000
@@ -68,7 +68,7 @@ def count(
         counts["worse"] += first.verdict is Verdict.WORSE
         edge = 0.01 * np.mean(list(confirmed[WARMUP].values())) if margin is None else margin
         replaced = judge_replacement(first.interval, edge).verdict
-        counts["can replace"] += replaced is Replacement.CAN_REPLACE
+        counts["can replace"] += replaced is Verdict.CAN_REPLACE
     return {name: number / NUM_DRAWS for name, number in counts.items()}
 
 

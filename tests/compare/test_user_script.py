@@ -10,7 +10,7 @@ import pytest
 import yaml
 from comparison_fakes import make_call, wait_until
 
-from hf_v0init.compare.results import list_odd_beginnings, read_comparison
+from hf_v0init.compare.results import find_odd_beginnings, read_comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "configs" / "compare" / "my_script.py"
@@ -48,7 +48,7 @@ def test_the_example_is_short_enough_to_read():
 
 @pytest.mark.slow
 def test_a_plain_train_and_evaluate_gets_through(tmp_path):
-    """No metric is saved, no model, no checkpoint: the loss is taken from the log, and what v0 cost is charged."""
+    """No metric is saved, no model, no checkpoint: the loss is taken from the log."""
     grids = [{"v0": ["zeros", "data_driven per_sample 1"], "learning_rate": [1e-2], "seed": [1]}]
     write(tmp_path, (RESUME, "trainer.train()"), grids, max_steps=20, eval_steps=10, v0_num_samples=128)
     code, out, err = call(tmp_path)
@@ -57,9 +57,7 @@ def test_a_plain_train_and_evaluate_gets_through(tmp_path):
     comparison = read_comparison(tmp_path / "out")
     assert list(comparison.evaluations["step"]) == [0, 10, 20] * 2
     assert (comparison.runs["final_loss"] < comparison.runs["start_loss"] - 0.5).all()  # it learns
-    assert list(comparison.runs["v0_samples"]) == [0, 128]
-    assert list(comparison.runs["v0_extra_steps"]) == [0.0, 4.0]  # in batches of 32
-    assert list_odd_beginnings(comparison.runs) == []
+    assert find_odd_beginnings(comparison.runs) == []
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_v0init.compare.statistics import compute_paired_interval
+
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "configs" / "paper"
 PAGE = ROOT / "docs" / "paper_tables.md"
@@ -82,6 +84,29 @@ def test_each_of_the_papers_tables_has_an_answer():
             assert config in row["command"] and (ROOT / config).is_file()
         report = PAPER / "results" / f"table_{int(row['table']):02d}" / "report.md"
         assert report.is_file() is (f"`results/{report.parent.name}/report.md` |" in text)
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 6, 9, 11])
+def test_the_tables_say_whether_the_small_scale_can_show_the_effect(number):
+    """Half the width of the interval of `data_driven` 1 less v0 = 0, both with Adam, beside the paper's difference."""
+    metric = {1: "predict_accuracy", 3: "test_perplexity", 6: "predict_accuracy", 9: "predict_accuracy"}.get(number)
+    losses = {}
+    for run in read_runs([f"table_{number:02d}"]):
+        if run["optimizer"] == "adam" and run["warmup"] == "none":
+            losses.setdefault(run["v0"], {})[run["seed"]] = float(run[metric or "final_loss"])
+    interval = compute_paired_interval(losses["data_driven 1"], losses["zeros"])
+    half = (interval.high - interval.mean) / statistics.mean(losses["zeros"].values())
+    with open(PAPER / "published.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == f"table_{number}"]
+    paper = {(row["optimizer"], row["v0"]): float(row["value"]) for row in rows}
+    # Table 6 is over the scale, and its two columns are strategy and scale.
+    zeros, ours = (
+        (("data_driven", scale) for scale in "01") if number == 6 else (("Adam", v0) for v0 in ("zeros", "data_driven"))
+    )
+    effect = paper[ours] / paper[zeros] - 1
+    answer = f"{'yes' if half < abs(effect) else 'no'}: ±{half:.1%}, the paper's {effect:+.1%}"
+    (row,) = [row for row in read_table("| table | what") if row["table"] == str(number)]
+    assert interval.n == 3 and row["can that scale show the effect?"] == answer
 
 
 @pytest.mark.parametrize("name", ["table_01", "table_03", "table_05", "table_11"])
