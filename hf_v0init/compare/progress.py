@@ -44,6 +44,7 @@ class ProgressDisplay:
         self.bars = Progress(*columns, console=console, **options)
         self.all = self.bars.add_task("all runs", state="")
         self.of_run: dict[str, TaskID] = {}
+        self.first_seen: dict[str, tuple[float, float]] = {}  # by run: its seconds and share of steps when it first had any
 
     def __enter__(self) -> ProgressDisplay:
         self.bars.start()
@@ -73,8 +74,10 @@ class ProgressDisplay:
             if total:
                 share = min(1.0, trace.step / total)
                 shares += share
-                if share >= SHARE_OF_PACE:
-                    self._announce(run.seconds / share)
+                if share > 0:
+                    begun, share_then = self.first_seen.setdefault(run.run.name, (run.seconds, share))
+                    if share - share_then >= SHARE_OF_PACE:  # loading, before the first step that is seen, counts once
+                        self._announce(run.seconds + (1 - share) * (run.seconds - begun) / (share - share_then))
             losses = f"train {format_number(trace.train_loss)}, val. {format_number(trace.eval_loss)}"
             if run.run.name not in self.of_run:
                 self.of_run[run.run.name] = self.bars.add_task(run.run.name, state="")
