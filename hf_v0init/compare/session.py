@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
@@ -180,10 +180,9 @@ class Session:
             InputError: the script refuses some.
         """
         plan, first = self.plan, self.plan.runs[0]
-        folder = Column("folder", overflow="fold")
-        table = Table("setting", "family", "learning rate", "seed", folder, title=Text(plan.title))
+        table = Table("setting", "family", "learning rate", "seed", title=Text(plan.title))
         for run in plan.runs:
-            table.add_row(run.setting, run.family, f"{run.learning_rate:g}", str(run.seed), run.name)
+            table.add_row(run.setting, run.family, f"{run.learning_rate:g}", str(run.seed))
         self.console.print(table)
         num_later = len({(run.condition, run.family) for run in plan.list_runs(files.TUNE)}) * len(plan.confirm_seeds)
         seeds = ", ".join(map(str, plan.confirm_seeds))
