@@ -1,4 +1,4 @@
-"""Four ways to let v0 leave so that the step grows linearly, for the choice that README.md tells; not part of the package.
+"""Ways to let v0 leave so that the step grows linearly, for the choice that README.md tells; not part of the package.
 
 python mechanisms.py --task=clm --mechanism=growing --length=400 FLAGS       (the flags of `hf-v0init clm`, with --v0_init zeros)
 
@@ -9,6 +9,8 @@ In the first `--ramp` steps (6) the learning rate is multiplied by t / L. What s
 | elements | v_hat of step 6, element by element | (L/t)^2 - 1 times it is held in the second moment |
 | factored | the same as rows x columns | the same |
 | tensor | its mean over the tensor | the same |
+| rising | as factored, every 10 steps raised to what v_hat is then | the same |
+| falling, falling_elements | as factored, elements, every 10 steps lowered to what v_hat is then | the same |
 | growing | nothing: v is multiplied by (L/12)^2 * .865 once | beta2 = (t/(t+1))^2; at L + 1 v is put right for torch's bias correction |
 
 The schedule is that of `--warmup_steps L` without its ramp. `mechanisms.csv` has what they gave.
@@ -22,6 +24,7 @@ from transformers import Trainer
 from hf_v0init.cli.scripts import run_named
 
 OWN = {"task": "", "mechanism": "factored", "length": "0", "ramp": "6"}
+EVERY = 10  # steps after which s is raised or lowered
 BIAS = 0.865  # 1 - beta2_t^t of the growing beta2
 
 
@@ -32,11 +35,20 @@ def factor(estimate: torch.Tensor) -> torch.Tensor:
     return product.view_as(estimate)
 
 
+def factor_matrix(estimate: torch.Tensor) -> torch.Tensor:
+    """The same of what has two dimensions; of a vector itself."""
+    return factor(estimate) if estimate.dim() > 1 else estimate.clone()
+
+
 SPREAD = {
     "elements": torch.clone,
-    "factored": lambda estimate: factor(estimate) if estimate.dim() > 1 else estimate.clone(),
+    "factored": factor_matrix,
+    "rising": factor_matrix,
+    "falling": factor_matrix,
+    "falling_elements": torch.clone,
     "tensor": lambda estimate: estimate.mean().expand_as(estimate),
 }
+FOLLOW = {"rising": torch.maximum, "falling": torch.minimum, "falling_elements": torch.minimum}
 
 
 def install(optimizer: torch.optim.Optimizer, mechanism: str, length: int, ramp: int) -> None:
@@ -63,6 +75,12 @@ def install(optimizer: torch.optim.Optimizer, mechanism: str, length: int, ramp:
                 elif t > ramp:
                     if t == ramp + 1:
                         spread[parameter] = SPREAD[mechanism](v / (1 - beta2**ramp))
+                    elif mechanism in FOLLOW and t <= length and (t - ramp - 1) % EVERY == 0:
+                        held = (1 - beta2 ** (t - 1)) * extra(t - 1)
+                        old = spread[parameter]
+                        now = SPREAD[mechanism](v.sub(old, alpha=held).clamp_min_(0) / (1 - beta2 ** (t - 1)))
+                        spread[parameter] = FOLLOW[mechanism](old, now)
+                        v.add_(spread[parameter] - old, alpha=held).clamp_min_(0)
                     if t <= length:
                         held = beta2 * (1 - beta2 ** (t - 1)) * extra(t - 1)
                         v.add_(spread[parameter], alpha=((1 - beta2**t) * extra(t) - held) / beta2).clamp_min_(0)
