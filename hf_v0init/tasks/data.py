@@ -1,15 +1,12 @@
-"""The rows of a run: from the Hub, from local files, or as a stream; limited, and mapped with a cache."""
+"""The rows of a run: from the Hub, from local files, or as a stream; limited, and mapped."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_v0init import InputError
 
@@ -18,7 +15,6 @@ from .script_support import flag
 from .text_files import load_local_files
 
 ROLES = ("train", "validation", "test")
-CACHE_FOLDER = "hf_v0init"
 
 
 @dataclass
@@ -132,10 +128,6 @@ class TextDataArguments(SplitDataArguments):
         options = {"streaming": self.streaming, "cache_dir": hub.cache_dir}
         return None if path is None else load_local_files(path, role=role, **options)
 
-    def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
-        """Choose how rows are tokenized and kept."""
-        return {"num_proc": self.preprocessing_num_workers, "cache_dir": cache_dir}
-
 
 def find_needed_roles(training: TrainingArguments) -> list[str]:
     """Return those of "train", "validation" and "test" whose data the run needs, in this order."""
@@ -161,45 +153,12 @@ def limit_rows(rows, limit: int | None):
     return rows.take(limit) if is_stream(rows) else rows.select(range(min(limit, len(rows))))
 
 
-def map_with_cache(
+def map_rows(
     rows: datasets.Dataset | datasets.IterableDataset,
     function: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    features: datasets.Features | None,
-    key: tuple,
-    *,
+    features: datasets.Features | None = None,
     num_proc: int | None = None,
-    cache_dir: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """`rows.map(function)` without the columns that were there, kept on disk and found again by content, tokenizer and `key`.
-
-    `datasets` by itself keeps nothing of rows that were made in memory, and its fingerprint of a tokenizer
-    changes when the tokenizer is used.
-    """
-    if is_stream(rows):
-        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
-    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=features,
-        num_proc=num_proc,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=True,
-        new_fingerprint=fingerprint,
-        desc="Tokenizing",
-    )
-
-
-def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """What its encodings depend on; not the padding and truncation that its last call left behind."""
-    languages = tuple(getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang"))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return type(tokenizer).__name__, languages, sorted(tokenizer.get_vocab().items())
-    parts = json.loads(backend.to_str())
-    parts = {name: parts[name] for name in parts if name not in ("padding", "truncation")}
-    return type(tokenizer).__name__, languages, parts
+    """`rows.map(function)` in batches, without the columns that were there. `datasets` keeps the result of files on disk."""
+    options = {} if is_stream(rows) else {"num_proc": num_proc, "desc": "Tokenizing"}
+    return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features, **options)

@@ -17,6 +17,7 @@ from script_runs import SMALL_RUN, load_script, quiet_logging, read_results, to_
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_v0init.errors import InputError
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.script_support import NothingToDoError
 
@@ -232,11 +233,16 @@ def test_a_finished_folder_is_evaluated_or_begun_again_but_not_continued(run_vit
     assert "model-index:" in card and f"value: {round(together['eval_accuracy'], 4)}" in card
     with pytest.raises(NothingToDoError, match="finished at step 6; nothing to do"):
         run_vit(v0_init="data_driven")
-    with pytest.raises(NothingToDoError, match="with other settings, give --overwrite_output_dir"):
-        run_vit(v0_init="random", learning_rate=1e-3)
 
-    # the evaluation that is left is of the trained model
+    # the evaluation that is left is of the trained model, and not under the name of another
     run_vit("apart", v0_init="data_driven", do_eval=None)
+    for name in ("out", "apart"):
+        with pytest.raises(
+            InputError, match=r"learning_rate was 0.003 and is now 0.001; v0_init was .*--overwrite_output_dir"
+        ):
+            run_vit(name, v0_init="random", learning_rate=1e-3)
+    with pytest.raises(InputError, match="finished at step 6 with other flags: max_steps was 6 and is now 4"):
+        run_vit("apart", v0_init="data_driven", max_steps=4)
     _, left = run_vit("apart", v0_init="data_driven")
     assert left["eval_loss"] == together["eval_loss"]
 

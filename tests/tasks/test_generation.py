@@ -1,9 +1,8 @@
-"""Scores of translations, the settings of generation, and pairs that are tokenized once."""
+"""Scores of translations, and the settings of generation."""
 
 import math
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import sacrebleu
@@ -14,7 +13,6 @@ from hf_v0init.tasks.tokenizer_training import train_bpe_tokenizer
 from hf_v0init.tasks.translation import script as run_translation
 from hf_v0init.tasks.translation.generation import GenerationArguments
 from hf_v0init.tasks.translation.metrics import TranslationMetrics, compute_scores, make_bleu
-from hf_v0init.tasks.translation.pairs import tokenize_pairs
 
 LINES = [f"the {a} dog runs over the {b} field and barks at every bird that he can see" for a in "abcd" for b in "wxyz"]
 
@@ -68,16 +66,3 @@ def test_gen_len_counts_the_tokens_of_the_best_translation(tokenizer):
     metrics = make_metrics(tokenizer, ["a", "b"], num_best=2)
     assert metrics(EvalPrediction(predictions=rows, label_ids=None))["gen_len"] == (3 + 2) / 2
     assert [len(texts) for texts in metrics.decode(rows)] == [2, 2]
-
-
-def test_tokenized_pairs_are_found_again_by_lengths_and_prefix(tokenizer, tmp_path):
-    pairs = datasets.Dataset.from_dict({"source": LINES, "target": LINES})
-
-    def count_files(**options):
-        options = {"max_source_length": 9, "max_target_length": 9, "cache_dir": str(tmp_path)} | options
-        tokenize_pairs(pairs, tokenizer, **options)
-        return len(list((tmp_path / "hf_v0init").iterdir()))
-
-    assert count_files() == count_files() == 1
-    assert count_files(max_source_length=7) == 2 and count_files(max_target_length=7) == 3
-    assert count_files(source_prefix="translate: ") == 4

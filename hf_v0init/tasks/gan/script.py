@@ -1,11 +1,5 @@
 """Trains a DCGAN on images, with a v0 for both optimizers if asked, and measures what it generates.
 
-    hf-v0init dcgan FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all. Of the Trainer's flags those
-that a GAN has no use for are refused.
-
 --do_eval measures at the end, --eval_strategy on the way: `eval_loss` is the Frechet distance between generated images and
 the training images. Only in the features of Inception v3 is it called FID.
 """

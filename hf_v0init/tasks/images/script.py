@@ -1,14 +1,10 @@
 """Trains, evaluates and uses an image classifier, with a v0 for Adam if asked.
 
-    hf-v0init images FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.images.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-
 Images come from the Hub, or from folders with one subfolder per class. Losses and accuracies are exact: each image of the
 set counts once.
 """
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,11 +252,7 @@ class ImageTask(Task):
 
 
 ARGUMENTS = ImageTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(ImageTask, argv)
+main = functools.partial(run, ImageTask)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Trains and evaluates a masked language model (BERT), with a v0 for Adam if asked.
 
-    hf-v0init mlm FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.masked_script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-
 The text is one stream of tokens cut into blocks; or, with --line_by_line, one sample per line. Masks are drawn from seed,
 epoch and the sample's number, so they depend neither on the batch size nor on the number of processes, nor on where a run
 was resumed; those of evaluations are always the same. Losses are exact: each masked token of the set counts once.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,7 +103,7 @@ class MaskedTask(LanguageTask):
             *data.choose_text_columns(rows),
             separator=[tokenizer.sep_token_id] if has_separator else [],
             mark_words=data.whole_word_mask,
-            **data.choose_map_options(self.model.cache_dir),
+            num_proc=data.preprocessing_num_workers,
         )
         texts = FramedTexts(tokenized, self.block_size, frame, data.line_by_line, data.get_limit(role))
         return MaskedSamples(texts, masking, self.data_seed if role == "train" else None)
@@ -123,11 +119,7 @@ class MaskedTask(LanguageTask):
 
 
 ARGUMENTS = MaskedTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(MaskedTask, argv)
+main = functools.partial(run, MaskedTask)
 
 
 if __name__ == "__main__":

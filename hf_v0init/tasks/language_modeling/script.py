@@ -1,15 +1,11 @@
 """Trains and evaluates a causal language model, with a v0 for Adam if asked.
 
-    hf-v0init clm FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-
 The text is one stream of tokens cut into blocks; or, with --model_type awd_lstm, as many contiguous streams as a batch has
 rows, read from beginning to end with the state carried on; or, with --prompt_column and --completion_column, one sample a
 row with the loss on the completion. Losses and perplexities are exact: each token of the set counts once.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -159,7 +155,7 @@ class CausalTask(LanguageTask):
     def make_samples(self, rows, role: str):
         """Make the samples of one role."""
         data, tokenizer, length, limit = self.data, self.tokenizer, self.block_size, self.data.get_limit(role)
-        options, columns = data.choose_map_options(self.model.cache_dir), data.choose_text_columns(rows)
+        columns, options = data.choose_text_columns(rows), {"num_proc": data.preprocessing_num_workers}
         if role == "train" and data.shuffle_buffer_size:
             rows = rows.shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
         if data.prompt_column is not None:
@@ -184,11 +180,7 @@ class CausalTask(LanguageTask):
 
 
 ARGUMENTS = CausalTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(CausalTask, argv)
+main = functools.partial(run, CausalTask)
 
 
 if __name__ == "__main__":

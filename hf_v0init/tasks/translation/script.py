@@ -1,11 +1,6 @@
-"""Trains, evaluates and uses an encoder-decoder model for translation, with a v0 for Adam if asked.
+"""Trains, evaluates and uses an encoder-decoder model for translation, with a v0 for Adam if asked."""
 
-    hf-v0init translate FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.translation.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-"""
-
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -244,7 +239,7 @@ class TranslationTask(TextTask):
             max_source_length=data.max_source_length,
             max_target_length=max_target_length,
             source_prefix=data.source_prefix,
-            **data.choose_map_options(self.model.cache_dir),
+            num_proc=data.preprocessing_num_workers,
         )
         for name, limit in (("input_ids", data.max_source_length), ("labels", max_target_length)):
             if name in tokenized.column_names:
@@ -308,11 +303,7 @@ class TranslationTask(TextTask):
 
 
 ARGUMENTS = TranslationTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(TranslationTask, argv)
+main = functools.partial(run, TranslationTask)
 
 
 if __name__ == "__main__":
