@@ -120,6 +120,11 @@ class TextDataArguments(SplitDataArguments):
     )
     validation_file: str | None = flag(None, "The same for validation.")
     test_file: str | None = flag(None, "The same for test.")
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "Where samples differ in length: training batches by token budget, padded tokens per batch, process and forward pass "
+        "(of source or target, whichever is longer); replaces --per_device_train_batch_size.",
+    )
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
 
     def load_local(self, role: str, hub: HubArguments):

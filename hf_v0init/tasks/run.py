@@ -44,11 +44,6 @@ class RunArguments:
         False,
         "Start afresh in an output folder that has files; checkpoints and results of the earlier run are deleted.",
     )
-    max_tokens_per_batch: int | None = flag(
-        None,
-        "Where samples differ in length: training batches by token budget, padded tokens per batch, process and forward pass "
-        "(of source or target, whichever is longer); replaces --per_device_train_batch_size.",
-    )
     average_checkpoints: int | None = flag(
         None, "After training, average the last so many checkpoints; evaluate and save the average."
     )
@@ -172,7 +167,7 @@ class TextTask(Task):
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer and token budget."""
-        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        budget = self.data.max_tokens_per_batch if self.training.do_train else None
         return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
 
@@ -235,19 +230,11 @@ def require_possible_run(task: Task) -> None:
         raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
     if task.data.streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if task.data.streaming and options.max_tokens_per_batch:
-        raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
         epochs = options.lr_decay_epochs or []
         if epochs != sorted({epoch for epoch in epochs if epoch >= 1}):
             raise InputError(
                 f"--lr_decay_epochs {epochs}: must be whole numbers >= 1 in increasing order, such as 100 145"
-            )
-        if epochs and task.data.streaming:
-            raise InputError("--lr_decay_epochs: the length of an epoch of streamed data is unknown; leave it out")
-        if options.lr_decay_factor is not None and not epochs:
-            raise InputError(
-                f"--lr_decay_factor={options.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
             )
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
@@ -257,16 +244,9 @@ def make_early_stopping(options: RunArguments, training: TrainingArguments) -> l
     """Make the Trainer's callbacks for early stopping: one, or none where no patience is given.
 
     A resumed run goes on with the count of its checkpoint (`restore_callback_states_from_checkpoint` is switched on).
-
-    Raises:
-        InputError: the run does not evaluate while it trains, or does not keep its best model.
     """
     if options.early_stopping_patience is None:
         return []
-    if training.eval_strategy == "no" or not training.load_best_model_at_end:
-        raise InputError(
-            f"--early_stopping_patience={options.early_stopping_patience}: needs --eval_strategy and --load_best_model_at_end"
-        )
     training.restore_callback_states_from_checkpoint = True
     return [EarlyStoppingCallback(options.early_stopping_patience)]
 

@@ -24,7 +24,13 @@ from hf_v0init import InputError
 
 from ..yaml_file import read_mapping
 from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
-from .value_checks import choose_better_direction, join_lines, require_in_range, require_possible_training
+from .value_checks import (
+    choose_better_direction,
+    join_lines,
+    require_in_range,
+    require_possible_training,
+    require_that_flags_fit,
+)
 
 logger = logging.getLogger("hf_v0init")
 
@@ -97,6 +103,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
         given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}
         for arguments in parsed:
             require_in_range(arguments)
+        require_that_flags_fit(parsed)
+        for arguments in parsed:
             if isinstance(arguments, TrainingArguments):
                 _finish_training_arguments(arguments, given)
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:  # an InputError is a ValueError

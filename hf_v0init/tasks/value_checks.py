@@ -44,6 +44,19 @@ RANGES = (
     ("above 0 and less than 100", lambda x: 0 < x < 100, ("validation_split_percentage",)),
 )  # fmt: skip
 RULES = {name: (words, test) for words, test, names in RANGES for name in names}
+# Flags that have no effect without another one, and flags that exclude each other.
+NEEDS = (
+    ("crop_padding", "random_crop=pad"), ("lr_decay_factor", "lr_decay_epochs"), ("shuffle_buffer_size", "streaming"),
+    ("prompt_column", "completion_column"), ("completion_column", "prompt_column"), ("early_stopping_patience", "eval_strategy"),
+    ("early_stopping_patience", "load_best_model_at_end"), ("save_strategy=best", "metric_for_best_model"),
+    ("save_strategy=best", "eval_strategy"),
+)  # fmt: skip
+EXCLUDES = (
+    ("model_name_or_path", "model_type"), ("model_name_or_path", "config_name"), ("config_name", "model_type"),
+    ("model_name_or_path", "config_overrides"), ("model_name_or_path", "weight_initialization"),
+    ("validation_split_percentage", "validation_dir"), ("streaming", "max_tokens_per_batch"), ("streaming", "lr_decay_epochs"),
+    ("warmup_steps", "lr_scheduler_type=constant"),
+)  # fmt: skip
 
 
 def require_in_range(arguments: Any) -> None:
@@ -55,6 +68,31 @@ def require_in_range(arguments: Any) -> None:
         rule = RULES.get(name, own if isinstance(value, int) else None)
         if rule is not None and not (math.isfinite(value) and rule[1](value)):
             raise InputError(f"--{name}={value}: must be {rule[0]}")
+
+
+def require_that_flags_fit(parsed: Iterable[Any]) -> None:
+    """Refuse flags that have no effect for want of another, and flags that exclude each other: see `NEEDS` and `EXCLUDES`.
+
+    Args:
+        parsed: dataclasses of flags. A rule holds where both of its flags are among them.
+    """
+    values: dict[str, Any] = {}
+    for arguments in parsed:
+        values |= vars(arguments)
+
+    def describe(flag: str) -> str:
+        """The flag with its value, or nothing where it is not given."""
+        name, _, wanted = flag.partition("=")
+        value = getattr(values.get(name), "value", values.get(name))
+        is_given = str(value) == wanted if wanted else value not in (None, False, 0, "no")
+        return f"--{name}={value}" if is_given else ""
+
+    for flag, other in NEEDS:
+        if describe(flag) and other.partition("=")[0] in values and not describe(other):
+            raise InputError(f"{describe(flag)}: has no effect without --{other}; give both, or drop it")
+    for flag, other in EXCLUDES:
+        if describe(flag) and describe(other):
+            raise InputError(f"{describe(flag)} and {describe(other)}: exclude each other; drop one")
 
 
 def require_makeable_folder(name: str, folder: str | os.PathLike | None) -> None:
@@ -79,8 +117,6 @@ def require_possible_training(training: TrainingArguments) -> None:
     Raises:
         InputError: naming the flags.
     """
-    if training.save_strategy == "best" and (training.metric_for_best_model is None or training.eval_strategy == "no"):
-        raise InputError("--save_strategy=best: needs --metric_for_best_model, such as loss, and --eval_strategy")
     if training.fsdp and training.world_size == 1:
         raise InputError("--fsdp: this is one process; start several with torchrun or `accelerate launch`, or drop it")
     optimizer = make_optimizer_of_one_weight(training)

@@ -13,7 +13,16 @@ from image_sets import CLASSES, write_image_folder
 from PIL import Image
 from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import SMALL_RUN, load_script, quiet_logging, read_results, to_argv  # noqa: F401
+from script_runs import (  # noqa: F401
+    SMALL_RUN,
+    assert_equal_weights,
+    load_script,
+    of_trained,
+    quiet_logging,
+    read_results,
+    read_state,
+    to_argv,
+)  # fmt: skip
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -25,12 +34,8 @@ SCRIPT = ROOT / "scripts" / "run_image_classification.py"
 CONFIGS = ROOT / "configs" / "image_classification"
 script = load_script("images")
 RESNET = {
-    "model_type": "cifar_resnet",
-    "layer_type": "basic",
-    "embedding_size": 4,
-    "hidden_sizes": [4, 8],
-    "depths": [1, 1],
-}
+    "model_type": "cifar_resnet", "layer_type": "basic", "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1],
+}  # fmt: skip
 VIT = {
     "model_type": "vit", "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
 }  # fmt: skip
@@ -67,22 +72,6 @@ def run(flags, tmp_path):
         return tmp_path / name, read_results(tmp_path / name)
 
     return run
-
-
-def of_trained(folder: Path, **changes) -> dict:
-    """What changes in the flags where a trained model is evaluated."""
-    return {
-        "config_name": None,
-        "max_steps": None,
-        "model_name_or_path": folder,
-        "do_train": None,
-        "do_eval": True,
-        **changes,
-    }
-
-
-def read_state(folder: Path) -> dict:
-    return json.loads((folder / "trainer_state.json").read_text())
 
 
 def score_by_hand(folder: Path, images_folder: Path) -> dict:
@@ -173,9 +162,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_a_straight_run(run, tmp_path):
     straight, _ = run("straight", **changes)
     (tmp_path / "stopped").mkdir()
     (straight / "checkpoint-6").rename(tmp_path / "stopped" / "checkpoint-6")
-    stopped, _ = run("stopped", **changes)
-    straight, resumed = (load_file(folder / "model.safetensors") for folder in (straight, stopped))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert_equal_weights(straight, run("stopped", **changes)[0])
 
 
 def test_a_data_set_by_name_a_split_off_and_a_vit(run, data, tmp_path):
@@ -256,18 +243,11 @@ def test_a_finished_folder_is_evaluated_or_begun_again_but_not_continued(run_vit
 
 
 def test_the_best_model_is_loaded_whole(run_vit):
-    best = {
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "accuracy",
-    }
-    out, results = run_vit(**best, learning_rate=0.3)
+    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    out, results = run_vit(**best, eval_steps=3, learning_rate=0.3)
     state = read_state(out)
     assert results["eval_accuracy"] == pytest.approx(state["best_metric"])
-    places = out, out / f"checkpoint-{state['best_global_step']}"
-    weights, checkpoint = (load_file(place / "model.safetensors") for place in places)
-    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in weights.items())
+    assert_equal_weights(out, out / f"checkpoint-{state['best_global_step']}")
 
 
 def test_a_v0_is_not_forgotten_when_its_run_goes_on_without_the_flag(run_vit, capsys):

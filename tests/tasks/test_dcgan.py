@@ -106,39 +106,14 @@ class StopHere(Exception):
     pass
 
 
-def write_v0(trainer) -> dict:
-    """What is before and after the passes, which end before the first step."""
-    snapshots = []
-
-    def snapshot():
-        everything = {f"{n}.{k}": v.clone() for n, net in trainer.networks.items() for k, v in net.state_dict().items()}
-        everything |= {"rng": torch.get_rng_state()}
-        modes = [m.training for net in trainer.networks.values() for m in net.modules()]
-        flags = [p.requires_grad for net in trainer.networks.values() for p in net.parameters()]
-        gradients = [p.grad for net in trainer.networks.values() for p in net.parameters()]
-        snapshots.append((everything, modes, flags, gradients))
+def write_v0(trainer) -> None:
+    """Go up to the first step."""
 
     def stop():
-        snapshot()
         raise StopHere
 
-    snapshot()
     with pytest.raises(StopHere):
         trainer.train(on_ready=stop)
-    return snapshots
-
-
-def test_both_passes_leave_both_networks_and_batch_norm_untouched(tmp_path):
-    trainer = make_trainer(tmp_path, v0_init="data_driven", v0_estimator="per_sample")
-    (before, *rest), (after, *rest_after) = write_v0(trainer)
-    assert any("running_var" in name for name in before)
-    for name, value in before.items():
-        assert torch.equal(value, after[name]), name
-    assert rest == rest_after
-    assert not any(gradient is not None for gradient in rest[2])
-    for name, network in trainer.networks.items():
-        moments = [read_second_moment(trainer.optimizers[name], p) for p in network.parameters() if p.dim() >= 2]
-        assert all(v.sum() > 0 for v in moments)
 
 
 def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
@@ -203,13 +178,14 @@ def test_v0_of_both_networks_is_the_square_of_their_first_gradients(tmp_path, st
 
 
 def test_v0_apart_the_run_is_the_same_run(tmp_path):
-    """Same weights, images and noise at every step, whatever the passes did."""
+    """Same weights, statistics of batch norms, images and noise at every step, whatever the passes did."""
     weights = []
     for strategy in ("zeros", "data_driven"):
         trainer = make_trainer(tmp_path / strategy, v0_init=strategy, v0_estimator="per_sample")
         states = [optimizer.state for optimizer in trainer.optimizers.values()]
         trainer.train(on_ready=lambda states=states: [state.clear() for state in states])
-        weights.append({k: v for net in trainer.networks.values() for k, v in net.state_dict().items()})
+        weights.append({f"{n}.{k}": v for n, net in trainer.networks.items() for k, v in net.state_dict().items()})
+    assert any("running_var" in name for name in weights[0])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

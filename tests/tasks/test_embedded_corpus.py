@@ -2,7 +2,6 @@
 
 import pytest
 
-from hf_v0init import InputError
 from hf_v0init.tasks.translation.embedded_corpus import NUM_LARGE, NUM_SMALL, load_embedded_corpus
 
 
@@ -16,9 +15,3 @@ def test_no_sentence_occurs_twice_and_the_splits_share_none(large, num_pairs):
     for side in ("source", "target"):
         texts = [text for split in corpus.values() for text in split[side]]
         assert len(set(texts)) == num_pairs and all(text.strip() == text and text for text in texts)
-
-
-@pytest.mark.parametrize("num_pairs", [2, NUM_SMALL + 1])
-def test_more_than_there_are_is_refused(num_pairs):
-    with pytest.raises(InputError, match="from 3 to 2,000"):
-        load_embedded_corpus(num_pairs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from image_sets import CLASSES, write_image, write_image_folder
 from PIL import Image
+from transformers import default_data_collator
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from write_digits_folder import write_digits_folder
 
@@ -24,7 +25,6 @@ from hf_v0init.tasks.images.samples import (
     ImageSamples,
     draw_crop_box,
     pad_and_crop,
-    stack_samples,
     to_pixels,
 )
 
@@ -240,7 +240,7 @@ def test_draws_depend_on_seed_epoch_and_image_alone(images):
 def test_loader_workers_draw_the_same(images, persistent):
     samples = make_samples(images)
     loader = torch.utils.data.DataLoader(
-        samples, batch_size=5, num_workers=2, collate_fn=stack_samples, persistent_workers=persistent
+        samples, batch_size=5, num_workers=2, collate_fn=default_data_collator, persistent_workers=persistent
     )
     for epoch in (0, 1):
         samples.begin_epoch(epoch)

@@ -91,19 +91,9 @@ def test_a_short_sample_has_one_target_a_sample_of_special_tokens_none_and_all_o
 # ------------------------------------------------------------------------------------------ on what masks depend
 
 
-class Samples(list):
-    epoch = None
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def compute_lengths(self):
-        return [len(sample["input_ids"]) for sample in self]
-
-
-def make_samples(num: int = 30) -> Samples:
+def make_samples(num: int = 30) -> list[dict]:
     generator = np.random.default_rng(5)
-    return Samples({"input_ids": generator.integers(5, 40, 20)} for _ in range(num))
+    return [{"input_ids": generator.integers(5, 40, 20)} for _ in range(num)]
 
 
 def list_labels(samples) -> list[list[int]]:

@@ -17,7 +17,7 @@ from transformers import set_seed
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..images.folders import ImageDataArguments, choose_some, load_image_folder, select_images
-from ..images.format import IMAGE_MODES, choose_format, read_pixels
+from ..images.format import choose_format, read_pixels
 from ..models import HubArguments
 from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging
@@ -60,20 +60,6 @@ class ModelArguments:
 class DataArguments(ImageDataArguments, HubArguments):
     """data: what it is trained on"""
 
-    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
-    label_column: str | None = flag(
-        None, "Column with classes, for --feature_extractor classifier. Default: found by itself."
-    )
-    image_size: int | None = flag(
-        None,
-        "Height and width to which images are resized, after what is too long on one side is cut off evenly: 8, 16, 32, 64 or "
-        "128. Default: as they are, if all have one size.",
-    )
-    image_mode: str | None = flag(
-        None,
-        "Colour mode to which images are converted, RGB or L (grayscale). Default: as they are, if all have one.",
-        choices=list(IMAGE_MODES),
-    )
     max_train_samples: int | None = flag(
         None, "Train on so many of the images, chosen at random, the same in every run."
     )
@@ -202,16 +188,14 @@ def main(argv: list[str]) -> None:
     if evaluates and run.accelerator.is_main_process:
         run.quality = make_quality(rows, pixels, quality_args, run.accelerator.device)
 
+    def clear() -> None:
+        if run.accelerator.is_main_process:
+            remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
+
     if not is_trained:
-
-        def clear() -> None:
-            if run.accelerator.is_main_process:
-                remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
-
         metrics = run.train(checkpoint, clear)
-        run.save_networks()
+        run.save()
         save_results(run, "train", metrics)
-        run.save_state()
     if training.do_eval:
         save_results(run, "eval", run.evaluate())
     run.accelerator.end_training()

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 from torch.nn import functional
-from transformers import AutoModelForImageClassification, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers import AutoModelForImageClassification, PreTrainedConfig, default_data_collator
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -24,7 +23,7 @@ from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_loss import ExactSumsMixin, TokenCrossEntropy
-from .cifar_resnet import CifarResNetConfig
+from . import cifar_resnet  # noqa: F401 - known to AutoConfig by this
 from .folders import (
     ImageDataArguments,
     choose_some,
@@ -34,7 +33,7 @@ from .folders import (
     split_off_validation,
 )
 from .format import ImageFormat, choose_format, load_processor
-from .samples import RANDOM_CROPS, Augmentation, ImageSamples, stack_samples
+from .samples import RANDOM_CROPS, Augmentation, ImageSamples
 
 logger = logging.getLogger("hf_v0init")
 
@@ -57,10 +56,6 @@ class ModelArguments(AnyModelArguments):
     """model: which model"""
 
     auto_class: ClassVar[type] = AutoModelForImageClassification
-    model_types: ClassVar[tuple[str, ...]] = (
-        *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        CifarResNetConfig.model_type,
-    )
     kind: ClassVar[str] = "image classifier"
 
     model_type: str | None = flag(
@@ -96,14 +91,6 @@ class DataArguments(ImageDataArguments, SplitDataArguments):
         None, f"With --random_crop pad: black pixels on each side. Default: {CROP_PADDING}."
     )
     random_flip: bool = flag(False, "Mirror half of the training images left to right.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.validation_split_percentage is not None and self.validation_dir:
-            raise InputError("--validation_split_percentage and --validation_dir: give one of them")
-        if self.crop_padding is not None and self.random_crop != "pad":
-            raise InputError(f"--crop_padding={self.crop_padding}: has no effect without --random_crop pad; drop it")
 
     def load_local(self, role: str, hub) -> datasets.Dataset | None:
         """List the images of a role's folder."""
@@ -177,13 +164,6 @@ class ImageTask(Task):
     metrics = ("loss", "accuracy", "top5_accuracy", "num_images")
     card_task = "image-classification"
 
-    def refuse(self) -> None:
-        """Refuse what is for text."""
-        if self.options.max_tokens_per_batch:
-            raise InputError(
-                f"--max_tokens_per_batch={self.options.max_tokens_per_batch}: images have no tokens; drop it"
-            )
-
     def prepare(self, config: PreTrainedConfig, place: str | None) -> dict[str, Any]:
         """Load the images and the model."""
         data, training = self.data, self.training
@@ -234,7 +214,7 @@ class ImageTask(Task):
 
     def make_collator(self):
         """Return what joins samples to a batch."""
-        return stack_samples
+        return default_data_collator
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose processor and loss."""

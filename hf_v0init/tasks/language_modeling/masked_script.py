@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import AutoModelForMaskedLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -23,7 +22,7 @@ from .masking import Frame, FramedTexts, MaskedSamples, Masking, require_words
 from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
-ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
+ENCODER_DECODERS = frozenset({"bart", "mbart", "mvp"})  # which guess a whole text, not the masked tokens of it
 EXAMPLES = """
 # BERT's architecture from scratch on a text file, with its data-driven v0
 {} --model_type bert --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
@@ -41,11 +40,8 @@ class ModelArguments(LanguageModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForMaskedLM
-    model_types: ClassVar[tuple[str, ...]] = tuple(
-        name for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in ENCODER_DECODERS
-    )
-    kind: ClassVar[str] = "masked language model"
-    other_script: ClassVar[str] = "run_clm"
+    left_out: ClassVar[frozenset[str]] = ENCODER_DECODERS
+    kind: ClassVar[str] = "masked language model; for causal ones use `hf-v0init clm`"
 
     model_type: str | None = flag(
         None, "From scratch: a transformers model type, such as bert, with its default configuration."

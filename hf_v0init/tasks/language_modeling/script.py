@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -56,9 +55,7 @@ class ModelArguments(LanguageModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForCausalLM
-    model_types: ClassVar[tuple[str, ...]] = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AwdLstmConfig.model_type)
-    kind: ClassVar[str] = "causal language model"
-    other_script: ClassVar[str] = "run_mlm"
+    kind: ClassVar[str] = "causal language model; for masked ones use `hf-v0init mlm`"
 
     model_type: str | None = flag(
         None,
@@ -99,13 +96,9 @@ class DataArguments(LanguageDataArguments):
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
         super().__post_init__()
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise InputError("--prompt_column and --completion_column: give both or neither")
         smallest = 2 if self.prompt_column is None else 3
         if self.block_size is not None and self.block_size < smallest:
             raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
-        if self.shuffle_buffer_size and not self.streaming:
-            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
 
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: prompt and completion, or the one of running text."""
@@ -140,7 +133,7 @@ class CausalTask(LanguageTask):
             if data.vary_block_size:
                 raise InputError("--vary_block_size: is for --model_type awd_lstm; leave it out")
             return config
-        flags = vars(data) | vars(self.options) | vars(self.training)
+        flags = vars(data) | vars(self.training)
         for name, why in (
             ("streaming", "it reads several places of the text at once"),
             ("prompt_column", "it reads running text"),

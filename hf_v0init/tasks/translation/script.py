@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
@@ -53,7 +52,6 @@ class ModelArguments(TextModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForSeq2SeqLM
-    model_types: ClassVar[tuple[str, ...]] = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     kind: ClassVar[str] = "encoder-decoder"
     needs_source: ClassVar[bool] = False
 
@@ -69,14 +67,6 @@ class ModelArguments(TextModelArguments):
         "From scratch: 'fairseq_xavier' or 'model_default'. Default: fairseq_xavier for Marian (post-norm) models.",
         choices=["fairseq_xavier", "model_default"],
     )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.model_name_or_path and self.weight_initialization:
-            raise InputError(
-                f"--weight_initialization={self.weight_initialization}: is for training from scratch; drop it"
-            )
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration; from scratch and without a name, the paper's."""
@@ -129,10 +119,6 @@ class DataArguments(TextDataArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
-        if self.source_lang is not None and self.source_lang == self.target_lang:
-            raise InputError(
-                f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
-            )
 
     def load_dataset(self, hub):
         """Load the data set of the Hub, or the corpus that comes with the package."""
