@@ -36,7 +36,7 @@ class DatasetArguments:
         if not self.dataset_name and not local:
             raise InputError(f"no data: give --dataset_name or --{self.local_flags[0]}")
 
-    def load_dataset(self, hub: HubArguments):
+    def load_dataset(self, hub):
         """Load all splits of `dataset_name`, as streams if `streaming`: a mapping of split names to data sets.
 
         Raises:

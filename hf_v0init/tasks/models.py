@@ -21,7 +21,6 @@ from hf_v0init import InputError
 
 from .script_support import flag
 from .tokenizer_training import train_on_main_process
-from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
@@ -33,10 +32,6 @@ class HubArguments:
     cache_dir: str | None = flag(None, "Folder for what comes from the Hub and for prepared data.")
     model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        require_makeable_folder("cache_dir", self.cache_dir)
 
     def get_hub_options(self) -> dict:
         """Return the arguments that every `from_pretrained` takes."""
@@ -71,7 +66,6 @@ class ModelArguments(HubArguments):
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        super().__post_init__()
         if self.needs_source and not (self.model_name_or_path or self.config_name or self.model_type):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"

@@ -41,11 +41,11 @@ def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def print_summary(trainer, console: Console | None = None) -> None:
+def print_summary(trainer) -> None:
     """Print the table. Call it on the main process, when everything has been written."""
-    console = console or Console(soft_wrap=False)
+    console = Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=LOG_WIDTH)
+        console = Console(width=LOG_WIDTH)
     folder = Path(trainer.args.output_dir)
     results = trainer.read_results()
     table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")

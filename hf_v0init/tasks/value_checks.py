@@ -71,7 +71,7 @@ def require_in_range(arguments: Any) -> None:
 
 
 def require_that_flags_fit(parsed: Iterable[Any]) -> None:
-    """Refuse flags that have no effect for want of another, and flags that exclude each other: see `NEEDS` and `EXCLUDES`.
+    """Refuse flags that have no effect for want of another, flags that exclude each other (`NEEDS`, `EXCLUDES`), a bad `--cache_dir`.
 
     Args:
         parsed: dataclasses of flags. A rule holds where both of its flags are among them.
@@ -87,6 +87,7 @@ def require_that_flags_fit(parsed: Iterable[Any]) -> None:
         is_given = str(value) == wanted if wanted else value not in (None, False, 0, "no")
         return f"--{name}={value}" if is_given else ""
 
+    require_makeable_folder("cache_dir", values.get("cache_dir"))
     for flag, other in NEEDS:
         if describe(flag) and other.partition("=")[0] in values and not describe(other):
             raise InputError(f"{describe(flag)}: has no effect without --{other}; give both, or drop it")

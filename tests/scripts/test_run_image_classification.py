@@ -1,8 +1,6 @@
 """scripts/run_image_classification.py from end to end on small images: what it learns and measures, and folders in use."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -274,21 +272,3 @@ def test_two_processes_count_each_image_once(run, flags, tmp_path):
     two = read_results(tmp_path / "two")
     names = [f"{role}_{name}" for role in ("eval", "predict") for name in ("loss", "accuracy", "num_images")]
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_digits_are_learned_from_the_folder_that_the_script_writes(tmp_path, monkeypatch, capsys):
-    """configs/image_classification/digits_resnet.yaml, a quarter of it."""
-    pytest.importorskip("sklearn")
-    spec = importlib.util.spec_from_file_location("write_digits_folder", ROOT / "scripts" / "write_digits_folder.py")
-    monkeypatch.setitem(sys.modules, spec.name, module := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    module.main([str(tmp_path / "digits"), "--seed", "1"])
-    assert "1078 images for train, 359 images for validation, 360 images for test" in capsys.readouterr().out
-    monkeypatch.chdir(ROOT)
-    flags = {f"{role}_dir": tmp_path / "digits" / role for role in ("train", "validation", "test")}
-    flags |= {"output_dir": tmp_path / "out", "num_train_epochs": 5, "v0_init": "zeros", "disable_tqdm": True}
-    script.main([str(CONFIGS / "digits_resnet.yaml"), *to_argv(flags)])
-    results = read_results(tmp_path / "out")
-    assert results["predict_accuracy"] > 0.85 and results["predict_top5_accuracy"] > 0.97  # chance: 0.1 and 0.5
-    assert results["predict_num_images"] == 360

@@ -4,7 +4,6 @@ import pytest
 import torch
 from processes import ROOT, TORCHRUN, start
 from torch import nn
-from trainers import call_before_update
 
 from hf_v0init import V0InitTrainingArguments, read_second_moment
 from hf_v0init.errors import InputError
@@ -144,37 +143,6 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
     report = trainer.v0_record
     assert report["num_samples"] == 60 and report["networks"]["generator"]["num_samples"] == 30
     assert report["effective_batch_size"] == 8.0
-
-
-@pytest.mark.parametrize("strategy", ["first_gradient", "data_driven"])
-def test_v0_of_both_networks_is_the_square_of_their_first_gradients(tmp_path, strategy):
-    """As each optimizer sees them."""
-    trainer = make_trainer(tmp_path, v0_init=strategy, v0_decay="beta2")
-    gradients, found = {}, {}
-
-    def watch(name, optimizer):
-        parameters = list(trainer.networks[name].parameters())
-
-        def keep_gradients(*_):
-            gradients.setdefault(name, [p.grad.clone() for p in parameters])
-
-        def keep_v0(*_):
-            if name not in found:
-                found[name] = [read_second_moment(optimizer, p) for p in parameters]
-                found[name] = [None if v is None else v.clone() for v in found[name]]
-
-        optimizer.register_step_pre_hook(keep_gradients)
-        return lambda: optimizer.register_step_pre_hook(call_before_update(keep_v0))  # once ours is there
-
-    later = [watch(name, optimizer) for name, optimizer in trainer.optimizers.items()]
-    trainer.train(on_ready=lambda: [register() for register in later])
-    assert gradients.keys() == found.keys() == {"generator", "discriminator"}
-    for name, moments in found.items():
-        for v0, first in zip(moments, gradients[name], strict=True):
-            assert (v0 is None) == (first.dim() < 2)
-            if v0 is not None:
-                torch.testing.assert_close(v0, first.square(), rtol=1e-5, atol=1e-20)
-    assert trainer.v0_record["networks"]["generator"]["num_parameters_with_v0"] > 0
 
 
 def test_v0_apart_the_run_is_the_same_run(tmp_path):

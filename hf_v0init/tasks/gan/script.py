@@ -18,7 +18,6 @@ from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..images.folders import ImageDataArguments, choose_some, load_image_folder, select_images
 from ..images.format import choose_format, read_pixels
-from ..models import HubArguments
 from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
@@ -57,9 +56,10 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(ImageDataArguments, HubArguments):
+class DataArguments(ImageDataArguments):
     """data: what it is trained on"""
 
+    cache_dir: str | None = flag(None, "Folder for what comes from the Hub.")
     max_train_samples: int | None = flag(
         None, "Train on so many of the images, chosen at random, the same in every run."
     )
