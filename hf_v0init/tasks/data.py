@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_v0init import InputError
 
-from .models import HubArguments
+from .models import ModelArguments
 from .script_support import flag
 from .text_files import load_local_files
 
@@ -55,7 +55,7 @@ class DatasetArguments:
                 f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
             ) from error
 
-    def load_local(self, role: str, hub: HubArguments):
+    def load_local(self, role: str, hub: ModelArguments):
         """Load the local data of "train", "validation" or "test"; None if there are none."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class DatasetArguments:
         files = f"--{file}" + (f", or --{' and --'.join(pair)}" if pair else "")
         return f"there is no {role} data; give {files}, or a --dataset_name that has this split"
 
-    def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
+    def load_roles(self, hub: ModelArguments, training: TrainingArguments) -> dict[str, Any]:
         """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.
 
         Raises:
@@ -127,7 +127,7 @@ class TextDataArguments(SplitDataArguments):
     )
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
 
-    def load_local(self, role: str, hub: HubArguments):
+    def load_local(self, role: str, hub: ModelArguments):
         """Load a role's local file, as a stream if `streaming`."""
         path = getattr(self, f"{role}_file")
         options = {"streaming": self.streaming, "cache_dir": hub.cache_dir}

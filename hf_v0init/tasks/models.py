@@ -26,24 +26,7 @@ logger = logging.getLogger("hf_v0init")
 
 
 @dataclass
-class HubArguments:
-    """hub: how to speak to the Hub"""
-
-    cache_dir: str | None = flag(None, "Folder for what comes from the Hub and for prepared data.")
-    model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
-    trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
-
-    def get_hub_options(self) -> dict:
-        """Return the arguments that every `from_pretrained` takes."""
-        return {
-            "cache_dir": self.cache_dir,
-            "revision": self.model_revision,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-
-@dataclass
-class ModelArguments(HubArguments):
+class ModelArguments:
     """model: which model
 
     Raises:
@@ -55,6 +38,9 @@ class ModelArguments(HubArguments):
     kind: ClassVar[str]  # in words, for errors
     needs_source: ClassVar[bool] = True
 
+    cache_dir: str | None = flag(None, "Folder for what comes from the Hub and for prepared data.")
+    model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
     )
@@ -70,6 +56,14 @@ class ModelArguments(HubArguments):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
             )
+
+    def get_hub_options(self) -> dict:
+        """Return the arguments that every `from_pretrained` takes."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration of the model, before tokenizer and data are known.

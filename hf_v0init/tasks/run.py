@@ -25,11 +25,13 @@ from transformers import (
 
 from hf_v0init import InputError
 
+from .data import ROLES
 from .output_folder import RemoveWhatIsStale, describe_run, find_place_to_start
 from .probing import probe_and_print, turn_into_probe
 from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
+from .token_loss import TokenCrossEntropy
 from .value_checks import require_available_metric
 from .whole_weights import load_average_of_last, require_enough_checkpoints
 
@@ -74,6 +76,7 @@ class Task:
         trainer_class: of the Trainer that trains and measures.
         examples: commands for `--help`.
         metrics: names of what its evaluations measure, without "eval_".
+        has_own_loss: whether the model's own loss trains it, not `TokenCrossEntropy`.
         card_task: the Hub's name of the task.
         test_name: under which results of the test set are kept.
     """
@@ -82,6 +85,7 @@ class Task:
     trainer_class: ClassVar[type[Trainer]]
     examples: ClassVar[str] = ""
     metrics: Sequence[str] = ("loss",)
+    has_own_loss: ClassVar[bool] = False
     card_task: ClassVar[str]
     test_name: ClassVar[str] = "predict"
 
@@ -127,12 +131,13 @@ class Task:
         trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
     def describe_for_card(self) -> dict[str, Any]:
-        """Describe the run to `create_model_card`; of local files or folders only the names are told."""
+        """Describe the run to `create_model_card`; of local files or folders only the names are told, and not those of a role."""
         card = {"tasks": self.card_task, "finetuned_from": self.model.model_name_or_path}
         if self.data.dataset_name:
             card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
             return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
-        return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
+        path = Path(self.data.list_local()[0]).absolute()
+        return card | {"dataset": path.parent.name if path.name in ROLES else path.name}
 
 
 class TextTask(Task):
@@ -206,6 +211,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         run_identity=identity,
         lr_decay_epochs=options.lr_decay_epochs,
         lr_decay_factor=options.lr_decay_factor or 0.1,
+        compute_loss_func=None if task.has_own_loss else TokenCrossEntropy(training.label_smoothing_factor),
         **task.choose_trainer_options(samples),
     )
     if options.probe_only:

@@ -17,13 +17,12 @@ from hf_v0init import InputError, SafeCheckpointsMixin
 from ..records.model_card import add_results_section
 from ..records.report import read_report
 from .output_folder import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, make_run_record
+from .summary import find_scores
 from .whole_weights import WholeWeightsMixin
 
 logger = logging.getLogger("hf_v0init")
 
 CARD_FILE, RESULTS_FILE = "README.md", "all_results.json"
-CARD_METRICS = ("accuracy", "bleu", "chrf", "perplexity", "loss")
-STAGES = {"eval": "validation", "predict": "test", "test": "test"}
 
 
 class AnnounceEpoch(TrainerCallback):
@@ -139,7 +138,12 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
             results = self.read_results()
             text = add_results_section(path.read_text(encoding="utf-8"), results)
             card = RepoCard(text)
-            listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
+            task, dataset = kwargs.get("tasks") or "other", kwargs.get("dataset") or "local"
+            listed = [
+                EvalResult(task, dataset.replace(" ", "-"), dataset, name, round(value, 4), dataset_split=split)
+                for split, name, value in find_scores(results)
+                if split != "training"
+            ]
             if listed:
                 card.data["model-index"] = eval_results_to_model_index(
                     Path(self.args.output_dir).absolute().name, listed
@@ -147,21 +151,6 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
                 measured = [result.metric_type for result in listed if result.metric_type != "loss"]
                 card.data["metrics"] = list(dict.fromkeys([*(card.data.get("metrics") or []), *measured])) or None
             path.write_text(str(card), encoding="utf-8")
-
-    def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:
-        return [
-            EvalResult(
-                task,
-                dataset.replace(" ", "-"),
-                dataset,
-                name,
-                round(results[f"{stage}_{name}"], 4),
-                dataset_split=split,
-            )
-            for stage, split in STAGES.items()
-            for name in CARD_METRICS
-            if isinstance(results.get(f"{stage}_{name}"), (int, float))
-        ]
 
     def read_results(self) -> dict:
         """Read what `save_metrics` has written into the output folder; empty if there is nothing."""

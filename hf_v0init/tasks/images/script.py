@@ -7,7 +7,6 @@ set counts once.
 import functools
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -22,7 +21,7 @@ from ..models import ModelArguments as AnyModelArguments
 from ..run import RunArguments, Task, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
-from ..token_loss import ExactSumsMixin, TokenCrossEntropy
+from ..token_loss import ExactSumsMixin
 from . import cifar_resnet  # noqa: F401 - known to AutoConfig by this
 from .folders import (
     ImageDataArguments,
@@ -217,18 +216,8 @@ class ImageTask(Task):
         return default_data_collator
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """Choose processor and loss."""
-        # transformers' classifiers divide by a batch's images also where the Trainer expects the whole step's
-        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
-        return {"processing_class": self.image_format.processor, "compute_loss_func": loss}
-
-    def describe_for_card(self) -> dict[str, Any]:
-        """Describe the run; a folder that is called by its role says nothing."""
-        card = super().describe_for_card()
-        if not self.data.dataset_name:
-            folder = Path(self.data.list_local()[0]).absolute()
-            card["dataset"] = folder.parent.name if folder.name in ("train", "validation", "test") else folder.name
-        return card
+        """Choose the processor."""
+        return {"processing_class": self.image_format.processor}
 
 
 ARGUMENTS = ImageTask.arguments

@@ -7,7 +7,7 @@ was resumed; those of evaluations are always the same. Losses are exact: each ma
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import AutoModelForMaskedLM
 
@@ -17,7 +17,7 @@ from ..run import RunArguments, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
-from ..token_loss import MaskedPerplexityMixin, TokenCrossEntropy
+from ..token_loss import MaskedPerplexityMixin
 from .masking import Frame, FramedTexts, MaskedSamples, Masking, require_words
 from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
@@ -107,11 +107,6 @@ class MaskedTask(LanguageTask):
     def make_collator(self) -> PaddingCollator:
         """Make what pads samples to a batch."""
         return PaddingCollator(self.tokenizer.pad_token_id)
-
-    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """Choose tokenizer, token budget and loss."""
-        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
-        return super().choose_trainer_options(samples) | {"compute_loss_func": loss}
 
 
 ARGUMENTS = MaskedTask.arguments

@@ -122,6 +122,7 @@ class CausalTask(LanguageTask):
     trainer_class = CausalTrainer
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
+    has_own_loss = True
     card_task = "text-generation"
     longest_default_block = 1024
 

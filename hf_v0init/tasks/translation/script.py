@@ -20,7 +20,7 @@ from ..run import RunArguments, TextTask, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
-from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
+from ..token_loss import ExactEvaluationMixin
 from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, choose_generation, choose_languages, get_language
@@ -245,13 +245,10 @@ class TranslationTask(TextTask):
         return PairCollator(self.tokenizer, model=self.network, pad_to_multiple_of=multiple)
 
     def choose_trainer_options(self, samples: dict) -> dict:
-        """Choose tokenizer, token budget, loss and metrics."""
+        """Choose tokenizer, token budget and metrics."""
         measures = "validation" in samples and self.training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
-        return super().choose_trainer_options(samples) | {
-            "compute_metrics": self.validation_metrics,
-            "compute_loss_func": TokenCrossEntropy(self.training.label_smoothing_factor),
-        }
+        return super().choose_trainer_options(samples) | {"compute_metrics": self.validation_metrics}
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
         """Make what measures the translations of a role's pairs."""
