@@ -43,7 +43,7 @@ IDENTITY_FLAGS = (
 LENGTH_FLAGS = ("max_steps", "num_train_epochs")
 # What may be changed on the way, but not once a run has finished: it would be measured under flags that it was not trained with.
 SETTING_FLAGS = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_decay_epochs", "lr_decay_factor", "warmup_steps",
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_decay_epochs", "lr_decay_factor", "warmup_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16", "average_checkpoints",
     "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "weight_initialization", "append_eos",
@@ -76,8 +76,12 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for arguments in (*others, training):
         flags |= vars(arguments)
-    for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):  # whose folder may have been moved
-        flags[name] = flags.get(name) and Path(flags[name]).name
+    for name in {
+        "model_name_or_path",
+        "tokenizer_name",
+        "dataset_name",
+    } & flags.keys():  # whose folder may have been moved
+        flags[name] = flags[name] and Path(flags[name]).name
     identity = {name: _make_plain(flags[name]) for name in IDENTITY_FLAGS if name in flags}
     if training.do_train:
         paths = {name: Path(flags[name]) for name in TRAIN_PATHS if flags.get(name) is not None}
@@ -180,7 +184,7 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
         if step is not None:
             require_same_run(training.output_dir, run)
             require_same_settings(training, step, run)
-            require_stages_left(training, step)
+            require_stages_left(training, step, run)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
     if checkpoint is not None:
@@ -203,9 +207,7 @@ def find_finished_step(training: TrainingArguments) -> int | None:
 
 def require_same_settings(training: TrainingArguments, step: int, now: Mapping[str, Any]) -> None:
     """Refuse to take a run that has finished for the one that other flags would give."""
-    then = read_state(training.output_dir)[1]
-    groups = ("settings", "length") if training.max_steps > 0 else ("settings",)
-    changes = [words for group in groups for words in list_changes(then.get(group, {}), now[group])]
+    changes = list_changes(read_state(training.output_dir)[1].get("settings", {}), now["settings"])
     if changes:
         raise InputError(
             f"{training.output_dir} holds a run that finished at step {step} with other flags: {'; '.join(changes)}. To evaluate that run, "
@@ -213,16 +215,15 @@ def require_same_settings(training: TrainingArguments, step: int, now: Mapping[s
         )
 
 
-def require_stages_left(training: TrainingArguments, step: int) -> None:
+def require_stages_left(training: TrainingArguments, step: int, now: Mapping[str, Any]) -> None:
     """Of a run that has been trained to its end: return if results are still to be made of it, else raise `NothingToDoError`."""
     folder = Path(training.output_dir)
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
     if not left:
-        raise NothingToDoError(
-            f"{folder}: finished at step {step}; nothing to do; to train anew, give {FRESH}; to measure again, "
-            f"--model_name_or_path {folder} without --do_train"
-        )
+        takes_model = "model_name_or_path" in now["identity"]
+        again = f"; to measure again, --model_name_or_path {folder} without --do_train" if takes_model else ""
+        raise NothingToDoError(f"{folder}: finished at step {step}; nothing to do; to train anew, give {FRESH}{again}")
     logger.warning(f"{folder}: training finished at step {step}; what is left is {' and '.join(left)}")
 
 

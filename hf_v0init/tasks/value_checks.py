@@ -29,6 +29,7 @@ COUNT = ("a whole number, 1 or more", lambda x: x >= 1 and x == int(x))  # of al
 RANGES = (
     (*COUNT, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
               "eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams")),
+    ("a whole number, 3 or more", lambda x: x >= 3, ("block_size",)),
     ("a whole number, 1 or more, or left out", lambda x: x == -1 or (x >= 1 and x == int(x)), ("max_steps",)),
     ("a whole number, 0 or more", lambda x: x >= 0 and x == int(x), ("dataloader_num_workers",)),
     (f"a whole number from 0 to {LARGEST_SEED}", lambda x: 0 <= x <= LARGEST_SEED, ("seed", "data_seed")),

@@ -18,11 +18,6 @@ class OneShot(torch.utils.data.IterableDataset):
         return self.rows
 
 
-def sgd():
-    model = make_gpt2()
-    return {"model": model, "kwargs": {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}}
-
-
 def nothing_to_initialise():
     model = make_gpt2()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1])
@@ -43,17 +38,12 @@ class GradientOf(V0InitTrainer):
 
 PER_SAMPLE = {"v0_init": "data_driven", "v0_estimator": "per_sample"}
 RUNS = [
-    ("optim=sgd", {"optim": "sgd", "v0_init": "random"}, ["SGD", "no second moment"]),
-    ("SGD of the user's", {**sgd(), "v0_init": "random"}, ["SGD", "no second moment"]),
-    ("adafactor", {"optim": "adafactor", "v0_init": "random"}, ["dafactor"]),
     ("no matrices", {**nothing_to_initialise(), "v0_init": "random", "v0_decay": "beta2"}, ["v0_include_bias_and_norm=True"]),
     ("one-shot iterable", {"data": OneShot(), **PER_SAMPLE}, ["OneShot", "only once", "minibatch"]),
     ("loss NaN", {"trainer_class": LossOf, "run_name": "nan", **PER_SAMPLE}, ["loss is nan in batch 3"]),
     ("loss Inf", {"trainer_class": LossOf, "run_name": "inf", **PER_SAMPLE}, ["loss is inf in batch 3"]),
     ("gradient NaN", {"trainer_class": GradientOf, "v0_init": "data_driven"}, ["gradient of parameter", "is not finite"]),
     ("one batch", {"v0_num_samples": 8, "v0_stats_batch_size": 8, **PER_SAMPLE}, ["8 samples", "at most 4", "minibatch"]),
-    ("more measuring than steps", {"v0_init": "data_driven", "v0_estimation_steps": 9}, ["v0_estimation_steps=9", "max_steps=5"]),
-    ("warmup beyond floats", {"v0_init": "data_driven", "v0_decay": "beta2", "v0_decay_steps": 10**7}, ["v0_decay_steps=10000000", "use at most"]),
     ("share beyond floats", {"v0_init": "data_driven", "v0_decay": "beta2", "v0_decay_steps": 0.5, "max_steps": 10**7}, ["v0_decay_steps=5000000", "use at most"]),
 ]  # fmt: skip
 
@@ -72,7 +62,7 @@ def test_runs(tmp_path, options, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
     assert not steps and not list(output.glob("checkpoint-*"))
-    if trainer is not None and trainer.optimizer is not None and "SGD" not in words:
+    if trainer is not None and trainer.optimizer is not None:
         assert is_untouched(trainer.optimizer) and trainer.get_v0_report() is None
 
 

@@ -163,7 +163,7 @@ OWN = [
     ("clm", "--shuffle_buffer_size 5", ["--shuffle_buffer_size=5", "--streaming"]),
     ("translate", "--max_source_length 5000", ["--max_source_length=5000", "1024"]),
     ("clm", "--block_size 2000", ["2000", "1024"]),
-    ("clm", "--block_size 1", ["--block_size=1", "2"]),
+    ("clm", "--block_size 2", ["--block_size=2", "3 or more"]),
     ("mlm", "--block_size 2", ["--block_size=2", "3"]),
     ("mlm", "--model_type roberta --block_size 16 --config_overrides max_position_embeddings=16", ["--block_size=16", "take 15 tokens"]),
     ("mlm", "--mlm_probability 0", ["--mlm_probability=0"]),

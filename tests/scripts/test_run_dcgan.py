@@ -17,6 +17,7 @@ from hf_v0init.compare.process import judge_output
 from hf_v0init.errors import InputError
 from hf_v0init.records.checkpoints import find_defect
 from hf_v0init.tasks.gan.dcgan import Generator
+from hf_v0init.tasks.script_support import NothingToDoError
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
@@ -178,6 +179,11 @@ def test_the_evaluation_that_is_left_is_made_without_training(images, finished, 
     measured = read_json(folder / "eval_results.json")["eval_loss"]
     assert measured == pytest.approx(read_eval_losses(folder)[-1], rel=1e-6)
     assert_equal_weights(folder, finished["random"])
+    with pytest.raises(NothingToDoError) as ended:
+        run(images, folder, v0_init="random")
+    assert "--overwrite_output_dir" in str(ended.value) and "--model_name_or_path" not in str(ended.value)
+    with pytest.raises(InputError, match=r"learning_rate was 0\.0002 and is now 0\.1"):
+        run(images, folder, v0_init="random", learning_rate=0.1)
 
 
 def test_broken_checkpoints_are_passed_over_and_other_sizes_refused(images, finished, tmp_path):

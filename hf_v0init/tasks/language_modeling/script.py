@@ -93,13 +93,6 @@ class DataArguments(LanguageDataArguments):
         None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
     )
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        smallest = 2 if self.prompt_column is None else 3
-        if self.block_size is not None and self.block_size < smallest:
-            raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
-
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: prompt and completion, or the one of running text."""
         return [self.prompt_column, self.completion_column] if self.prompt_column else super().choose_text_columns(rows)
