@@ -183,7 +183,12 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
         step = find_finished_step(training)
         if step is not None:
             require_same_run(training.output_dir, run)
-            require_same_settings(training, step, run)
+            changes = list_changes(read_state(training.output_dir)[1].get("settings", {}), run["settings"])
+            if changes:
+                raise InputError(
+                    f"{training.output_dir} holds a run that finished at step {step} with other flags: {'; '.join(changes)}. To evaluate "
+                    f"that run, give what it was trained with; to train with these, {FRESH}"
+                )
             require_stages_left(training, step, run)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
@@ -203,16 +208,6 @@ def find_finished_step(training: TrainingArguments) -> int | None:
     else:
         is_as_long = length == {name: _make_plain(getattr(training, name)) for name in LENGTH_FLAGS}
     return step if is_as_long else None
-
-
-def require_same_settings(training: TrainingArguments, step: int, now: Mapping[str, Any]) -> None:
-    """Refuse to take a run that has finished for the one that other flags would give."""
-    changes = list_changes(read_state(training.output_dir)[1].get("settings", {}), now["settings"])
-    if changes:
-        raise InputError(
-            f"{training.output_dir} holds a run that finished at step {step} with other flags: {'; '.join(changes)}. To evaluate that run, "
-            f"give what it was trained with; to train with these, {FRESH}"
-        )
 
 
 def require_stages_left(training: TrainingArguments, step: int, now: Mapping[str, Any]) -> None:

@@ -115,8 +115,8 @@ class Task:
         raise NotImplementedError
 
     def make_collator(self) -> Any:
-        """Make what joins samples to a batch."""
-        raise NotImplementedError
+        """Make what joins samples to a batch; None: transformers' own."""
+        return None
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
@@ -187,7 +187,10 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     if options.probe_only:
         turn_into_probe(training)
     start_logging(training)
-    callbacks = make_early_stopping(options, training)
+    callbacks: list[TrainerCallback] = []
+    if options.early_stopping_patience is not None:
+        callbacks = [EarlyStoppingCallback(options.early_stopping_patience)]
+        training.restore_callback_states_from_checkpoint = True  # a resumed run goes on with its count
     require_available_metric(training, task.metrics)
     require_possible_run(task)
     task.refuse()
@@ -244,17 +247,6 @@ def require_possible_run(task: Task) -> None:
             )
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
-
-
-def make_early_stopping(options: RunArguments, training: TrainingArguments) -> list[TrainerCallback]:
-    """Make the Trainer's callbacks for early stopping: one, or none where no patience is given.
-
-    A resumed run goes on with the count of its checkpoint (`restore_callback_states_from_checkpoint` is switched on).
-    """
-    if options.early_stopping_patience is None:
-        return []
-    training.restore_callback_states_from_checkpoint = True
-    return [EarlyStoppingCallback(options.early_stopping_patience)]
 
 
 def require_a_batch(samples, training: TrainingArguments) -> None:

@@ -24,13 +24,7 @@ from hf_v0init import InputError
 
 from ..yaml_file import read_mapping
 from .help_page import HELP_FLAGS, compose_help
-from .value_checks import (
-    choose_better_direction,
-    join_lines,
-    require_in_range,
-    require_possible_training,
-    require_that_flags_fit,
-)
+from .value_checks import choose_better_direction, join_lines, require_possible_flags, require_possible_training
 
 logger = logging.getLogger("hf_v0init")
 
@@ -100,9 +94,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     try:
         parsed = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
         given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}
-        for arguments in parsed:
-            require_in_range(arguments)
-        require_that_flags_fit(parsed)
+        require_possible_flags(parsed)
         for arguments in parsed:
             if isinstance(arguments, TrainingArguments):
                 _finish_training_arguments(arguments, given)

@@ -60,26 +60,21 @@ EXCLUDES = (
 )  # fmt: skip
 
 
-def require_in_range(arguments: Any) -> None:
-    """Refuse numbers outside the ranges of `RANGES` among the fields of a dataclass of flags."""
-    own = None if isinstance(arguments, TrainingArguments) else COUNT
-    for name, value in vars(arguments).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        rule = RULES.get(name, own if isinstance(value, int) else None)
-        if rule is not None and not (math.isfinite(value) and rule[1](value)):
-            raise InputError(f"--{name}={value}: must be {rule[0]}")
-
-
-def require_that_flags_fit(parsed: Iterable[Any]) -> None:
-    """Refuse flags that have no effect for want of another, flags that exclude each other (`NEEDS`, `EXCLUDES`), a bad `--cache_dir`.
+def require_possible_flags(parsed: Iterable[Any]) -> None:
+    """Refuse numbers out of their `RANGES`, flags without effect (`NEEDS`), flags that exclude each other, and a bad `--cache_dir`.
 
     Args:
-        parsed: dataclasses of flags. A rule holds where both of its flags are among them.
+        parsed: dataclasses of flags. A rule on two flags holds where both of them are among them.
     """
     values: dict[str, Any] = {}
     for arguments in parsed:
         values |= vars(arguments)
+        own = None if isinstance(arguments, TrainingArguments) else COUNT
+        for name, value in vars(arguments).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rule = RULES.get(name, own if isinstance(value, int) else None)
+                if rule is not None and not (math.isfinite(value) and rule[1](value)):
+                    raise InputError(f"--{name}={value}: must be {rule[0]}")
 
     def describe(flag: str) -> str:
         """The flag with its value, or nothing where it is not given."""

@@ -140,17 +140,6 @@ def test_training_loss_is_the_smoothed_one_and_that_of_the_pass(run, data):
     assert report["mean_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_accumulated_batches_give_the_step_of_one_batch(run, data):
-    """With a network without BatchNorm; transformers' own loss would give twice the gradient."""
-    changes = {"max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0}
-    weights = []
-    for size, accumulation in ((12, 1), (6, 2)):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        out, _ = run(f"{size}", **changes, **sizes, config_name=data / "vit.json")
-        weights.append(load_file(out / "model.safetensors"))
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
-
-
 def test_resume_in_the_middle_of_an_epoch_equals_a_straight_run(run, tmp_path):
     """Augmentation, BatchNorm statistics, steps of the learning rate and Adam's state, bit for bit."""
     changes = {

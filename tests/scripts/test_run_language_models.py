@@ -222,15 +222,6 @@ def test_stop_and_resume_gives_the_weights_of_the_straight_run(run, tmp_path, ki
         assert "train_loss" not in run(kind, "killed", **changes)[1]
 
 
-def test_the_learning_rate_falls_after_the_named_epochs(run):
-    changes = {"max_steps": None, "num_train_epochs": 4, "save_strategy": "no", "save_steps": None, "logging_steps": 1}
-    changes |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "block_size": 60}
-    # 60 lines of 7 words in 4 streams are 105 tokens per stream, two segments: two steps per epoch
-    out, _ = run("awd_lstm", **changes, lr_decay_epochs=[2, 3])
-    rates = [entry["learning_rate"] for entry in read_state(out)["log_history"] if "learning_rate" in entry]
-    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
-
-
 def test_accumulated_batches_train_like_one_batch(run):
     """The loss of a step is the mean over all its masked tokens, however it is divided into micro-batches."""
     changes = {"config_overrides": NO_DROPOUT, "line_by_line": True, "max_steps": 3, "save_strategy": "no"}

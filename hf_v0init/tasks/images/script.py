@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 from torch.nn import functional
-from transformers import AutoModelForImageClassification, PreTrainedConfig, default_data_collator
+from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -210,10 +210,6 @@ class ImageTask(Task):
         mean, std = image_format.processor.image_mean, image_format.processor.image_std
         logger.info(f"images: {width}x{height}, {image_format.mode}, mean {mean}, std {std}")
         return image_format
-
-    def make_collator(self):
-        """Return what joins samples to a batch."""
-        return default_data_collator
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose the processor."""
