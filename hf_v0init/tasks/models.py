@@ -127,12 +127,12 @@ class TextModelArguments(ModelArguments):
     attn_implementation: str | None = flag(None, "Attention: eager, sdpa, flash_attention_2, ... Default: by itself.")
 
     def get_tokenizer(
-        self, texts: Iterable[str], place: str | None, train: Callable[[Iterable[str]], PreTrainedTokenizerBase]
+        self, texts: Iterable[str] | None, place: str | None, train: Callable[[Iterable[str]], PreTrainedTokenizerBase]
     ) -> PreTrainedTokenizerBase:
         """Load the tokenizer named, or that of the checkpoint resumed, or train one on `texts`, which is read only then.
 
         Args:
-            texts: the training text.
+            texts: the training text; None where nothing is trained, and a pretrained model has its own.
             place: the folder that the run goes on from, if any.
             train: makes a tokenizer of texts.
 

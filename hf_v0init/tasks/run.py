@@ -188,7 +188,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         turn_into_probe(training)
     start_logging(training)
     callbacks: list[TrainerCallback] = []
-    if options.early_stopping_patience is not None:
+    if options.early_stopping_patience is not None and not options.probe_only:
         callbacks = [EarlyStoppingCallback(options.early_stopping_patience)]
         training.restore_callback_states_from_checkpoint = True  # a resumed run goes on with its count
     require_available_metric(training, task.metrics)

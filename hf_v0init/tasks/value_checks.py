@@ -56,7 +56,6 @@ EXCLUDES = (
     ("model_name_or_path", "model_type"), ("model_name_or_path", "config_name"), ("config_name", "model_type"),
     ("model_name_or_path", "config_overrides"), ("model_name_or_path", "weight_initialization"),
     ("validation_split_percentage", "validation_dir"), ("streaming", "max_tokens_per_batch"), ("streaming", "lr_decay_epochs"),
-    ("warmup_steps", "lr_scheduler_type=constant"),
 )  # fmt: skip
 
 
@@ -117,6 +116,11 @@ def require_possible_training(training: TrainingArguments) -> None:
     if training.fsdp and training.world_size == 1:
         raise InputError("--fsdp: this is one process; start several with torchrun or `accelerate launch`, or drop it")
     optimizer = make_optimizer_of_one_weight(training)
+    warms_up_itself = optimizer is None or "warmup_steps" in optimizer.param_groups[0]  # schedule-free ones do
+    if training.lr_scheduler_type == "constant" and training.warmup_steps and not warms_up_itself:
+        raise InputError(
+            f"--warmup_steps={training.warmup_steps}: has no effect with --lr_scheduler_type constant; give constant_with_warmup"
+        )
     plan = training.resolve() if isinstance(training, V0InitArguments) else V0Plan()
     if optimizer is not None and plan.init != "zeros":
         moments = SecondMoment(optimizer)

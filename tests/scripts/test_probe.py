@@ -43,7 +43,8 @@ def test_the_probe_prints_what_was_measured_and_leaves_nothing(task, tmp_path, m
     measure = probing.measure_run
     monkeypatch.setattr(probing, "measure_run", lambda *args: measured.append(measure(*args)) or measured[-1])
     monkeypatch.setattr(probing.tempfile, "gettempdir", lambda: str(tmp_path))
-    done = run_command(task, config, "--learning_rate", "0.002", "--probe_only")
+    early = "--early_stopping_patience 2 --eval_strategy steps --eval_steps 5 --load_best_model_at_end --save_steps 5".split()
+    done = run_command(task, config, "--learning_rate", "0.002", "--probe_only", *early)
     assert not done.returncode
     ((radius, _),) = measured
     printed = dict(re.findall(r"│ +([\d.e-]+) │ +(-?[\d.]+) │", done.stdout))

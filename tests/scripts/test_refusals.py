@@ -191,7 +191,7 @@ OWN = [
     ("clm", "--early_stopping_patience 0", ["--early_stopping_patience=0", "1 or more"]),
     ("dcgan", "--v0_optimizer torch.optim:SGD --v0_init random --v0_decay beta2", ["no second moment"]),
     ("dcgan", "--optim schedule_free_adamw", ["AdamWScheduleFree", "two sets of weights"]),
-    ("clm", "--lr_scheduler_type constant --warmup_steps 5", ["--warmup_steps=5", "--lr_scheduler_type=constant"]),
+    ("clm", "--lr_scheduler_type constant --warmup_steps 5", ["--warmup_steps=5", "constant_with_warmup"]),
     ("dcgan", "--untuned_warmup linear --warmup_steps 5", ["two warmups"]),
     ("dcgan", "--untuned_warmup trust_radius", ["--untuned_warmup=trust_radius", "a GAN has two"]),
     ("dcgan", "--v0_init random --warmup_steps 5", ["v0_init=random", "warmup_steps=5", "two warmups"]),
