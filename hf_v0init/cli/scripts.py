@@ -65,7 +65,7 @@ def compose_help_of(name: str) -> str:
     module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
     compose = importlib.import_module("hf_v0init.tasks.help_page").compose_help
     parser = importlib.import_module("hf_v0init.tasks.script_support").make_parser(module.ARGUMENTS)
-    return compose(parser, module.ARGUMENTS, f"hf-v0init {name}", module.EXAMPLES, everything=False)
+    return compose(parser, module.ARGUMENTS, f"hf-v0init {name}", module.EXAMPLES)
 
 
 def write_help_files() -> None:

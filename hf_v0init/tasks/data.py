@@ -1,24 +1,20 @@
-"""The rows of a run: from the Hub, from local files, or as a stream; limited, and mapped with a cache."""
+"""The rows of a run: from the Hub, from local files, or as a stream; limited, and mapped."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_v0init import InputError
 
-from .models import HubArguments
+from .models import ModelArguments
 from .script_support import flag
 from .text_files import load_local_files
 
 ROLES = ("train", "validation", "test")
-CACHE_FOLDER = "hf_v0init"
 
 
 @dataclass
@@ -40,7 +36,7 @@ class DatasetArguments:
         if not self.dataset_name and not local:
             raise InputError(f"no data: give --dataset_name or --{self.local_flags[0]}")
 
-    def load_dataset(self, hub: HubArguments):
+    def load_dataset(self, hub):
         """Load all splits of `dataset_name`, as streams if `streaming`: a mapping of split names to data sets.
 
         Raises:
@@ -59,7 +55,7 @@ class DatasetArguments:
                 f"--dataset_name={self.dataset_name}: cannot be loaded ({error}); check name and network"
             ) from error
 
-    def load_local(self, role: str, hub: HubArguments):
+    def load_local(self, role: str, hub: ModelArguments):
         """Load the local data of "train", "validation" or "test"; None if there are none."""
         raise NotImplementedError
 
@@ -77,7 +73,7 @@ class DatasetArguments:
         files = f"--{file}" + (f", or --{' and --'.join(pair)}" if pair else "")
         return f"there is no {role} data; give {files}, or a --dataset_name that has this split"
 
-    def load_roles(self, hub: HubArguments, training: TrainingArguments) -> dict[str, Any]:
+    def load_roles(self, hub: ModelArguments, training: TrainingArguments) -> dict[str, Any]:
         """Load the rows of each role that the run needs: the data set's split, else local files, else of the training rows.
 
         Raises:
@@ -124,17 +120,18 @@ class TextDataArguments(SplitDataArguments):
     )
     validation_file: str | None = flag(None, "The same for validation.")
     test_file: str | None = flag(None, "The same for test.")
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "Where samples differ in length: training batches by token budget, padded tokens per batch, process and forward pass "
+        "(of source or target, whichever is longer); replaces --per_device_train_batch_size.",
+    )
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize. Default: none beside this one.")
 
-    def load_local(self, role: str, hub: HubArguments):
+    def load_local(self, role: str, hub: ModelArguments):
         """Load a role's local file, as a stream if `streaming`."""
         path = getattr(self, f"{role}_file")
         options = {"streaming": self.streaming, "cache_dir": hub.cache_dir}
         return None if path is None else load_local_files(path, role=role, **options)
-
-    def choose_map_options(self, cache_dir: str | None) -> dict[str, Any]:
-        """Choose how rows are tokenized and kept."""
-        return {"num_proc": self.preprocessing_num_workers, "cache_dir": cache_dir}
 
 
 def find_needed_roles(training: TrainingArguments) -> list[str]:
@@ -161,45 +158,12 @@ def limit_rows(rows, limit: int | None):
     return rows.take(limit) if is_stream(rows) else rows.select(range(min(limit, len(rows))))
 
 
-def map_with_cache(
+def map_rows(
     rows: datasets.Dataset | datasets.IterableDataset,
     function: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    features: datasets.Features | None,
-    key: tuple,
-    *,
+    features: datasets.Features | None = None,
     num_proc: int | None = None,
-    cache_dir: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """`rows.map(function)` without the columns that were there, kept on disk and found again by content, tokenizer and `key`.
-
-    `datasets` by itself keeps nothing of rows that were made in memory, and its fingerprint of a tokenizer
-    changes when the tokenizer is used.
-    """
-    if is_stream(rows):
-        return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features)
-    fingerprint = Hasher.hash((rows._fingerprint, _describe_tokenizer(tokenizer), key))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=features,
-        num_proc=num_proc,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=True,
-        new_fingerprint=fingerprint,
-        desc="Tokenizing",
-    )
-
-
-def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """What its encodings depend on; not the padding and truncation that its last call left behind."""
-    languages = tuple(getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang"))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return type(tokenizer).__name__, languages, sorted(tokenizer.get_vocab().items())
-    parts = json.loads(backend.to_str())
-    parts = {name: parts[name] for name in parts if name not in ("padding", "truncation")}
-    return type(tokenizer).__name__, languages, parts
+    """`rows.map(function)` in batches, without the columns that were there. `datasets` keeps the result of files on disk."""
+    options = {} if is_stream(rows) else {"num_proc": num_proc, "desc": "Tokenizing"}
+    return rows.map(function, batched=True, remove_columns=list_columns(rows), features=features, **options)

@@ -1,4 +1,4 @@
-"""`--help` and `--help_all`: the flags in groups, each once, with examples on top.
+"""`--help`: the flags in groups, each once, with examples on top; of the Trainer's flags the common ones.
 
 The commands print `--help` from a file of `help/`, so that it needs neither torch nor an extra; `python -m hf_v0init.cli.scripts`
 writes these files anew, and a test compares them with the flags.
@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from hf_v0init import V0InitArguments
 
-HELP_FLAGS, HELP_ALL_FLAGS = ("-h", "--help"), ("--help_all", "--help-all")
+HELP_FLAGS = ("-h", "--help")
 WIDTH, FLAG_WIDTH = 80, 30
 COMMON_TRAINING_FLAGS = {
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "num_train_epochs", "max_steps", "learning_rate",
@@ -27,11 +27,11 @@ COMMON_TRAINING_FLAGS = {
     "data_seed", "use_cpu", "bf16", "fp16", "tf32", "torch_compile", "gradient_checkpointing", "dataloader_num_workers",
     "report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token", "predict_with_generate",
 }  # fmt: skip
+TAIL = """
+More flags of the Trainer: https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"""
 
 
-def compose_help(
-    parser: argparse.ArgumentParser, dataclass_types: Sequence[type], program: str, examples: str, everything: bool
-) -> str:
+def compose_help(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], program: str, examples: str) -> str:
     """Compose the help page.
 
     Args:
@@ -39,7 +39,6 @@ def compose_help(
         dataclass_types: whose fields they are; each makes a group named by its docstring's first line.
         program: what is typed, such as "hf-v0init clm".
         examples: commands to show on top, one a line; `{}` stands for the program.
-        everything: all of the Trainer's flags with the whole of their texts, not the common ones with their first sentence.
 
     Returns:
         The text, lines of at most 80 characters where words allow.
@@ -58,21 +57,18 @@ def compose_help(
     for kind in dataclass_types:
         names = [name for name in kind.__dataclass_fields__ if name in actions and name not in shown]
         shown.update(names)
-        names = [name for name in names if name in getattr(kind, "taken_flags", names)]
         groups = {(kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."): names}
         if issubclass(kind, TrainingArguments):
-            common = [name for name in names if everything or name in COMMON_TRAINING_FLAGS]
+            common = COMMON_TRAINING_FLAGS & getattr(kind, "taken_flags", COMMON_TRAINING_FLAGS)
             groups = {
                 "v0: how Adam's second moment starts": [name for name in names if name in ours],
-                "training: transformers' own flags": [name for name in common if name not in ours],
+                "training: transformers' own flags": [name for name in names if name in common],
             }
         for title, members in groups.items():
             page.start_section(title)
-            is_short = title.startswith("training") and not everything
-            page.add_arguments([_describe_flag(actions[name], is_short) for name in members])
+            page.add_arguments([_describe_flag(actions[name], title.startswith("training")) for name in members])
             page.end_section()
-    tail = [] if everything else ["\n--help_all lists all flags of transformers' TrainingArguments, texts in full."]
-    return "\n".join([*head, page.format_help().strip(), *tail]) + "\n"
+    return "\n".join([*head, page.format_help().strip(), TAIL]) + "\n"
 
 
 def _wrap_command(line: str) -> str:

@@ -21,46 +21,26 @@ from hf_v0init import InputError
 
 from .script_support import flag
 from .tokenizer_training import train_on_main_process
-from .value_checks import require_makeable_folder
 
 logger = logging.getLogger("hf_v0init")
 
 
 @dataclass
-class HubArguments:
-    """hub: how to speak to the Hub"""
+class ModelArguments:
+    """model: which model
+
+    Raises:
+        InputError: no source of the model.
+    """
+
+    auto_class: ClassVar[type]
+    left_out: ClassVar[frozenset[str]] = frozenset()  # model types of the auto class that are not for this task
+    kind: ClassVar[str]  # in words, for errors
+    needs_source: ClassVar[bool] = True
 
     cache_dir: str | None = flag(None, "Folder for what comes from the Hub and for prepared data.")
     model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = flag(False, "Run code that the Hub repositories contain.")
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        require_makeable_folder("cache_dir", self.cache_dir)
-
-    def get_hub_options(self) -> dict:
-        """Return the arguments that every `from_pretrained` takes."""
-        return {
-            "cache_dir": self.cache_dir,
-            "revision": self.model_revision,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-
-@dataclass
-class ModelArguments(HubArguments):
-    """model: which model
-
-    Raises:
-        InputError: no source of the model or two, overrides of a pretrained configuration.
-    """
-
-    auto_class: ClassVar[type]
-    model_types: ClassVar[tuple[str, ...]]
-    kind: ClassVar[str]  # in words, for errors
-    other_script: ClassVar[str] = ""  # that takes models which this one refuses
-    needs_source: ClassVar[bool] = True
-
     model_name_or_path: str | None = flag(
         None, "Pretrained model, by Hub name or folder. Without it a model is trained from scratch."
     )
@@ -72,26 +52,24 @@ class ModelArguments(HubArguments):
 
     def __post_init__(self) -> None:
         """Check what the flags alone rule out."""
-        super().__post_init__()
-        ways = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
-        if len(ways) > 1:
-            raise InputError(f"--{ways[0]} and --{ways[1]}: give one source of the model, not both")
-        if not ways and self.needs_source:
+        if self.needs_source and not (self.model_name_or_path or self.config_name or self.model_type):
             raise InputError(
                 "no model: give --model_name_or_path (pretrained), or --model_type or --config_name (from scratch)"
             )
-        self.require_kind(self.model_type)
-        if self.model_name_or_path and self.config_overrides:
-            raise InputError(
-                f"--config_overrides={self.config_overrides}: is for training from scratch; drop it, or "
-                f"--model_name_or_path={self.model_name_or_path}"
-            )
+
+    def get_hub_options(self) -> dict:
+        """Return the arguments that every `from_pretrained` takes."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration of the model, before tokenizer and data are known.
 
         Raises:
-            InputError: it cannot be loaded, or not be changed so.
+            InputError: it cannot be loaded, not be changed so, or is of a model for another task.
         """
         name = self.config_name or self.model_name_or_path
         try:
@@ -101,18 +79,12 @@ class ModelArguments(HubArguments):
                 config = AutoConfig.from_pretrained(name, **self.get_hub_options())
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the configuration of {self.model_type or name} cannot be loaded: {error}") from error
-        self.require_kind(config.model_type)
+        fits = type(config) in self.auto_class._model_mapping and config.model_type not in self.left_out
+        if config.model_type in CONFIG_MAPPING and not fits:  # others may be code of the user's own
+            raise InputError(f"{name or '--model_type'}: {config.model_type} is no {self.kind}")
         if self.config_overrides:
             override_config(config, self.config_overrides)
         return config
-
-    def require_kind(self, model_type: str | None) -> None:
-        """Refuse a model type of transformers that is not for this task; others may be code of the user's own."""
-        if model_type in CONFIG_MAPPING and model_type not in self.model_types:
-            other = f"; use {self.other_script}" if self.other_script else ""
-            raise InputError(
-                f"{self.model_name_or_path or self.config_name or '--model_type'}: {model_type} is no {self.kind}{other}"
-            )
 
     def build(self, config: PreTrainedConfig, **options) -> PreTrainedModel:
         """Load the pretrained model, or build one from scratch of `config`.
@@ -160,7 +132,7 @@ class TextModelArguments(ModelArguments):
         """Load the tokenizer named, or that of the checkpoint resumed, or train one on `texts`, which is read only then.
 
         Args:
-            texts: the training text; None where there is none.
+            texts: the training text; None where nothing is trained, and a pretrained model has its own.
             place: the folder that the run goes on from, if any.
             train: makes a tokenizer of texts.
 
@@ -175,8 +147,6 @@ class TextModelArguments(ModelArguments):
                 return AutoTokenizer.from_pretrained(name, **self.get_hub_options())
             except (OSError, ValueError, KeyError) as error:
                 raise InputError(f"the tokenizer of {name!r} cannot be loaded ({error}); check the name") from error
-        if texts is None:
-            raise InputError("no model and no tokenizer given, and no training to make them; give --model_name_or_path")
         tokenizer = train_on_main_process(lambda: train(texts))
         logger.info(f"tokenizer trained on the training text: {len(tokenizer)} entries")
         return tokenizer

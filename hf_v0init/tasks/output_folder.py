@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_v0init import InputError
+from hf_v0init import InputError, V0InitArguments
 
 from ..records.checkpoints import (
     delete_checkpoint,
@@ -41,6 +41,16 @@ IDENTITY_FLAGS = (
     "mlm_probability", "optim", "optim_args", "v0_optimizer", "latent_size", "base_channels",
 )  # fmt: skip
 LENGTH_FLAGS = ("max_steps", "num_train_epochs")
+# What may be changed on the way, but not once a run has finished: it would be measured under flags that it was not trained with.
+SETTING_FLAGS = (
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_decay_epochs", "lr_decay_factor", "warmup_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16", "average_checkpoints",
+    "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "weight_initialization", "append_eos",
+    "vary_block_size", "random_crop", "crop_padding", "random_flip", "image_size", "image_mode", "crop_fraction",
+    "validation_split_percentage", "validation_split_rows",
+    *(name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"),
+)  # fmt: skip
 TRAIN_PATHS = ("train_file", "train_source_file", "train_target_file", "train_dir")
 HASHED_BYTES = 1 << 24  # of a file: whoever edits or replaces it changes its size or these
 RESULT_NAMES = {"eval": ("eval",), "predict": ("predict", "test")}  # of the files in which scripts keep them
@@ -61,18 +71,25 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
         others: the script's other dataclasses of flags.
 
     Returns:
-        "identity" and "length", each a mapping of flags (and files) to plain values.
+        "identity", "settings" and "length", each a mapping of flags (and files) to plain values.
     """
     flags: dict[str, Any] = {}
     for arguments in (*others, training):
         flags |= vars(arguments)
-    for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):  # whose folder may have been moved
-        flags[name] = flags.get(name) and Path(flags[name]).name
+    for name in {
+        "model_name_or_path",
+        "tokenizer_name",
+        "dataset_name",
+    } & flags.keys():  # whose folder may have been moved
+        flags[name] = flags[name] and Path(flags[name]).name
     identity = {name: _make_plain(flags[name]) for name in IDENTITY_FLAGS if name in flags}
     if training.do_train:
         paths = {name: Path(flags[name]) for name in TRAIN_PATHS if flags.get(name) is not None}
         identity |= {name: describe_content(path) for name, path in paths.items()}
-    return {"identity": identity, "length": {name: _make_plain(flags[name]) for name in LENGTH_FLAGS}}
+    settings, length = (
+        {name: _make_plain(flags[name]) for name in names if name in flags} for names in (SETTING_FLAGS, LENGTH_FLAGS)
+    )
+    return {"identity": identity, "settings": settings, "length": length}
 
 
 def _make_plain(value: Any) -> Any:
@@ -117,17 +134,21 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the flags with their values then and now.
     """
-    old, new = read_state(folder)[1].get("identity", {}), now["identity"]
-    names = [name for name in {**old, **new} if (name in old and name in new) or (old and name in TRAIN_PATHS)]
-    others = [
-        f"{name} has other content" if name in TRAIN_PATHS else f"{name} was {old[name]} and is now {new[name]}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-    if others:
+    old = read_state(folder)[1].get("identity", {})
+    changes = list_changes(old, now["identity"])
+    if changes:
         raise InputError(
-            f"{folder} is of another run: {'; '.join(others)}. To continue it, give what it was started with; to start anew, {FRESH}"
+            f"{folder} is of another run: {'; '.join(changes)}. To continue it, give what it was started with; to start anew, {FRESH}"
         )
+
+
+def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List, in words, the flags whose values differ; of flags that one of the two does not know only training files count."""
+    return [
+        f"{name} has other content" if name in TRAIN_PATHS else f"{name} was {old[name]} and is now {new[name]}"
+        for name in {**old, **new}
+        if ((name in old and name in new) or (old and name in TRAIN_PATHS)) and old.get(name) != new.get(name)
+    ]
 
 
 # ---- from where it goes on ---------------------------------------------------------------------------------------------
@@ -152,7 +173,7 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
         The folder to continue from, if any: a checkpoint, or the output folder of a run that is trained but not evaluated.
 
     Raises:
-        InputError: an output folder that cannot be used, a checkpoint or a finished run of another run.
+        InputError: an output folder that cannot be used, a checkpoint of another run, or a finished run with other flags.
         NothingToDoError: the output folder holds this run from beginning to end.
     """
     if not training.do_train:
@@ -162,7 +183,13 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
         step = find_finished_step(training)
         if step is not None:
             require_same_run(training.output_dir, run)
-            require_stages_left(training, step)
+            changes = list_changes(read_state(training.output_dir)[1].get("settings", {}), run["settings"])
+            if changes:
+                raise InputError(
+                    f"{training.output_dir} holds a run that finished at step {step} with other flags: {'; '.join(changes)}. To evaluate "
+                    f"that run, give what it was trained with; to train with these, {FRESH}"
+                )
+            require_stages_left(training, step, run)
             return training.output_dir
     checkpoint = find_checkpoint_to_resume(training, overwrite)
     if checkpoint is not None:
@@ -183,16 +210,15 @@ def find_finished_step(training: TrainingArguments) -> int | None:
     return step if is_as_long else None
 
 
-def require_stages_left(training: TrainingArguments, step: int) -> None:
+def require_stages_left(training: TrainingArguments, step: int, now: Mapping[str, Any]) -> None:
     """Of a run that has been trained to its end: return if results are still to be made of it, else raise `NothingToDoError`."""
     folder = Path(training.output_dir)
     wanted = [stage for stage in RESULT_NAMES if getattr(training, f"do_{stage}")]
     left = [stage for stage in wanted if not any((folder / f"{n}_results.json").is_file() for n in RESULT_NAMES[stage])]
     if not left:
-        raise NothingToDoError(
-            f"{folder}: finished at step {step}; nothing to do; to train anew, or with other settings, give {FRESH}; to measure again, "
-            f"--model_name_or_path {folder} without --do_train"
-        )
+        takes_model = "model_name_or_path" in now["identity"]
+        again = f"; to measure again, --model_name_or_path {folder} without --do_train" if takes_model else ""
+        raise NothingToDoError(f"{folder}: finished at step {step}; nothing to do; to train anew, give {FRESH}{again}")
     logger.warning(f"{folder}: training finished at step {step}; what is left is {' and '.join(left)}")
 
 

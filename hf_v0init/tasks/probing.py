@@ -20,6 +20,7 @@ from ..method.length import (
     compute_warmup_length,
     describe_bound,
 )
+from ..settings import V0InitArguments
 from ..trainer.probe import measure_run
 
 
@@ -30,10 +31,10 @@ def turn_into_probe(training: TrainingArguments) -> None:
     training.eval_strategy, training.eval_on_start, training.save_strategy = IntervalStrategy.NO, False, SaveStrategy.NO
     training.load_best_model_at_end, training.push_to_hub, training.report_to = False, False, []
     training.resume_from_checkpoint = None
-    training.v0_init, training.v0_scale, training.v0_decay_steps, training.v0_decay = "zeros", None, None, None
-    training.v0_preset, training.v0_estimation_steps = None, None
-    training.untuned_warmup = None
-    training.v0_record_run, training.disable_tqdm = False, True
+    for name, field in V0InitArguments.__dataclass_fields__.items():
+        if name != "v0_optimizer":
+            setattr(training, name, field.default)
+    training.disable_tqdm = True
     if training.log_level == "passive":
         training.log_level = "warning"
 

@@ -25,11 +25,13 @@ from transformers import (
 
 from hf_v0init import InputError
 
+from .data import ROLES
 from .output_folder import RemoveWhatIsStale, describe_run, find_place_to_start
 from .probing import probe_and_print, turn_into_probe
 from .script_support import flag, parse_arguments, start_logging
 from .script_trainer import CARD_FILE, AnnounceEpoch
 from .summary import print_summary
+from .token_loss import TokenCrossEntropy
 from .value_checks import require_available_metric
 from .whole_weights import load_average_of_last, require_enough_checkpoints
 
@@ -43,11 +45,6 @@ class RunArguments:
     overwrite_output_dir: bool = flag(
         False,
         "Start afresh in an output folder that has files; checkpoints and results of the earlier run are deleted.",
-    )
-    max_tokens_per_batch: int | None = flag(
-        None,
-        "Where samples differ in length: training batches by token budget, padded tokens per batch, process and forward pass "
-        "(of source or target, whichever is longer); replaces --per_device_train_batch_size.",
     )
     average_checkpoints: int | None = flag(
         None, "After training, average the last so many checkpoints; evaluate and save the average."
@@ -79,6 +76,7 @@ class Task:
         trainer_class: of the Trainer that trains and measures.
         examples: commands for `--help`.
         metrics: names of what its evaluations measure, without "eval_".
+        has_own_loss: whether the model's own loss trains it, not `TokenCrossEntropy`.
         card_task: the Hub's name of the task.
         test_name: under which results of the test set are kept.
     """
@@ -87,6 +85,7 @@ class Task:
     trainer_class: ClassVar[type[Trainer]]
     examples: ClassVar[str] = ""
     metrics: Sequence[str] = ("loss",)
+    has_own_loss: ClassVar[bool] = False
     card_task: ClassVar[str]
     test_name: ClassVar[str] = "predict"
 
@@ -116,8 +115,8 @@ class Task:
         raise NotImplementedError
 
     def make_collator(self) -> Any:
-        """Make what joins samples to a batch."""
-        raise NotImplementedError
+        """Make what joins samples to a batch; None: transformers' own."""
+        return None
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose what the Trainer takes beside the model, the samples and what all tasks share."""
@@ -132,12 +131,13 @@ class Task:
         trainer.save_metrics(self.test_name, trainer.predict(samples, metric_key_prefix=self.test_name).metrics)
 
     def describe_for_card(self) -> dict[str, Any]:
-        """Describe the run to `create_model_card`; of local files or folders only the names are told."""
+        """Describe the run to `create_model_card`; of local files or folders only the names are told, and not those of a role."""
         card = {"tasks": self.card_task, "finetuned_from": self.model.model_name_or_path}
         if self.data.dataset_name:
             card |= {"dataset_tags": self.data.dataset_name, "dataset": self.data.dataset_name}
             return card | ({"dataset_args": self.data.dataset_config_name} if self.data.dataset_config_name else {})
-        return card | {"dataset": ", ".join(Path(path).name for path in self.data.list_local()[:1])}
+        path = Path(self.data.list_local()[0]).absolute()
+        return card | {"dataset": path.parent.name if path.name in ROLES else path.name}
 
 
 class TextTask(Task):
@@ -172,7 +172,7 @@ class TextTask(Task):
 
     def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Choose tokenizer and token budget."""
-        budget = self.options.max_tokens_per_batch if self.training.do_train else None
+        budget = self.data.max_tokens_per_batch if self.training.do_train else None
         return {"processing_class": self.tokenizer, "max_tokens_per_batch": budget}
 
 
@@ -187,7 +187,10 @@ def run(task_class: type[Task], argv: list[str]) -> None:
     if options.probe_only:
         turn_into_probe(training)
     start_logging(training)
-    callbacks = make_early_stopping(options, training)
+    callbacks: list[TrainerCallback] = []
+    if options.early_stopping_patience is not None and not options.probe_only:
+        callbacks = [EarlyStoppingCallback(options.early_stopping_patience)]
+        training.restore_callback_states_from_checkpoint = True  # a resumed run goes on with its count
     require_available_metric(training, task.metrics)
     require_possible_run(task)
     task.refuse()
@@ -211,6 +214,7 @@ def run(task_class: type[Task], argv: list[str]) -> None:
         run_identity=identity,
         lr_decay_epochs=options.lr_decay_epochs,
         lr_decay_factor=options.lr_decay_factor or 0.1,
+        compute_loss_func=None if task.has_own_loss else TokenCrossEntropy(training.label_smoothing_factor),
         **task.choose_trainer_options(samples),
     )
     if options.probe_only:
@@ -235,40 +239,14 @@ def require_possible_run(task: Task) -> None:
         raise InputError("evaluation needs a trained model; give --model_name_or_path, or --do_train")
     if task.data.streaming and training.do_train and training.max_steps <= 0:
         raise InputError("--streaming: the length of a stream is unknown; give --max_steps")
-    if task.data.streaming and options.max_tokens_per_batch:
-        raise InputError("--max_tokens_per_batch and --streaming: drop one of the two")
     if training.do_train:
         epochs = options.lr_decay_epochs or []
         if epochs != sorted({epoch for epoch in epochs if epoch >= 1}):
             raise InputError(
                 f"--lr_decay_epochs {epochs}: must be whole numbers >= 1 in increasing order, such as 100 145"
             )
-        if epochs and task.data.streaming:
-            raise InputError("--lr_decay_epochs: the length of an epoch of streamed data is unknown; leave it out")
-        if options.lr_decay_factor is not None and not epochs:
-            raise InputError(
-                f"--lr_decay_factor={options.lr_decay_factor}: has no effect without --lr_decay_epochs; drop it"
-            )
         if options.average_checkpoints is not None:
             require_enough_checkpoints(training, options.average_checkpoints)
-
-
-def make_early_stopping(options: RunArguments, training: TrainingArguments) -> list[TrainerCallback]:
-    """Make the Trainer's callbacks for early stopping: one, or none where no patience is given.
-
-    A resumed run goes on with the count of its checkpoint (`restore_callback_states_from_checkpoint` is switched on).
-
-    Raises:
-        InputError: the run does not evaluate while it trains, or does not keep its best model.
-    """
-    if options.early_stopping_patience is None:
-        return []
-    if training.eval_strategy == "no" or not training.load_best_model_at_end:
-        raise InputError(
-            f"--early_stopping_patience={options.early_stopping_patience}: needs --eval_strategy and --load_best_model_at_end"
-        )
-    training.restore_callback_states_from_checkpoint = True
-    return [EarlyStoppingCallback(options.early_stopping_patience)]
 
 
 def require_a_batch(samples, training: TrainingArguments) -> None:

@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from hf_v0init import InputError
 
 from ..yaml_file import read_mapping
-from .help_page import HELP_ALL_FLAGS, HELP_FLAGS, compose_help
-from .value_checks import choose_better_direction, join_lines, require_in_range, require_possible_training
+from .help_page import HELP_FLAGS, compose_help
+from .value_checks import choose_better_direction, join_lines, require_possible_flags, require_possible_training
 
 logger = logging.getLogger("hf_v0init")
 
@@ -71,7 +71,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
         examples: commands that `--help` shows on top, one a line, with `{}` for the program.
 
     Returns:
-        A tuple of instances, in the order of `dataclass_types`. `--help` and `--help_all` print and exit with status 0.
+        A tuple of instances, in the order of `dataclass_types`. `--help` prints and exits with status 0.
 
     Raises:
         InputError: FILE cannot be read; an unknown flag; a value of the wrong type, not among the choices, or that can never
@@ -79,10 +79,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
             joined.
     """
     argv, parser = list(argv), make_parser(dataclass_types)
-    if {*HELP_FLAGS, *HELP_ALL_FLAGS} & {*argv}:
-        everything = bool({*HELP_ALL_FLAGS} & {*argv})
+    if {*HELP_FLAGS} & {*argv}:
         program = "hf-v0init " + sys.argv[0].split()[-1] if " " in sys.argv[0] else Path(sys.argv[0]).name
-        say(compose_help(parser, dataclass_types, program, examples, everything).rstrip())
+        say(compose_help(parser, dataclass_types, program, examples).rstrip())
         raise SystemExit(0)
     values = {}
     if argv and not argv[0].startswith("-"):
@@ -91,12 +90,12 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     _require_deepspeed_mapping(tokens)
     unknown = parser.parse_known_args(tokens)[1]
     if unknown:  # before what the known ones rule out
-        raise InputError(f"unknown flags: {unknown}; --help_all lists all")
+        raise InputError(f"unknown flags: {unknown}; --help lists those of the script and the Trainer's common ones")
     try:
         parsed = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
         given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}
+        require_possible_flags(parsed)
         for arguments in parsed:
-            require_in_range(arguments)
             if isinstance(arguments, TrainingArguments):
                 _finish_training_arguments(arguments, given)
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:  # an InputError is a ValueError

@@ -9,21 +9,20 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from hf_v0init import InputError, SafeCheckpointsMixin
+from hf_v0init import SafeCheckpointsMixin
 
 from ..records.model_card import add_results_section
 from ..records.report import read_report
+from ..trainer.schedule import multiply_schedule
 from .output_folder import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, make_run_record
+from .summary import find_scores
 from .whole_weights import WholeWeightsMixin
 
 logger = logging.getLogger("hf_v0init")
 
 CARD_FILE, RESULTS_FILE = "README.md", "all_results.json"
-CARD_METRICS = ("accuracy", "bleu", "chrf", "perplexity", "loss")
-STAGES = {"eval": "validation", "predict": "test", "test": "test"}
 
 
 class AnnounceEpoch(TrainerCallback):
@@ -96,8 +95,10 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
         exists = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if not exists and self.lr_decay_epochs:
-            steps = [epoch * self._steps_per_epoch for epoch in self.lr_decay_epochs]
-            add_decay_steps(scheduler, steps, self.lr_decay_factor)
+            ends = [epoch * self._steps_per_epoch for epoch in self.lr_decay_epochs]
+            multiply_schedule(
+                scheduler, lambda made: self.lr_decay_factor ** sum(made >= end for end in ends), "--lr_decay_epochs"
+            )
         return scheduler
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
@@ -139,7 +140,12 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
             results = self.read_results()
             text = add_results_section(path.read_text(encoding="utf-8"), results)
             card = RepoCard(text)
-            listed = self._list_card_results(results, kwargs.get("tasks") or "other", kwargs.get("dataset") or "local")
+            task, dataset = kwargs.get("tasks") or "other", kwargs.get("dataset") or "local"
+            listed = [
+                EvalResult(task, dataset.replace(" ", "-"), dataset, name, round(value, 4), dataset_split=split)
+                for split, name, value in find_scores(results)
+                if split != "training"
+            ]
             if listed:
                 card.data["model-index"] = eval_results_to_model_index(
                     Path(self.args.output_dir).absolute().name, listed
@@ -148,37 +154,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
                 card.data["metrics"] = list(dict.fromkeys([*(card.data.get("metrics") or []), *measured])) or None
             path.write_text(str(card), encoding="utf-8")
 
-    def _list_card_results(self, results: dict, task: str, dataset: str) -> list[EvalResult]:
-        return [
-            EvalResult(
-                task,
-                dataset.replace(" ", "-"),
-                dataset,
-                name,
-                round(results[f"{stage}_{name}"], 4),
-                dataset_split=split,
-            )
-            for stage, split in STAGES.items()
-            for name in CARD_METRICS
-            if isinstance(results.get(f"{stage}_{name}"), (int, float))
-        ]
-
     def read_results(self) -> dict:
         """Read what `save_metrics` has written into the output folder; empty if there is nothing."""
         path = Path(self.args.output_dir, RESULTS_FILE)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def add_decay_steps(scheduler, decay_steps: list[int], factor: float) -> None:
-    """Multiply the learning rates of a scheduler by `factor` from each of `decay_steps` on, in place.
-
-    Raises:
-        InputError: the scheduler is no `LambdaLR` (all of transformers' schedules are but those that watch the loss).
-    """
-    if not isinstance(scheduler, LambdaLR):
-        raise InputError(f"--lr_decay_epochs: not with {type(scheduler).__name__}; give --lr_scheduler_type constant")
-
-    def decay(schedule):
-        return lambda step: schedule(step) * factor ** sum(step >= decay_step for decay_step in decay_steps)
-
-    scheduler.lr_lambdas = [decay(schedule) for schedule in scheduler.lr_lambdas]

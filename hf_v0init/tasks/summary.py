@@ -20,32 +20,29 @@ STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": 
 LOG_WIDTH = 120
 
 
-def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List the scores among a run's results, by stage.
+def find_scores(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Find the scores among a run's results: "training", "validation" or "test", the score's name, its value.
 
     Args:
-        results: as in `all_results.json`, keys such as "eval_loss".
-
-    Returns:
-        Pairs of the stage's name and its scores in words; losses in nats, accuracies as shares, BLEU and chrF in percent.
+        results: as in `all_results.json`, keys such as "eval_loss"; losses in nats, accuracies as shares, BLEU and chrF in percent.
     """
-    rows = []
-    for stage, title in STAGES.items():
-        words = [
-            f"{name.replace('_', ' ')} {pattern.format(results[f'{stage}_{name}'])}"
-            for name, pattern in SCORES.items()
-            if isinstance(results.get(f"{stage}_{name}"), (int, float))
-        ]
-        if words:
-            rows.append((title, ", ".join(words)))
-    return rows
+    named = [(title, name, results.get(f"{stage}_{name}")) for stage, title in STAGES.items() for name in SCORES]
+    return [(title, name, value) for title, name, value in named if isinstance(value, (int, float))]
 
 
-def print_summary(trainer, console: Console | None = None) -> None:
+def list_scores(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the scores among a run's results, by stage: its name, and all of its scores in words."""
+    rows: dict[str, list[str]] = {}
+    for title, name, value in find_scores(results):
+        rows.setdefault(title, []).append(f"{name.replace('_', ' ')} {SCORES[name].format(value)}")
+    return [(title, ", ".join(words)) for title, words in rows.items()]
+
+
+def print_summary(trainer) -> None:
     """Print the table. Call it on the main process, when everything has been written."""
-    console = console or Console(soft_wrap=False)
+    console = Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=LOG_WIDTH)
+        console = Console(width=LOG_WIDTH)
     folder = Path(trainer.args.output_dir)
     results = trainer.read_results()
     table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")

@@ -1,6 +1,6 @@
 """Cross-entropy per target token: for training, over the whole step; for evaluation, over the whole set.
 
-In training, transformers' encoder-decoder and masked models average over each micro-batch by themselves, although their
+In training, transformers' encoder-decoder and masked models and image classifiers average over each micro-batch by themselves, although their
 signature makes the Trainer believe that they divide by the tokens of the whole step. So k accumulated batches,
 or k processes, give k times the gradient, which an optimizer state estimated beforehand (v0) does not match.
 `TokenCrossEntropy` divides by the tokens of the whole step.
@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 
 class TokenCrossEntropy:
-    """A Trainer's `compute_loss_func` for encoder-decoder and masked models: mean cross-entropy per target token, in nats.
+    """A Trainer's `compute_loss_func` for all but causal models: mean cross-entropy per target token, or image, in nats.
 
     Args:
         label_smoothing: epsilon in (1 - epsilon) * nll + epsilon * (mean nll over the vocabulary).

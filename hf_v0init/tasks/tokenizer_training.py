@@ -18,7 +18,6 @@ from ..errors import InputError
 PAD, BOS, EOS, UNK, MASK = "<pad>", "<s>", "</s>", "<unk>", "<mask>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)  # ids 0, 1, 2, 3
 MASKING_SPECIAL_TOKENS = (*SPECIAL_TOKENS, MASK)  # with id 4, for masked language models
-NUM_BYTES = 256
 
 
 def train_bpe_tokenizer(
@@ -28,7 +27,7 @@ def train_bpe_tokenizer(
 
     Args:
         texts: the training text, read once; for a joint vocabulary, both languages.
-        vocab_size: number of entries, special tokens and the 256 bytes included; a small corpus gives fewer.
+        vocab_size: number of entries, special tokens and the 256 bytes included, which are always there; a small corpus gives fewer.
         for_translation: append `</s>` to every encoding (both sides), and let a word at the beginning of a
             text be the same token as in the middle of it. Without it, as GPT-2 has it: nothing is appended.
         for_masking: for a masked language model, as RoBERTa has it: `<mask>` as id 4, every encoding between `<s>` and `</s>`.
@@ -36,17 +35,8 @@ def train_bpe_tokenizer(
     Returns:
         A tokenizer with `<pad>`, `<s>`, `</s>`, `<unk>` as ids 0 to 3. The round trip holds with
         `skip_special_tokens=True`, for texts that do not contain these literally.
-
-    Raises:
-        InputError: `vocab_size` below 260 (261 with `<mask>`), or no text.
     """
     special_tokens = MASKING_SPECIAL_TOKENS if for_masking else SPECIAL_TOKENS
-    smallest = NUM_BYTES + len(special_tokens)
-    if vocab_size < smallest:
-        raise InputError(
-            f"a vocabulary of {vocab_size} is too small for byte-level BPE: it needs at least {smallest} "
-            f"({NUM_BYTES} bytes and {len(special_tokens)} special tokens); raise --vocab_size"
-        )
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +46,7 @@ def train_bpe_tokenizer(
         tokenizer.normalizer = normalizers.Prepend(" ")
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.train_from_iterator(
-        _require_text(texts),
+        texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(special_tokens),
@@ -86,7 +76,7 @@ def train_word_tokenizer(
         unknown word. `decode` joins the words by single spaces.
 
     Raises:
-        InputError: `vocab_size` leaves no room for a word, or no text.
+        InputError: `vocab_size` leaves no room for a word.
     """
     special_tokens = MASKING_SPECIAL_TOKENS if for_masking else SPECIAL_TOKENS
     if vocab_size <= len(special_tokens):
@@ -94,7 +84,7 @@ def train_word_tokenizer(
             f"a vocabulary of {vocab_size} leaves no room for words beside the {len(special_tokens)} special "
             "tokens; raise --vocab_size"
         )
-    counts = Counter(word for text in _require_text(texts) for word in text.split())
+    counts = Counter(word for text in texts for word in text.split())
     for special_token in special_tokens:
         counts.pop(special_token, None)
     words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(special_tokens)]
@@ -109,16 +99,6 @@ def train_word_tokenizer(
 def train_on_main_process(train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     """Call `train` on the main process only and return its tokenizer on every process; writes no file."""
     return broadcast_object_list([train() if PartialState().is_main_process else None])[0]
-
-
-def _require_text(texts: Iterable[str]) -> Iterable[str]:
-    """`texts` unchanged, but an `InputError` at the end if nothing but white space came by."""
-    found = False
-    for text in texts:
-        found = found or (text != "" and not text.isspace())
-        yield text
-    if not found:
-        raise InputError("there is no text to train a tokenizer on; check the training file and its text column")
 
 
 def _frame(tokenizer: Tokenizer, for_masking: bool) -> None:

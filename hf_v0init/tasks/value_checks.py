@@ -29,6 +29,7 @@ COUNT = ("a whole number, 1 or more", lambda x: x >= 1 and x == int(x))  # of al
 RANGES = (
     (*COUNT, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
               "eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams")),
+    ("a whole number, 3 or more", lambda x: x >= 3, ("block_size",)),
     ("a whole number, 1 or more, or left out", lambda x: x == -1 or (x >= 1 and x == int(x)), ("max_steps",)),
     ("a whole number, 0 or more", lambda x: x >= 0 and x == int(x), ("dataloader_num_workers",)),
     (f"a whole number from 0 to {LARGEST_SEED}", lambda x: 0 <= x <= LARGEST_SEED, ("seed", "data_seed")),
@@ -44,17 +45,50 @@ RANGES = (
     ("above 0 and less than 100", lambda x: 0 < x < 100, ("validation_split_percentage",)),
 )  # fmt: skip
 RULES = {name: (words, test) for words, test, names in RANGES for name in names}
+# Flags that have no effect without another one, and flags that exclude each other.
+NEEDS = (
+    ("crop_padding", "random_crop=pad"), ("lr_decay_factor", "lr_decay_epochs"), ("shuffle_buffer_size", "streaming"),
+    ("prompt_column", "completion_column"), ("completion_column", "prompt_column"), ("early_stopping_patience", "eval_strategy"),
+    ("early_stopping_patience", "load_best_model_at_end"), ("save_strategy=best", "metric_for_best_model"),
+    ("save_strategy=best", "eval_strategy"),
+)  # fmt: skip
+EXCLUDES = (
+    ("model_name_or_path", "model_type"), ("model_name_or_path", "config_name"), ("config_name", "model_type"),
+    ("model_name_or_path", "config_overrides"), ("model_name_or_path", "weight_initialization"),
+    ("validation_split_percentage", "validation_dir"), ("streaming", "max_tokens_per_batch"), ("streaming", "lr_decay_epochs"),
+)  # fmt: skip
 
 
-def require_in_range(arguments: Any) -> None:
-    """Refuse numbers outside the ranges of `RANGES` among the fields of a dataclass of flags."""
-    own = None if isinstance(arguments, TrainingArguments) else COUNT
-    for name, value in vars(arguments).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        rule = RULES.get(name, own if isinstance(value, int) else None)
-        if rule is not None and not (math.isfinite(value) and rule[1](value)):
-            raise InputError(f"--{name}={value}: must be {rule[0]}")
+def require_possible_flags(parsed: Iterable[Any]) -> None:
+    """Refuse numbers out of their `RANGES`, flags without effect (`NEEDS`), flags that exclude each other, and a bad `--cache_dir`.
+
+    Args:
+        parsed: dataclasses of flags. A rule on two flags holds where both of them are among them.
+    """
+    values: dict[str, Any] = {}
+    for arguments in parsed:
+        values |= vars(arguments)
+        own = None if isinstance(arguments, TrainingArguments) else COUNT
+        for name, value in vars(arguments).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rule = RULES.get(name, own if isinstance(value, int) else None)
+                if rule is not None and not (math.isfinite(value) and rule[1](value)):
+                    raise InputError(f"--{name}={value}: must be {rule[0]}")
+
+    def describe(flag: str) -> str:
+        """The flag with its value, or nothing where it is not given."""
+        name, _, wanted = flag.partition("=")
+        value = getattr(values.get(name), "value", values.get(name))
+        is_given = str(value) == wanted if wanted else value not in (None, False, 0, "no")
+        return f"--{name}={value}" if is_given else ""
+
+    require_makeable_folder("cache_dir", values.get("cache_dir"))
+    for flag, other in NEEDS:
+        if describe(flag) and other.partition("=")[0] in values and not describe(other):
+            raise InputError(f"{describe(flag)}: has no effect without --{other}; give both, or drop it")
+    for flag, other in EXCLUDES:
+        if describe(flag) and describe(other):
+            raise InputError(f"{describe(flag)} and {describe(other)}: exclude each other; drop one")
 
 
 def require_makeable_folder(name: str, folder: str | os.PathLike | None) -> None:
@@ -79,11 +113,14 @@ def require_possible_training(training: TrainingArguments) -> None:
     Raises:
         InputError: naming the flags.
     """
-    if training.save_strategy == "best" and (training.metric_for_best_model is None or training.eval_strategy == "no"):
-        raise InputError("--save_strategy=best: needs --metric_for_best_model, such as loss, and --eval_strategy")
     if training.fsdp and training.world_size == 1:
         raise InputError("--fsdp: this is one process; start several with torchrun or `accelerate launch`, or drop it")
     optimizer = make_optimizer_of_one_weight(training)
+    warms_up_itself = optimizer is None or "warmup_steps" in optimizer.param_groups[0]  # schedule-free ones do
+    if training.lr_scheduler_type == "constant" and training.warmup_steps and not warms_up_itself:
+        raise InputError(
+            f"--warmup_steps={training.warmup_steps}: has no effect with --lr_scheduler_type constant; give constant_with_warmup"
+        )
     plan = training.resolve() if isinstance(training, V0InitArguments) else V0Plan()
     if optimizer is not None and plan.init != "zeros":
         moments = SecondMoment(optimizer)

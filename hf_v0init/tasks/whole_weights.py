@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_v0init import InputError
 
@@ -22,12 +23,7 @@ from ..records.checkpoints import find_defect, list_checkpoints
 
 logger = logging.getLogger("hf_v0init")
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def read_whole_weights(model: PreTrainedModel, folder: str | Path) -> dict[str, torch.Tensor]:

@@ -1,10 +1,9 @@
 """The translation script's parts, each beside what the library under it does alone: training, tokenizing, generating."""
 
 import functools
-import tempfile
 import time
-from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from torch.nn import functional
@@ -29,7 +28,7 @@ def measure_translation(conditions: Conditions) -> list[Row]:
     """Steps of run_translation's Trainer with token-budget batches, beside a hand-written loop over the same batches; and how long
     the statistics pass is beside 1/20 of a training of the paper's length."""
     num_steps, rounds = conditions.choose(15, 60), conditions.choose(3, 8)
-    task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
+    task = load_translation_task(conditions.data_dir, NUM_PAIRS)
     rows = [task.tokenized[index] for index in range(len(task.tokenized))]
     lengths = [[len(row[name]) for row in rows] for name in ("input_ids", "labels")]
     sampler = TokenBudgetBatchSampler(*lengths, MAX_TOKENS, seed=42)
@@ -148,19 +147,20 @@ def _time_pass_sample(conditions: Conditions, task: TranslationTask) -> float:
 
 def measure_preprocessing(conditions: Conditions) -> list[Row]:
     """Tokenizing 29,000 pairs beside the tokenizer alone; and everything between the imports and the model on a second start."""
-    task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
+    task = load_translation_task(conditions.data_dir, NUM_PAIRS)
     sides = [list(task.pairs[column]) for column in ("source", "target")]
 
     def tokenize_pairs() -> None:
-        with tempfile.TemporaryDirectory(dir=conditions.work_dir) as cache_dir:
-            tokenize(task.pairs, task.tokenizer, Path(cache_dir))
+        datasets.disable_caching()  # written to a temporary file, and not found again
+        tokenize(task.pairs, task.tokenizer)
+        datasets.enable_caching()
 
     def tokenize_texts() -> None:
         for texts in sides:
             task.tokenizer(texts, max_length=64, truncation=True)
 
     def start_again() -> None:
-        load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
+        load_translation_task(conditions.data_dir, NUM_PAIRS)
 
     def pass_two_seconds() -> float:
         return 2.0
@@ -207,7 +207,7 @@ class _EndLikeSource(LogitsProcessor):
 def measure_generation(conditions: Conditions) -> list[Row]:
     """Translating a test set with run_translation's Trainer, beside transformers' `generate` in batches sorted by length."""
     num_sentences, batch_size = conditions.choose(96, 1000), 32
-    task = load_translation_task(conditions.data_dir, conditions.work_dir, NUM_PAIRS)
+    task = load_translation_task(conditions.data_dir, NUM_PAIRS)
     order = np.random.default_rng(0).permutation(len(task.tokenized))[:num_sentences]
     order = sorted(
         order.tolist(), key=lambda index: -len(task.tokenized[index]["input_ids"])

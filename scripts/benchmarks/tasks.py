@@ -100,7 +100,7 @@ class TranslationTask:
         return DataCollatorForSeq2Seq(self.tokenizer, model=model)
 
 
-def load_translation_task(data_dir: Path, cache_dir: Path, num_pairs: int) -> TranslationTask:
+def load_translation_task(data_dir: Path, num_pairs: int) -> TranslationTask:
     """Load the first `num_pairs` of Multi30k's 29,000 German-English pairs, or else of the corpus that the package generates."""
     files = [data_dir / MULTI30K / f"train.{language}.gz" for language in ("de", "en")]
     if all(file.is_file() for file in files):
@@ -111,16 +111,16 @@ def load_translation_task(data_dir: Path, cache_dir: Path, num_pairs: int) -> Tr
         raw = load_embedded_corpus(wanted, large=wanted > NUM_SMALL)["train"]
     pairs = select_pairs(raw.select(range(min(num_pairs, len(raw)))), role="train")
     tokenizer = train_bpe_tokenizer(_list_texts(pairs), 4000, for_translation=True)
-    return TranslationTask(name, pairs, tokenizer, tokenize(pairs, tokenizer, cache_dir))
+    return TranslationTask(name, pairs, tokenizer, tokenize(pairs, tokenizer))
 
 
 def _list_texts(pairs: datasets.Dataset) -> Iterable[str]:
     return (text for rows in pairs.iter(1000) for column in ("source", "target") for text in rows[column])
 
 
-def tokenize(pairs: datasets.Dataset, tokenizer, cache_dir: Path) -> datasets.Dataset:
-    """Tokenize pairs as run_translation.py does; from the cache, if they are there."""
-    return tokenize_pairs(pairs, tokenizer, max_source_length=64, max_target_length=64, cache_dir=cache_dir)
+def tokenize(pairs: datasets.Dataset, tokenizer) -> datasets.Dataset:
+    """Tokenize pairs as run_translation.py does."""
+    return tokenize_pairs(pairs, tokenizer, max_source_length=64, max_target_length=64)
 
 
 def make_arguments(folder: Path, for_translation: bool = False, **settings):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init.cli.scripts import SCRIPTS
@@ -47,6 +49,21 @@ def to_argv(flags: dict) -> list[str]:
 
 def read_results(folder) -> dict:
     return json.loads(Path(folder, "all_results.json").read_text())
+
+
+def read_state(folder) -> dict:
+    return json.loads(Path(folder, "trainer_state.json").read_text())
+
+
+def of_trained(folder: Path, **changes) -> dict:
+    """What changes in the flags of a run from scratch where the trained model in a folder is evaluated."""
+    dropped = dict.fromkeys(("model_type", "config_name", "config_overrides", "max_steps", "do_train"))
+    return {**dropped, "model_name_or_path": folder, "do_eval": True, **changes}
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def refuse(script, argv: list[str], words: list[str], capsys, monkeypatch) -> str:

@@ -100,32 +100,25 @@ def test_a_record_comes_back_as_it_was(tmp_path):
         read_record(tmp_path / "none.json")
 
 
+SPEED = {"aim": 0.9, "at_least": True}
+CHANGES = [  # name, ratios before and now, options, whether it is worse
+    ("same", [1.00, 1.01, 1.02], [1.01, 1.00, 1.02], {}, False),
+    ("slower", [1.00, 1.01, 1.02], [1.09, 1.08, 1.09], {}, True),
+    ("little", [1.00, 1.01, 1.02], [1.03, 1.032, 1.033], {}, False),
+    ("noisy", [0.90, 1.01, 1.20], [1.00, 1.15, 1.16], {"aim": 1.3}, False),
+    ("speed", [1.00, 1.01, 1.02], [0.95, 0.94, 0.96], SPEED, True),
+    ("faster", [1.00, 1.01, 1.02], [2.00, 2.01, 2.02], SPEED, False),
+    ("was met", [1.05, 1.06, 1.30], [1.10, 1.20, 1.30], {}, True),
+    ("gone", [1.00], [], {}, False),
+    ("printed", [1.00], [2.00], {"aim": None}, True),
+]
+
+
 def test_only_what_is_worse_beyond_noise_is_named():
-    before = [
-        row([1.00, 1.01, 1.02], name="same"),
-        row([1.00, 1.01, 1.02], name="slower"),
-        row([1.00, 1.01, 1.02], name="little"),
-        row([0.90, 1.01, 1.20], name="noisy"),
-        row([1.00, 1.01, 1.02], aim=0.9, at_least=True, name="speed"),
-        row([1.00, 1.01, 1.02], aim=0.9, at_least=True, name="faster"),
-        row([1.05, 1.06, 1.30], aim=1.1, name="was met"),
-        row([1.00], name="gone"),
-        row([1.00], aim=None, name="printed"),
-    ]
-    now = [
-        row([1.01, 1.00, 1.02], name="same"),
-        row([1.09, 1.08, 1.09], name="slower"),
-        row([1.03, 1.032, 1.033], name="little"),
-        row([1.00, 1.15, 1.16], name="noisy", aim=1.3),
-        row([0.95, 0.94, 0.96], aim=0.9, at_least=True, name="speed"),
-        row([2.00, 2.01, 2.02], aim=0.9, at_least=True, name="faster"),
-        row([1.10, 1.20, 1.30], aim=1.1, name="was met"),
-        row([2.00], aim=None, name="printed"),
-        row([9.00], name="new"),
-        row([], name="gone"),
-    ]
-    worse = find_worse(before, now)
-    assert [line.split(":")[0] for line in worse] == ["slower", "speed", "was met", "printed"]
+    before = [row(ratios, name=name, **options) for name, ratios, _, options, _ in CHANGES]
+    now = [row(ratios, name=name, **options) for name, _, ratios, options, _ in CHANGES]
+    worse = find_worse(before, [*now, row([9.00], name="new")])
+    assert [line.split(":")[0] for line in worse] == [name for name, *_, is_worse in CHANGES if is_worse]
     assert "1.010 -> 1.090 (middle halves 1.005 to 1.015, now 1.085 to 1.090): ours / theirs" in worse[0]
     assert find_worse(before, before) == []
 

@@ -91,7 +91,7 @@ def test_the_papers_recipes():
     assert (training.num_train_epochs, training.per_device_train_batch_size, training.learning_rate) == (200, 128, 1e-3)
     assert training.label_smoothing_factor == 0.1 and data.random_crop == "pad" and data.random_flip
     _, data, run, training, generation = parse(CONFIGS / "translation" / "iwslt14_paper.yaml")
-    assert (run.max_tokens_per_batch, training.num_train_epochs, run.average_checkpoints) == (4096, 55, 5)
+    assert (data.max_tokens_per_batch, training.num_train_epochs, run.average_checkpoints) == (4096, 55, 5)
     assert (training.learning_rate, training.warmup_steps, training.adam_beta2) == (1.5e-3, 8000, 0.98)
     assert (generation.num_beams, generation.length_penalty) == (5, 1.0)
 

@@ -1,8 +1,6 @@
 """scripts/run_image_classification.py from end to end on small images: what it learns and measures, and folders in use."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,20 @@ from image_sets import CLASSES, write_image_folder
 from PIL import Image
 from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import SMALL_RUN, load_script, quiet_logging, read_results, to_argv  # noqa: F401
+from script_runs import (  # noqa: F401
+    SMALL_RUN,
+    assert_equal_weights,
+    load_script,
+    of_trained,
+    quiet_logging,
+    read_results,
+    read_state,
+    to_argv,
+)  # fmt: skip
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_v0init.errors import InputError
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.script_support import NothingToDoError
 
@@ -24,12 +32,8 @@ SCRIPT = ROOT / "scripts" / "run_image_classification.py"
 CONFIGS = ROOT / "configs" / "image_classification"
 script = load_script("images")
 RESNET = {
-    "model_type": "cifar_resnet",
-    "layer_type": "basic",
-    "embedding_size": 4,
-    "hidden_sizes": [4, 8],
-    "depths": [1, 1],
-}
+    "model_type": "cifar_resnet", "layer_type": "basic", "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1],
+}  # fmt: skip
 VIT = {
     "model_type": "vit", "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
 }  # fmt: skip
@@ -66,22 +70,6 @@ def run(flags, tmp_path):
         return tmp_path / name, read_results(tmp_path / name)
 
     return run
-
-
-def of_trained(folder: Path, **changes) -> dict:
-    """What changes in the flags where a trained model is evaluated."""
-    return {
-        "config_name": None,
-        "max_steps": None,
-        "model_name_or_path": folder,
-        "do_train": None,
-        "do_eval": True,
-        **changes,
-    }
-
-
-def read_state(folder: Path) -> dict:
-    return json.loads((folder / "trainer_state.json").read_text())
 
 
 def score_by_hand(folder: Path, images_folder: Path) -> dict:
@@ -152,17 +140,6 @@ def test_training_loss_is_the_smoothed_one_and_that_of_the_pass(run, data):
     assert report["mean_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_accumulated_batches_give_the_step_of_one_batch(run, data):
-    """With a network without BatchNorm; transformers' own loss would give twice the gradient."""
-    changes = {"max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0}
-    weights = []
-    for size, accumulation in ((12, 1), (6, 2)):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        out, _ = run(f"{size}", **changes, **sizes, config_name=data / "vit.json")
-        weights.append(load_file(out / "model.safetensors"))
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
-
-
 def test_resume_in_the_middle_of_an_epoch_equals_a_straight_run(run, tmp_path):
     """Augmentation, BatchNorm statistics, steps of the learning rate and Adam's state, bit for bit."""
     changes = {
@@ -172,9 +149,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_a_straight_run(run, tmp_path):
     straight, _ = run("straight", **changes)
     (tmp_path / "stopped").mkdir()
     (straight / "checkpoint-6").rename(tmp_path / "stopped" / "checkpoint-6")
-    stopped, _ = run("stopped", **changes)
-    straight, resumed = (load_file(folder / "model.safetensors") for folder in (straight, stopped))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert_equal_weights(straight, run("stopped", **changes)[0])
 
 
 def test_a_data_set_by_name_a_split_off_and_a_vit(run, data, tmp_path):
@@ -232,11 +207,16 @@ def test_a_finished_folder_is_evaluated_or_begun_again_but_not_continued(run_vit
     assert "model-index:" in card and f"value: {round(together['eval_accuracy'], 4)}" in card
     with pytest.raises(NothingToDoError, match="finished at step 6; nothing to do"):
         run_vit(v0_init="data_driven")
-    with pytest.raises(NothingToDoError, match="with other settings, give --overwrite_output_dir"):
-        run_vit(v0_init="random", learning_rate=1e-3)
 
-    # the evaluation that is left is of the trained model
+    # the evaluation that is left is of the trained model, and not under the name of another
     run_vit("apart", v0_init="data_driven", do_eval=None)
+    for name in ("out", "apart"):
+        with pytest.raises(
+            InputError, match=r"learning_rate was 0.003 and is now 0.001; v0_init was .*--overwrite_output_dir"
+        ):
+            run_vit(name, v0_init="random", learning_rate=1e-3)
+    with pytest.raises(InputError, match="finished at step 6 with other flags: max_steps was 6 and is now 4"):
+        run_vit("apart", v0_init="data_driven", max_steps=4)
     _, left = run_vit("apart", v0_init="data_driven")
     assert left["eval_loss"] == together["eval_loss"]
 
@@ -250,18 +230,11 @@ def test_a_finished_folder_is_evaluated_or_begun_again_but_not_continued(run_vit
 
 
 def test_the_best_model_is_loaded_whole(run_vit):
-    best = {
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "accuracy",
-    }
-    out, results = run_vit(**best, learning_rate=0.3)
+    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    out, results = run_vit(**best, eval_steps=3, learning_rate=0.3)
     state = read_state(out)
     assert results["eval_accuracy"] == pytest.approx(state["best_metric"])
-    places = out, out / f"checkpoint-{state['best_global_step']}"
-    weights, checkpoint = (load_file(place / "model.safetensors") for place in places)
-    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in weights.items())
+    assert_equal_weights(out, out / f"checkpoint-{state['best_global_step']}")
 
 
 def test_a_v0_is_not_forgotten_when_its_run_goes_on_without_the_flag(run_vit, capsys):
@@ -288,21 +261,3 @@ def test_two_processes_count_each_image_once(run, flags, tmp_path):
     two = read_results(tmp_path / "two")
     names = [f"{role}_{name}" for role in ("eval", "predict") for name in ("loss", "accuracy", "num_images")]
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_digits_are_learned_from_the_folder_that_the_script_writes(tmp_path, monkeypatch, capsys):
-    """configs/image_classification/digits_resnet.yaml, a quarter of it."""
-    pytest.importorskip("sklearn")
-    spec = importlib.util.spec_from_file_location("write_digits_folder", ROOT / "scripts" / "write_digits_folder.py")
-    monkeypatch.setitem(sys.modules, spec.name, module := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    module.main([str(tmp_path / "digits"), "--seed", "1"])
-    assert "1078 images for train, 359 images for validation, 360 images for test" in capsys.readouterr().out
-    monkeypatch.chdir(ROOT)
-    flags = {f"{role}_dir": tmp_path / "digits" / role for role in ("train", "validation", "test")}
-    flags |= {"output_dir": tmp_path / "out", "num_train_epochs": 5, "v0_init": "zeros", "disable_tqdm": True}
-    script.main([str(CONFIGS / "digits_resnet.yaml"), *to_argv(flags)])
-    results = read_results(tmp_path / "out")
-    assert results["predict_accuracy"] > 0.85 and results["predict_top5_accuracy"] > 0.97  # chance: 0.1 and 0.5
-    assert results["predict_num_images"] == 360

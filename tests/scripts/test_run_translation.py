@@ -13,11 +13,18 @@ import sacrebleu
 import torch
 import yaml
 from huggingface_hub import RepoCard
-from loopback_hub import LoopbackHub
 from multilingual_models import make_mbart, make_mbart50, make_nllb
 from processes import ROOT, TORCHRUN, start
 from safetensors.torch import load_file
-from script_runs import load_script, quiet_logging, read_results, refuse, to_argv  # noqa: F401
+from script_runs import (  # noqa: F401
+    assert_equal_weights,
+    load_script,
+    quiet_logging,
+    read_results,
+    read_state,
+    refuse,
+    to_argv,
+)  # fmt: skip
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_v0init.errors import InputError
@@ -102,11 +109,6 @@ def list_files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_equal_weights(one: Path, other: Path) -> None:
-    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
 
@@ -143,15 +145,15 @@ def test_trains_translates_averages_and_saves(data, tmp_path):
     sources = gzip.decompress(Path(data["test_source_file"]).read_bytes()).decode().splitlines()
     predictions = (out / "generated_predictions.txt").read_text().splitlines()
     assert len(predictions) == 21
-    for source, prediction in zip(sources[:4], predictions, strict=False):
-        generated = model.generate(**tokenizer(source, return_tensors="pt"))
-        assert tokenizer.decode(generated[0], skip_special_tokens=True) == prediction
+    made = [model.generate(**tokenizer(source, return_tensors="pt"))[0] for source in sources]
+    said = tokenizer.batch_decode(made, skip_special_tokens=True)
+    assert sum(map(str.__eq__, said, predictions)) >= 18  # in a batch near ties may fall otherwise
 
-    report = json.loads((out / "v0_init.json").read_text())
-    assert report["strategy"] == "data_driven"
-    card = (out / "README.md").read_text()
-    assert "hf_v0init" in card
-    assert "train.source.gz" in card
+    assert json.loads((out / "v0_init.json").read_text())["strategy"] == "data_driven"
+    card = RepoCard((out / "README.md").read_text())
+    assert {"hf_v0init", "arxiv:2412.02153"} <= set(card.data.tags) and "train.source.gz" in card.content
+    assert card.data.pipeline_tag == "translation" and card.data.language == ["de", "en"]
+    assert {"bleu", "chrf"} <= set(card.data.metrics)
 
 
 def test_resume_is_found_and_equals_a_straight_run(run, data, tmp_path, caplog, monkeypatch):
@@ -170,7 +172,7 @@ def test_resume_is_found_and_equals_a_straight_run(run, data, tmp_path, caplog, 
         stopped = run(flags, "stopped")
     assert "goes on from checkpoint-9" in caplog.text and "missing keys" not in caplog.text  # of tied weights
     assert_equal_weights(straight, stopped)
-    history = json.loads((stopped / "trainer_state.json").read_text())["log_history"]
+    history = read_state(stopped)["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 17))
     model = AutoModelForSeq2SeqLM.from_pretrained(stopped)
     assert model.lm_head.weight is model.model.shared.weight
@@ -191,16 +193,7 @@ def test_a_data_set_by_name_is_read_by_its_splits(run, tmp_path):
 
 def test_a_pretrained_model_with_a_prefix_goes_on_and_can_be_evaluated_alone(run, trained):
     out, flags = trained
-    of_new_model = (
-        "config_overrides",
-        "max_steps",
-        "vocab_size",
-        "do_train",
-        "do_predict",
-        "output_dir",
-        "v0_init",
-        "v0_decay",
-    )
+    of_new_model = "config_overrides max_steps vocab_size do_train do_predict output_dir v0_init v0_decay".split()
     flags = {name: value for name, value in flags.items() if name not in of_new_model} | {"source_prefix": "de: "}
     further = run(flags, "further", do_train=True, num_train_epochs=1, save_strategy="no", model_name_or_path=out)
     before, after = (load_file(folder / "model.safetensors")["model.shared.weight"] for folder in (out, further))
@@ -424,25 +417,6 @@ def test_what_may_change_on_the_way_does(trained, monkeypatch, caplog, tmp_path)
 
 
 @pytest.mark.slow
-def test_push_sends_model_tokenizer_card_and_v0(data, tmp_path):
-    flags = {
-        **TINY, **data, "do_train": True, "do_eval": True, "max_steps": 3, "save_strategy": "no", "v0_init": "random",
-        "v0_decay": "beta2", "predict_with_generate": True, "source_lang": "de", "target_lang": "en", "output_dir": tmp_path / "out",
-        "cache_dir": tmp_path / "cache", "push_to_hub": True, "hub_model_id": "someone/words",
-    }  # fmt: skip
-    with LoopbackHub() as hub:
-        environment = hub.make_environment(tmp_path / "home")
-        start(SCRIPT, *to_argv(flags), **environment).check_returncode()
-        files = hub.repositories["someone/words"].head.files
-    assert {"model.safetensors", "tokenizer.json", "generation_config.json", "v0_init.json"} <= set(files)
-    card = RepoCard(files["README.md"].decode())
-    assert {"hf_v0init", "arxiv:2412.02153"} <= set(card.data.tags)
-    assert card.data.pipeline_tag == "translation"
-    assert {"bleu", "chrf"} <= set(card.data.metrics)
-    assert card.data.language == ["de", "en"]
-
-
-@pytest.mark.slow
 def test_two_processes_give_the_run_of_one(data, tmp_path):
     """Twice half the batch: the same loss curve, the same predictions file, v0 from the same samples."""
     flags = {
@@ -455,7 +429,7 @@ def test_two_processes_give_the_run_of_one(data, tmp_path):
         out = tmp_path / str(num_processes)
         own = {"output_dir": out, "per_device_train_batch_size": 16 // num_processes}
         start(*launcher, SCRIPT, *to_argv({**flags, **own})).check_returncode()
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        history = read_state(out)["log_history"]
         results[num_processes] = read_results(out), [entry["loss"] for entry in history if "loss" in entry]
         assert len((out / "generated_predictions.txt").read_text().splitlines()) == 21
     (one, losses_one), (two, losses_two) = results[1], results[2]

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks import script_support
-from hf_v0init.tasks.output_folder import find_checkpoint_to_resume, remove_what_is_stale, require_writable_output
+from hf_v0init.tasks.output_folder import find_checkpoint_to_resume, remove_what_is_stale
 from hf_v0init.tasks.script_support import parse_arguments, run_script, start_logging
 
 
@@ -112,23 +112,6 @@ def test_bad_flags_are_an_input_error_of_one_line(config, file_text, argv, expec
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--lr_scheduler_kwargs", "{bad"], "line 1 column 2"),
-        (["--optim", "sdg"], "--optim: invalid choice: 'sdg'"),
-        (
-            ["--eval_strategy", "steps", "--save_strategy", "epoch", "--load_best_model_at_end"],
-            "load_best_model_at_end",
-        ),
-    ],
-)
-def test_what_training_arguments_refuse_is_one_line(argv, expected):
-    with pytest.raises(InputError) as caught:
-        parse_arguments([TrainingArguments], ["--output_dir", "o", "--use_cpu", *argv])
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_missing_required_flag_and_not_utf8(config, tmp_path):
     with pytest.raises(InputError, match="place"):
         parse_arguments([NeedyArguments], [])
@@ -201,22 +184,6 @@ def make_checkpoint(folder):
     folder.mkdir(parents=True)
     save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": int(folder.name.split("-")[1])}))
-
-
-def test_output_folders_are_checked_and_not_created(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for name in ("a/b", "empty"):
-        require_writable_output(tmp_path / name, overwrite=False)
-    require_writable_output(tmp_path, overwrite=True)
-    for name, overwrite, words in (
-        ("file", True, "cannot be written"),
-        ("file/below", False, "cannot be written"),
-        (".", False, r"not empty.*--overwrite_output_dir"),
-    ):
-        with pytest.raises(InputError, match=words):
-            require_writable_output(tmp_path / name, overwrite=overwrite)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_which_checkpoint_a_run_continues_from(tmp_path):

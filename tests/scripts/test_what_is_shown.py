@@ -1,25 +1,21 @@
 """What a person sees: help, summary, which direction is better, bars."""
 
-import importlib
 import io
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
-from rich.console import Console
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_v0init.cli.scripts import HELP_FOLDER, SCRIPTS, compose_help_of
 from hf_v0init.tasks.script_support import parse_arguments
-from hf_v0init.tasks.summary import list_scores, print_summary
+from hf_v0init.tasks.summary import list_scores
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_current_short_and_names_each_flag_once_in_its_group(name, capsys):
+def test_help_is_current_short_and_names_each_flag_once_in_its_group(name):
     text = (HELP_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
     assert text == compose_help_of(name), "run python -m hf_v0init.cli.scripts"
     lines = text.splitlines()
@@ -30,13 +26,8 @@ def test_help_is_current_short_and_names_each_flag_once_in_its_group(name, capsy
         assert text.count(f"\n{group}: ") == 1
     flags = re.findall(r"^  --(\w+)", text, flags=re.MULTILINE)
     assert len(flags) == len(set(flags)) and {"learning_rate", "v0_init", "output_dir"} <= {*flags}
-    module = importlib.import_module(f"hf_v0init.tasks.{SCRIPTS[name].module}")
-    with pytest.raises(SystemExit) as ended:
-        module.main(["--help_all"])
-    everything = re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
-    assert ended.value.code == 0 and len(everything) == len(set(everything)) and {*flags} < {*everything}
-    refused = {"do_predict", "push_to_hub", "bf16_full_eval", "load_best_model_at_end"}
-    assert not refused & {*everything} if name == "dcgan" else refused < {*everything}
+    refused = {"do_predict", "push_to_hub", "load_best_model_at_end"}
+    assert not refused & {*flags} if name == "dcgan" else refused < {*flags}
 
 
 def test_help_needs_nothing_that_a_training_needs():
@@ -72,7 +63,7 @@ def test_there_are_no_bars_where_there_is_no_terminal(monkeypatch):
     assert parse_arguments([TrainingArguments], flags)[0].disable_tqdm is False
 
 
-def test_the_summary_says_what_was_trained_how_well_and_where_it_is(tmp_path):
+def test_the_summary_lists_the_scores_of_each_stage():
     results = {"train_loss": 2.5, "train_samples": 1200, "train_runtime": 12.0, "eval_loss": 1.25, "eval_bleu": 31.257}
     results |= {"predict_bleu": 30.0, "predict_runtime": 3.0}
     assert list_scores(results) == [
@@ -80,20 +71,3 @@ def test_the_summary_says_what_was_trained_how_well_and_where_it_is(tmp_path):
         ("validation", "loss 1.2500, bleu 31.26"),
         ("test", "bleu 30.00"),
     ]
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path), do_train=True),
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        model=torch.nn.Linear(30, 40),
-        state=SimpleNamespace(global_step=1500, epoch=2.5),
-        read_results=lambda: results,
-        get_v0_report=lambda: {"strategy": "random", "scale": 100.0},
-    )
-    out = io.StringIO()
-    print_summary(trainer, Console(file=out))
-    words = " ".join(re.sub("[│┌┐└┘├┤─┬┴]", " ", out.getvalue()).split())
-    for part in (
-        "Linear, 1,240 parameters", "1,500 steps, 2.50 epochs, 12 s", "random, decay by beta2, scale 100",
-        "loss 1.2500, bleu 31.26",
-    ):  # fmt: skip
-        assert part in words
-    assert str(tmp_path) in re.sub(r"\s", "", words)

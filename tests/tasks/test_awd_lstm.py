@@ -108,21 +108,6 @@ def test_evaluation_equals_a_loop_of_cells(num_layers, tied):
             torch.testing.assert_close(result.state[k][part].double(), slow, rtol=1e-4, atol=1e-6)
 
 
-def test_training_without_dropout_has_the_reference_loss_and_gradients():
-    model, tokens = make_awd_lstm(2, ar_alpha=2.0, tar_beta=1.5).train(), make_tokens()
-    model(tokens, labels=tokens).loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    loss = model(tokens, labels=tokens).loss
-    model.zero_grad()
-    logits, outputs, dropped, _ = run_slowly(model, tokens)
-    slow = compute_loss_slowly(logits[:, :-1], tokens[:, 1:])
-    slow = slow + 2.0 * dropped.square().mean() + 1.5 * (outputs[:, 1:] - outputs[:, :-1]).square().mean()
-    slow.backward()
-    assert loss.item() == pytest.approx(slow.item(), rel=1e-6)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
-
-
 def test_every_mask_falls_where_the_paper_has_it():
     """All dropouts on: the masks are drawn here by the same calls in the model's order, and multiply the slow loop."""
     rates = {"embedding_dropout": 0.2, "input_dropout": 0.3, "hidden_dropout": 0.4, "output_dropout": 0.5}

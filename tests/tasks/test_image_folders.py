@@ -6,6 +6,7 @@ import pytest
 import torch
 from image_sets import CLASSES, write_image, write_image_folder
 from PIL import Image
+from transformers import default_data_collator
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from write_digits_folder import write_digits_folder
 
@@ -24,7 +25,6 @@ from hf_v0init.tasks.images.samples import (
     ImageSamples,
     draw_crop_box,
     pad_and_crop,
-    stack_samples,
     to_pixels,
 )
 
@@ -57,14 +57,6 @@ def test_a_folder_is_listed_in_order_without_what_is_no_image(folder):
     assert images["label"] == [0] * 5 + [1] * 6 + [2] * 6
     paths = [row["image"]["path"] for row in images]
     assert paths == [str(folder / name / f"{n:02d}.png") for name in CLASSES for n in range(name == "ant", 6)]
-
-
-def test_folders_and_data_sets_give_the_same_pixels(folder, images):
-    named = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train").rename_column("image", "img")
-    selected = select_images(named, role="train")
-    assert selected.features["label"].names == images.features["label"].names
-    assert selected["label"] == images["label"]
-    assert all(np.array_equal(read_pixels(selected, i), read_pixels(images, i)) for i in range(len(images)))
 
 
 def test_values_without_names_are_classes(images):
@@ -240,7 +232,7 @@ def test_draws_depend_on_seed_epoch_and_image_alone(images):
 def test_loader_workers_draw_the_same(images, persistent):
     samples = make_samples(images)
     loader = torch.utils.data.DataLoader(
-        samples, batch_size=5, num_workers=2, collate_fn=stack_samples, persistent_workers=persistent
+        samples, batch_size=5, num_workers=2, collate_fn=default_data_collator, persistent_workers=persistent
     )
     for epoch in (0, 1):
         samples.begin_epoch(epoch)
@@ -260,18 +252,15 @@ def test_large_splits_are_decoded_when_needed_and_give_the_same(images, crop, mo
 # ---- digits
 
 
-def test_digits_are_written_whole_and_by_seed(tmp_path):
-    digits, found = pytest.importorskip("sklearn.datasets").load_digits(), {}
-    assert write_digits_folder(tmp_path / "a", seed=1) == {"train": 1078, "validation": 359, "test": 360}
-    for path in (tmp_path / "a").glob("*/*/*.png"):
-        number = int(path.stem[-4:])
-        found[number] = int(path.parent.name)
-        if number % 50 == 0:
-            levels = np.asarray(Image.open(path)) / 255 * 16
-            assert np.abs(levels - digits.images[number]).max() <= 0.04  # rounding to one of 255 levels
-    assert found == dict(enumerate(digits.target))
-    for name, seed in (("b", 1), ("c", 2)):
-        write_digits_folder(tmp_path / name, seed=seed, size=16)
+def test_digits_are_written_by_seed_and_size(tmp_path):
+    """Golden runs hold the pixels."""
+    pytest.importorskip("sklearn.datasets")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert write_digits_folder(tmp_path / name, seed=seed, size=16) == {
+            "train": 1078,
+            "validation": 359,
+            "test": 360,
+        }
     of_a, of_b, of_c = (sorted(path.name for path in (tmp_path / name / "test").rglob("*.png")) for name in "abc")
     assert of_a == of_b != of_c
     assert Image.open(next((tmp_path / "b").rglob("*.png"))).size == (16, 16)

@@ -8,14 +8,14 @@ import torch
 from image_sets import write_image_folder
 from torch.nn import functional
 from trainers import Recorder, make_arguments
-from transformers import Trainer
+from transformers import Trainer, default_data_collator
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.images.format import choose_format
-from hf_v0init.tasks.images.samples import Augmentation, ImageSamples, stack_samples
+from hf_v0init.tasks.images.samples import Augmentation, ImageSamples
 from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
 
@@ -47,7 +47,7 @@ def make_trainer(folder, images, callbacks=(), stock=False, **overrides):
         model=make_network(),
         args=make_arguments(folder, v0=not stock, **options),
         train_dataset=samples,
-        data_collator=stack_samples,
+        data_collator=default_data_collator,
         compute_loss_func=TokenCrossEntropy(SMOOTHING),
         callbacks=[AnnounceEpoch(samples.begin_epoch), *callbacks],
     )
@@ -102,7 +102,7 @@ def test_v0_of_the_pass_is_the_oracles(tmp_path, images):
     total, total_sq, num, num_batches = {}, {}, 0, 0
     for start in range(0, 20, BATCH):
         positions = chosen[start : start + BATCH]
-        batch = stack_samples([samples[position] for position in positions])
+        batch = default_data_collator([samples[position] for position in positions])
         batch["pixel_values"] = batch["pixel_values"].double()
         for name, gradient in compute_gradients(copy.deepcopy(network), batch).items():
             total[name] = total.get(name, 0) + len(positions) * gradient

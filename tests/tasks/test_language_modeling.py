@@ -80,25 +80,6 @@ def words():
     return train_word_tokenizer(["ask me now", "tell you so"], 20)
 
 
-def test_tokenized_rows_are_found_again_by_content_tokenizer_and_options(bpe, words, tmp_path):
-    def count_files(rows, tokenizer=bpe, **options):
-        tokenize_texts(
-            datasets.Dataset.from_dict({"text": rows}), tokenizer, "text", cache_dir=str(tmp_path), **options
-        )
-        return len(list((tmp_path / "hf_v0init").glob("*.arrow")))
-
-    assert count_files(["the cat"]) == 1
-    bpe("using a tokenizer does not change it", padding=True, return_tensors="pt")
-    assert count_files(["the cat"]) == 1
-    assert count_files(["the cat"], append_eos=True) == 2
-    assert count_files(["the dog"]) == 3
-    assert count_files(["the cat"], words) == 4
-    (first, *_) = (tmp_path / "hf_v0init").glob("*.arrow")
-    before = first.stat().st_mtime_ns
-    count_files(["the cat"])
-    assert first.stat().st_mtime_ns == before
-
-
 def complete(tokenizer, prompt, completion, max_length=100, prefix=""):
     rows = datasets.Dataset.from_dict({"p": [prompt], "c": [completion]}).to_iterable_dataset()
     samples = tokenize_completions(rows, tokenizer, "p", "c", max_length=max_length, prompt_prefix=prefix)
@@ -131,10 +112,7 @@ def test_an_empty_prompt_still_forecasts_the_first_token(words):
 
 
 @pytest.mark.parametrize("value", [None, 3])
-def test_rows_without_text_are_an_input_error(bpe, tmp_path, value):
+def test_rows_without_text_are_an_input_error(bpe, value):
     rows = datasets.Dataset.from_dict({"text": [value]})
     with pytest.raises(InputError, match="column 'text'"):
-        tokenize_texts(rows, bpe, "text", cache_dir=str(tmp_path))
-
-
-# ----------------------------------------------------------------------------------------------------- batches
+        tokenize_texts(rows, bpe, "text")

@@ -38,15 +38,9 @@ def pieces():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-@pytest.fixture
-def tokenize(tmp_path):
-    def run(tokenizer, texts=TEXTS, **options):
-        options = {"separator": [], **options}
-        return tokenize_texts(
-            datasets.Dataset.from_dict({"text": texts}), tokenizer, "text", cache_dir=str(tmp_path), **options
-        )
-
-    return run
+def tokenize(tokenizer, texts=TEXTS, separator=(), **options):
+    rows = datasets.Dataset.from_dict({"text": texts})
+    return tokenize_texts(rows, tokenizer, "text", separator=list(separator), **options)
 
 
 def list_samples(dataset) -> list[dict]:
@@ -54,7 +48,7 @@ def list_samples(dataset) -> list[dict]:
 
 
 @pytest.mark.parametrize("length", [3, 4, 5, 9, 17, 100])
-def test_blocks_hold_every_token_once_in_order(tokenize, words, length):
+def test_blocks_hold_every_token_once_in_order(words, length):
     rows = tokenize(words, separator=[2])
     stream = [
         token for text in TEXTS if text.strip() for token in words(text, add_special_tokens=False)["input_ids"] + [2]
@@ -69,7 +63,7 @@ def test_blocks_hold_every_token_once_in_order(tokenize, words, length):
 
 
 @pytest.mark.parametrize("length", [4, 7, 50])
-def test_lines_are_samples_cut_at_the_length_and_empty_ones_left_out(tokenize, words, length):
+def test_lines_are_samples_cut_at_the_length_and_empty_ones_left_out(words, length):
     lines = FramedTexts(tokenize(words), length, FRAME, True)
     expected = [[*words(text)["input_ids"][:-1][: length - 1], 2] for text in TEXTS if text.strip()]
     assert [sample["input_ids"].tolist() for sample in list_samples(lines)] == expected
@@ -88,7 +82,7 @@ def count_words_by_spelling(tokenizer, ids) -> list[int]:
 
 @pytest.mark.parametrize("line_by_line", [False, True])
 @pytest.mark.parametrize("length", [4, 6, 11, 60])
-def test_words_begin_where_pieces_say(tokenize, pieces, line_by_line, length):
+def test_words_begin_where_pieces_say(pieces, line_by_line, length):
     rows = tokenize(pieces, separator=[] if line_by_line else [3], mark_words=True)
     num_continued = 0
     for sample in list_samples(FramedTexts(rows, length, Frame.of_tokenizer(pieces), line_by_line)):
@@ -117,7 +111,7 @@ def test_frames_and_words_of_tokenizers(words, pieces):
         require_words(PreTrainedTokenizerFast(tokenizer_object=undivided, unk_token="[UNK]"))
 
 
-def test_text_without_tokens_is_refused(tokenize, words):
+def test_text_without_tokens_is_refused(words):
     for line_by_line in (False, True):
         with pytest.raises(InputError, match="no tokens"):
             FramedTexts(tokenize(words, ["", "  "]), 10, FRAME, line_by_line)

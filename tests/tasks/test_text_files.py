@@ -10,6 +10,7 @@ import pytest
 
 from hf_v0init.errors import InputError
 from hf_v0init.tasks.text_files import LONGEST_WORD, load_local_files, read_lines
+from hf_v0init.tasks.translation.embedded_corpus import NUM_LARGE, NUM_SMALL, load_embedded_corpus
 from hf_v0init.tasks.translation.pairs import leave_out_empty_pairs, load_pair_files, select_pairs
 
 LINES = ["Ein Hund läuft.", "", "zwei\u2028Zeilen, doch eine", "drei"]
@@ -105,13 +106,6 @@ def test_a_header_of_tab_separated_pairs_is_no_pair(tmp_path, caplog, name):
     assert load_pair_files("train", plain).to_dict() == expected
 
 
-def test_parallel_files_pair_line_by_line(tmp_path):
-    source, target = write(tmp_path / "a.de.gz", "eins\nzwei\n"), write(tmp_path / "a.en", "one\ntwo\n")
-    assert load_pair_files("train", None, source, target).to_dict() == PAIRS
-    with pytest.raises(InputError, match=r"has 2 lines but .* has 3"):
-        load_pair_files("train", None, source, write(tmp_path / "b.en", "one\ntwo\nthree\n"))
-
-
 def test_pairs_are_found_in_every_usual_layout(tmp_path):
     languages = {"source_lang": "de", "target_lang": "en"}
     hub = datasets.Dataset.from_list([{"translation": {"de": "eins", "en": "one"}, "id": 0},
@@ -161,15 +155,13 @@ def test_empty_pairs_are_left_out_and_counted(caplog):
         leave_out_empty_pairs(pairs.select([1, 2]))
 
 
-def test_one_way_of_giving_a_file(tmp_path):
-    source, target = write(tmp_path / "a", "x\n"), write(tmp_path / "b", "y\n")
-    assert load_pair_files("test") is None
-    assert load_pair_files("test", source_file=source).to_dict() == {"source": ["x"]}  # to be translated
-    for role, files in (
-        ("validation", {"source_file": source}),
-        ("test", {"target_file": target}),
-        ("test", {"file": source, "source_file": source, "target_file": target}),
-        ("test", {"file": source}),
-    ):
-        with pytest.raises(InputError):
-            load_pair_files(role, **files)
+@pytest.mark.parametrize(("large", "num_pairs"), [(False, NUM_SMALL), (True, NUM_LARGE)])
+def test_no_sentence_occurs_twice_and_the_splits_share_none(large, num_pairs):
+    corpus = load_embedded_corpus(num_pairs, large)
+    held_out = num_pairs // 20
+    assert {name: len(split) for name, split in corpus.items()} == {
+        "train": num_pairs - 2 * held_out, "validation": held_out, "test": held_out,
+    }  # fmt: skip
+    for side in ("source", "target"):
+        texts = [text for split in corpus.values() for text in split[side]]
+        assert len(set(texts)) == num_pairs and all(text.strip() == text and text for text in texts)

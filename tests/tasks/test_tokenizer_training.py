@@ -93,18 +93,7 @@ def test_the_word_vocabulary_is_the_most_frequent_words(tmp_path):
         assert each.decode(each("a b N").input_ids, skip_special_tokens=True) == "a b N"
 
 
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [
-        (lambda: train_bpe_tokenizer(CORPUS, 259, for_translation=False), "259 .* at least 260"),
-        (lambda: train_bpe_tokenizer([], 300, for_translation=False), "no text"),
-        (lambda: train_bpe_tokenizer(["", " \n"], 300, for_translation=True), "no text"),
-        (lambda: train_word_tokenizer(CORPUS, 4), "vocabulary of 4 "),
-        (lambda: train_word_tokenizer([" "], 10), "no text"),
-    ],
-)
-def test_what_cannot_be_trained_is_an_input_error(train, expected):
-    with pytest.raises(InputError, match=expected):
-        train()
-    with pytest.raises(InputError, match=expected):
-        train_on_main_process(train)
+def test_bytes_are_always_there_and_a_vocabulary_without_words_is_refused():
+    assert len(train_bpe_tokenizer(CORPUS, 100, for_translation=False)) == 260
+    with pytest.raises(InputError, match="vocabulary of 4 "):
+        train_on_main_process(lambda: train_word_tokenizer(CORPUS, 4))

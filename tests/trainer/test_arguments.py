@@ -77,6 +77,14 @@ def test_a_size_or_the_paper_means_decay_by_beta2(given, scale, include):
         ({"v0_init": "random", "v0_estimation_steps": 2}, "v0_estimation_steps=2 with v0_init=random"),
         ({"v0_decay_steps": 0}, "v0_decay_steps=0"),
         ({"v0_decay_steps": 2.5}, "v0_decay_steps=2.5"),
+        ({"v0_decay_steps": -0.5}, "v0_decay_steps=-0.5"),
+        ({"v0_decay_steps": float("nan")}, "v0_decay_steps=nan"),
+        ({"v0_decay_steps": True}, "v0_decay_steps=True"),
+        ({"v0_scale": float("nan")}, "v0_scale=nan"),
+        ({"v0_scale": float("inf")}, "v0_scale=inf"),
+        ({"v0_stats_batch_size": 0}, "v0_stats_batch_size=0"),
+        ({"v0_estimator": "median"}, "v0_estimator='median'"),
+        ({"v0_preset": "article"}, "v0_preset='article'"),
     ],
 )
 def test_what_contradicts_itself_is_refused(given, words):

@@ -1,11 +1,5 @@
 """Trains a DCGAN on images, with a v0 for both optimizers if asked, and measures what it generates.
 
-    hf-v0init dcgan FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.gan.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all. Of the Trainer's flags those
-that a GAN has no use for are refused.
-
 --do_eval measures at the end, --eval_strategy on the way: `eval_loss` is the Frechet distance between generated images and
 the training images. Only in the features of Inception v3 is it called FID.
 """
@@ -23,8 +17,7 @@ from transformers import set_seed
 from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 
 from ..images.folders import ImageDataArguments, choose_some, load_image_folder, select_images
-from ..images.format import IMAGE_MODES, choose_format, read_pixels
-from ..models import HubArguments
+from ..images.format import choose_format, read_pixels
 from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
 from ..script_support import flag, parse_arguments, run_script, say, start_logging
 from .dcgan import Discriminator, Generator, count_doublings
@@ -63,23 +56,10 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(ImageDataArguments, HubArguments):
+class DataArguments(ImageDataArguments):
     """data: what it is trained on"""
 
-    train_dir: str | None = flag(None, "Local images: a folder of images, or of one subfolder per class.")
-    label_column: str | None = flag(
-        None, "Column with classes, for --feature_extractor classifier. Default: found by itself."
-    )
-    image_size: int | None = flag(
-        None,
-        "Height and width to which images are resized, after what is too long on one side is cut off evenly: 8, 16, 32, 64 or "
-        "128. Default: as they are, if all have one size.",
-    )
-    image_mode: str | None = flag(
-        None,
-        "Colour mode to which images are converted, RGB or L (grayscale). Default: as they are, if all have one.",
-        choices=list(IMAGE_MODES),
-    )
+    cache_dir: str | None = flag(None, "Folder for what comes from the Hub.")
     max_train_samples: int | None = flag(
         None, "Train on so many of the images, chosen at random, the same in every run."
     )
@@ -208,16 +188,14 @@ def main(argv: list[str]) -> None:
     if evaluates and run.accelerator.is_main_process:
         run.quality = make_quality(rows, pixels, quality_args, run.accelerator.device)
 
+    def clear() -> None:
+        if run.accelerator.is_main_process:
+            remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
+
     if not is_trained:
-
-        def clear() -> None:
-            if run.accelerator.is_main_process:
-                remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
-
         metrics = run.train(checkpoint, clear)
-        run.save_networks()
+        run.save()
         save_results(run, "train", metrics)
-        run.save_state()
     if training.do_eval:
         save_results(run, "eval", run.evaluate())
     run.accelerator.end_training()

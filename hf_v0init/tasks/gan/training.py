@@ -6,8 +6,12 @@ files. `eval_loss` is the Frechet distance of generated images to the training i
 own images and noise, and its batch norms see its own batch; the first one's running statistics are saved and evaluated.
 """
 
+import copy
+import functools
 import logging
 import math
+import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,24 +21,28 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
-from hf_v0init import InputError, V0InitArguments
+from hf_v0init import InputError, V0InitArguments, V0InitTrainer, attach_v0, initialize_v0
 
+from ...method.length import choose_length
 from ...records.checkpoints import begin_save, complete_save, delete_checkpoint, delete_old_checkpoints
 from ...records.model_card import add_v0_section
 from ...records.report import write_report
 from ...records.run_log import RunRecordCallback
+from ...settings import AUTO
+from ...trainer.schedule import find_what_warms_up, keep_plateau, require_no_warmup
 from ..images.format import round_to_pixels, scale_pixels, write_image_grid
 from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
-from .optimizers import attach_to_both, choose_decay_steps, estimate_v0, join_reports, make_optimizer
 
 logger = logging.getLogger("hf_v0init")
 
 SAMPLES_FOLDER, NUM_SAMPLES = "samples", 64
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
+V0_OPTIONS = ("scale", "estimation_steps", "include_bias_and_norm", "decay")  # of a plan, which has the preset's
+SUMMED = ("num_samples", "num_batches", "num_skipped", "seconds")
 V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
 
 
@@ -104,6 +112,7 @@ class GanRun:
         epochs = math.ceil(training.num_train_epochs * self.order.steps_per_epoch)
         self.max_steps = training.max_steps if training.max_steps > 0 else epochs
         self.decay_steps = choose_decay_steps(training, self.max_steps)
+        self.v0_seed = training.seed if training.v0_seed is None else training.v0_seed
         self.wrapped, self.optimizers, self.schedules = {}, {}, {}
         for name, network in self.networks.items():
             optimizer, schedule = make_optimizer(network, training, self.max_steps, self.decay_steps)
@@ -155,11 +164,11 @@ class GanRun:
             self._set_up_state(record)
         first_step = self.state.global_step
         self._call("on_train_begin")
-        start = time.perf_counter()
+        start = time.time()
         if checkpoint is None and self.training.resolve().estimator == "per_sample":
-            self._saved_reports = estimate_v0(self)
+            self._saved_reports = self._estimate_v0()
         elif checkpoint is None:
-            self.hooks = attach_to_both(self)
+            self.hooks = self._attach_v0()
         on_ready()
         if self.training.eval_on_start and checkpoint is None:
             self._log(self.evaluate())
@@ -177,14 +186,71 @@ class GanRun:
             if self.control.should_save:
                 self.save_checkpoint()
         self._call("on_train_end")
-        seconds, num_steps = time.perf_counter() - start, self.state.global_step - first_step
-        metrics = {"train_runtime": seconds}
+        num_steps = self.state.global_step - first_step
+        num_images = num_steps * self.order.batch_size * self.order.world_size
+        metrics = speed_metrics("train", start, num_images, num_steps)
         if self._total_steps:  # none, if the checkpoint was that of the last step
             metrics["train_loss"] = self._total_loss / self._total_steps
-        num_images = num_steps * self.order.batch_size * self.order.world_size
-        metrics |= {"train_samples_per_second": num_images / seconds, "train_steps_per_second": num_steps / seconds}
         self._log(metrics)
         return metrics | {"train_samples": len(self.pixels), "epoch": self.state.epoch}
+
+    def _attach_v0(self) -> dict:
+        """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
+        plan, hooks = self.training.resolve(self.max_steps), {}
+        if plan.init == "zeros":
+            return hooks
+        options = {f"v0_{name}": getattr(plan, name) for name in V0_OPTIONS}
+        options |= {"v0_seed": self.v0_seed, "max_steps": self.max_steps, "v0_decay_steps": self.decay_steps}
+        for name, network in self.networks.items():
+            hooks[name] = attach_v0(self.optimizers[name], network, plan.init, **options)
+            hooks[name].on_written = functools.partial(_log_report, name)
+        return hooks
+
+    def _estimate_v0(self) -> dict[str, dict]:
+        """Give both second moments the paper's data-driven v0, each from its own network's loss as it is before any step (eq. 10).
+
+        The discriminator's loss is that of pairs of a real and a generated image; the generator's goes through the discriminator,
+        whose gradients are not kept.
+
+        Returns:
+            The report of each network.
+        """
+        training, accelerator, networks = self.training, self.accelerator, self.networks
+        plan = training.resolve(self.max_steps)
+        num_samples, step_size = min(plan.num_samples, len(self.pixels)), self.order.batch_size
+        # With batch norms the gradient of an image depends on its batch: by default they are training's size.
+        size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
+        samples = torch.tensor(random.Random(self.v0_seed).sample(range(len(self.pixels)), num_samples))
+        batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
+
+        def compute_generators(_: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+            return compute_generator_loss(networks["discriminator"], networks["generator"](self.draw(len(numbers))))
+
+        def compute_discriminators(discriminator: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+            real = self.take_images(numbers)
+            with torch.no_grad():
+                generated = networks["generator"](self.draw(len(numbers)))
+            return compute_discriminator_loss(discriminator, real, generated)[0]
+
+        reports = {}
+        for name, loss_fn in (("generator", compute_generators), ("discriminator", compute_discriminators)):
+            report = initialize_v0(
+                self.optimizers[name],
+                model=self.wrapped[name],
+                batches=batches,
+                loss_fn=loss_fn,
+                accelerator=accelerator,
+                v0_scale=plan.scale,
+                v0_decay_steps=plan.decay_steps,
+                v0_include_bias_and_norm=plan.include_bias_and_norm,
+                v0_seed=self.v0_seed,
+                effective_batch_size=float(step_size * accelerator.num_processes),
+                other_modules=[network for other, network in networks.items() if other != name],
+                max_steps=self.max_steps,
+            )
+            report.num_samples_requested = plan.num_samples
+            reports[name] = report.to_dict()
+        return reports
 
     def _step(self) -> None:
         real = self.take_images(self.order.get(self.state.global_step))
@@ -268,7 +334,7 @@ class GanRun:
                 f"v0 settings differ from the checkpoint's, whose optimizer state stands, and whose record goes along: {'; '.join(changed)}"
             )
         if saved["hooks"]:
-            self.hooks = attach_to_both(self)
+            self.hooks = self._attach_v0()
             for name, state in saved["hooks"].items():
                 self.hooks[name].load_state_dict(state)
 
@@ -290,18 +356,12 @@ class GanRun:
         self.accelerator.wait_for_everyone()
         self._call("on_save")
 
-    def save_state(self) -> None:
-        """Write `trainer_state.json`, on the main process."""
-        if self.accelerator.is_main_process:
-            Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(str(Path(self.training.output_dir, STATE_FILE)))
-
-    def save_networks(self) -> None:
-        """Write both networks into folders of their names, each with a model card that names its v0, on the main process."""
+    def save(self) -> None:
+        """Write both networks into folders of their names, each with a card that names its v0, and the state, on the main process."""
         if not self.accelerator.is_main_process:
             return
+        Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
         if self.v0_record is not None:
-            Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
             write_report(self.v0_record, self.training.output_dir)
         for name, network in self.networks.items():
             folder, report = Path(self.training.output_dir, name), self.reports.get(name)
@@ -310,6 +370,7 @@ class GanRun:
             card.write_text(add_v0_section(card.read_text(encoding="utf-8"), report), encoding="utf-8")
             if report is not None:
                 write_report(report, folder)
+        self.state.save_to_json(str(Path(self.training.output_dir, STATE_FILE)))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -324,12 +385,12 @@ class GanRun:
             return self._measured[1]
         metrics: dict[str, float | str] = {}
         if self.accelerator.is_main_process:
-            start, generator = time.perf_counter(), self.networks["generator"]
+            start, generator = time.time(), self.networks["generator"]
             was_training = generator.training
             with torch.random.fork_rng(), torch.no_grad():
                 metrics = self._measure(generator.eval())
             generator.train(was_training)
-            metrics["eval_runtime"] = time.perf_counter() - start
+            metrics |= speed_metrics("eval", start)
         self.accelerator.wait_for_everyone()
         self._measured = (self.state.global_step, metrics)
         return metrics
@@ -348,3 +409,66 @@ class GanRun:
             distance = self.quality.measure(pixels)
         metrics = {"eval_loss": distance, f"eval_{extractor.metric}": distance, "eval_features": extractor.name}
         return metrics | {"eval_samples": len(images)}
+
+
+# ---- optimizers and records --------------------------------------------------------------------------------------------
+
+
+def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: int | None = None):
+    """Make the optimizer and the schedule of one network: those of a Trainer with these flags.
+
+    Args:
+        decay_steps: for how long the schedule stays at its peak, since v0 stands for a warmup of that length; None: as it is.
+
+    Raises:
+        InputError: a warmup beside a v0 that stands for it, or an optimizer that the loop here cannot use.
+    """
+    options = copy.copy(training)
+    for setting, field in V0InitArguments.__dataclass_fields__.items():
+        if setting not in ("v0_optimizer", "untuned_warmup"):  # which choose optimizer and schedule
+            setattr(options, setting, field.default)
+    options.report_to = []
+    options.eval_strategy, options.save_strategy, options.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
+    options.output_dir = tempfile.gettempdir()  # a Trainer makes its folder; this one writes nothing
+    trainer = V0InitTrainer(model=network, args=options)
+    optimizer = trainer.create_optimizer()
+    if callable(getattr(optimizer, "train", None)):
+        raise InputError(
+            f"optimizer {type(optimizer).__name__} keeps two sets of weights, for training and evaluation, which this loop "
+            "does not switch; use another, such as adamw_torch"
+        )
+    trainer.state.max_steps = max_steps
+    scheduler = trainer.create_scheduler(max_steps, optimizer)
+    what = find_what_warms_up(training, training.resolve(max_steps))
+    if what is not None and training.untuned_warmup is None:  # which the Trainer has looked at
+        require_no_warmup(what, trainer, scheduler)
+    if decay_steps is not None:
+        keep_plateau(trainer, scheduler, decay_steps)
+    return optimizer, scheduler
+
+
+def choose_decay_steps(training, max_steps: int) -> int | None:
+    """Return for how many steps v0 decays, None if beta2 alone says so; a third of training where it would be measured.
+
+    What is measured elsewhere is how far one network may go by one loss.
+    """
+    steps = training.resolve(max_steps).decay_steps
+    if steps != AUTO:
+        return steps
+    reason = "a GAN has two networks, each with a loss of its own"
+    length = choose_length(None, training.learning_rate, max_steps, reason=reason)
+    length.log("v0 decays over")
+    return length.steps
+
+
+def _log_report(name: str, report) -> None:
+    logger.info(f"of the {name}:")
+    report.log()
+
+
+def join_reports(reports: dict[str, dict]) -> dict:
+    """Join the networks' reports: what is the same in both, samples and seconds summed up, and each whole one under `networks`."""
+    first, *others = reports.values()
+    joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    sums = {key: sum(report.get(key) or 0 for report in reports.values()) for key in SUMMED}
+    return joined | sums | {"networks": reports}

@@ -28,13 +28,15 @@ class ImageDataArguments(DatasetArguments):
 
     local_flags: ClassVar[tuple[str, ...]] = ("train_dir",)
 
-    train_dir: str | None = flag(None, "Local training images: a folder with one subfolder per class.")
+    train_dir: str | None = flag(
+        None, "Local training images: a folder with one subfolder per class; of dcgan also a folder of images."
+    )
     image_column: str | None = flag(None, "Column with images. Default: found by itself.")
     label_column: str | None = flag(None, "Column with classes. Default: found by itself.")
     image_size: int | None = flag(
         None,
-        "Height and width in pixels to which images are resized, after what is too long on one side is cut off evenly. "
-        "Default: a pretrained model's; else as they are, if all have one size.",
+        "Height and width in pixels to which images are resized, after what is too long on one side is cut off evenly (of dcgan "
+        "8, 16, 32, 64 or 128). Default: a pretrained model's; else as they are, if all have one size.",
     )
     image_mode: str | None = flag(
         None,

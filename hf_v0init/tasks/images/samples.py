@@ -145,11 +145,3 @@ class ImageSamples(torch.utils.data.Dataset):
             if num_bytes > LARGEST_KEPT_BYTES:
                 return None
         return kept
-
-
-def stack_samples(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """Collate samples: "pixel_values", float32, shape (batch, channels, height, width), and "labels", int64, (batch,)."""
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-    }

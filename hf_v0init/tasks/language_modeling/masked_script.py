@@ -1,20 +1,15 @@
 """Trains and evaluates a masked language model (BERT), with a v0 for Adam if asked.
 
-    hf-v0init mlm FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.masked_script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-
 The text is one stream of tokens cut into blocks; or, with --line_by_line, one sample per line. Masks are drawn from seed,
 epoch and the sample's number, so they depend neither on the batch size nor on the number of processes, nor on where a run
 was resumed; those of evaluations are always the same. Losses are exact: each masked token of the set counts once.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import AutoModelForMaskedLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -22,12 +17,12 @@ from ..run import RunArguments, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
-from ..token_loss import MaskedPerplexityMixin, TokenCrossEntropy
+from ..token_loss import MaskedPerplexityMixin
 from .masking import Frame, FramedTexts, MaskedSamples, Masking, require_words
 from .samples import PaddingCollator, tokenize_texts
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
 
-ENCODER_DECODERS = {"bart", "mbart", "mvp"}  # which guess a whole text, not the masked tokens of it
+ENCODER_DECODERS = frozenset({"bart", "mbart", "mvp"})  # which guess a whole text, not the masked tokens of it
 EXAMPLES = """
 # BERT's architecture from scratch on a text file, with its data-driven v0
 {} --model_type bert --train_file train.txt --do_train --do_eval --v0_init data_driven --output_dir out
@@ -45,11 +40,8 @@ class ModelArguments(LanguageModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForMaskedLM
-    model_types: ClassVar[tuple[str, ...]] = tuple(
-        name for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in ENCODER_DECODERS
-    )
-    kind: ClassVar[str] = "masked language model"
-    other_script: ClassVar[str] = "run_clm"
+    left_out: ClassVar[frozenset[str]] = ENCODER_DECODERS
+    kind: ClassVar[str] = "masked language model; for causal ones use `hf-v0init clm`"
 
     model_type: str | None = flag(
         None, "From scratch: a transformers model type, such as bert, with its default configuration."
@@ -107,7 +99,7 @@ class MaskedTask(LanguageTask):
             *data.choose_text_columns(rows),
             separator=[tokenizer.sep_token_id] if has_separator else [],
             mark_words=data.whole_word_mask,
-            **data.choose_map_options(self.model.cache_dir),
+            num_proc=data.preprocessing_num_workers,
         )
         texts = FramedTexts(tokenized, self.block_size, frame, data.line_by_line, data.get_limit(role))
         return MaskedSamples(texts, masking, self.data_seed if role == "train" else None)
@@ -116,18 +108,9 @@ class MaskedTask(LanguageTask):
         """Make what pads samples to a batch."""
         return PaddingCollator(self.tokenizer.pad_token_id)
 
-    def choose_trainer_options(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """Choose tokenizer, token budget and loss."""
-        loss = TokenCrossEntropy(self.training.label_smoothing_factor)
-        return super().choose_trainer_options(samples) | {"compute_loss_func": loss}
-
 
 ARGUMENTS = MaskedTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(MaskedTask, argv)
+main = functools.partial(run, MaskedTask)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import datasets
 import pyarrow
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_v0init import InputError
 
-from ..data import map_with_cache
+from ..data import map_rows
 
 NO_TARGET = -100
 WORD_STARTS = "word_starts"
@@ -34,7 +33,7 @@ def tokenize_texts(
     append_eos: bool = False,
     separator: list[int] | None = None,
     mark_words: bool = False,
-    **map_options: Any,
+    num_proc: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Tokenize one text column: as the tokenizer frames a text, or without its frame where a `separator` is given.
 
@@ -44,7 +43,7 @@ def tokenize_texts(
         append_eos: end every row with the tokenizer's end-of-text token.
         separator: token ids put after every row that has tokens, [] for none.
         mark_words: say which tokens begin a word, by the tokenizer's own division of a text into words.
-        map_options: `num_proc`, `cache_dir`, `overwrite_cache`; see `map_with_cache`. Not for a stream.
+        num_proc: processes that tokenize; not for a stream.
 
     Returns:
         The rows with the column `input_ids` (int32) and, with `mark_words`, `word_starts` (bool).
@@ -70,8 +69,7 @@ def tokenize_texts(
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
     if mark_words:
         features[WORD_STARTS] = datasets.List(datasets.Value("bool"))
-    key = ("texts", column, text_suffix, append_eos, separator, mark_words)
-    return map_with_cache(rows, tokenize, tokenizer, datasets.Features(features), key, **map_options)
+    return map_rows(rows, tokenize, datasets.Features(features), num_proc)
 
 
 def find_word_starts(word_ids: list[int | None]) -> list[bool]:
@@ -87,7 +85,7 @@ def tokenize_completions(
     *,
     max_length: int,
     prompt_prefix: str = "",
-    **map_options: Any,
+    num_proc: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Tokenize prompts and their completions, with the loss on the completion (and its end) only.
 
@@ -99,7 +97,7 @@ def tokenize_completions(
         rows: a data set, or a stream, with both text columns.
         max_length: tokens of a sample at most, at least 3.
         prompt_prefix: text put before every prompt.
-        map_options: as for `tokenize_texts`.
+        num_proc: as for `tokenize_texts`.
 
     Returns:
         The rows with the columns `input_ids` and `labels` (int32 and int64); labels are -100 on the prompt.
@@ -128,8 +126,7 @@ def tokenize_completions(
     features = datasets.Features(
         {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int64"))}
     )
-    key = ("completions", prompt_column, completion_column, max_length, prompt_prefix)
-    return map_with_cache(rows, tokenize, tokenizer, features, key, **map_options)
+    return map_rows(rows, tokenize, features, num_proc)
 
 
 def find_first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,20 +1,15 @@
 """Trains and evaluates a causal language model, with a v0 for Adam if asked.
 
-    hf-v0init clm FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.language_modeling.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-
 The text is one stream of tokens cut into blocks; or, with --model_type awd_lstm, as many contiguous streams as a batch has
 rows, read from beginning to end with the state carried on; or, with --prompt_column and --completion_column, one sample a
 row with the loss on the completion. Losses and perplexities are exact: each token of the set counts once.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitTrainer, V0InitTrainingArguments
 
@@ -60,9 +55,7 @@ class ModelArguments(LanguageModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForCausalLM
-    model_types: ClassVar[tuple[str, ...]] = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AwdLstmConfig.model_type)
-    kind: ClassVar[str] = "causal language model"
-    other_script: ClassVar[str] = "run_mlm"
+    kind: ClassVar[str] = "causal language model; for masked ones use `hf-v0init mlm`"
 
     model_type: str | None = flag(
         None,
@@ -100,17 +93,6 @@ class DataArguments(LanguageDataArguments):
         None, "With --streaming: draw training rows at random from a buffer of this many. Default: in order."
     )
 
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise InputError("--prompt_column and --completion_column: give both or neither")
-        smallest = 2 if self.prompt_column is None else 3
-        if self.block_size is not None and self.block_size < smallest:
-            raise InputError(f"--block_size={self.block_size}: must be {smallest} or more")
-        if self.shuffle_buffer_size and not self.streaming:
-            raise InputError(f"--shuffle_buffer_size={self.shuffle_buffer_size}: is for --streaming; drop it")
-
     def choose_text_columns(self, rows) -> list[str]:
         """Choose the columns that hold text: prompt and completion, or the one of running text."""
         return [self.prompt_column, self.completion_column] if self.prompt_column else super().choose_text_columns(rows)
@@ -133,6 +115,7 @@ class CausalTask(LanguageTask):
     trainer_class = CausalTrainer
     examples = EXAMPLES
     metrics = ("loss", "perplexity", "accuracy", "num_tokens")
+    has_own_loss = True
     card_task = "text-generation"
     longest_default_block = 1024
 
@@ -144,7 +127,7 @@ class CausalTask(LanguageTask):
             if data.vary_block_size:
                 raise InputError("--vary_block_size: is for --model_type awd_lstm; leave it out")
             return config
-        flags = vars(data) | vars(self.options) | vars(self.training)
+        flags = vars(data) | vars(self.training)
         for name, why in (
             ("streaming", "it reads several places of the text at once"),
             ("prompt_column", "it reads running text"),
@@ -159,7 +142,7 @@ class CausalTask(LanguageTask):
     def make_samples(self, rows, role: str):
         """Make the samples of one role."""
         data, tokenizer, length, limit = self.data, self.tokenizer, self.block_size, self.data.get_limit(role)
-        options, columns = data.choose_map_options(self.model.cache_dir), data.choose_text_columns(rows)
+        columns, options = data.choose_text_columns(rows), {"num_proc": data.preprocessing_num_workers}
         if role == "train" and data.shuffle_buffer_size:
             rows = rows.shuffle(seed=self.training.seed, buffer_size=data.shuffle_buffer_size)
         if data.prompt_column is not None:
@@ -184,11 +167,7 @@ class CausalTask(LanguageTask):
 
 
 ARGUMENTS = CausalTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(CausalTask, argv)
+main = functools.partial(run, CausalTask)
 
 
 if __name__ == "__main__":

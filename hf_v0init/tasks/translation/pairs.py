@@ -9,7 +9,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_v0init import InputError
 
-from ..data import map_with_cache
+from ..data import map_rows
 from ..text_files import find_kind, get_format, load_local_files
 
 logger = logging.getLogger("hf_v0init")
@@ -148,12 +148,9 @@ def tokenize_pairs(
     max_source_length: int,
     max_target_length: int,
     source_prefix: str = "",
-    **map_options,
+    num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Tokenize the columns "source" and "target".
-
-    Args:
-        map_options: `num_proc` and `cache_dir`; see `map_with_cache`.
+    """Tokenize the columns "source" and "target", in `num_proc` processes.
 
     Returns:
         A data set with "input_ids", "attention_mask" and, where there are targets, "labels", truncated to the
@@ -173,8 +170,7 @@ def tokenize_pairs(
         targets = tokenizer(text_target=rows["target"], max_length=max_target_length, truncation=True)
         return {**tokens, "labels": targets["input_ids"]}
 
-    key = ("pairs", source_prefix, max_source_length, max_target_length)
-    return map_with_cache(pairs, tokenize, tokenizer, None, key, **map_options)
+    return map_rows(pairs, tokenize, num_proc=num_proc)
 
 
 class PairCollator(DataCollatorForSeq2Seq):

@@ -40,12 +40,7 @@ def build_post_norm_config(
     Returns:
         A MarianConfig: post-norm, ReLU, embeddings scaled by sqrt(d_model) and shared by encoder, decoder
         and output.
-
-    Raises:
-        InputError: `d_model` is odd or not a multiple of `num_heads`.
     """
-    if d_model % num_heads or d_model % 2:
-        raise InputError(f"d_model={d_model}: must be even and a multiple of num_heads={num_heads}; change one")
     return MarianConfig(
         vocab_size=vocab_size,
         decoder_vocab_size=vocab_size,

@@ -1,11 +1,6 @@
-"""Trains, evaluates and uses an encoder-decoder model for translation, with a v0 for Adam if asked.
+"""Trains, evaluates and uses an encoder-decoder model for translation, with a v0 for Adam if asked."""
 
-    hf-v0init translate FILE.yaml --v0_init data_driven --output_dir out
-    torchrun --nproc_per_node 2 -m hf_v0init.tasks.translation.script FILE.yaml --output_dir out
-
-FILE.yaml or FILE.json holds flags; flags on the command line override it; --help lists them all.
-"""
-
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +11,6 @@ import datasets
 import numpy as np
 from sacrebleu.metrics import CHRF
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_v0init import InputError, V0InitSeq2SeqTrainer, V0InitSeq2SeqTrainingArguments
 
@@ -26,7 +20,7 @@ from ..run import RunArguments, TextTask, run
 from ..script_support import flag, run_script
 from ..script_trainer import ScriptTrainerMixin
 from ..token_budget import TokenBudgetMixin
-from ..token_loss import ExactEvaluationMixin, TokenCrossEntropy
+from ..token_loss import ExactEvaluationMixin
 from ..tokenizer_training import train_bpe_tokenizer
 from .embedded_corpus import NUM_SMALL, load_embedded_corpus
 from .generation import GenerationArguments, choose_generation, choose_languages, get_language
@@ -58,7 +52,6 @@ class ModelArguments(TextModelArguments):
     """model: which model, which tokenizer"""
 
     auto_class: ClassVar[type] = AutoModelForSeq2SeqLM
-    model_types: ClassVar[tuple[str, ...]] = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     kind: ClassVar[str] = "encoder-decoder"
     needs_source: ClassVar[bool] = False
 
@@ -74,14 +67,6 @@ class ModelArguments(TextModelArguments):
         "From scratch: 'fairseq_xavier' or 'model_default'. Default: fairseq_xavier for Marian (post-norm) models.",
         choices=["fairseq_xavier", "model_default"],
     )
-
-    def __post_init__(self) -> None:
-        """Check what the flags alone rule out."""
-        super().__post_init__()
-        if self.model_name_or_path and self.weight_initialization:
-            raise InputError(
-                f"--weight_initialization={self.weight_initialization}: is for training from scratch; drop it"
-            )
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration; from scratch and without a name, the paper's."""
@@ -134,10 +119,6 @@ class DataArguments(TextDataArguments):
         """Check what the flags alone rule out."""
         super().__post_init__()
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
-        if self.source_lang is not None and self.source_lang == self.target_lang:
-            raise InputError(
-                f"--source_lang={self.source_lang} and --target_lang={self.target_lang}: are the same; name two languages"
-            )
 
     def load_dataset(self, hub):
         """Load the data set of the Hub, or the corpus that comes with the package."""
@@ -244,7 +225,7 @@ class TranslationTask(TextTask):
             max_source_length=data.max_source_length,
             max_target_length=max_target_length,
             source_prefix=data.source_prefix,
-            **data.choose_map_options(self.model.cache_dir),
+            num_proc=data.preprocessing_num_workers,
         )
         for name, limit in (("input_ids", data.max_source_length), ("labels", max_target_length)):
             if name in tokenized.column_names:
@@ -264,13 +245,10 @@ class TranslationTask(TextTask):
         return PairCollator(self.tokenizer, model=self.network, pad_to_multiple_of=multiple)
 
     def choose_trainer_options(self, samples: dict) -> dict:
-        """Choose tokenizer, token budget, loss and metrics."""
+        """Choose tokenizer, token budget and metrics."""
         measures = "validation" in samples and self.training.predict_with_generate
         self.validation_metrics = self.make_metrics("validation") if measures else None
-        return super().choose_trainer_options(samples) | {
-            "compute_metrics": self.validation_metrics,
-            "compute_loss_func": TokenCrossEntropy(self.training.label_smoothing_factor),
-        }
+        return super().choose_trainer_options(samples) | {"compute_metrics": self.validation_metrics}
 
     def make_metrics(self, role: str, num_best: int = 1) -> TranslationMetrics:
         """Make what measures the translations of a role's pairs."""
@@ -308,11 +286,7 @@ class TranslationTask(TextTask):
 
 
 ARGUMENTS = TranslationTask.arguments
-
-
-def main(argv: list[str]) -> None:
-    """Do what the flags in `argv` say."""
-    run(TranslationTask, argv)
+main = functools.partial(run, TranslationTask)
 
 
 if __name__ == "__main__":
