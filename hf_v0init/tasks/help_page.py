@@ -28,7 +28,8 @@ COMMON_TRAINING_FLAGS = {
     "report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token", "predict_with_generate",
 }  # fmt: skip
 TAIL = """
-More flags of the Trainer: https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"""
+More flags of the Trainer:
+https://huggingface.co/docs/transformers/main_classes/trainer"""
 
 
 def compose_help(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], program: str, examples: str) -> str:

@@ -1,4 +1,4 @@
-"""Writes the demo's sentence pairs, seed 1, as the files that demo.yaml reads, below `outputs/`; from the repository's root:
+"""Writes the demo's sentence pairs, seed 1, as the files that demo.yaml and mlm.yaml read, below `outputs/`; from the repository's root:
 
 python configs/compare/v0_decay/write_data.py
 """
@@ -15,6 +15,8 @@ def main() -> None:
     for split in ("train", "validation"):
         lines = [f"{row['source']}\t{row['target']}\n" for row in corpus[split]]
         (folder / f"{split}.tsv").write_text("".join(lines), encoding="utf-8")
+        english = "".join(f"{row['target']}\n" for row in corpus[split])
+        (folder / f"{split}.en.txt").write_text(english, encoding="utf-8")
 
 
 if __name__ == "__main__":
