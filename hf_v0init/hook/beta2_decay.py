@@ -6,7 +6,7 @@ import torch
 
 from ..method.strategies import compute_random_v0_mean
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part
+from ..sharding.parts import ParamShard, get_local_part
 from ..sharding.processes import gather_objects
 from .shards import SteppedShards
 
@@ -105,7 +105,7 @@ class Beta2Decay:
         for shard, scale in zip(shards, scales, strict=True):
             mean = compute_random_v0_mean(shard.full_shape, scale)
             self.moments.change(shard, lambda v, shard=shard, mean=mean: self._draw_all(shard, v, mean))
-            ratio = sample_ratio(self.moments.read(shard), self.shards.read_gradient(shard)) / inverse_scale**2
+            ratio = self._sample_ratio(shard) / inverse_scale**2
             ratios.setdefault(self.moments.read_beta2(shard.group), []).append(ratio)
         if self.ratio is not None or not ratios:
             return
@@ -121,8 +121,17 @@ class Beta2Decay:
             factor = self._random_factors[self.moments.read_beta2(shard.group)]
             self.moments.change(shard, lambda v, f=factor: get_local_part(v).mul_(f))
 
-    def _draw_all(self, shard: ParamShard, moment: torch.Tensor | Fragment, mean: float) -> None:
-        for piece in find_pieces(moment):
+    def _sample_ratio(self, shard: ParamShard) -> torch.Tensor:
+        """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
+        v0, gradient = self.moments.read(shard), self.shards.read_gradient(shard)
+        spacing = max(1, shard.numel // RATIO_SAMPLES)
+        taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
+        squared = some.square()
+        nonzero = squared > 0
+        return (taken[nonzero] / squared[nonzero]).cpu()
+
+    def _draw_all(self, shard: ParamShard, moment: torch.Tensor, mean: float) -> None:
+        for piece in shard.find_pieces(moment):
             self.shards.draw(shard, piece, mean)
 
     def _refine(self, shards: list[ParamShard], step: int, inverse_scale: float) -> None:
@@ -142,15 +151,6 @@ class Beta2Decay:
             self.moments.change(
                 shard, lambda v, f=factor, g=gradient, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
             )
-
-
-def sample_ratio(v0: torch.Tensor | Fragment, gradient: torch.Tensor | Fragment) -> torch.Tensor:
-    """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
-    spacing = max(1, v0.numel() // RATIO_SAMPLES)
-    taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
-    squared = some.square()
-    nonzero = squared > 0
-    return (taken[nonzero] / squared[nonzero]).cpu()
 
 
 def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | None:

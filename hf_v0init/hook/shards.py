@@ -14,7 +14,7 @@ from ..records.report import describe_not_finite
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
+from ..sharding.parts import ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
 from ..sharding.tensor_statistics import compute_figures
 
 logger = logging.getLogger("hf_v0init")
@@ -97,7 +97,7 @@ class SteppedShards:
                 plan.get_scale(beta2)  # too large a scale is refused now
         return estimation_steps
 
-    def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
+    def read_gradient(self, shard: ParamShard) -> torch.Tensor:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
         return shard.cut(read_gradient(shard.param))
 
@@ -140,7 +140,7 @@ class SteppedShards:
         """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
         moments = [self.moments.read(shard) for shard in shards]
         largest: dict[torch.Tensor, float] = {}
-        for shard, values in zip(shards, compute_figures(moments, self.is_sharded()), strict=True):
+        for shard, values in zip(shards, compute_figures(shards, moments, self.is_sharded()), strict=True):
             if not all(math.isfinite(value) for value in values[:3]):
                 raise InputError(describe_not_finite(shard.name))
             largest[shard.param] = max(largest.get(shard.param, 0.0), values[2])

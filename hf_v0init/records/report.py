@@ -17,7 +17,7 @@ from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard
+from ..sharding.parts import ParamShard
 from ..sharding.processes import get_rank_and_world_size
 from ..sharding.tensor_statistics import compute_figures
 from .run_files import write_whole
@@ -98,7 +98,7 @@ class V0Report:
             beta2=moments.read_beta2(chosen[0].group),
             num_processes=get_rank_and_world_size()[1],
             num_parameters_without_v0=len(without),
-            num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in without),
+            num_elements_without_v0=sum(shard.numel for shard in without),
             versions=collect_versions(),
         )
 
@@ -119,7 +119,7 @@ class V0Report:
     def add_parameters(
         self,
         shards: list[ParamShard],
-        moments: list[torch.Tensor | Fragment],
+        moments: list[torch.Tensor],
         scales: list[float],
         over_processes: bool,
     ) -> None:
@@ -127,7 +127,7 @@ class V0Report:
 
         Args:
             shards: that have got one.
-            moments: what it is a multiple of, for each: whole, DTensor or fragment.
+            moments: what it is a multiple of, for each: what `ParamShard.cut` returns.
             scales: from these to v0, one for each.
             over_processes: whether any is sharded; then all processes must call this.
 
@@ -135,11 +135,11 @@ class V0Report:
             InputError: a v0 that is not finite.
         """
         total = (self.v0_mean or 0.0) * self.num_elements_with_v0
-        figures = compute_figures(moments, over_processes)
+        figures = compute_figures(shards, moments, over_processes)
         for shard, (mean, low, high, zeros), scale in zip(shards, figures, scales, strict=True):
             if not all(math.isfinite(value) for value in (mean, low, high)):
                 raise InputError(describe_not_finite(shard.name))
-            mean, low, high, numel = mean * scale, low * scale, high * scale, math.prod(shard.full_shape)
+            mean, low, high, numel = mean * scale, low * scale, high * scale, shard.numel
             shape = list(shard.full_shape)
             self.parameters[shard.name] = {"mean": mean, "min": low, "max": high, "zeros": zeros, "shape": shape}
             self.num_zero_elements += zeros

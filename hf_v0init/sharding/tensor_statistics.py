@@ -5,7 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from .parts import get_local_part
+from .parts import ParamShard, get_local_part
 from .processes import get_rank_and_world_size
 
 
@@ -14,12 +14,15 @@ def get_wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[tuple[float, float, float, float]]:
+def compute_figures(
+    shards: list[ParamShard], tensors: list[torch.Tensor], over_processes: bool
+) -> list[tuple[float, float, float, float]]:
     """Compute (mean, smallest, largest, number of zeros) of each tensor, of the whole where it is sharded.
 
     An accelerator is waited for once.
 
     Args:
+        shards, tensors: what each tensor is of, and what `ParamShard.cut` returns of it.
         over_processes: whether any tensor is sharded; all processes must then call this, and it is one reduction in all.
     """
     parts = [get_local_part(tensor) for tensor in tensors]
@@ -35,9 +38,9 @@ def compute_figures(tensors: list[torch.Tensor], over_processes: bool) -> list[t
         dist.all_reduce(sums)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
     figures = []
-    for tensor, numbers in zip(tensors, torch.cat([sums, extremes], dim=1).tolist(), strict=True):
+    for shard, numbers in zip(shards, torch.cat([sums, extremes], dim=1).tolist(), strict=True):
         count, total, nonzero, minus_low, high = numbers
-        num_zeros = round((count - nonzero) / max(count, 1) * tensor.numel())
+        num_zeros = round((count - nonzero) / max(count, 1) * shard.numel)
         figures.append((total / count, -minus_low, high, num_zeros) if count else (0.0, 0.0, 0.0, 0))
     return figures
 
