@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import estimate_grad_sq_mean
+from ..estimation.per_sample import SampleBatch, estimate_grad_sq_mean
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan

@@ -14,8 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
-from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import FP16_LOSS_SCALE
+from ..estimation.per_sample import FP16_LOSS_SCALE, SampleBatch
 from ..hook.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
 from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
 from hf_v0init import InputError, compute_scale_for_warmup, initialize_v0, read_second_moment
-from hf_v0init.estimation.batches import choose_samples
+from hf_v0init.trainer.per_sample import choose_samples
 
 
 class Network(nn.Module):
