@@ -10,9 +10,9 @@ from typing import Any
 
 from .errors import InputError
 from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
+from .method.length import UNTUNED_WARMUPS
 from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
 from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
-from .method.untuned_warmup import UNTUNED_WARMUPS
 
 ESTIMATORS = ("minibatch", "per_sample")
 AUTO = "auto"  # of v0_decay_steps

@@ -15,7 +15,7 @@ from ..estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_c
 from ..method.decay import compute_addend
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, get_local_part, with_local_part
-from ..sharding.tensor_statistics import compute_figures
+from ..sharding.processes import compute_figures
 from .shards import SteppedShards
 
 logger = logging.getLogger("hf_v0init")

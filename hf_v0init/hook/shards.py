@@ -15,7 +15,7 @@ from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
 from ..sharding.parts import ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
-from ..sharding.tensor_statistics import compute_figures
+from ..sharding.processes import compute_figures
 
 logger = logging.getLogger("hf_v0init")
 

@@ -18,8 +18,7 @@ from ..method.multiplier import compute_multiplier_table, compute_washout_warnin
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard
-from ..sharding.processes import get_rank_and_world_size
-from ..sharding.tensor_statistics import compute_figures
+from ..sharding.processes import compute_figures, get_rank_and_world_size
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"

@@ -26,17 +26,16 @@ from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
-from ..method.length import WarmupLength
-from ..method.untuned_warmup import UNTUNED_WARMUPS
+from ..method.length import UNTUNED_WARMUPS, WarmupLength
 from ..records.report import V0Report, read_report, write_decay_state, write_report
-from ..second_moment.state import SecondMoment
+from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_trainers_v0
 from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
 from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
-from .supported_runs import require_measurable, require_supported_run
+from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -116,8 +115,13 @@ class V0InitCallback(TrainerCallback):
         return {"strategy": "zeros"} | ({"warmup_steps": self.length["steps"]} if is_warmup else {}) | length
 
     def require_possible(self, optimizer) -> None:
-        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for."""
+        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for, or the run is of another kind."""
         plan = self.get_settings().resolve(self._trainer.args.max_steps)
+        if plan.init == "zeros":
+            return
+        require_supported_run(self._trainer)
+        if type(optimizer).__name__ == "DummyOptim":
+            return  # DeepSpeed builds its own instead, of a type that was looked at
         shards = SteppedShards(SecondMoment(optimizer), self._trainer.model, plan.include_bias_and_norm, seed=0)
         shards.require_possible(plan, None)
 
@@ -139,7 +143,12 @@ class V0InitCallback(TrainerCallback):
                 self._keep_record_of_another_start()
             return
         if plan.init == "zeros":
-            require_measurable(optimizer)
+            inner = unwrap_optimizer(optimizer)
+            if not any("betas" in group or "beta2" in group for group in inner.param_groups):
+                raise InputError(
+                    f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer "
+                    "of its kind (no beta2): give --warmup_steps"
+                )
             is_untouched = state.global_step == 0
         else:
             require_supported_run(self._trainer)

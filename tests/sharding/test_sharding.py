@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from hf_v0init.sharding import tensor_statistics
+from hf_v0init.sharding import processes
 from hf_v0init.sharding.draws import BLOCK_NUMEL, compute_block_seed, draw_standard_normal_
 from hf_v0init.sharding.parts import ParamShard, clean_parameter_name
-from hf_v0init.sharding.tensor_statistics import compute_figures
+from hf_v0init.sharding.processes import compute_figures
 
 SHAPES = [(), (1,), (5,), (3, 7), (513, 1024), (700, 3, 5, 7), (2, BLOCK_NUMEL + 3)]
 
@@ -87,9 +87,9 @@ def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_figures_of_whole_tensors_and_flat_shards(device, monkeypatch):
     """In the dtype of sums on that device: Apple's GPUs have no fp64."""
-    dtype = tensor_statistics.get_wide_dtype(torch.device(device))
+    dtype = processes.get_wide_dtype(torch.device(device))
     assert dtype == (torch.float32 if device == "mps" else torch.float64)
-    monkeypatch.setattr(tensor_statistics, "get_wide_dtype", lambda _: dtype)
+    monkeypatch.setattr(processes, "get_wide_dtype", lambda _: dtype)
     values = torch.tensor([[0.0, 2.0], [4.0, 0.0]])
     flat = values.flatten()
     shards = [ParamShard("whole", (2, 2), values, {}), ParamShard("flat", (2, 2), flat, {}, 1, (1, 2))]
