@@ -8,7 +8,7 @@ from ..method.strategies import compute_random_v0_mean
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, get_local_part
 from ..sharding.processes import gather_objects
-from .shards import SteppedShards
+from .shards import MAX_ZERO_GRADIENTS, SteppedShards
 
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
 
@@ -38,6 +38,7 @@ class Beta2Decay:
         self.moments = shards.moments
         self.is_done, self.ratio = False, None
         self._is_finished = False
+        self._num_frozen_steps = 0  # made while all that waits was frozen
         self._written: list[ParamShard] = []
         self._random_factors: dict[float | None, float] = {}  # by beta2, of draws that are sized by `decay_steps`
 
@@ -58,7 +59,10 @@ class Beta2Decay:
             elif step == self.estimation_steps + 1 and not self._is_finished:
                 self._finish(self._written)
             late = self.shards.write_late(lambda shard: self._write([shard], inverse_scale))
-        self.is_done = not self.shards.pending and (step > self.estimation_steps or self.estimation_steps == 1)
+        is_frozen = not any(shard.param.requires_grad for shard in self.shards.pending)
+        self._num_frozen_steps = self._num_frozen_steps + 1 if is_frozen else 0
+        waits = self.shards.pending and self._num_frozen_steps < MAX_ZERO_GRADIENTS
+        self.is_done = not waits and (step > self.estimation_steps or self.estimation_steps == 1)
         return late
 
     def state_dict(self) -> dict[str, dict]:

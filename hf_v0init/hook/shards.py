@@ -19,7 +19,7 @@ from ..sharding.processes import compute_figures
 
 logger = logging.getLogger("hf_v0init")
 
-MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
+MAX_ZERO_GRADIENTS = 100  # of a late parameter, or steps in which it is frozen, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
 NOTHING_TO_WRITE = (
     "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "

@@ -18,7 +18,8 @@ The contract:
 - Nothing happens in a step without any gradient, nor where all gradients are zero: loading a distributed checkpoint makes such a
   step to create state.
 - A parameter whose first gradient comes later (unfrozen, a rare expert, a group added later) gets its v0 from that gradient.
-  The hook stays until every parameter has had one, and gives up on gradients that were zero 100 times.
+  The hook stays until every parameter has had one (`linear`: until step L), and gives up on gradients that were zero 100 times and, after
+  100 steps in which nothing but frozen parameters is waited for, on these.
 - Every process must make the same steps. Nothing is communicated but, where parameters are sharded, one flag per tensor at
   the first step and the statistics of the report.
 """

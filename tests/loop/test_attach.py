@@ -351,6 +351,17 @@ def test_a_weight_that_is_unfrozen_later_gets_v0_from_its_own_first_gradient(num
     torch.testing.assert_close(model[0].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_what_stays_frozen_is_waited_for_for_a_hundred_steps():
+    model = make_network()
+    model[0].weight.requires_grad_(False)
+    optimizer = make_adam(model)
+    hook = attach_v0(optimizer, model, v0_decay="beta2")
+    train(model, optimizer, make_batches(99))
+    assert hook.is_attached
+    train(model, optimizer, make_batches(1))
+    assert not hook.is_attached and hook.report.without_gradient == ["0.weight"]
+
+
 class LowRank(nn.Module):
     """As LoRA starts: B = 0, so A's gradient is exactly zero at step 1."""
 
