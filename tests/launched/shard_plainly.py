@@ -160,7 +160,7 @@ def run_steps(model, optimizer, numbers) -> None:
 def main(output_dir: str, model_dir: str) -> None:
     dist.init_process_group("gloo")
     folder = Path(output_dir)
-    kinds = ["fully_shard", "tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
+    kinds = ["tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
     saved = {kind: write_both(load_sharded(kind, model_dir)) for kind in kinds}
     saved["checkpoint"] = save_and_load(model_dir, folder / "checkpoint")
     torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")

@@ -113,18 +113,6 @@ def mean_of(history, name) -> torch.Tensor:
     return sum(w * g[name].square() for w, g in zip(weights, history, strict=True)) / sum(weights)
 
 
-def test_first_gradient_is_gi_adam():
-    model, (batch,) = make_network(), make_batches(1)
-    optimizer = make_adam(model, weight_decay=0.0)
-    caught = catch_v0(attach_v0(optimizer, model, "first_gradient", v0_decay="beta2"), optimizer, model)
-    start = model[2].weight.detach().clone()
-    train(model, optimizer, [batch])
-    g = compute_gradients([batch])["2.weight"][0]
-    assert torch.equal(caught["2.weight"], g.square())
-    expected = -1e-2 * g / (g.square() + 0.98 / 0.02 * g.square()).sqrt()
-    torch.testing.assert_close(model[2].weight.detach() - start, expected, rtol=1e-4, atol=1e-7)
-
-
 def test_zeros_attaches_nothing_and_takes_any_optimizer():
     optimizer = torch.optim.SGD(make_network().parameters(), lr=0.1)
     assert attach_v0(optimizer, None, "zeros") is None

@@ -363,10 +363,7 @@ def plain_alone(model_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "num_processes"),
-    [("fully_shard", 2), ("fully_shard", 4), ("tensor_parallel", 2), ("tensor_parallel", 4), ("both", 4)],
-)
+@pytest.mark.parametrize(("kind", "num_processes"), [("tensor_parallel", 2), ("tensor_parallel", 4), ("both", 4)])
 def test_without_a_trainer_v0_is_that_of_one_process(plain, plain_alone, kind, num_processes):
     """Rows and columns split over processes, FSDP2 over tensor parallelism (strided shards), plain vectors beside them."""
     for saved in (rank[kind] for rank in plain(num_processes)):

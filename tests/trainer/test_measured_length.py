@@ -74,15 +74,6 @@ def test_what_cannot_be_measured_falls_back_to_a_third_of_training(tmp_path, cap
     assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
 
 
-def test_a_measured_run_begins_as_the_others_of_a_comparison_do(tmp_path):
-    """Weights, batches and random state are those of a run that measures nothing."""
-    begun = []
-    for folder, flags in (("a", {}), ("b", {"untuned_warmup": "trust_radius"}), ("c", {"v0_init": "data_driven"})):
-        train(tmp_path / folder, v0_record_run=True, **flags, **LONG)
-        begun.append(json.loads((tmp_path / folder / "fingerprint.json").read_text()))
-    assert begun[0] == begun[1] == begun[2] and len(set(begun[0]["batches"])) == 4
-
-
 def test_a_callback_knows_its_trainer_and_what_it_cannot_do(tmp_path):
     stock = make_trainer(tmp_path, stock=True, max_steps=2)
     stock.add_callback(V0InitCallback(v0_init="random"))

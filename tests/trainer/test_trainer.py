@@ -80,26 +80,6 @@ def test_v0_has_no_side_effect_and_the_first_step_starts_from_it(tmp_path, stock
         assert all(torch.equal(v0, recorder.gradients[0][name].square()) for name, v0 in recorder.v0.items())
 
 
-@pytest.mark.parametrize(
-    "options", [{"gradient_accumulation_steps": 2, "v0_scale": 7.0}, {"v0_include_bias_and_norm": True}]
-)
-def test_minibatch_is_the_mean_square_of_the_first_steps_gradients(tmp_path, options):
-    """K = 3, no step lost: after step 3 the second moment is Adam's own plus beta2^3 * scale * the mean of g^2 as Adam sees it."""
-    trainer, recorder = record(
-        tmp_path, **MINIBATCH, v0_estimation_steps=3, max_steps=5, adam_beta2=0.9, max_grad_norm=0.05, **options
-    )
-    scale = options.get("v0_scale", 1.0)
-    for name, v3 in recorder.moments[2].items():
-        u = sum(0.1 * 0.9 ** (2 - i) * g[name].double().square() for i, g in enumerate(recorder.gradients[:3]))
-        has_v0 = v3.dim() >= 2 or "v0_include_bias_and_norm" in options
-        expected = u * (1 + (scale * 0.9**3 / (1 - 0.9**3) if has_v0 else 0.0))
-        torch.testing.assert_close(v3.double(), expected, rtol=1e-5, atol=0.0)
-    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {5.0}
-    report = trainer.get_v0_report()
-    assert (report["estimation_steps"], report["estimator"], report["measured_ratio"]) == (3, "minibatch", scale)
-    assert report["num_parameters_with_v0"] == (28 if "v0_include_bias_and_norm" in options else 10)
-
-
 def loss_alone(model, sample):
     """The Trainer's own loss of one sample. For this model it counts 10 items, not the 9 that are predicted: its scale
     is that of training, and v0 must have the same."""
