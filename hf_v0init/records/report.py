@@ -16,13 +16,14 @@ from ..errors import InputError
 from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 from ..second_moment.state import SecondMoment
-from ..settings import V0Plan
+from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from ..sharding.processes import compute_figures, get_rank_and_world_size
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
-DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while v0 decays linearly
+DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while the hook has work to do
+IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm", "seed")  # a record and a plan
 
 logger = logging.getLogger("hf_v0init")
 
@@ -253,16 +254,40 @@ def read_report(folder: str | os.PathLike) -> dict | None:
     return report
 
 
-def write_decay_state(state: dict, folder: str | os.PathLike) -> None:
-    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
+def describe_under_way(plan: V0Plan, estimation_steps: int, global_step: int) -> dict:
+    """Say in a record what is under way before v0 stands, in a run that began at a step."""
+    described = {name: getattr(plan, name) for name in IN_BOTH}
+    under_way = {"strategy": plan.init, "estimation_steps": estimation_steps, "is_written": False}
+    return under_way | {"global_step": global_step} | described
+
+
+def find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
+    """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
+    now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
+    if plan.decay_steps not in (None, AUTO):
+        now["decay_steps"] = plan.decay_steps
+    if plan.decay_steps is None and plan.scale is not None:
+        now["scale"] = plan.scale
+    if plan.estimation_steps is not None:
+        now["estimation_steps"] = plan.estimation_steps
+    if plan.estimator == "per_sample":
+        now["num_samples_requested"] = plan.num_samples
+        if plan.stats_batch_size is not None:
+            now["stats_batch_size"] = plan.stats_batch_size
+    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
+    return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
+
+
+def write_hook_state(plan: V0Plan, state: dict, folder: str | os.PathLike) -> None:
+    """Write what a hook does and keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
     path = Path(folder) / DECAY_FILE
     aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
-    torch.save(state, aside)
+    torch.save({"plan": asdict(plan), "state": state}, aside)
     os.replace(aside, path)
 
 
-def read_decay_state(folder: str | os.PathLike) -> dict | None:
-    """Read what `write_decay_state` wrote; None if there is none.
+def read_hook_state(folder: str | os.PathLike) -> tuple[V0Plan, dict] | None:
+    """Read what `write_hook_state` wrote; None if there is none.
 
     Raises:
         InputError: the file is there but is not whole.
@@ -271,7 +296,8 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return V0Plan(**stored["plan"]), stored["state"]
     except Exception as error:  # of damaged bytes torch raises many kinds
         raise InputError(f"{path} is damaged: resume from another checkpoint") from error
 

@@ -27,13 +27,21 @@ from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
 from ..method.length import UNTUNED_WARMUPS, WarmupLength
-from ..records.report import V0Report, read_report, write_decay_state, write_report
+from ..records.report import (
+    DECAY_FILE,
+    V0Report,
+    describe_under_way,
+    find_differences,
+    read_hook_state,
+    read_report,
+    write_hook_state,
+    write_report,
+)
 from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_trainers_v0
-from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
 from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
 from .supported_runs import require_supported_run
 
@@ -108,7 +116,9 @@ class V0InitCallback(TrainerCallback):
             return self.report | length
         hook = self.hook
         if hook is not None and hook.num_steps:
-            return describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps) | length
+            return (
+                describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps, self._began_at) | length
+            )
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
@@ -203,14 +213,14 @@ class V0InitCallback(TrainerCallback):
             self.write_record(folder, with_state=True)
 
     def write_record(self, folder: str, *, with_state: bool = False) -> None:
-        """Write `v0_init.json` into a folder if there is anything to say, and what a linear decay under way keeps."""
+        """Write `v0_init.json` into a folder if there is anything to say, and what a hook with work to do keeps."""
         record = self.get_record()
         if record is None:
             return
         os.makedirs(folder, exist_ok=True)
         hook = self.hook
-        if with_state and hook is not None and hook.is_attached and hook.plan.decay == "linear":
-            write_decay_state(hook.state_dict(), folder)
+        if with_state and hook is not None and hook.is_attached:
+            write_hook_state(replace(hook.plan, seed=hook.seed), hook.state_dict(), folder)
         write_report(record, folder)
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
@@ -265,10 +275,15 @@ class V0InitCallback(TrainerCallback):
             logger.warning("v0 settings differ from the checkpoint's, which stand: " + "; ".join(differences))
         if stored.get("decay_steps") is not None:
             self._keep_plateau(stored["decay_steps"])
-        hook_state = read_hook_state(folder, stored, step)
-        if hook_state is not None:
-            self._attach(read_plan(stored))
-            self.hook.load_state_dict(hook_state)
+        kept, num_steps = read_hook_state(folder), step - self._began_at
+        if kept is not None:
+            self._attach(kept[0])
+            self.hook.load_state_dict(kept[1] | {"num_steps": num_steps})
+        elif self.report is None or (stored.get("decay") == "linear" and num_steps < stored["decay_steps"]):
+            raise InputError(
+                f"the checkpoint {folder} was saved before v0 was done and lacks {DECAY_FILE}, without which its second moment cannot be "
+                "gone on with: resume from another checkpoint"
+            )
 
     def _find_checkpoint(self) -> str:
         trainer = self._trainer

@@ -54,6 +54,9 @@ class GatheringRecorder(TrainerCallback):
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
+            self.reader = SecondMoment(
+                self.trainer.optimizer
+            )  # in the middle of its step ZeRO shows only some of the groups
             inner.register_step_pre_hook(call_before_update(self.look))
             if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
                 zero = self.trainer.optimizer.optimizer
@@ -64,10 +67,8 @@ class GatheringRecorder(TrainerCallback):
         steps = find_hook(inner)
         if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
-        # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
-        reader = SecondMoment(self.trainer.optimizer) if steps is None else steps.moments
-        for shard in reader.list_shards(name_parameters(self.trainer.model)):
-            moment = reader.read(shard)
+        for shard in self.reader.list_shards(name_parameters(self.trainer.model)):
+            moment = self.reader.read(shard)
             if moment is not None and shard.name not in self.local:
                 self.local[shard.name] = shard, gather(moment)
 

@@ -172,6 +172,16 @@ def test_resume_from_a_model_only_checkpoint_writes_v0_anew_and_says_so(tmp_path
     assert "holds no optimizer state" in caplog.text
     assert len(recorder.v0) == 10 and trainer.get_v0_report()["global_step"] == 3
 
+    # and such a run, stopped while its v0 decays, counts from its own first step when it goes on
+    linear = common | {"v0_decay": "linear", "v0_decay_steps": 4, "v0_estimation_steps": 2}
+    linear |= {"save_only_model": False, "max_steps": 9}
+    straight = make_trainer(tmp_path / "linear", **linear)
+    straight.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = make_trainer(tmp_path / "linear", model=make_gpt2(seed=9), **linear)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "linear" / "checkpoint-6"))
+    assert_equal_weights(straight, resumed)
+    assert resumed.get_v0_report()["global_step"] == 3
+
 
 def test_resume_with_other_settings_names_them_and_keeps_the_state(tmp_path, caplog):
     common = PER_SAMPLE | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
