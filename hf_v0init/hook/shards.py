@@ -33,16 +33,14 @@ class SteppedShards:
     Args:
         moments: of the optimizer.
         model: whose names the parameters have; None: they are named by their place in the optimizer.
-        include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
-        seed: of draws.
+        plan: which tensors get a v0, and the seed of draws.
 
     Attributes:
         pending: what is still to get a v0.
     """
 
-    def __init__(self, moments: SecondMoment, model: nn.Module | None, include_bias_and_norm: bool, seed: int) -> None:
-        self.moments, self.model, self.seed = moments, model, seed
-        self.include_bias_and_norm = include_bias_and_norm
+    def __init__(self, moments: SecondMoment, model: nn.Module | None, plan: V0Plan) -> None:
+        self.moments, self.model, self.plan = moments, model, plan
         self.pending: list[ParamShard] = []
         self._known: dict[tuple, ParamShard] = {}  # by tensor and name
         self._num_parameters = 0
@@ -66,15 +64,15 @@ class SteppedShards:
 
     def is_eligible(self, shard: ParamShard) -> bool:
         """Whether a shard gets a v0."""
-        return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
+        return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.plan.include_bias_and_norm)
 
-    def require_possible(self, plan: V0Plan, max_steps: int | None) -> int:
-        """Return K, the steps over which E[g^2] is estimated, of a plan that can be followed.
+    def require_possible(self, max_steps: int | None) -> int:
+        """Return K, the steps over which E[g^2] is estimated, if the plan can be followed.
 
         Raises:
             InputError: nothing can get a v0; the optimizer does not allow this one; K does not fit.
         """
-        moments, every = self.moments, self.list_all()
+        plan, moments, every = self.plan, self.moments, self.list_all()
         estimation_steps = plan.choose_estimation_steps(max_steps)
         if plan.estimation_steps is None and moments.read_beta2() is None:
             estimation_steps = 1
@@ -151,7 +149,7 @@ class SteppedShards:
         draw_standard_normal_(
             piece.local,
             name=shard.name,
-            seed=self.seed,
+            seed=self.plan.seed,
             full_shape=piece.full_shape,
             offset=piece.offset,
             transform=lambda z: z.square_().mul_(mean),

@@ -104,7 +104,6 @@ def initialize_v0(
             plan,
             _number(itertools.chain(first, batches), num_batches, accelerator, count_samples),
             lambda batch: _compute_loss(loss_fn, inner, batch),
-            seed=v0_seed,
             batch_size=sizes[0],
             effective_batch_size=float(effective_batch_size or sum(sizes) * accumulation),
             loss_scale=FP16_LOSS_SCALE if getattr(accelerator, "mixed_precision", "no") == "fp16" else 1.0,

@@ -82,13 +82,12 @@ class V0Report:
         without: list[ParamShard],
         *,
         scale: float | None,
-        seed: int,
     ) -> "V0Report":
         """Begin a report: what was asked for, and of what; `chosen` get a v0, `without` do not."""
         return cls(
             strategy=plan.init,
             scale=scale,
-            seed=seed,
+            seed=plan.seed,
             decay=plan.decay,
             decay_steps=plan.decay_steps,
             estimator=plan.estimator,
@@ -261,7 +260,7 @@ def describe_under_way(plan: V0Plan, estimation_steps: int, global_step: int) ->
     return under_way | {"global_step": global_step} | described
 
 
-def find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
+def find_differences(stored: dict, plan: V0Plan) -> list[str]:
     """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
     now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
     if plan.decay_steps not in (None, AUTO):
@@ -274,7 +273,7 @@ def find_differences(stored: dict, plan: V0Plan, seed: int) -> list[str]:
         now["num_samples_requested"] = plan.num_samples
         if plan.stats_batch_size is not None:
             now["stats_batch_size"] = plan.stats_batch_size
-    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": seed}
+    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": plan.seed}
     return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
 
 

@@ -116,9 +116,7 @@ class V0InitCallback(TrainerCallback):
             return self.report | length
         hook = self.hook
         if hook is not None and hook.num_steps:
-            return (
-                describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps, self._began_at) | length
-            )
+            return describe_under_way(hook.plan, hook.estimation_steps, self._began_at) | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
@@ -132,8 +130,7 @@ class V0InitCallback(TrainerCallback):
         require_supported_run(self._trainer)
         if type(optimizer).__name__ == "DummyOptim":
             return  # DeepSpeed builds its own instead, of a type that was looked at
-        shards = SteppedShards(SecondMoment(optimizer), self._trainer.model, plan.include_bias_and_norm, seed=0)
-        shards.require_possible(plan, None)
+        SteppedShards(SecondMoment(optimizer), self._trainer.model, plan).require_possible(None)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -144,7 +141,7 @@ class V0InitCallback(TrainerCallback):
                 "V0InitCallback does not know its Trainer: write V0InitCallback(...).attach(trainer) in place of add_callback"
             )
         state, optimizer, settings = self._trainer.state, self._trainer.optimizer, self.get_settings()
-        plan = settings.resolve(state.max_steps)
+        plan = settings.resolve(state.max_steps, self._trainer.args.seed)
         self._began_at = state.global_step
         self._require_one_warmup(settings, plan)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
@@ -220,7 +217,7 @@ class V0InitCallback(TrainerCallback):
         os.makedirs(folder, exist_ok=True)
         hook = self.hook
         if with_state and hook is not None and hook.is_attached:
-            write_hook_state(replace(hook.plan, seed=hook.seed), hook.state_dict(), folder)
+            write_hook_state(hook.plan, hook.state_dict(), folder)
         write_report(record, folder)
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
@@ -270,7 +267,7 @@ class V0InitCallback(TrainerCallback):
         self.length, self._began_at = stored.get("length"), stored.get("global_step", 0)
         if stored.get("is_written", True):
             self.report = {key: value for key, value in stored.items() if key != "length"}
-        differences = find_differences(stored, plan, trainer.args.seed if plan.seed is None else plan.seed)
+        differences = find_differences(stored, plan)
         if differences:
             logger.warning("v0 settings differ from the checkpoint's, which stand: " + "; ".join(differences))
         if stored.get("decay_steps") is not None:
@@ -309,7 +306,6 @@ class V0InitCallback(TrainerCallback):
             trainer.optimizer,
             trainer.model,
             plan,
-            seed=trainer.args.seed if plan.seed is None else plan.seed,
             max_steps=trainer.state.max_steps,
             find_length=self._find_length,
             on_written=self._finish,

@@ -46,15 +46,14 @@ def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
         InputError: (on every process) what the head of the file refuses, and what `write_per_sample_v0` does.
     """
     args = trainer.args
-    seed = args.seed if plan.seed is None else plan.seed
     _require_pass_is_possible(trainer)
     batch_size = _choose_batch_size(trainer, plan)
     step_size = float(trainer.get_total_train_batch_size(args))
     if hasattr(trainer, "get_v0_effective_batch_size"):  # batches under a budget of tokens have another size
         step_size = trainer.get_v0_effective_batch_size()
     with preserve_trainer(trainer), _count_items_locally(args):
-        samples, collate = _choose_samples(trainer, plan.num_samples, seed)
-        batches = iterate_batches(samples, collate, batch_size, seed, args.process_index, args.world_size)
+        samples, collate = _choose_samples(trainer, plan.num_samples, plan.seed)
+        batches = iterate_batches(samples, collate, batch_size, plan.seed, args.process_index, args.world_size)
         total = math.ceil(len(samples) / batch_size / args.world_size) if isinstance(samples, list) else None
         hidden = args.disable_tqdm or args.process_index != 0
         report = write_per_sample_v0(
@@ -65,7 +64,6 @@ def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
                 batches, total=total, desc="v0: gradient statistics", unit="batch", disable=hidden
             ),
             lambda batch: _compute_loss(trainer, batch),
-            seed=seed,
             batch_size=batch_size,
             effective_batch_size=step_size,
             loss_scale=FP16_LOSS_SCALE if args.fp16 else 1.0,
