@@ -1,7 +1,6 @@
 """What an optimizer steps, as the decays of v0 see it: which shards get one, their second moments and their gradients."""
 
 import logging
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
 from ..sharding.parts import ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
-from ..sharding.processes import compute_figures
+from ..sharding.processes import get_rank_and_world_size
 
 logger = logging.getLogger("hf_v0init")
 
@@ -105,44 +104,38 @@ class SteppedShards:
 
     def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
         """Find those whose tensor has, over all processes, a gradient that is not zero; refuse one that is not finite."""
-        names: dict[torch.Tensor, str] = {}
-        for shard in shards:
-            if shard.param.grad is not None:
-                names.setdefault(shard.param, shard.name)
-        if not names:
-            return []
-        gradients = [param.grad for param in names]
-        if any(gradient.is_sparse for gradient in gradients):
+        gradients = {shard.param: shard.param.grad.detach() for shard in shards if shard.param.grad is not None}
+        if any(gradient.is_sparse for gradient in gradients.values()):
             raise InputError(
                 "a parameter has a sparse gradient, of which no v0 is taken; build the embedding with sparse=False"
             )
-        local = [get_local_part(gradient.detach()) for gradient in gradients]
-        kinds = torch.zeros(len(gradients), dtype=torch.int64)
+        return self._find_usable(shards, gradients)
+
+    def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
+        return self._find_usable(shards, {shard.param: self.moments.read_whole(shard) for shard in shards})
+
+    def _find_usable(self, shards: list[ParamShard], tensors: dict[torch.Tensor, torch.Tensor]) -> list[ParamShard]:
+        """Find the shards of whose parameters there is a tensor that is not zero; refuse one that is not finite."""
+        if not tensors:
+            return []
+        local = [get_local_part(tensor) for tensor in tensors.values()]
+        kinds = torch.zeros(len(local), dtype=torch.int64)
         places = [place for place, part in enumerate(local) if part.numel()]
         if places:
             device = local[places[0]].device  # one that is waited for once
             extremes = [torch.stack(torch.aminmax(local[place])).float().to(device) for place in places]
             values = torch.stack(extremes).abs().amax(1).cpu()
             kinds[places] = torch.where(values.isfinite(), (values > 0).long() * USABLE, NOT_FINITE)
-        if self.is_sharded() and dist.is_initialized() and dist.get_world_size() > 1:
-            on_device = kinds.to(local[0].device) if local else kinds
+        if self.is_sharded() and get_rank_and_world_size()[1] > 1:
+            on_device = kinds.to(local[0].device)
             dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
             kinds = on_device.cpu()
-        found = dict(zip(names, kinds.tolist(), strict=True))
-        for param, kind in found.items():
-            if kind == NOT_FINITE:
-                raise InputError(describe_not_finite(names[param]))
-        return [shard for shard in shards if found.get(shard.param) == USABLE]
-
-    def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
-        """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
-        moments = [self.moments.read(shard) for shard in shards]
-        largest: dict[torch.Tensor, float] = {}
-        for shard, values in zip(shards, compute_figures(shards, moments, self.is_sharded()), strict=True):
-            if not all(math.isfinite(value) for value in values[:3]):
+        found = dict(zip(tensors, kinds.tolist(), strict=True))
+        for shard in shards:
+            if found.get(shard.param) == NOT_FINITE:
                 raise InputError(describe_not_finite(shard.name))
-            largest[shard.param] = max(largest.get(shard.param, 0.0), values[2])
-        return [shard for shard in shards if largest[shard.param] > 0.0]
+        return [shard for shard in shards if found.get(shard.param) == USABLE]
 
     def draw(self, shard: ParamShard, piece: Piece, mean: float) -> None:
         """Fill a piece of a shard's second moment with mean * chi^2_1, drawn by the parameter's name."""

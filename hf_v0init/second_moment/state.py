@@ -161,8 +161,13 @@ class SecondMoment:
         The live tensor in the parameter's dtype; a new one, in fp32, where the state is quantised or stores the root; under ZeRO
         the 1-D part of it that lies on this process.
         """
+        whole = self.read_whole(shard)
+        return None if whole is None else shard.cut(whole)
+
+    def read_whole(self, shard: ParamShard) -> torch.Tensor | None:
+        """Return the second moment of the tensor that a shard lies in, as `read`."""
         state = self.find_state(shard.param, shard.group)
-        return None if state is None else shard.cut(self.format.read(state))
+        return None if state is None else self.format.read(state)
 
     def read_parameter(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return the second moment of one of the model's parameters, as `read`; None also for one that is not stepped."""
