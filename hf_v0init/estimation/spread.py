@@ -103,10 +103,9 @@ def factor_into_rows_and_columns(
         for piece in shard.find_pieces(moment):
             for place, values in enumerate((piece.local, torch.ones_like(piece.local))):
                 matrix = values.reshape(values.shape[0] if values.dim() else 1, -1).float()
-                rows = total[place, :num_rows]
-                columns = total[place, num_rows:]
-                _cut_rows(rows, piece).add_(matrix.sum(1))
-                _add_to_columns(columns, piece, matrix.sum(0))
+                _cut_rows(total[place, :num_rows], piece).add_(matrix.sum(1))
+                columns = _slice_columns(total[place, num_rows:], piece)
+                columns.add_(matrix.sum(0).view(columns.shape))
         sums.append(total)
     if over_processes and sums and get_rank_and_world_size()[1] > 1:
         joined = torch.cat([total.flatten() for total in sums])
@@ -139,11 +138,6 @@ def _slice_columns(columns: torch.Tensor, piece: Piece) -> torch.Tensor:
     for dim, (start, length) in enumerate(zip(piece.offset[1:], piece.local.shape[1:], strict=True)):
         whole = whole.narrow(dim, start, length)
     return whole
-
-
-def _add_to_columns(columns: torch.Tensor, piece: Piece, sums: torch.Tensor) -> None:
-    target = _slice_columns(columns, piece)
-    target.add_(sums.view(target.shape))
 
 
 def _view_as_matrix(local: torch.Tensor) -> torch.Tensor | None:

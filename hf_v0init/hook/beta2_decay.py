@@ -108,7 +108,7 @@ class Beta2Decay:
         ratios: dict[float | None, list[torch.Tensor]] = {}  # of v0 to g^2, by beta2
         for shard, scale in zip(shards, scales, strict=True):
             mean = compute_random_v0_mean(shard.full_shape, scale)
-            self.moments.change(shard, lambda v, shard=shard, mean=mean: self._draw_all(shard, v, mean))
+            self.moments.change(shard, lambda v, s=shard, mean=mean: self.shards.draw(s, s.find_pieces(v), mean))
             ratio = self._sample_ratio(shard) / inverse_scale**2
             ratios.setdefault(self.moments.read_beta2(shard.group), []).append(ratio)
         if self.ratio is not None or not ratios:
@@ -133,10 +133,6 @@ class Beta2Decay:
         squared = some.square()
         nonzero = squared > 0
         return (taken[nonzero] / squared[nonzero]).cpu()
-
-    def _draw_all(self, shard: ParamShard, moment: torch.Tensor, mean: float) -> None:
-        for piece in shard.find_pieces(moment):
-            self.shards.draw(shard, piece, mean)
 
     def _refine(self, shards: list[ParamShard], step: int, inverse_scale: float) -> None:
         """Let second moments before step t be what they are after a start at scale * v_hat_t, v_hat_t being the mean of g^2 so far.

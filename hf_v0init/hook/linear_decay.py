@@ -153,7 +153,6 @@ class LinearDecay:
     def _draw_elements(self, shard: ParamShard, moment: torch.Tensor, mean: float) -> Elements:
         """Draw mean * chi^2_1 for each element, by the parameter's name."""
         pieces = shard.find_pieces(moment)
-        drawn = [torch.empty_like(piece.local, dtype=torch.float32) for piece in pieces]
-        for piece, own in zip(pieces, drawn, strict=True):
-            self.shards.draw(shard, replace(piece, local=own), mean)
-        return Elements(shard, [own.to(torch.bfloat16) for own in drawn], mean)
+        drawn = [replace(piece, local=torch.empty_like(piece.local, dtype=torch.float32)) for piece in pieces]
+        self.shards.draw(shard, drawn, mean)
+        return Elements(shard, [piece.local.to(torch.bfloat16) for piece in drawn], mean)

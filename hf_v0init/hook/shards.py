@@ -137,16 +137,17 @@ class SteppedShards:
                 raise InputError(describe_not_finite(shard.name))
         return [shard for shard in shards if found.get(shard.param) == USABLE]
 
-    def draw(self, shard: ParamShard, piece: Piece, mean: float) -> None:
-        """Fill a piece of a shard's second moment with mean * chi^2_1, drawn by the parameter's name."""
-        draw_standard_normal_(
-            piece.local,
-            name=shard.name,
-            seed=self.plan.seed,
-            full_shape=piece.full_shape,
-            offset=piece.offset,
-            transform=lambda z: z.square_().mul_(mean),
-        )
+    def draw(self, shard: ParamShard, pieces: list[Piece], mean: float) -> None:
+        """Fill the pieces of a shard with mean * chi^2_1, drawn by the parameter's name."""
+        for piece in pieces:
+            draw_standard_normal_(
+                piece.local,
+                name=shard.name,
+                seed=self.plan.seed,
+                full_shape=piece.full_shape,
+                offset=piece.offset,
+                transform=lambda z: z.square_().mul_(mean),
+            )
 
     def write_late(self, write: Callable[[ParamShard], None]) -> list[str]:
         """Give a v0, by `write`, to what has its first gradient now; returns the parameters' names."""

@@ -421,12 +421,11 @@ def test_decay_steps_below_one_are_a_share_of_max_steps():
     assert v0s[0].keys() == v0s[1].keys() and all(torch.equal(v0s[0][name], v0s[1][name]) for name in v0s[0])
 
 
-def test_max_steps_gives_the_expectation_and_its_warning(caplog):
+def test_max_steps_gives_the_expectation_and_its_warning(our_log):
     model = make_network(batch_norm=False)
     options = {"v0_scale": 1e6, "effective_batch_size": 1, "max_steps": 20}
-    with caplog.at_level("WARNING", logger="hf_v0init"):
-        report = initialize_v0(
-            make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, **options
-        )
+    report = initialize_v0(
+        make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, **options
+    )
     assert report.multiplier["20"] == pytest.approx((1 + 1e6 * 0.999**20 / (1 - 0.999**20)) ** -0.5, rel=1e-6)
-    assert any(r.levelname == "WARNING" for r in caplog.records)
+    assert any(r.levelname == "WARNING" for r in our_log.records)
