@@ -353,7 +353,7 @@ def test_an_exception_on_one_process_is_raised_on_all(launched):
         assert "runs the model inside DDP" in errors[rank]["wrapped"]
         assert errors[rank]["num_states"] == 0
         assert "bad batch here" in errors[rank]["radius"]["error"] and errors[rank]["radius"]["unchanged"]
-        assert "bad batch on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
+        assert "disk full on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
 
 
 @pytest.mark.parametrize("kind", ["fully_shard", "tensor_parallel"])
