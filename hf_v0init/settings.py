@@ -10,9 +10,9 @@ from typing import Any
 
 from .errors import InputError
 from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
+from .method.length import UNTUNED_WARMUPS
 from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
 from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
-from .method.untuned_warmup import UNTUNED_WARMUPS
 
 ESTIMATORS = ("minibatch", "per_sample")
 AUTO = "auto"  # of v0_decay_steps
@@ -57,7 +57,7 @@ class V0Plan:
         estimation_steps: K as the user gave it; None for the default.
         num_samples, stats_batch_size: of the per-sample estimation.
         include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
-        seed: of random draws and of the choice of samples; None for the run's.
+        seed: of random draws and of the choice of samples.
     """
 
     init: str = "zeros"
@@ -69,7 +69,7 @@ class V0Plan:
     num_samples: int | None = None
     stats_batch_size: int | None = None
     include_bias_and_norm: bool = False
-    seed: int | None = None
+    seed: int = 0
 
     @property
     def keeps_plateau(self) -> bool:
@@ -282,8 +282,8 @@ class V0InitArguments:
         """Whether a length is to be measured in the first step: of v0, or of the warmup."""
         return self.untuned_warmup == TRUST_RADIUS or self.resolve().decay_steps == AUTO
 
-    def resolve(self, max_steps: int | None = None) -> V0Plan:
-        """Return the plan of a run of `max_steps` optimizer steps; None or less: not known, and fractions stay fractions."""
+    def resolve(self, max_steps: int | None = None, seed: int = 0) -> V0Plan:
+        """Return the plan of a run of `max_steps` optimizer steps (None or less: not known, and fractions stay fractions) and of this seed."""
         if self.v0_init == "zeros":
             return V0Plan()
         per_sample = self.v0_init == "data_driven" and self._get("v0_estimator") == "per_sample"
@@ -310,7 +310,7 @@ class V0InitArguments:
             num_samples=(self._get("v0_num_samples") or DEFAULT_NUM_SAMPLES) if per_sample else None,
             stats_batch_size=self.v0_stats_batch_size if per_sample else None,
             include_bias_and_norm=decay == "linear" if include is None else include,
-            seed=self.v0_seed,
+            seed=seed if self.v0_seed is None else self.v0_seed,
         )
 
 

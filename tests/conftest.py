@@ -42,6 +42,13 @@ def sequences():
 
 
 @pytest.fixture
+def our_log(caplog):
+    """What this package logs."""
+    with caplog.at_level("INFO", logger="hf_v0init"):
+        yield caplog
+
+
+@pytest.fixture
 def make_accelerator():
     """Accelerate keeps its state for the process: a test must not leave it to the next."""
     from accelerate import Accelerator

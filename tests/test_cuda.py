@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 STRATEGIES = ["random", "data_driven", "first_gradient"]
 ON_GPU = {"use_cpu": False}
+BETA2 = {"v0_decay": "beta2"}  # a v0 that stands before the first step
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
@@ -37,14 +38,14 @@ def test_zeros_is_the_stock_trainer_bit_for_bit(tmp_path, optim, precision):
 def test_v0_has_no_side_effect_on_the_run(tmp_path, strategy, options):
     """With v0 erased before the first step the run is the stock run: same order, same dropout masks of the GPU's generator."""
     stock = train(tmp_path / "a", stock=True, **ON_GPU, **options)
-    ours, recorder = record(tmp_path / "b", erase=True, v0_init=strategy, **ON_GPU, **options)
+    ours, recorder = record(tmp_path / "b", erase=True, v0_init=strategy, **BETA2, **ON_GPU, **options)
     assert len(recorder.v0) == 10
     assert_equal_weights(stock, ours)
 
 
 def test_random_v0_is_the_one_of_the_cpu_bit_for_bit(tmp_path):
-    _, cpu = record(tmp_path / "a", v0_init="random", max_steps=1)
-    trainer, gpu = record(tmp_path / "b", v0_init="random", max_steps=1, **ON_GPU)
+    _, cpu = record(tmp_path / "a", v0_init="random", max_steps=1, **BETA2)
+    trainer, gpu = record(tmp_path / "b", v0_init="random", max_steps=1, **BETA2, **ON_GPU)
     assert cpu.v0.keys() == gpu.v0.keys() and len(gpu.v0) == 10
     for name, parameter in trainer.model.named_parameters():
         if name in gpu.v0:
@@ -55,7 +56,7 @@ def test_random_v0_is_the_one_of_the_cpu_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("estimator", ["per_sample", "minibatch"])
 def test_data_driven_v0_is_the_one_of_the_cpu(tmp_path, estimator):
     """Without dropout the two differ by the rounding of the gradients alone."""
-    options = {"v0_init": "data_driven", "v0_estimator": estimator, "max_steps": 1}
+    options = {"v0_init": "data_driven", "v0_estimator": estimator, "max_steps": 1, **BETA2}
     _, cpu = record(tmp_path / "a", model=make_gpt2(dropout=0.0), **options)
     _, gpu = record(tmp_path / "b", model=make_gpt2(dropout=0.0), **options, **ON_GPU)
     assert cpu.v0.keys() == gpu.v0.keys() and len(gpu.v0) == 10

@@ -1,1 +1,1 @@
-"""The paper's pass before training: which samples, their gradients, the sums of these over batches and processes."""
+"""E[g^2]: of single samples by a pass before training, its form while v0 decays; and the trust radius."""

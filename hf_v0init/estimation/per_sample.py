@@ -24,10 +24,33 @@ from torch import nn
 from ..errors import InputError
 from ..sharding.processes import add_over_processes, fail_together, get_rank_and_world_size
 from ..state_guard import preserve_model, preserve_rng, raise_if_interrupted, seed_everything
-from .batches import SampleBatch, compute_batch_seed
 
 FP16_LOSS_SCALE = 1024.0  # keeps gradients in fp16 out of the subnormal range; divided out again
 RATIO_ELEMENTS = 4096  # of each tensor, from which `GradSqMean.measured_ratio` is taken
+
+
+@dataclass
+class SampleBatch:
+    """One batch of the pass.
+
+    Attributes:
+        inputs: as the loss takes them.
+        num_samples: how many samples they are.
+        index: the batch's number in the whole pass (over all processes), which seeds its dropout.
+        counts: False for a repetition, by which a process has as many batches as the others, whose losses may be collective.
+        has_loss: whether any target is left to compute a loss of. A batch without is run and skipped.
+    """
+
+    inputs: Any
+    num_samples: int
+    index: int
+    counts: bool = True
+    has_loss: bool = True
+
+
+def compute_batch_seed(seed: int, index: int) -> int:
+    """Compute the random seed of batch `index` of the pass, the same on whichever process runs it."""
+    return (seed * 1_000_003 + index * 7_919 + 1) % (1 << 63)
 
 
 @dataclass

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from ..sharding.parts import Fragment, Piece, find_pieces
+from ..sharding.parts import ParamShard, Piece
 from ..sharding.processes import get_rank_and_world_size
-
-Held = torch.Tensor | Fragment  # what a process holds of a tensor
 
 
 @dataclass
@@ -22,13 +20,15 @@ class RowsAndColumns:
     """s as the product of two vectors.
 
     Attributes:
+        shard: of which parameter.
         rows: r / mean(s), fp32, shape (size of the first dimension,); 1 for a scalar.
         columns: c, fp32, shape (elements per row,); in units of gradient squared.
     """
 
+    shard: ParamShard
     rows: torch.Tensor
     columns: torch.Tensor
-    _moment: Held | None = field(default=None, repr=False, compare=False)  # the tensor that `_parts` belong to
+    _moment: torch.Tensor | None = field(default=None, repr=False, compare=False)  # the tensor that `_parts` belong to
     _parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=list, repr=False, compare=False
     )
@@ -37,10 +37,10 @@ class RowsAndColumns:
         """Return both vectors."""
         return {"rows": self.rows, "columns": self.columns}
 
-    def add_(self, moment: Held, factor: float) -> None:
+    def add_(self, moment: torch.Tensor, factor: float) -> None:
         """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
         if moment is not self._moment:  # the optimizer's own tensor stays the same one from step to step
-            self._moment, self._parts = moment, [self._cut(piece) for piece in find_pieces(moment)]
+            self._moment, self._parts = moment, [self._cut(piece) for piece in self.shard.find_pieces(moment)]
         for local, rows, columns in self._parts:
             if local.dim() == 2:
                 local.addr_(rows, columns, alpha=factor)
@@ -62,10 +62,12 @@ class Elements:
     """s element by element, in bf16: two bytes each.
 
     Attributes:
-        pieces: of what this process holds, as `find_pieces` lists it.
+        shard: of which parameter.
+        pieces: as `ParamShard.find_pieces` lists them.
         mean: of the draws that they are, in units of gradient squared.
     """
 
+    shard: ParamShard
     pieces: list[torch.Tensor]
     mean: float
 
@@ -73,38 +75,37 @@ class Elements:
         """Return what the draws are made again of."""
         return {"mean": self.mean}
 
-    def add_(self, moment: Held, factor: float) -> None:
+    def add_(self, moment: torch.Tensor, factor: float) -> None:
         """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
-        for piece, own in zip(find_pieces(moment), self.pieces, strict=True):
+        for piece, own in zip(self.shard.find_pieces(moment), self.pieces, strict=True):
             piece.local.add_(own, alpha=factor)
             if factor < 0.0:
                 piece.local.clamp_min_(0.0)
 
 
 def factor_into_rows_and_columns(
-    moments: list[tuple[Held, tuple[int, ...]]], over_processes: bool
+    shards: list[ParamShard], moments: list[torch.Tensor], over_processes: bool
 ) -> list[RowsAndColumns]:
     """Factor tensors into the means of their rows and columns.
 
     Args:
-        moments: (tensor of squares, or what this process holds of it; shape of the whole).
+        shards, moments: tensors of squares, and what each is of.
         over_processes: whether any is sharded; then all processes must call this, and it is one reduction in all.
 
     Returns:
         One `RowsAndColumns` for each; their product's mean over the tensor is the tensor's.
     """
     sums = []
-    for moment, shape in moments:
-        num_rows, num_columns = _shape_as_matrix(shape)
-        device = moment.local.device if isinstance(moment, Fragment) else moment.device
-        total = torch.zeros(2, num_rows + num_columns, dtype=torch.float32, device=device)  # sums, numbers of elements
-        for piece in find_pieces(moment):
+    for shard, moment in zip(shards, moments, strict=True):
+        num_rows, num_columns = _shape_as_matrix(shard.full_shape)
+        # sums, numbers of elements
+        total = torch.zeros(2, num_rows + num_columns, dtype=torch.float32, device=moment.device)
+        for piece in shard.find_pieces(moment):
             for place, values in enumerate((piece.local, torch.ones_like(piece.local))):
                 matrix = values.reshape(values.shape[0] if values.dim() else 1, -1).float()
-                rows = total[place, :num_rows]
-                columns = total[place, num_rows:]
-                _cut_rows(rows, piece).add_(matrix.sum(1))
-                _add_to_columns(columns, piece, matrix.sum(0))
+                _cut_rows(total[place, :num_rows], piece).add_(matrix.sum(1))
+                columns = _slice_columns(total[place, num_rows:], piece)
+                columns.add_(matrix.sum(0).view(columns.shape))
         sums.append(total)
     if over_processes and sums and get_rank_and_world_size()[1] > 1:
         joined = torch.cat([total.flatten() for total in sums])
@@ -112,12 +113,12 @@ def factor_into_rows_and_columns(
         parts = joined.split([total.numel() for total in sums])
         sums = [part.view(2, -1) for part in parts]
     factored = []
-    for (_, shape), total in zip(moments, sums, strict=True):
-        num_rows, _ = _shape_as_matrix(shape)
+    for shard, total in zip(shards, sums, strict=True):
+        num_rows, _ = _shape_as_matrix(shard.full_shape)
         means = total[0] / total[1].clamp_min(1.0)
         rows, columns = means[:num_rows], means[num_rows:]
         mean = rows.mean()
-        factored.append(RowsAndColumns(torch.where(mean > 0, rows / mean, rows), columns.clone()))
+        factored.append(RowsAndColumns(shard, torch.where(mean > 0, rows / mean, rows), columns.clone()))
     return factored
 
 
@@ -137,11 +138,6 @@ def _slice_columns(columns: torch.Tensor, piece: Piece) -> torch.Tensor:
     for dim, (start, length) in enumerate(zip(piece.offset[1:], piece.local.shape[1:], strict=True)):
         whole = whole.narrow(dim, start, length)
     return whole
-
-
-def _add_to_columns(columns: torch.Tensor, piece: Piece, sums: torch.Tensor) -> None:
-    target = _slice_columns(columns, piece)
-    target.add_(sums.view(target.shape))
 
 
 def _view_as_matrix(local: torch.Tensor) -> torch.Tensor | None:

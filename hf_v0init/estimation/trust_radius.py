@@ -35,8 +35,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..sharding.parts import get_local_part, is_dtensor, is_sharded, read_gradient
-from ..sharding.processes import add_over_processes, get_rank_and_world_size, raise_together
-from ..sharding.tensor_statistics import get_wide_dtype
+from ..sharding.processes import add_over_processes, get_rank_and_world_size, get_wide_dtype, raise_together
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -141,17 +140,10 @@ def measure_trust_radius(
             for parameter in parameters:
                 parameter.grad /= get_rank_and_world_size()[1]
         write_rng_states(states)  # the losses have the masks of the gradients
-        walk = _StepWalk(
-            [(parameter, 1.0) for parameter in parameters],
-            lambda: sum(float(loss_fn(model, batch).detach()) for batch in batches),
-            model,
-        )
-        for parameter in model.parameters():
-            parameter.grad = None
-        with torch.no_grad():
-            walk.run()
-    walk.result.seconds = time.perf_counter() - started
-    return walk.result
+        moved = [(parameter, 1.0) for parameter in parameters]
+        result = measure_in_step(moved, lambda: sum(float(loss_fn(model, batch)) for batch in batches), model)
+    result.seconds = time.perf_counter() - started
+    return result
 
 
 def measure_in_step(

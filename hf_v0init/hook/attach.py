@@ -80,4 +80,4 @@ def attach_v0(
         length.log("v0 decays over")
         return length
 
-    return V0Hook(optimizer, model, plan, seed=v0_seed, max_steps=max_steps, find_length=find_length)
+    return V0Hook(optimizer, model, plan, max_steps=max_steps, find_length=find_length)

@@ -6,9 +6,9 @@ import torch
 
 from ..method.strategies import compute_random_v0_mean
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part
+from ..sharding.parts import ParamShard, get_local_part
 from ..sharding.processes import gather_objects
-from .shards import SteppedShards
+from .shards import MAX_ZERO_GRADIENTS, SteppedShards
 
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
 
@@ -38,6 +38,7 @@ class Beta2Decay:
         self.moments = shards.moments
         self.is_done, self.ratio = False, None
         self._is_finished = False
+        self._num_frozen_steps = 0  # made while all that waits was frozen
         self._written: list[ParamShard] = []
         self._random_factors: dict[float | None, float] = {}  # by beta2, of draws that are sized by `decay_steps`
 
@@ -58,7 +59,10 @@ class Beta2Decay:
             elif step == self.estimation_steps + 1 and not self._is_finished:
                 self._finish(self._written)
             late = self.shards.write_late(lambda shard: self._write([shard], inverse_scale))
-        self.is_done = not self.shards.pending and (step > self.estimation_steps or self.estimation_steps == 1)
+        is_frozen = not any(shard.param.requires_grad for shard in self.shards.pending)
+        self._num_frozen_steps = self._num_frozen_steps + 1 if is_frozen else 0
+        waits = self.shards.pending and self._num_frozen_steps < MAX_ZERO_GRADIENTS
+        self.is_done = not waits and (step > self.estimation_steps or self.estimation_steps == 1)
         return late
 
     def state_dict(self) -> dict[str, dict]:
@@ -104,8 +108,8 @@ class Beta2Decay:
         ratios: dict[float | None, list[torch.Tensor]] = {}  # of v0 to g^2, by beta2
         for shard, scale in zip(shards, scales, strict=True):
             mean = compute_random_v0_mean(shard.full_shape, scale)
-            self.moments.change(shard, lambda v, shard=shard, mean=mean: self._draw_all(shard, v, mean))
-            ratio = sample_ratio(self.moments.read(shard), self.shards.read_gradient(shard)) / inverse_scale**2
+            self.moments.change(shard, lambda v, s=shard, mean=mean: self.shards.draw(s, s.find_pieces(v), mean))
+            ratio = self._sample_ratio(shard) / inverse_scale**2
             ratios.setdefault(self.moments.read_beta2(shard.group), []).append(ratio)
         if self.ratio is not None or not ratios:
             return
@@ -121,9 +125,14 @@ class Beta2Decay:
             factor = self._random_factors[self.moments.read_beta2(shard.group)]
             self.moments.change(shard, lambda v, f=factor: get_local_part(v).mul_(f))
 
-    def _draw_all(self, shard: ParamShard, moment: torch.Tensor | Fragment, mean: float) -> None:
-        for piece in find_pieces(moment):
-            self.shards.draw(shard, piece, mean)
+    def _sample_ratio(self, shard: ParamShard) -> torch.Tensor:
+        """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
+        v0, gradient = self.moments.read(shard), self.shards.read_gradient(shard)
+        spacing = max(1, shard.numel // RATIO_SAMPLES)
+        taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
+        squared = some.square()
+        nonzero = squared > 0
+        return (taken[nonzero] / squared[nonzero]).cpu()
 
     def _refine(self, shards: list[ParamShard], step: int, inverse_scale: float) -> None:
         """Let second moments before step t be what they are after a start at scale * v_hat_t, v_hat_t being the mean of g^2 so far.
@@ -142,15 +151,6 @@ class Beta2Decay:
             self.moments.change(
                 shard, lambda v, f=factor, g=gradient, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
             )
-
-
-def sample_ratio(v0: torch.Tensor | Fragment, gradient: torch.Tensor | Fragment) -> torch.Tensor:
-    """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
-    spacing = max(1, v0.numel() // RATIO_SAMPLES)
-    taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
-    squared = some.square()
-    nonzero = squared > 0
-    return (taken[nonzero] / squared[nonzero]).cpu()
 
 
 def compute_median(values: list[torch.Tensor], over_processes: bool) -> float | None:

@@ -14,8 +14,8 @@ import torch
 from ..estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
 from ..method.decay import compute_addend
 from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard, find_pieces, get_local_part, with_local_part
-from ..sharding.tensor_statistics import compute_figures
+from ..sharding.parts import ParamShard, get_local_part, with_local_part
+from ..sharding.processes import compute_figures
 from .shards import SteppedShards
 
 logger = logging.getLogger("hf_v0init")
@@ -93,7 +93,7 @@ class LinearDecay:
                 spread: Spread = self._draw_elements(shard, moment, entry["mean"])
             else:
                 device = shard.param.device
-                spread = RowsAndColumns(entry["rows"].to(device), entry["columns"].to(device))
+                spread = RowsAndColumns(shard, entry["rows"].to(device), entry["columns"].to(device))
             self._held[shard] = spread, entry["num_updates"], entry["amount"]
 
     def find_scale(self, group: dict) -> None:
@@ -136,26 +136,23 @@ class LinearDecay:
         (spread,) = self._spread([shard], [with_local_part(gradient, square)], [1.0])
         self._held[shard] = spread, self.moments.count_steps(shard) or 0, 0.0
 
-    def _spread(
-        self, shards: list[ParamShard], moments: list[torch.Tensor | Fragment], corrections: list[float]
-    ) -> list[Spread]:
+    def _spread(self, shards: list[ParamShard], moments: list[torch.Tensor], corrections: list[float]) -> list[Spread]:
         """Make of each moment v its s = v / correction, in the form in which it is kept."""
         is_sharded = self.shards.is_sharded()
         if self.plan.init == "random":
-            means = [figures[0] for figures in compute_figures(moments, is_sharded)]
+            means = [figures[0] for figures in compute_figures(shards, moments, is_sharded)]
             return [
                 self._draw_elements(shard, moment, mean / correction)
                 for shard, moment, mean, correction in zip(shards, moments, means, corrections, strict=True)
             ]
-        whole_shapes = [shard.full_shape for shard in shards]
-        factored = factor_into_rows_and_columns(list(zip(moments, whole_shapes, strict=True)), is_sharded)
+        factored = factor_into_rows_and_columns(shards, moments, is_sharded)
         for spread, correction in zip(factored, corrections, strict=True):
             spread.columns /= correction
         return factored
 
-    def _draw_elements(self, shard: ParamShard, moment: torch.Tensor | Fragment, mean: float) -> Elements:
+    def _draw_elements(self, shard: ParamShard, moment: torch.Tensor, mean: float) -> Elements:
         """Draw mean * chi^2_1 for each element, by the parameter's name."""
-        drawn = [torch.empty_like(piece.local, dtype=torch.float32) for piece in find_pieces(moment)]
-        for piece, own in zip(find_pieces(moment), drawn, strict=True):
-            self.shards.draw(shard, replace(piece, local=own), mean)
-        return Elements([own.to(torch.bfloat16) for own in drawn], mean)
+        pieces = shard.find_pieces(moment)
+        drawn = [replace(piece, local=torch.empty_like(piece.local, dtype=torch.float32)) for piece in pieces]
+        self.shards.draw(shard, drawn, mean)
+        return Elements(shard, [piece.local.to(torch.bfloat16) for piece in drawn], mean)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import estimate_grad_sq_mean
+from ..estimation.per_sample import SampleBatch, estimate_grad_sq_mean
 from ..records.report import V0Report
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
@@ -25,7 +24,6 @@ def write_per_sample_v0(
     batches: Iterable[SampleBatch],
     compute_loss: Callable[[Any], torch.Tensor],
     *,
-    seed: int,
     batch_size: int,
     effective_batch_size: float,
     loss_scale: float = 1.0,
@@ -37,7 +35,7 @@ def write_per_sample_v0(
         optimizer: whose second moments are written; it has made no step.
         model: whose parameters get a v0, not inside DDP.
         plan: with the per-sample estimator.
-        batches, compute_loss, seed, effective_batch_size, loss_scale, other_parameters: see `estimate_grad_sq_mean`.
+        batches, compute_loss, effective_batch_size, loss_scale, other_parameters: see `estimate_grad_sq_mean`.
         batch_size: samples per batch, for the report.
 
     Returns:
@@ -56,12 +54,12 @@ def write_per_sample_v0(
         batches,
         compute_loss,
         model=model,
-        seed=seed,
+        seed=plan.seed,
         loss_scale=loss_scale,
         effective_batch_size=effective_batch_size,
         other_parameters=other_parameters,
     )
-    report = V0Report.begin(plan, moments, chosen, skipped, scale=scales[0], seed=seed)
+    report = V0Report.begin(plan, moments, chosen, skipped, scale=scales[0])
     report.num_samples, report.num_batches = estimate.num_samples, estimate.num_batches
     report.num_skipped, report.mean_loss, report.seconds = estimate.num_skipped, estimate.mean_loss, estimate.seconds
     report.stats_batch_size, report.effective_batch_size = batch_size, effective_batch_size
@@ -90,8 +88,8 @@ def _choose_parameters(
             "parameters already have optimizer state: v0 is written only before the first step, and after a resume the checkpoint's state "
             "stands; build a new optimizer to start again"
         )
-    shards, names = SteppedShards(moments, model, plan.include_bias_and_norm, 0), name_parameters(model)
-    shards.require_possible(plan, None)
+    shards, names = SteppedShards(moments, model, plan), name_parameters(model)
+    shards.require_possible(None)
     trained = [shard for shard in shards.list_all() if id(shard.param) in names and shard.param.requires_grad]
     chosen = [shard for shard in trained if shards.is_eligible(shard)]
     if not chosen:

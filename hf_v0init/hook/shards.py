@@ -1,7 +1,6 @@
 """What an optimizer steps, as the decays of v0 see it: which shards get one, their second moments and their gradients."""
 
 import logging
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,12 +13,12 @@ from ..records.report import describe_not_finite
 from ..second_moment.state import SecondMoment
 from ..settings import V0Plan
 from ..sharding.draws import draw_standard_normal_
-from ..sharding.parts import Fragment, ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
-from ..sharding.tensor_statistics import compute_figures
+from ..sharding.parts import ParamShard, Piece, get_local_part, is_dtensor, name_parameters, read_gradient
+from ..sharding.processes import get_rank_and_world_size
 
 logger = logging.getLogger("hf_v0init")
 
-MAX_ZERO_GRADIENTS = 100  # of a late parameter, before it is left at v0 = 0
+MAX_ZERO_GRADIENTS = 100  # of a late parameter, or steps in which it is frozen, before it is left at v0 = 0
 ZERO, USABLE, NOT_FINITE = 0, 1, 2
 NOTHING_TO_WRITE = (
     "the optimizer holds no trainable parameter of two or more dimensions of this model, so there is nothing to give a v0 to; "
@@ -33,16 +32,14 @@ class SteppedShards:
     Args:
         moments: of the optimizer.
         model: whose names the parameters have; None: they are named by their place in the optimizer.
-        include_bias_and_norm: whether tensors of fewer than two dimensions get a v0.
-        seed: of draws.
+        plan: which tensors get a v0, and the seed of draws.
 
     Attributes:
         pending: what is still to get a v0.
     """
 
-    def __init__(self, moments: SecondMoment, model: nn.Module | None, include_bias_and_norm: bool, seed: int) -> None:
-        self.moments, self.model, self.seed = moments, model, seed
-        self.include_bias_and_norm = include_bias_and_norm
+    def __init__(self, moments: SecondMoment, model: nn.Module | None, plan: V0Plan) -> None:
+        self.moments, self.model, self.plan = moments, model, plan
         self.pending: list[ParamShard] = []
         self._known: dict[tuple, ParamShard] = {}  # by tensor and name
         self._num_parameters = 0
@@ -66,15 +63,15 @@ class SteppedShards:
 
     def is_eligible(self, shard: ParamShard) -> bool:
         """Whether a shard gets a v0."""
-        return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.include_bias_and_norm)
+        return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.plan.include_bias_and_norm)
 
-    def require_possible(self, plan: V0Plan, max_steps: int | None) -> int:
-        """Return K, the steps over which E[g^2] is estimated, of a plan that can be followed.
+    def require_possible(self, max_steps: int | None) -> int:
+        """Return K, the steps over which E[g^2] is estimated, if the plan can be followed.
 
         Raises:
             InputError: nothing can get a v0; the optimizer does not allow this one; K does not fit.
         """
-        moments, every = self.moments, self.list_all()
+        plan, moments, every = self.plan, self.moments, self.list_all()
         estimation_steps = plan.choose_estimation_steps(max_steps)
         if plan.estimation_steps is None and moments.read_beta2() is None:
             estimation_steps = 1
@@ -97,7 +94,7 @@ class SteppedShards:
                 plan.get_scale(beta2)  # too large a scale is refused now
         return estimation_steps
 
-    def read_gradient(self, shard: ParamShard) -> torch.Tensor | Fragment:
+    def read_gradient(self, shard: ParamShard) -> torch.Tensor:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
         return shard.cut(read_gradient(shard.param))
 
@@ -107,55 +104,50 @@ class SteppedShards:
 
     def find_ready(self, shards: list[ParamShard]) -> list[ParamShard]:
         """Find those whose tensor has, over all processes, a gradient that is not zero; refuse one that is not finite."""
-        names: dict[torch.Tensor, str] = {}
-        for shard in shards:
-            if shard.param.grad is not None:
-                names.setdefault(shard.param, shard.name)
-        if not names:
-            return []
-        gradients = [param.grad for param in names]
-        if any(gradient.is_sparse for gradient in gradients):
+        gradients = {shard.param: shard.param.grad.detach() for shard in shards if shard.param.grad is not None}
+        if any(gradient.is_sparse for gradient in gradients.values()):
             raise InputError(
                 "a parameter has a sparse gradient, of which no v0 is taken; build the embedding with sparse=False"
             )
-        local = [get_local_part(gradient.detach()) for gradient in gradients]
-        kinds = torch.zeros(len(gradients), dtype=torch.int64)
+        return self._find_usable(shards, gradients)
+
+    def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
+        """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
+        return self._find_usable(shards, {shard.param: self.moments.read_whole(shard) for shard in shards})
+
+    def _find_usable(self, shards: list[ParamShard], tensors: dict[torch.Tensor, torch.Tensor]) -> list[ParamShard]:
+        """Find the shards of whose parameters there is a tensor that is not zero; refuse one that is not finite."""
+        if not tensors:
+            return []
+        local = [get_local_part(tensor) for tensor in tensors.values()]
+        kinds = torch.zeros(len(local), dtype=torch.int64)
         places = [place for place, part in enumerate(local) if part.numel()]
         if places:
             device = local[places[0]].device  # one that is waited for once
             extremes = [torch.stack(torch.aminmax(local[place])).float().to(device) for place in places]
             values = torch.stack(extremes).abs().amax(1).cpu()
             kinds[places] = torch.where(values.isfinite(), (values > 0).long() * USABLE, NOT_FINITE)
-        if self.is_sharded() and dist.is_initialized() and dist.get_world_size() > 1:
-            on_device = kinds.to(local[0].device) if local else kinds
+        if self.is_sharded() and get_rank_and_world_size()[1] > 1:
+            on_device = kinds.to(local[0].device)
             dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
             kinds = on_device.cpu()
-        found = dict(zip(names, kinds.tolist(), strict=True))
-        for param, kind in found.items():
-            if kind == NOT_FINITE:
-                raise InputError(describe_not_finite(names[param]))
+        found = dict(zip(tensors, kinds.tolist(), strict=True))
+        for shard in shards:
+            if found.get(shard.param) == NOT_FINITE:
+                raise InputError(describe_not_finite(shard.name))
         return [shard for shard in shards if found.get(shard.param) == USABLE]
 
-    def find_with_moment(self, shards: list[ParamShard]) -> list[ParamShard]:
-        """Find those whose tensor has a second moment that is not zero; refuse one that is not finite."""
-        moments = [self.moments.read(shard) for shard in shards]
-        largest: dict[torch.Tensor, float] = {}
-        for shard, values in zip(shards, compute_figures(moments, self.is_sharded()), strict=True):
-            if not all(math.isfinite(value) for value in values[:3]):
-                raise InputError(describe_not_finite(shard.name))
-            largest[shard.param] = max(largest.get(shard.param, 0.0), values[2])
-        return [shard for shard in shards if largest[shard.param] > 0.0]
-
-    def draw(self, shard: ParamShard, piece: Piece, mean: float) -> None:
-        """Fill a piece of a shard's second moment with mean * chi^2_1, drawn by the parameter's name."""
-        draw_standard_normal_(
-            piece.local,
-            name=shard.name,
-            seed=self.seed,
-            full_shape=piece.full_shape,
-            offset=piece.offset,
-            transform=lambda z: z.square_().mul_(mean),
-        )
+    def draw(self, shard: ParamShard, pieces: list[Piece], mean: float) -> None:
+        """Fill the pieces of a shard with mean * chi^2_1, drawn by the parameter's name."""
+        for piece in pieces:
+            draw_standard_normal_(
+                piece.local,
+                name=shard.name,
+                seed=self.plan.seed,
+                full_shape=piece.full_shape,
+                offset=piece.offset,
+                transform=lambda z: z.square_().mul_(mean),
+            )
 
     def write_late(self, write: Callable[[ParamShard], None]) -> list[str]:
         """Give a v0, by `write`, to what has its first gradient now; returns the parameters' names."""

@@ -18,7 +18,8 @@ The contract:
 - Nothing happens in a step without any gradient, nor where all gradients are zero: loading a distributed checkpoint makes such a
   step to create state.
 - A parameter whose first gradient comes later (unfrozen, a rare expert, a group added later) gets its v0 from that gradient.
-  The hook stays until every parameter has had one, and gives up on gradients that were zero 100 times.
+  The hook stays until every parameter has had one (`linear`: until step L), and gives up on gradients that were zero 100 times and, after
+  100 steps in which nothing but frozen parameters is waited for, on these.
 - Every process must make the same steps. Nothing is communicated but, where parameters are sharded, one flag per tensor at
   the first step and the statistics of the report.
 """
@@ -82,12 +83,11 @@ class V0Hook:
         model: nn.Module | None,
         plan: V0Plan,
         *,
-        seed: int = 0,
         max_steps: int | None = None,
         find_length: Callable[[], WarmupLength] | None = None,
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
-        self.model, self.plan, self.seed = model, plan, seed
+        self.model, self.plan = model, plan
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.find_length, self.on_written = find_length, on_written
         self.report: V0Report | None = None
@@ -100,7 +100,7 @@ class V0Hook:
         self._seconds = 0.0
         self.moments = SecondMoment(optimizer)
         self._look_again()
-        self.estimation_steps = self.shards.require_possible(plan, self.max_steps)
+        self.estimation_steps = self.shards.require_possible(self.max_steps)
         self._warn_of_a_late_end()
         other = find_hook(optimizer)
         if other is not None and other.is_attached:
@@ -238,7 +238,7 @@ class V0Hook:
         chosen = self.shards.list_eligible()
         without = [shard for shard in self.shards.list_all() if not self.shards.is_eligible(shard)]
         scale = self.decay.find_scale(chosen[0].group)
-        report = V0Report.begin(self.plan, self.moments, chosen, without, scale=scale, seed=self.seed)
+        report = V0Report.begin(self.plan, self.moments, chosen, without, scale=scale)
         report.estimation_steps = self.decay.estimation_steps if self.plan.init == "data_driven" else None
         return report
 
@@ -246,7 +246,7 @@ class V0Hook:
 
     def _look_again(self) -> None:
         """Begin with what the optimizer steps now."""
-        self.shards = SteppedShards(self.moments, self.model, self.plan.include_bias_and_norm, self.seed)
+        self.shards = SteppedShards(self.moments, self.model, self.plan)
         self.decay: LinearDecay | Beta2Decay | None = None
 
     def _warn_of_a_late_end(self) -> None:

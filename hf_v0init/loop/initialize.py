@@ -14,8 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
-from ..estimation.batches import SampleBatch
-from ..estimation.per_sample import FP16_LOSS_SCALE
+from ..estimation.per_sample import FP16_LOSS_SCALE, SampleBatch
 from ..hook.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
 from ..settings import DEFAULT_NUM_SAMPLES, V0InitArguments
@@ -105,7 +104,6 @@ def initialize_v0(
             plan,
             _number(itertools.chain(first, batches), num_batches, accelerator, count_samples),
             lambda batch: _compute_loss(loss_fn, inner, batch),
-            seed=v0_seed,
             batch_size=sizes[0],
             effective_batch_size=float(effective_batch_size or sum(sizes) * accumulation),
             loss_scale=FP16_LOSS_SCALE if getattr(accelerator, "mixed_precision", "no") == "fp16" else 1.0,

@@ -1,4 +1,4 @@
-"""How long a run warms up, from the trust radius at its initial weights.
+"""How long a run warms up: from the trust radius at its initial weights, or, as a baseline, from beta2 alone.
 
 Adam's first update moves every weight by about the learning rate. d50 is the displacement of every weight, along the sign of
 the gradient, at which the decrease of the loss is half of what the gradient promises (`estimation.trust_radius`). So
@@ -9,6 +9,14 @@ the gradient, at which the decrease of the loss is half of what the gradient pro
 x says how far beyond the first-order model a first step at the full rate would go, and sees that first step alone: a post-norm OPT and
 an LSTM had an x below .3 and were far better with a warmup all the same, hence the lower bound. `configs/compare/v0_decay/README.md` says
 which runs the three constants are from, and what these show and what not.
+
+Ma & Yarats, 'On the adequacy of untuned warmup' (AAAI 2021), have the length from beta2. At optimizer step t, counted from 1, they multiply
+the schedule's learning rate by
+
+    linear         min(1, (1 - beta2) / 2 * t)       over 2 / (1 - beta2) steps
+    exponential    1 - exp(-(1 - beta2) * t)
+
+The square root of the exponential one is nearly the closed-form multiplier m(t) = sqrt(1 - beta2^t) of a data-driven v0 of scale 1.
 
 Plain Python, so that the command line can use it without importing torch.
 """
@@ -24,6 +32,7 @@ logger = logging.getLogger("hf_v0init")
 STEPS_PER_X = 260.0  # optimizer steps of warmup for each learning rate's worth of d50
 SHORTEST_FRACTION = 1 / 3  # of training
 LONGEST_FRACTION = 2 / 3  # of training; beyond it little is left to train with
+UNTUNED_WARMUPS = ("linear", "exponential")
 
 
 def compute_relative_rate(learning_rate: float, d50: float) -> float:
@@ -145,6 +154,19 @@ def choose_length(d50: float | None, learning_rate: float, num_steps: int, **fou
     x = compute_relative_rate(learning_rate, d50)
     steps = compute_warmup_length(x, num_steps)
     return WarmupLength(steps, d50, learning_rate, x, is_cut_short(x, num_steps), **found)
+
+
+def compute_untuned_factor(step: int, beta2: float, shape: str) -> float:
+    """Compute an untuned warmup's factor on the learning rate at optimizer step `step` >= 1 (dimensionless, in (0, 1]).
+
+    Args:
+        step: t.
+        beta2: of the optimizer.
+        shape: one of `UNTUNED_WARMUPS`.
+    """
+    if shape == "linear":
+        return min(1.0, (1.0 - beta2) / 2.0 * step)
+    return -math.expm1(-(1.0 - beta2) * step)
 
 
 def _compute_wanted(x: float) -> int:

@@ -105,33 +105,22 @@ def require_decay_steps(steps: float) -> float:
     )
 
 
-def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int | None = None) -> float:
-    """Compute the length of the linear warmup that takes away as much step size as v0 does, in optimizer steps.
+def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int) -> float:
+    """Compute the length of the linear warmup that takes away as much step size within a run of T steps as v0 does, in optimizer steps.
 
-    A linear warmup over L steps loses sum over t of (1 - t/L) = L/2 full steps; v0 loses the integral of
-    1 - m(t). The two are set equal. For scale = 1 that gives (4 - 4 ln 2) / (1 - beta2), about 1.23 / (1 - beta2);
-    the untuned linear warmup of Ma & Yarats is 2 / (1 - beta2).
-
-    Within a run of `max_steps` T both are counted up to its end: v0 loses the integral to T, and a warmup that is longer
-    than the run loses T - T^2 / (2 L). Infinite if v0 leaves no step at all.
+    v0 takes away the integral of 1 - m(t), a linear warmup of L steps L / 2, or T - T^2 / (2 L) if it is longer than the run.
+    For scale = 1 and a long run that gives (4 - 4 ln 2) / (1 - beta2), about 1.23 / (1 - beta2); the untuned linear warmup of Ma & Yarats
+    is 2 / (1 - beta2).
     """
     require_beta2(beta2)
-    if scale == 0.0:
-        return 0.0
-    # With u = -t ln(beta2) the integral is 1/-ln(beta2) times that of 1 - m(u); m is within 1e-9 of 1 beyond `end`.
-    end = math.log1p(scale) + 22.0
-    if max_steps is not None:
-        end = min(end, max_steps * -math.log(beta2))
-    points = 20_000
-    width = end / points
-    lost = 0.0
-    for i in range(points):
-        u = (i + 0.5) * width
-        lost += 1.0 - 1.0 / math.sqrt(1.0 + scale * math.exp(-u) / -math.expm1(-u))
-    lost *= width / -math.log(beta2)
-    if max_steps is None or lost <= max_steps / 2.0:
-        return 2.0 * lost
-    return max_steps**2 / (2.0 * (max_steps - lost)) if lost < max_steps else math.inf
+    lost = 0.0  # by the midpoint rule
+    for step in range(1, max_steps + 1):
+        decayed = beta2 ** (step - 0.5)
+        missing = 1.0 - 1.0 / math.sqrt(1.0 + scale * decayed / (1.0 - decayed))
+        lost += missing
+        if missing < 1e-9:
+            break
+    return 2.0 * lost if lost <= max_steps / 2.0 else max_steps**2 / (2.0 * (max_steps - lost))
 
 
 def compute_multiplier_table(scale: float, beta2: float, max_steps: int) -> dict[int, float]:

@@ -16,14 +16,14 @@ from ..errors import InputError
 from ..method.decay import compute_linear_factor
 from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
 from ..second_moment.state import SecondMoment
-from ..settings import V0Plan
-from ..sharding.parts import Fragment, ParamShard
-from ..sharding.processes import get_rank_and_world_size
-from ..sharding.tensor_statistics import compute_figures
+from ..settings import AUTO, V0Plan
+from ..sharding.parts import ParamShard
+from ..sharding.processes import compute_figures, get_rank_and_world_size
 from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
-DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while v0 decays linearly
+DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while the hook has work to do
+IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm", "seed")  # a record and a plan
 
 logger = logging.getLogger("hf_v0init")
 
@@ -82,13 +82,12 @@ class V0Report:
         without: list[ParamShard],
         *,
         scale: float | None,
-        seed: int,
     ) -> "V0Report":
         """Begin a report: what was asked for, and of what; `chosen` get a v0, `without` do not."""
         return cls(
             strategy=plan.init,
             scale=scale,
-            seed=seed,
+            seed=plan.seed,
             decay=plan.decay,
             decay_steps=plan.decay_steps,
             estimator=plan.estimator,
@@ -98,7 +97,7 @@ class V0Report:
             beta2=moments.read_beta2(chosen[0].group),
             num_processes=get_rank_and_world_size()[1],
             num_parameters_without_v0=len(without),
-            num_elements_without_v0=sum(math.prod(shard.full_shape) for shard in without),
+            num_elements_without_v0=sum(shard.numel for shard in without),
             versions=collect_versions(),
         )
 
@@ -119,7 +118,7 @@ class V0Report:
     def add_parameters(
         self,
         shards: list[ParamShard],
-        moments: list[torch.Tensor | Fragment],
+        moments: list[torch.Tensor],
         scales: list[float],
         over_processes: bool,
     ) -> None:
@@ -127,7 +126,7 @@ class V0Report:
 
         Args:
             shards: that have got one.
-            moments: what it is a multiple of, for each: whole, DTensor or fragment.
+            moments: what it is a multiple of, for each: what `ParamShard.cut` returns.
             scales: from these to v0, one for each.
             over_processes: whether any is sharded; then all processes must call this.
 
@@ -135,11 +134,11 @@ class V0Report:
             InputError: a v0 that is not finite.
         """
         total = (self.v0_mean or 0.0) * self.num_elements_with_v0
-        figures = compute_figures(moments, over_processes)
+        figures = compute_figures(shards, moments, over_processes)
         for shard, (mean, low, high, zeros), scale in zip(shards, figures, scales, strict=True):
             if not all(math.isfinite(value) for value in (mean, low, high)):
                 raise InputError(describe_not_finite(shard.name))
-            mean, low, high, numel = mean * scale, low * scale, high * scale, math.prod(shard.full_shape)
+            mean, low, high, numel = mean * scale, low * scale, high * scale, shard.numel
             shape = list(shard.full_shape)
             self.parameters[shard.name] = {"mean": mean, "min": low, "max": high, "zeros": zeros, "shape": shape}
             self.num_zero_elements += zeros
@@ -254,16 +253,40 @@ def read_report(folder: str | os.PathLike) -> dict | None:
     return report
 
 
-def write_decay_state(state: dict, folder: str | os.PathLike) -> None:
-    """Write what a linear decay keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
+def describe_under_way(plan: V0Plan, estimation_steps: int, global_step: int) -> dict:
+    """Say in a record what is under way before v0 stands, in a run that began at a step."""
+    described = {name: getattr(plan, name) for name in IN_BOTH}
+    under_way = {"strategy": plan.init, "estimation_steps": estimation_steps, "is_written": False}
+    return under_way | {"global_step": global_step} | described
+
+
+def find_differences(stored: dict, plan: V0Plan) -> list[str]:
+    """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
+    now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
+    if plan.decay_steps not in (None, AUTO):
+        now["decay_steps"] = plan.decay_steps
+    if plan.decay_steps is None and plan.scale is not None:
+        now["scale"] = plan.scale
+    if plan.estimation_steps is not None:
+        now["estimation_steps"] = plan.estimation_steps
+    if plan.estimator == "per_sample":
+        now["num_samples_requested"] = plan.num_samples
+        if plan.stats_batch_size is not None:
+            now["stats_batch_size"] = plan.stats_batch_size
+    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": plan.seed}
+    return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
+
+
+def write_hook_state(plan: V0Plan, state: dict, folder: str | os.PathLike) -> None:
+    """Write what a hook does and keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
     path = Path(folder) / DECAY_FILE
     aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
-    torch.save(state, aside)
+    torch.save({"plan": asdict(plan), "state": state}, aside)
     os.replace(aside, path)
 
 
-def read_decay_state(folder: str | os.PathLike) -> dict | None:
-    """Read what `write_decay_state` wrote; None if there is none.
+def read_hook_state(folder: str | os.PathLike) -> tuple[V0Plan, dict] | None:
+    """Read what `write_hook_state` wrote; None if there is none.
 
     Raises:
         InputError: the file is there but is not whole.
@@ -272,7 +295,8 @@ def read_decay_state(folder: str | os.PathLike) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return V0Plan(**stored["plan"]), stored["state"]
     except Exception as error:  # of damaged bytes torch raises many kinds
         raise InputError(f"{path} is damaged: resume from another checkpoint") from error
 

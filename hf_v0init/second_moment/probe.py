@@ -56,21 +56,15 @@ def _find_row(optimizer: torch.optim.Optimizer) -> OptimizerRow:
         raise _Refusal("it holds a model, of which no small copy can be made")
     option, beta2 = _find_beta2(optimizer)
     cases = _list_cases(optimizer)
-    kinds = None
-    for case in cases:
-        for dtype in {torch.float32, case.dtype}:
-            copied = _Copy(optimizer, case, torch.zeros(case.shape, dtype=dtype))
-            copied.step(_make_gradient(case.shape, 1))
-            found = _describe_state(copied)
-            if kinds not in (None, found):
-                raise _Refusal("what it keeps differs between tensors or groups")
-            kinds = found
+    copied = _Copy(optimizer, cases[0], torch.zeros(cases[0].shape))
+    copied.step(_make_gradient(cases[0].shape, 1))
+    keys = sorted(key for key, kept in copied.state.items() if isinstance(kept, torch.Tensor))
     row = OptimizerRow(
         type(optimizer).__name__,
         beta2=option,
         no_linear="it is not listed, and how it corrects the bias of its second moment is not known",
     )
-    rows = [replace(row, key=key) for key, kind in kinds.items() if kind == "moment"]
+    rows = [replace(row, key=key) for key in keys if copied.state[key].shape == copied.parameter.shape]
     found = {row: {_find_effect(optimizer, row, case, beta2) for case in cases} for row in rows}
     accepted = [row for row, effects in found.items() if effects == {KEPT}]
     if len(accepted) > 1:
@@ -79,9 +73,8 @@ def _find_row(optimizer: torch.optim.Optimizer) -> OptimizerRow:
         wiped = next((row.key for row, effects in found.items() if effects <= {KEPT, WIPED_OUT}), None)
         if wiped is not None:
             raise _Refusal(f"{wiped}: its first step wipes a written v0 out")
-        names = ", ".join(sorted(kinds))
         raise _Refusal(
-            f"no tensor of the parameter's shape in its state ({names}) is (1 - beta2) * g^2 + beta2 * v0 after one step from v0"
+            f"no tensor of the parameter's shape in its state ({', '.join(keys)}) is (1 - beta2) * g^2 + beta2 * v0 after one step from v0"
         )
     for case in cases:
         _require_same_steps(optimizer, accepted[0], case)
@@ -153,30 +146,6 @@ def _make_gradient(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return gradient * (torch.randint(0, 2, shape, generator=generator) * 2 - 1)
 
 
-def _describe_state(copied: _Copy) -> dict[str, str]:
-    """Say of what kind each entry is: "moment", a plain tensor like the parameter, or else a number or its like."""
-    if not copied.state:
-        raise _Refusal("it keeps no state for a parameter in `optimizer.state`")
-    kinds = {}
-    for key, value in copied.state.items():
-        if isinstance(value, torch.Tensor) and value.shape == copied.parameter.shape:
-            if (type(value), value.dtype, value.device) != (
-                torch.Tensor,
-                copied.parameter.dtype,
-                copied.parameter.device,
-            ):
-                raise _Refusal(f"its state {key!r} is no plain tensor of the parameter's dtype and device")
-            kinds[key] = "moment"
-        elif isinstance(value, torch.Tensor) and value.numel() <= 1:
-            kinds[key] = f"{value.dtype} {tuple(value.shape)}"
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            is_counted = isinstance(value, (int, float)) and not isinstance(value, bool)
-            kinds[key] = type(value).__name__ if is_counted else repr(value)
-        else:
-            raise _Refusal(f"its state {key!r} is neither a number nor a tensor of the parameter's shape")
-    return kinds
-
-
 def _find_effect(optimizer: torch.optim.Optimizer, row: OptimizerRow, case: _Case, beta2: float) -> str | None:
     """Find what the first step makes of a v0 that is written where the row says."""
     copied, state_format = _Copy(optimizer, case, torch.zeros(case.shape)), StateFormat(row)
@@ -194,17 +163,21 @@ def _find_effect(optimizer: torch.optim.Optimizer, row: OptimizerRow, case: _Cas
 
 def _require_same_steps(optimizer: torch.optim.Optimizer, row: OptimizerRow, case: _Case) -> None:
     """Refuse an optimizer that does not go on from a state made by us as from its own."""
-    own, primed = (_Copy(optimizer, case, _make_gradient(case.shape, 7) * 0.1) for _ in range(2))
-    StateFormat(row).prime(primed.optimizer, [primed.parameter], primed.group)
-    for number in (1, 2):
-        for copied in (own, primed):
-            copied.step(_make_gradient(case.shape, number))
-        if not torch.equal(own.parameter, primed.parameter) or not _are_equal(own.state, primed.state):
-            raise _Refusal(f"{row.key}: a state built from what it holds makes another step {number} than its own")
+    for dtype in {torch.float32, case.dtype}:
+        values = _make_gradient(case.shape, 7).to(dtype) * 0.1
+        own, primed = (_Copy(optimizer, case, values) for _ in range(2))
+        StateFormat(row).prime(primed.optimizer, [primed.parameter], primed.group)
+        for number in (1, 2):
+            for copied in (own, primed):
+                copied.step(_make_gradient(case.shape, number))
+            if not torch.equal(own.parameter, primed.parameter) or not _are_equal(own.state, primed.state):
+                raise _Refusal(f"{row.key}: a state built from what it holds makes another step {number} than its own")
 
 
 def _are_equal(state: State, other: State) -> bool:
     return state.keys() == other.keys() and all(
-        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        value.dtype == other[key].dtype and torch.equal(value, other[key])
+        if isinstance(value, torch.Tensor)
+        else value == other[key]
         for key, value in state.items()
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..sharding.parts import Fragment, ParamShard, get_full_shape
+from ..sharding.parts import ParamShard, get_full_shape
 from .deepspeed import find_partitions
 from .formats import FORMATS, State, StateFormat
 from .probe import probe_optimizer
@@ -155,23 +155,28 @@ class SecondMoment:
             for group, params in by_group.values():
                 self.format.prime(self.inner, list(params), group)
 
-    def read(self, shard: ParamShard) -> torch.Tensor | Fragment | None:
+    def read(self, shard: ParamShard) -> torch.Tensor | None:
         """Return the second moment of a shard in units of gradient squared, or None before it has state.
 
         The live tensor in the parameter's dtype; a new one, in fp32, where the state is quantised or stores the root; under ZeRO
-        the `Fragment` that this process holds.
+        the 1-D part of it that lies on this process.
         """
-        state = self.find_state(shard.param, shard.group)
-        return None if state is None else shard.cut(self.format.read(state))
+        whole = self.read_whole(shard)
+        return None if whole is None else shard.cut(whole)
 
-    def read_parameter(self, parameter: nn.Parameter) -> torch.Tensor | Fragment | None:
+    def read_whole(self, shard: ParamShard) -> torch.Tensor | None:
+        """Return the second moment of the tensor that a shard lies in, as `read`."""
+        state = self.find_state(shard.param, shard.group)
+        return None if state is None else self.format.read(state)
+
+    def read_parameter(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return the second moment of one of the model's parameters, as `read`; None also for one that is not stepped."""
         if self.zero is not None:
             shard = self.zero.shards.get(parameter)
             return None if shard is None else self.read(shard)
         return next((self.read(shard) for shard in self.list_shards({}) if shard.param is parameter), None)
 
-    def change(self, shard: ParamShard, change: Callable[[torch.Tensor | Fragment], object]) -> None:
+    def change(self, shard: ParamShard, change: Callable[[torch.Tensor], object]) -> None:
         """Let `change` act in place on the second moment of a shard; the state is created where there is none.
 
         Args:
@@ -188,7 +193,7 @@ class SecondMoment:
             self.format.write_(state, moment)
 
 
-def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | Fragment | None:
+def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
     """Return the second moment that `optimizer` keeps of `parameter`; see `SecondMoment.read`.
 
     Raises:

@@ -1,9 +1,9 @@
-"""What part of a tensor this process holds: a shard of a DTensor, a fragment of ZeRO's, or all of it."""
+"""What part of a tensor this process holds: a shard of a DTensor, a run of elements of ZeRO's, or all of it."""
 
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,21 +22,18 @@ def name_parameters(model: nn.Module | None) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """What this process holds of a tensor that is partitioned flat: elements `start` and on of the flattened whole.
+class Piece:
+    """A rectangular piece of a parameter that this process holds.
 
     Attributes:
-        local: 1-D view of them; may be empty.
-        full_shape: the shape of the whole.
+        local: a view of the local tensor; what is written into it is written into the parameter or state.
+        full_shape: the shape of the whole, in as many dimensions as `local` has.
+        offset: where `local` begins in it, one number a dimension.
     """
 
     local: torch.Tensor
     full_shape: tuple[int, ...]
-    start: int
-
-    def numel(self) -> int:
-        """The number of elements of the whole."""
-        return math.prod(self.full_shape)
+    offset: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +57,30 @@ class ParamShard:
     offset: int | None = None
     place: tuple[int, int] = (0, 0)
 
-    def cut(self, tensor: torch.Tensor) -> torch.Tensor | Fragment:
-        """Cut the shard out of a tensor that lies like `param`, such as a state or a gradient: a view, or the tensor itself."""
-        if self.offset is None:
-            return tensor
-        return Fragment(tensor.narrow(0, *self.place), self.full_shape, self.offset)
+    @property
+    def numel(self) -> int:
+        """The number of elements of the whole parameter."""
+        return math.prod(self.full_shape)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut the shard out of a tensor that lies like `param`, such as a state or a gradient: a 1-D view, or the tensor itself."""
+        return tensor if self.offset is None else tensor.narrow(0, *self.place)
+
+    def find_pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        """Find the pieces of what `cut` returned: one, unless it is packed or flat (or none of it lies here)."""
+        if self.offset is not None:
+            return _find_flat_pieces(tensor, self.full_shape, self.offset)
+        if not is_dtensor(tensor):
+            return [Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())]
+        local = tensor.to_local()
+        if local.numel() == 0:
+            return []
+        runs = [_find_runs(tensor, dim) for dim in range(tensor.dim())]
+        pieces = []
+        for corner in itertools.product(*runs):  # each (start here, start in the whole, length), one a dimension
+            view = local[tuple(slice(here, here + length) for here, _, length in corner)]
+            pieces.append(Piece(view, tuple(tensor.shape), tuple(there for _, there, _ in corner)))
+        return pieces
 
 
 def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -72,10 +88,8 @@ def get_full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def get_local_part(tensor: torch.Tensor | Fragment) -> torch.Tensor:
-    """Return what this process holds of a tensor, as a view: the tensor itself if it is whole, 1-D of a `Fragment`."""
-    if isinstance(tensor, Fragment):
-        return tensor.local
+def get_local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor, as a view: the tensor itself if it is no DTensor."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
@@ -87,10 +101,8 @@ def read_gradient(parameter: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def with_local_part(tensor: torch.Tensor | Fragment, local: torch.Tensor) -> torch.Tensor | Fragment:
-    """Return other values that lie as `tensor` does: whole, a DTensor or a `Fragment`."""
-    if isinstance(tensor, Fragment):
-        return replace(tensor, local=local)
+def with_local_part(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return other values that lie as `tensor` does: as they are, or a DTensor."""
     if not is_dtensor(tensor):
         return local
     return type(tensor).from_local(
@@ -98,39 +110,7 @@ def with_local_part(tensor: torch.Tensor | Fragment, local: torch.Tensor) -> tor
     )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rectangular piece of a parameter that this process holds.
-
-    Attributes:
-        local: a view of the local tensor; what is written into it is written into the parameter or state.
-        full_shape: the shape of the whole, in as many dimensions as `local` has.
-        offset: where `local` begins in it, one number a dimension.
-    """
-
-    local: torch.Tensor
-    full_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-
-
-def find_pieces(tensor: torch.Tensor) -> list[Piece]:
-    """Find the pieces of a tensor that this process holds: one, unless it is packed or flat (or none of it lies here)."""
-    if isinstance(tensor, Fragment):
-        return find_flat_pieces(tensor.local, tensor.full_shape, tensor.start)
-    if not is_dtensor(tensor):
-        return [Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())]
-    local = tensor.to_local()
-    if local.numel() == 0:
-        return []
-    runs = [_find_runs(tensor, dim) for dim in range(tensor.dim())]
-    pieces = []
-    for corner in itertools.product(*runs):  # each (start here, start in the whole, length), one a dimension
-        view = local[tuple(slice(here, here + length) for here, _, length in corner)]
-        pieces.append(Piece(view, tuple(tensor.shape), tuple(there for _, there, _ in corner)))
-    return pieces
-
-
-def find_flat_pieces(flat: torch.Tensor, full_shape: tuple[int, ...], start: int) -> list[Piece]:
+def _find_flat_pieces(flat: torch.Tensor, full_shape: tuple[int, ...], start: int) -> list[Piece]:
     """Find the pieces that a 1-D tensor is, which holds elements `start`, `start + 1`, ... of a flattened parameter.
 
     At most three: the end of a row, whole rows, the beginning of a row. They are of shape (rows, elements per row), which is

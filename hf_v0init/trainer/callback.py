@@ -26,17 +26,24 @@ from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
-from ..method.length import WarmupLength
-from ..method.untuned_warmup import UNTUNED_WARMUPS
-from ..records.report import V0Report, read_report, write_decay_state, write_report
-from ..second_moment.state import SecondMoment
+from ..method.length import UNTUNED_WARMUPS, WarmupLength
+from ..records.report import (
+    DECAY_FILE,
+    V0Report,
+    describe_under_way,
+    find_differences,
+    read_hook_state,
+    read_report,
+    write_hook_state,
+    write_report,
+)
+from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_trainers_v0
-from .resumed import describe_under_way, find_differences, read_hook_state, read_plan
 from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
-from .supported_runs import require_measurable, require_supported_run
+from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -109,17 +116,21 @@ class V0InitCallback(TrainerCallback):
             return self.report | length
         hook = self.hook
         if hook is not None and hook.num_steps:
-            return describe_under_way(replace(hook.plan, seed=hook.seed), hook.estimation_steps) | length
+            return describe_under_way(hook.plan, hook.estimation_steps, self._began_at) | length
         if not length:
             return None
         is_warmup = self.get_settings().untuned_warmup == TRUST_RADIUS
         return {"strategy": "zeros"} | ({"warmup_steps": self.length["steps"]} if is_warmup else {}) | length
 
     def require_possible(self, optimizer) -> None:
-        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for."""
+        """Raise `InputError` if an optimizer that was just made cannot get the v0 that is asked for, or the run is of another kind."""
         plan = self.get_settings().resolve(self._trainer.args.max_steps)
-        shards = SteppedShards(SecondMoment(optimizer), self._trainer.model, plan.include_bias_and_norm, seed=0)
-        shards.require_possible(plan, None)
+        if plan.init == "zeros":
+            return
+        require_supported_run(self._trainer)
+        if type(optimizer).__name__ == "DummyOptim":
+            return  # DeepSpeed builds its own instead, of a type that was looked at
+        SteppedShards(SecondMoment(optimizer), self._trainer.model, plan).require_possible(None)
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -130,7 +141,7 @@ class V0InitCallback(TrainerCallback):
                 "V0InitCallback does not know its Trainer: write V0InitCallback(...).attach(trainer) in place of add_callback"
             )
         state, optimizer, settings = self._trainer.state, self._trainer.optimizer, self.get_settings()
-        plan = settings.resolve(state.max_steps)
+        plan = settings.resolve(state.max_steps, self._trainer.args.seed)
         self._began_at = state.global_step
         self._require_one_warmup(settings, plan)
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
@@ -139,7 +150,12 @@ class V0InitCallback(TrainerCallback):
                 self._keep_record_of_another_start()
             return
         if plan.init == "zeros":
-            require_measurable(optimizer)
+            inner = unwrap_optimizer(optimizer)
+            if not any("betas" in group or "beta2" in group for group in inner.param_groups):
+                raise InputError(
+                    f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer "
+                    "of its kind (no beta2): give --warmup_steps"
+                )
             is_untouched = state.global_step == 0
         else:
             require_supported_run(self._trainer)
@@ -194,14 +210,14 @@ class V0InitCallback(TrainerCallback):
             self.write_record(folder, with_state=True)
 
     def write_record(self, folder: str, *, with_state: bool = False) -> None:
-        """Write `v0_init.json` into a folder if there is anything to say, and what a linear decay under way keeps."""
+        """Write `v0_init.json` into a folder if there is anything to say, and what a hook with work to do keeps."""
         record = self.get_record()
         if record is None:
             return
         os.makedirs(folder, exist_ok=True)
         hook = self.hook
-        if with_state and hook is not None and hook.is_attached and hook.plan.decay == "linear":
-            write_decay_state(hook.state_dict(), folder)
+        if with_state and hook is not None and hook.is_attached:
+            write_hook_state(hook.plan, hook.state_dict(), folder)
         write_report(record, folder)
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
@@ -251,15 +267,20 @@ class V0InitCallback(TrainerCallback):
         self.length, self._began_at = stored.get("length"), stored.get("global_step", 0)
         if stored.get("is_written", True):
             self.report = {key: value for key, value in stored.items() if key != "length"}
-        differences = find_differences(stored, plan, trainer.args.seed if plan.seed is None else plan.seed)
+        differences = find_differences(stored, plan)
         if differences:
             logger.warning("v0 settings differ from the checkpoint's, which stand: " + "; ".join(differences))
         if stored.get("decay_steps") is not None:
             self._keep_plateau(stored["decay_steps"])
-        hook_state = read_hook_state(folder, stored, step)
-        if hook_state is not None:
-            self._attach(read_plan(stored))
-            self.hook.load_state_dict(hook_state)
+        kept, num_steps = read_hook_state(folder), step - self._began_at
+        if kept is not None:
+            self._attach(kept[0])
+            self.hook.load_state_dict(kept[1] | {"num_steps": num_steps})
+        elif self.report is None or (stored.get("decay") == "linear" and num_steps < stored["decay_steps"]):
+            raise InputError(
+                f"the checkpoint {folder} was saved before v0 was done and lacks {DECAY_FILE}, without which its second moment cannot be "
+                "gone on with: resume from another checkpoint"
+            )
 
     def _find_checkpoint(self) -> str:
         trainer = self._trainer
@@ -285,7 +306,6 @@ class V0InitCallback(TrainerCallback):
             trainer.optimizer,
             trainer.model,
             plan,
-            seed=trainer.args.seed if plan.seed is None else plan.seed,
             max_steps=trainer.state.max_steps,
             find_length=self._find_length,
             on_written=self._finish,

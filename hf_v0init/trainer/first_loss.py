@@ -60,13 +60,14 @@ class LossRecorder:
         for model, inputs, args, kwargs, states in self._calls:
             with preserve_trainer(self.trainer), self.trainer.compute_loss_context_manager():
                 write_rng_states(states)
-                loss = self._compute_loss(model, _copy(inputs), *args, **_plain(kwargs))
+                loss = self._compute_loss(model, _copy(inputs), *args, **kwargs)
             total += float(loss.detach().cpu().double().mean())
         return total
 
     def _record(self, model, inputs, *args, **kwargs):
         if torch.is_grad_enabled() and self.trainer.is_in_train:
-            self._calls.append((model, _copy(inputs), args, kwargs, read_rng_states()))
+            plain = {key: value for key, value in kwargs.items() if key != "return_outputs"}
+            self._calls.append((model, _copy(inputs), args, plain, read_rng_states()))
         try:
             return self._compute_loss(model, inputs, *args, **kwargs)
         except BaseException:
@@ -84,10 +85,6 @@ def _copy(inputs):
     if type(inputs) in (list, tuple):
         return type(inputs)(_copy(value) for value in inputs)
     return inputs
-
-
-def _plain(kwargs: dict) -> dict:
-    return {key: value for key, value in kwargs.items() if key != "return_outputs"}
 
 
 @contextlib.contextmanager

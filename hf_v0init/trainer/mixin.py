@@ -20,7 +20,6 @@ from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments
 from .callback import V0InitCallback
 from .schedule import add_untuned_warmup, require_no_warmup
-from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
 
@@ -79,11 +78,7 @@ class V0InitMixin:
             raise InputError(
                 f"v0_optimizer={self.v0_arguments.v0_optimizer!r} cannot be built with {self.optimizer_cls_and_kwargs[1]}: {error}"
             ) from error
-        if self.v0_arguments.v0_init != "zeros":
-            require_supported_run(self)
-            # Instead of a DummyOptim DeepSpeed builds its own, of a type that was looked at above.
-            if type(optimizer).__name__ != "DummyOptim":
-                self._v0_callback.require_possible(optimizer)
+        self._v0_callback.require_possible(optimizer)
         return optimizer
 
     def create_scheduler(self, *args, **kwargs):

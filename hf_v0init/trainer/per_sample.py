@@ -1,8 +1,10 @@
 """The paper's per-sample estimation through a Trainer: over training samples, with its own collator, precision and loss, before training.
 
-Random samples (of a stream the first), one to a batch unless asked otherwise, on all processes; the loss as training computes it, without
-the division by accumulation steps. What `compute_loss` alone does not say is refused: training steps and loaders of a Trainer's own,
-data that can be read only once.
+The samples are drawn without replacement from the training data by the v0 seed (of a stream, the first ones) and cut into batches, of one
+unless asked otherwise, once for all processes; process r of W runs batches r, r + W, r + 2W, ... The training order is not touched, since
+neither the run's data loader nor its sampler is used. The loss is as training computes it, without the division by accumulation steps.
+
+What `compute_loss` alone does not say is refused: training steps and loaders of a Trainer's own, data that can be read only once.
 """
 
 import contextlib
@@ -10,22 +12,26 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..estimation.batches import choose_samples, iterate_batches
-from ..estimation.per_sample import FP16_LOSS_SCALE
+from ..estimation.per_sample import FP16_LOSS_SCALE, SampleBatch, compute_batch_seed
 from ..hook.per_sample import USE_MINIBATCH, write_per_sample_v0
 from ..records.report import V0Report
 from ..second_moment.state import unwrap_optimizer
 from ..settings import V0Plan
+from ..state_guard import seed_everything
 from .first_loss import preserve_trainer
 
 logger = logging.getLogger("hf_v0init")
+
+IGNORED_LABEL = -100
 
 
 def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
@@ -40,15 +46,14 @@ def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
         InputError: (on every process) what the head of the file refuses, and what `write_per_sample_v0` does.
     """
     args = trainer.args
-    seed = args.seed if plan.seed is None else plan.seed
     _require_pass_is_possible(trainer)
     batch_size = _choose_batch_size(trainer, plan)
     step_size = float(trainer.get_total_train_batch_size(args))
     if hasattr(trainer, "get_v0_effective_batch_size"):  # batches under a budget of tokens have another size
         step_size = trainer.get_v0_effective_batch_size()
     with preserve_trainer(trainer), _count_items_locally(args):
-        samples, collate = _choose_samples(trainer, plan.num_samples, seed)
-        batches = iterate_batches(samples, collate, batch_size, seed, args.process_index, args.world_size)
+        samples, collate = _choose_samples(trainer, plan.num_samples, plan.seed)
+        batches = iterate_batches(samples, collate, batch_size, plan.seed, args.process_index, args.world_size)
         total = math.ceil(len(samples) / batch_size / args.world_size) if isinstance(samples, list) else None
         hidden = args.disable_tqdm or args.process_index != 0
         report = write_per_sample_v0(
@@ -59,7 +64,6 @@ def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
                 batches, total=total, desc="v0: gradient statistics", unit="batch", disable=hidden
             ),
             lambda batch: _compute_loss(trainer, batch),
-            seed=seed,
             batch_size=batch_size,
             effective_batch_size=step_size,
             loss_scale=FP16_LOSS_SCALE if args.fp16 else 1.0,
@@ -88,6 +92,69 @@ def _choose_samples(trainer, num_samples: int, seed: int) -> tuple[Iterable, Cal
         return dataset.__getitems__(numbers) if hasattr(dataset, "__getitems__") else [dataset[n] for n in numbers]
 
     return choose_samples(len(dataset), num_samples, seed), lambda numbers: collate(read(numbers))
+
+
+def choose_samples(num_available: int, num_samples: int, seed: int) -> list[int]:
+    """Choose min(num_samples, num_available) sample numbers at random, without replacement.
+
+    Raises:
+        InputError: there is nothing to choose from.
+    """
+    if num_available == 0:
+        raise InputError("the training data are empty, so v0 has no gradients to be taken from: check the data files")
+    return random.Random(seed).sample(range(num_available), min(num_samples, num_available))
+
+
+def cut_into_batches(samples: Iterable, batch_size: int) -> Iterator[list]:
+    """Cut samples into batches; a single one that is left joins the batch before it, since not every loss takes one."""
+    samples = iter(samples)
+    batch = list(itertools.islice(samples, batch_size))
+    while batch:
+        following = list(itertools.islice(samples, batch_size))
+        if batch_size > 1 and len(following) == 1:
+            batch, following = batch + following, []
+        yield batch
+        batch = following
+
+
+def deal_out(batches: Iterable, rank: int, world_size: int) -> Iterator[tuple[int, Any, bool]]:
+    """Deal batches out to process `rank` in turn, as many to each: (number, batch, whether it counts).
+
+    A process that would have one fewer gets the last once more, which does not count: a loss that communicates must be computed as
+    often on every process.
+    """
+    number, batch = -1, None
+    for number, batch in enumerate(batches):
+        if number % world_size == rank:
+            yield number, batch, True
+    if number >= 0 and number % world_size < rank:
+        yield number, batch, False
+
+
+def has_targets(inputs: Any) -> bool:
+    """Whether collated inputs have any label that is not ignored (-100), beside the first of each row; True without labels."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dim() == 0 or labels.numel() == 0:
+        return True
+    return bool((labels[:, 1:] if labels.dim() > 1 and labels.shape[1] > 1 else labels).ne(IGNORED_LABEL).any())
+
+
+def iterate_batches(
+    samples: Iterable, collate: Callable[[list], Any], batch_size: int, seed: int, rank: int, world_size: int
+) -> Iterator[SampleBatch]:
+    """Yield one process's batches of the pass.
+
+    Args:
+        samples: of all processes: their numbers, or the items of a stream.
+        collate: makes the loss's inputs of a list of them. Only this process's are read.
+        batch_size: samples per batch.
+        seed: what collates batch k is seeded from (seed, k).
+        rank, world_size: this process, and the number of processes.
+    """
+    for index, own, counts in deal_out(cut_into_batches(samples, batch_size), rank, world_size):
+        seed_everything(compute_batch_seed(seed, index))
+        inputs = collate(own)
+        yield SampleBatch(inputs, len(own), index, counts, has_targets(inputs))
 
 
 def _is_stream(dataset) -> bool:

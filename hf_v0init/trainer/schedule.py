@@ -17,7 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..errors import InputError
-from ..method.untuned_warmup import compute_untuned_factor
+from ..method.length import compute_untuned_factor
 from ..second_moment.state import unwrap_optimizer
 from ..settings import V0InitArguments, V0Plan
 

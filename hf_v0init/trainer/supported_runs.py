@@ -2,7 +2,6 @@
 
 from ..errors import InputError
 from ..second_moment.deepspeed import require_supported_config
-from ..second_moment.state import unwrap_optimizer
 
 
 def require_supported_run(trainer) -> None:
@@ -29,13 +28,3 @@ def require_supported_run(trainer) -> None:
                 f"v0_init with {what} ({name}={size}) is not supported: there a process sees neither whole samples nor whole "
                 f"tensors; use FSDP2 or tensor parallelism ({name}=1), or v0_init=zeros"
             )
-
-
-def require_measurable(optimizer) -> None:
-    """Raise `InputError` if the trust radius of Adam's first update says nothing about this optimizer's."""
-    inner = unwrap_optimizer(optimizer)
-    if not any("betas" in group or "beta2" in group for group in inner.param_groups):
-        raise InputError(
-            f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer of its "
-            "kind (no beta2): give --warmup_steps"
-        )

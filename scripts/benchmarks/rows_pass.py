@@ -4,8 +4,7 @@ import torch
 
 from benchmarks.measuring import Conditions, Row, measure_pairs
 from benchmarks.tasks import make_gpt2, make_random_sequences
-from hf_v0init.estimation.batches import SampleBatch
-from hf_v0init.estimation.per_sample import estimate_grad_sq_mean
+from hf_v0init.estimation.per_sample import SampleBatch, estimate_grad_sq_mean
 
 NUM_SAMPLES = 32
 

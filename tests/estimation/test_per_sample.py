@@ -6,8 +6,7 @@ from reference import per_sample_gradients
 from torch import nn
 
 from hf_v0init import InputError
-from hf_v0init.estimation.batches import SampleBatch
-from hf_v0init.estimation.per_sample import compute_grad_sq_mean, estimate_grad_sq_mean
+from hf_v0init.estimation.per_sample import SampleBatch, compute_grad_sq_mean, estimate_grad_sq_mean
 
 
 class Regression(nn.Module):

@@ -8,7 +8,7 @@ from linear_decay import factor
 
 from hf_v0init.estimation import spread
 from hf_v0init.estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
-from hf_v0init.sharding.parts import Fragment
+from hf_v0init.sharding.parts import ParamShard
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 2, 3, 3), (1, 6), (6, 1)]
 
@@ -17,8 +17,12 @@ def make_moment(shape) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) ** 4 + 1e-6
 
 
-def factor_one(moment, shape=None) -> RowsAndColumns:
-    (own,) = factor_into_rows_and_columns([(moment, tuple(moment.shape) if shape is None else shape)], False)
+def make_shard(moment, shape=None, start=None) -> ParamShard:
+    return ParamShard("w", tuple(moment.shape) if shape is None else shape, moment, {}, start)
+
+
+def factor_one(moment) -> RowsAndColumns:
+    (own,) = factor_into_rows_and_columns([make_shard(moment)], [moment], False)
     return own
 
 
@@ -51,12 +55,11 @@ def test_memory_formats_are_kept():
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 2, 3, 3)])
 @pytest.mark.parametrize(("start", "length"), [(0, 7), (1, 4), (2, 5)])
-def test_a_fragment_of_zero_takes_its_own_part_of_both(shape, start, length):
+def test_a_flat_shard_of_zero_takes_its_own_part_of_both(shape, start, length):
     """A run of elements that begins and ends within rows."""
     moment = make_moment(shape)
-    own = factor_one(moment)
-    local = torch.zeros(length)
-    own.add_(Fragment(local, shape, start), 1.0)
+    local, own = torch.zeros(length), factor_one(moment)
+    RowsAndColumns(make_shard(local, shape, start), own.rows, own.columns).add_(local, 1.0)
     torch.testing.assert_close(local, factor(moment).flatten()[start : start + length], rtol=2e-6, atol=0.0)
 
 
@@ -65,16 +68,16 @@ def test_processes_that_hold_pieces_get_the_means_of_the_whole(shape, monkeypatc
     """Three processes, one after the other: what each gives to the reduction, and what becomes of the sum."""
     moment, given = make_moment(shape), []
     cuts = [0, moment.numel() // 3 + 1, moment.numel() - 2, moment.numel()]
-    pieces = [Fragment(moment.flatten()[a:b].clone(), shape, a) for a, b in itertools.pairwise(cuts)]
+    pieces = [(moment.flatten()[a:b].clone(), a) for a, b in itertools.pairwise(cuts)]
     monkeypatch.setattr(spread, "get_rank_and_world_size", lambda: (0, 3))
     monkeypatch.setattr(spread.dist, "all_reduce", lambda sums: given.append(sums.clone()))
-    for piece in pieces:
-        factor_into_rows_and_columns([(piece, shape)], True)
+    for piece, begin in pieces:
+        factor_into_rows_and_columns([make_shard(piece, shape, begin)], [piece], True)
     monkeypatch.setattr(spread.dist, "all_reduce", lambda sums: sums.copy_(sum(given)))
-    (own,) = factor_into_rows_and_columns([(pieces[0], shape)], True)
-    target = torch.zeros(shape)
+    (own,) = factor_into_rows_and_columns([make_shard(pieces[0][0], shape, 0)], [pieces[0][0]], True)
+    target = torch.zeros(moment.numel())
     own.add_(target, 1.0)
-    torch.testing.assert_close(target, factor(moment), rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(target.view(shape), factor(moment), rtol=2e-6, atol=0.0)
 
 
 def test_taking_more_out_than_there_is_leaves_zero():
@@ -82,7 +85,7 @@ def test_taking_more_out_than_there_is_leaves_zero():
     target = 0.5 * factor(moment)
     factor_one(moment).add_(target, -1.0)
     assert torch.equal(target, torch.zeros(3, 5))
-    drawn = Elements([moment.to(torch.bfloat16)], 1.0)
+    drawn = Elements(make_shard(moment), [moment.to(torch.bfloat16)], 1.0)
     target = 0.5 * moment
     drawn.add_(target, -1.0)
     assert torch.equal(target, torch.zeros(3, 5))

@@ -137,59 +137,47 @@ def measure(accelerator: Accelerator, kind: str, fails_at: int | None = None) ->
     return found | {"unchanged": unchanged}
 
 
+def catch(act, *args, **options) -> str | None:
+    """What a call raises, in words."""
+    try:
+        act(*args, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def collect_errors(accelerator: Accelerator) -> dict:
+    rank, batches = accelerator.process_index, make_batches(accelerator.process_index, accelerator.num_processes)
+
+    def fail_to_read():
+        yield from batches[:2]
+        if rank == 1:
+            raise OSError("cannot read batch 2")
+        yield from batches[2:]
+
     def failing(model, batch):
         failing.calls += 1
-        if failing.calls == 3 and accelerator.process_index == 1:
+        if failing.calls == 3 and rank == 1:
             raise RuntimeError("disk full on this one")
         return loss_fn(model, batch)
 
     failing.calls = 0
-    model = make_network()
-    optimizer = torch.optim.AdamW(model.parameters())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    errors = {}
-
-    def fail_to_read(batches):
-        yield from batches[:2]
-        if accelerator.process_index == 1:
-            raise OSError("cannot read batch 2")
-        yield from batches[2:]
-
-    for name, function in (("fails", failing), ("wrapped", lambda _, batch: loss_fn(model, batch))):
-        try:
-            batches = make_batches(accelerator.process_index, accelerator.num_processes)
-            initialize_v0(optimizer, model=model, batches=batches, loss_fn=function, accelerator=accelerator)
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-    errors["num_states"] = len(optimizer.optimizer.state)
-    try:
-        batches = fail_to_read(make_batches(accelerator.process_index, accelerator.num_processes))
-        initialize_v0(optimizer, model=model, batches=batches, loss_fn=loss_fn, accelerator=accelerator)
-    except Exception as error:
-        errors["data"] = f"{type(error).__name__}: {error}"
+    model, optimizer = prepare(accelerator, "ddp")
+    options = {"model": model, "accelerator": accelerator}
+    errors = {
+        "fails": catch(initialize_v0, optimizer, batches=batches, loss_fn=failing, **options),
+        "wrapped": catch(initialize_v0, optimizer, batches=batches, loss_fn=lambda _, b: loss_fn(model, b), **options),
+        "data": catch(initialize_v0, optimizer, batches=fail_to_read(), loss_fn=loss_fn, **options),
+        "num_states": len(optimizer.optimizer.state),
+    }
     for kind in ("fully_shard", "tensor_parallel"):
         sharded, its_optimizer = prepare(accelerator, kind)
-        try:
-            initialize_v0(its_optimizer, model=sharded, batches=make_batches(0, 1), loss_fn=loss_fn)
-        except Exception as error:
-            errors[kind] = f"{type(error).__name__}: {error}"
+        given = {"model": sharded, "batches": make_batches(0, 1), "loss_fn": loss_fn}
+        errors[kind] = catch(initialize_v0, its_optimizer, **given)
         assert len(its_optimizer.state) == 0
-    batch, before = make_batches(accelerator.process_index, accelerator.num_processes)[0], failing.calls
-
-    def compute() -> torch.Tensor:
-        failing.calls += 1
-        if failing.calls == before + 3 and accelerator.process_index == 1:
-            raise RuntimeError("bad batch on this one")
-        return loss_fn(model, batch)
-
-    weights = [p.detach().clone() for p in model.parameters()]
-    attach_v0(optimizer, model, loss_fn=compute, max_steps=10)
-    loss_fn(model, batch).backward()
-    try:
-        optimizer.step()
-    except Exception as error:
-        errors["measures"] = f"{type(error).__name__}: {error}"
+    weights, failing.calls = [p.detach().clone() for p in model.parameters()], 0
+    attach_v0(optimizer, model, loss_fn=lambda: failing(model, batches[0]), max_steps=10)
+    loss_fn(model, batches[0]).backward()
+    errors["measures"] = catch(optimizer.step)
     errors["unchanged"] = all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     return errors
 

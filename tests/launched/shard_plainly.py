@@ -67,7 +67,7 @@ def step_once(model, optimizer, **settings) -> dict:
 
 
 def write_both(model) -> dict:
-    """The random and the data-driven v0 of a model, whole, and a step from each."""
+    """The random and the data-driven v0 of a model, whole, and a step from each; the weights after a linear decay."""
     before = [p.detach().clone() for p in model.parameters()]
     steps = {}
     for v0_init in ("random", "data_driven"):
@@ -78,7 +78,11 @@ def write_both(model) -> dict:
             for parameter, saved in zip(model.parameters(), before, strict=True):
                 parameter.copy_(saved)
     moments = [(p, read_second_moment(optimizer, p)) for p in model.parameters()]
+    optimizer = make_optimizer(model)
+    attach_v0(optimizer, model, v0_decay_steps=5, v0_estimation_steps=2)
+    run_steps(model, optimizer, range(6))
     return {
+        "linear": {name: gather(p) for name, p in model.named_parameters()},
         "random": steps["random"]["v0"],
         "steps": steps,
         "placed_as_parameters": all(
@@ -156,7 +160,7 @@ def run_steps(model, optimizer, numbers) -> None:
 def main(output_dir: str, model_dir: str) -> None:
     dist.init_process_group("gloo")
     folder = Path(output_dir)
-    kinds = ["fully_shard", "tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
+    kinds = ["tensor_parallel"] + (["both"] if dist.get_world_size() == 4 else [])
     saved = {kind: write_both(load_sharded(kind, model_dir)) for kind in kinds}
     saved["checkpoint"] = save_and_load(model_dir, folder / "checkpoint")
     torch.save(saved, folder / f"rank{os.environ['RANK']}.pt")

@@ -99,8 +99,6 @@ def main(runs_file: str, output_dir: str) -> None:
             {
                 "weights": weights_of(trainer),
                 "v0": recorder.v0,
-                "gradients": recorder.gradients[:3],
-                "moments": recorder.moments[:1],
                 "report": trainer.get_v0_report() if hasattr(trainer, "get_v0_report") else None,
                 "error": error,
                 "num_losses": getattr(trainer, "num_losses", None),

@@ -21,19 +21,19 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from hf_v0init import V0InitTrainer
 from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
-from hf_v0init.sharding.parts import Fragment
+from hf_v0init.sharding.parts import ParamShard, name_parameters
 
 # `DistributedConfig` of a mode; -n stands for the number of processes / n.
 FSDP2_MODES = {"fsdp2": {"fsdp_size": -1}, "hybrid": {"dp_replicate_size": 2, "fsdp_size": -2}}
 
 
-def gather(tensor: torch.Tensor | Fragment) -> torch.Tensor:
+def gather(tensor: torch.Tensor, shard: ParamShard | None = None) -> torch.Tensor:
     """The whole of a tensor that may be spread over the processes."""
-    if isinstance(tensor, Fragment):
-        whole = torch.zeros(tensor.numel(), dtype=tensor.local.dtype)
-        whole[tensor.start : tensor.start + tensor.local.numel()] = tensor.local
+    if shard is not None and shard.offset is not None:
+        whole = torch.zeros(shard.numel, dtype=tensor.dtype)
+        whole[shard.offset : shard.offset + tensor.numel()] = tensor
         dist.all_reduce(whole)
-        return whole.view(tensor.full_shape)
+        return whole.view(shard.full_shape)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -47,13 +47,16 @@ class GatheringRecorder(TrainerCallback):
 
     def gather_moments(self):
         reader = SecondMoment(self.trainer.optimizer)
-        moments = {name: reader.read_parameter(p) for name, p in self.trainer.model.named_parameters()}
-        return {name: gather(v) for name, v in moments.items() if v is not None}
+        moments = [(shard, reader.read(shard)) for shard in reader.list_shards(name_parameters(self.trainer.model))]
+        return {shard.name: gather(v, shard) for shard, v in moments if v is not None}
 
     def on_step_begin(self, args, state, control, **kwargs):
         inner = unwrap_optimizer(self.trainer.optimizer)
         if self.hooked is not inner:
             self.hooked = inner
+            self.reader = SecondMoment(
+                self.trainer.optimizer
+            )  # in the middle of its step ZeRO shows only some of the groups
             inner.register_step_pre_hook(call_before_update(self.look))
             if self.trainer.is_deepspeed_enabled:  # its step is part of `accelerator.backward`
                 zero = self.trainer.optimizer.optimizer
@@ -64,14 +67,10 @@ class GatheringRecorder(TrainerCallback):
         steps = find_hook(inner)
         if self.v0 is not None or (steps is not None and steps.is_waiting):
             return
-        # In the middle of its step ZeRO shows only some of the groups, so the view from before is used.
-        reader = SecondMoment(self.trainer.optimizer) if steps is None else steps.moments
-        for name, parameter in self.trainer.model.named_parameters():
-            moment = reader.read_parameter(parameter)
-            if moment is not None and name not in self.local:
-                if isinstance(moment, Fragment):
-                    moment = Fragment(moment.local.clone(), moment.full_shape, moment.start)
-                self.local[name] = moment if isinstance(moment, Fragment) else gather(moment)
+        for shard in self.reader.list_shards(name_parameters(self.trainer.model)):
+            moment = self.reader.read(shard)
+            if moment is not None and shard.name not in self.local:
+                self.local[shard.name] = shard, gather(moment)
 
     def watch_step(self, step):
         from deepspeed.utils import safe_get_full_grad
@@ -91,7 +90,7 @@ class GatheringRecorder(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.moments is None and self.local:
-            self.v0 = {name: gather(v) for name, v in self.local.items()}
+            self.v0 = {name: gather(v, shard) for name, (shard, v) in self.local.items()}
             self.moments = self.gather_moments()
 
 

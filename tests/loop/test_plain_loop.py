@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
 from hf_v0init import InputError, compute_scale_for_warmup, initialize_v0, read_second_moment
-from hf_v0init.estimation.batches import choose_samples
+from hf_v0init.trainer.per_sample import choose_samples
 
 
 class Network(nn.Module):
@@ -353,7 +353,7 @@ def test_an_exception_on_one_process_is_raised_on_all(launched):
         assert "runs the model inside DDP" in errors[rank]["wrapped"]
         assert errors[rank]["num_states"] == 0
         assert "bad batch here" in errors[rank]["radius"]["error"] and errors[rank]["radius"]["unchanged"]
-        assert "bad batch on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
+        assert "disk full on this one" in errors[rank]["measures"] and errors[rank]["unchanged"]
 
 
 @pytest.mark.parametrize("kind", ["fully_shard", "tensor_parallel"])
@@ -421,12 +421,11 @@ def test_decay_steps_below_one_are_a_share_of_max_steps():
     assert v0s[0].keys() == v0s[1].keys() and all(torch.equal(v0s[0][name], v0s[1][name]) for name in v0s[0])
 
 
-def test_max_steps_gives_the_expectation_and_its_warning(caplog):
+def test_max_steps_gives_the_expectation_and_its_warning(our_log):
     model = make_network(batch_norm=False)
     options = {"v0_scale": 1e6, "effective_batch_size": 1, "max_steps": 20}
-    with caplog.at_level("WARNING", logger="hf_v0init"):
-        report = initialize_v0(
-            make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, **options
-        )
+    report = initialize_v0(
+        make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, **options
+    )
     assert report.multiplier["20"] == pytest.approx((1 + 1e6 * 0.999**20 / (1 - 0.999**20)) ** -0.5, rel=1e-6)
-    assert any(r.levelname == "WARNING" for r in caplog.records)
+    assert any(r.levelname == "WARNING" for r in our_log.records)

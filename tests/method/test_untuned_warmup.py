@@ -7,7 +7,7 @@ from conftest import make_sequences
 from trainers import make_trainer, train
 
 from hf_v0init import InputError, compute_multiplier
-from hf_v0init.method.untuned_warmup import compute_untuned_factor
+from hf_v0init.method.length import compute_untuned_factor
 from hf_v0init.trainer.schedule import add_untuned_warmup
 
 REFERENCES = {

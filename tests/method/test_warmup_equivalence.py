@@ -51,8 +51,8 @@ def test_scale_and_steps_are_inverse(target):
 
 def test_similar_linear_warmup_of_a_whole_washout():
     exact = (4 - 4 * math.log(2)) / -math.log(0.999)
-    assert compute_similar_linear_warmup(1.0, 0.999) == pytest.approx(exact, rel=1e-3)
-    assert compute_similar_linear_warmup(0.0, 0.999) == 0.0
+    assert compute_similar_linear_warmup(1.0, 0.999, 10**6) == pytest.approx(exact, rel=1e-3)
+    assert compute_similar_linear_warmup(0.0, 0.999, 100) == 0.0
 
 
 def test_table_holds_the_steps_before_the_end_and_the_end():
@@ -90,7 +90,3 @@ def test_the_similar_linear_warmup_loses_as_much_within_the_run(scale, beta2, ma
     by_v0 = sum(1.0 - compute_multiplier(step, scale, beta2) for step in range(1, max_steps + 1))
     by_warmup = sum(1.0 - min(1.0, (step - 0.5) / length) for step in range(1, max_steps + 1))
     assert by_warmup == pytest.approx(by_v0, rel=0.02, abs=0.6)
-    assert length <= compute_similar_linear_warmup(scale, beta2) * (1 + 1e-9)
-    assert compute_similar_linear_warmup(scale, beta2, 10**7) == pytest.approx(
-        compute_similar_linear_warmup(scale, beta2), rel=1e-6
-    )

@@ -1,7 +1,6 @@
 """Which checkpoints are valid, which one a run resumes from, what a rotation may delete."""
 
 import json
-import logging
 import os
 import random
 import shutil
@@ -180,14 +179,13 @@ def cut_off(run):
     return find_defect(run / "checkpoint-3")
 
 
-def test_resume_true_takes_the_newest_valid_one_names_the_skipped_and_deletes_nothing(run, caplog):
+def test_resume_true_takes_the_newest_valid_one_names_the_skipped_and_deletes_nothing(run, our_log):
     v0 = "random" if (run / "checkpoint-1" / "v0_init.json").exists() else "zeros"
     defect, before = cut_off(run), snapshot(run)
     trainer = make_trainer(run, **SAFE | {"v0_init": v0, "save_strategy": "no"})
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=True)
     assert (
-        f"{run / 'checkpoint-3'} ({defect})" in caplog.text and f"resuming from {run / 'checkpoint-2'}" in caplog.text
+        f"{run / 'checkpoint-3'} ({defect})" in our_log.text and f"resuming from {run / 'checkpoint-2'}" in our_log.text
     )
     assert snapshot(run) == before
     assert_equal_weights(train(run.parent / "straight", **RUN | {"v0_init": v0}), trainer)
@@ -208,16 +206,15 @@ def test_a_broken_checkpoint_asked_for_by_name_is_one_clear_error(run):
     assert trainer.state.global_step == 0
 
 
-def test_no_checkpoint_at_all_is_an_error_and_only_broken_ones_a_new_run(tmp_path, caplog):
+def test_no_checkpoint_at_all_is_an_error_and_only_broken_ones_a_new_run(tmp_path, our_log):
     trainer = make_trainer(tmp_path / "a", **SAFE)
     for _ in range(2):  # without the folder, and with it
         with pytest.raises(InputError, match="No valid checkpoint found"):
             trainer.train(resume_from_checkpoint=True)
         (tmp_path / "a").mkdir(exist_ok=True)
     begin_save(tmp_path / "a" / "checkpoint-1")
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        trainer.train(resume_from_checkpoint=True)
-    assert f"checkpoint-1 ({CUT_OFF})" in caplog.text
+    trainer.train(resume_from_checkpoint=True)
+    assert f"checkpoint-1 ({CUT_OFF})" in our_log.text
     assert_equal_weights(train(tmp_path / "b", **RUN), trainer)
     assert [find_defect(folder) for folder in list_checkpoints(tmp_path / "a")] == [None, None, None]
     assert trainer.get_v0_report()["global_step"] == 0
@@ -302,7 +299,7 @@ class Killed(TrainerCallback):
             raise SystemExit
 
 
-def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_before(tmp_path, caplog):
+def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_before(tmp_path, our_log):
     options = {name: value for name, value in RUN.items() if not name.startswith("v0_")}
 
     def make(folder, **more):
@@ -317,9 +314,8 @@ def test_a_kill_between_the_save_and_the_callbacks_falls_back_to_the_checkpoint_
         killed.train()
     assert find_defect(tmp_path / "out" / "checkpoint-2") == CUT_OFF
     resumed = make(tmp_path / "out", model=make_gpt2(seed=9))
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        resumed.train(resume_from_checkpoint=True)
-    assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in caplog.text
+    resumed.train(resume_from_checkpoint=True)
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in our_log.text
     assert_equal_weights(straight, resumed)
     for folder in list_checkpoints(tmp_path / "out"):
         assert find_defect(folder) is None and os.path.isfile(os.path.join(folder, "v0_init.json"))

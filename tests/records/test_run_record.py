@@ -47,6 +47,7 @@ def test_fingerprints_are_equal_for_arms_of_one_seed_and_for_these_only(tmp_path
         "data_driven": {"v0_init": "data_driven"},
         "first_gradient": {"v0_init": "first_gradient"},
         "warmup": {"warmup_steps": 3, "learning_rate": 5e-3},
+        "measured warmup": {"untuned_warmup": "trust_radius"},
     }
     prints = {}
     for name, options in arms.items():

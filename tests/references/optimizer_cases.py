@@ -46,130 +46,55 @@ def load(path: str):
             pytest.skip(f"{module} cannot be imported here: {error}")
 
 
-def cases_of(row, path, reference, *variants, num_steps=2):
-    return [
-        Case(row, path, partial(reference, **{"lr": LR} | theirs), {"lr": LR} | ours, num_steps)
-        for ours, theirs in variants or [({}, {})]
-    ]
-
-
-BETAS = {"betas": (0.9, 0.98)}
-B2 = {"b2": 0.98}
+BETAS, B2 = {"betas": (0.9, 0.98)}, {"b2": 0.98}
+DECAYED = (BETAS | {"weight_decay": 0.1}, B2 | {"decay": 0.1})
+BY_DEFAULT = (BETAS, B2 | {"decay": 1e-2})  # which they have themselves
 BNB, AO, PO = "bitsandbytes", "torchao", "pytorch-optimizer"
-
 KINDS = ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True})
+ADEMAMIX = [
+    {"optim_bits": bits, "is_paged": paged, "betas": (0.9, 0.98, 0.999)} for bits in (8, 32) for paged in (False, True)
+]
 
+# row (name, package), its classes, the reference, (options, those of the reference) of each variant, steps
+TABLE = [
+    (("AdamW", "torch"), "torch.optim:AdamW", slow.adam, [(kind | DECAYED[0], DECAYED[1]) for kind in KINDS], 2),
+    (("Adam", "torch"), "torch.optim:Adam", slow.adam, [({}, {}), *((kind | DECAYED[0], B2 | {"l2": 0.1}) for kind in KINDS)], 2),
+    (("AMSGrad", "torch"), "torch.optim:Adam torch.optim:AdamW", slow.adam,
+     [(BETAS | kind | {"amsgrad": True, "weight_decay": 0.0}, B2 | {"amsgrad": True}) for kind in KINDS], 4),
+    (("NAdam", "torch"), "torch.optim:NAdam", slow.nadam, [(BETAS, B2)], 2),
+    (("RAdam", "torch"), "torch.optim:RAdam", slow.radam, [(BETAS, B2)], 8),
+    (("Adamax", "torch"), "torch.optim:Adamax", slow.adamax, [(BETAS, B2)], 2),
+    (("RMSprop", "torch"), "torch.optim:RMSprop", slow.rmsprop,
+     [(o, o) for o in ({}, {"momentum": 0.9}, {"centered": True, "alpha": 0.9}, {"alpha": 0.9})], 2),
+    (("Adagrad", "torch"), "torch.optim:Adagrad", slow.adagrad, [({}, {}), ({"initial_accumulator_value": 0.5}, {})], 2),
+    (("Adadelta", "torch"), "torch.optim:Adadelta", slow.adadelta, [({"lr": 1.0}, {"lr": 1.0})], 2),
+    (("AdamW 8-bit", AO), "torchao.optim:AdamW8bit", slow.adam, [BY_DEFAULT], 2),
+    (("AdamW 8-bit", AO), "torchao.optim:Adam8bit", slow.adam, [(BETAS, B2)], 2),
+    (("AdamW 4-bit", AO), "torchao.optim:AdamW4bit", slow.adam, [BY_DEFAULT], 2),
+    (("AdamW fp8", AO), "torchao.optim:AdamWFp8", slow.adam, [BY_DEFAULT], 2),
+    (("AdamW 8-bit", BNB), " ".join(f"bitsandbytes.optim:{name}" for name in ("AdamW8bit", "PagedAdamW8bit", "Adam8bit")), slow.adam, [DECAYED], 2),
+    (("AdamW 32-bit", BNB), " ".join(f"bitsandbytes.optim:{name}" for name in ("AdamW", "AdamW32bit", "PagedAdamW", "PagedAdamW32bit", "Adam")),
+     slow.adam, [DECAYED], 2),
+    (("AdEMAMix 8-bit", BNB), "bitsandbytes.optim:AdEMAMix", slow.ademamix, [(o, B2 | {"b3": 0.999, "decay": 1e-2}) for o in ADEMAMIX[:2]], 2),
+    (("AdEMAMix 32-bit", BNB), "bitsandbytes.optim:AdEMAMix", slow.ademamix, [(o, B2 | {"b3": 0.999, "decay": 1e-2}) for o in ADEMAMIX[2:]], 2),
+    (("RMSprop 8-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, [({"optim_bits": 8}, {})], 2),
+    (("RMSprop 32-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, [({"alpha": 0.9}, {"alpha": 0.9})], 2),
+    (("Adagrad", BNB), "bitsandbytes.optim:Adagrad", slow.adagrad, [({}, {})], 2),
+    (("Schedule-free AdamW", "schedulefree"), "schedulefree:AdamWScheduleFree", slow.schedule_free,
+     [(BETAS | {"foreach": foreach}, B2) for foreach in (True, False)], 3),
+    (("Schedule-free RAdam", "schedulefree"), "schedulefree:RAdamScheduleFree", slow.schedule_free, [(BETAS, B2 | {"rectified": True})], 8),
+    (("GrokAdamW", "grokadamw"), "grokadamw:GrokAdamW", slow.grokadamw, [(BETAS | {"lr": 1.0}, B2 | {"lr": 1.0, "decay": 1e-2})], 2),
+    (("AdaBelief", PO), "pytorch_optimizer:AdaBelief", slow.adabelief, [(BETAS, B2), ({}, {})], 2),
+    (("AdaBound", PO), "pytorch_optimizer:AdaBound", slow.adabound,
+     [(BETAS, B2), (BETAS | {"ams_bound": True}, B2 | {"amsbound": True})], 3),
+    (("ADOPT", PO), "pytorch_optimizer:ADOPT", slow.adopt, [({}, {}), (BETAS, B2)], 3),
+    (("Yogi", PO), "pytorch_optimizer:Yogi", slow.yogi, [(BETAS, B2)], 2),
+]  # fmt: skip
 CASES = [
-    *cases_of(
-        ("AdamW", "torch"),
-        "torch.optim:AdamW",
-        slow.adam,
-        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "decay": 0.1}) for kind in KINDS],
-    ),
-    *cases_of(
-        ("Adam", "torch"),
-        "torch.optim:Adam",
-        slow.adam,
-        ({}, {}),
-        *[({**BETAS, **kind, "weight_decay": 0.1}, {**B2, "l2": 0.1}) for kind in KINDS],
-    ),
-    *[
-        case
-        for name in ("Adam", "AdamW")
-        for case in cases_of(
-            ("AMSGrad", "torch"),
-            f"torch.optim:{name}",
-            slow.adam,
-            *[({**BETAS, **kind, "amsgrad": True, "weight_decay": 0.0}, {**B2, "amsgrad": True}) for kind in KINDS],
-            num_steps=4,
-        )
-    ],
-    *cases_of(("NAdam", "torch"), "torch.optim:NAdam", slow.nadam, (BETAS, B2)),
-    *cases_of(("RAdam", "torch"), "torch.optim:RAdam", slow.radam, (BETAS, B2), num_steps=8),
-    *cases_of(("Adamax", "torch"), "torch.optim:Adamax", slow.adamax, (BETAS, B2)),
-    *cases_of(
-        ("RMSprop", "torch"),
-        "torch.optim:RMSprop",
-        slow.rmsprop,
-        ({}, {}),
-        *[(o, o) for o in ({"momentum": 0.9}, {"centered": True, "alpha": 0.9}, {"alpha": 0.9})],
-    ),
-    *cases_of(
-        ("Adagrad", "torch"), "torch.optim:Adagrad", slow.adagrad, ({}, {}), ({"initial_accumulator_value": 0.5}, {})
-    ),
-    *cases_of(("Adadelta", "torch"), "torch.optim:Adadelta", slow.adadelta, ({"lr": 1.0}, {"lr": 1.0})),
-    *cases_of(("AdamW 8-bit", AO), "torchao.optim:AdamW8bit", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
-    *cases_of(("AdamW 8-bit", AO), "torchao.optim:Adam8bit", slow.adam, (BETAS, B2)),
-    *cases_of(("AdamW 4-bit", AO), "torchao.optim:AdamW4bit", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
-    *cases_of(("AdamW fp8", AO), "torchao.optim:AdamWFp8", slow.adam, (BETAS, {**B2, "decay": 1e-2})),
-    *[
-        case
-        for name in ("AdamW8bit", "PagedAdamW8bit", "Adam8bit")
-        for case in cases_of(
-            ("AdamW 8-bit", BNB),
-            f"bitsandbytes.optim:{name}",
-            slow.adam,
-            ({**BETAS, "weight_decay": 0.1}, {**B2, "decay": 0.1}),
-        )
-    ],
-    *[
-        case
-        for name in ("AdamW", "AdamW32bit", "PagedAdamW", "PagedAdamW32bit", "Adam")
-        for case in cases_of(
-            ("AdamW 32-bit", BNB),
-            f"bitsandbytes.optim:{name}",
-            slow.adam,
-            ({**BETAS, "weight_decay": 0.1}, {**B2, "decay": 0.1}),
-        )
-    ],
-    *[
-        case
-        for bits in ("8-bit", "32-bit")
-        for paged in (False, True)
-        for case in cases_of(
-            (f"AdEMAMix {bits}", BNB),
-            "bitsandbytes.optim:AdEMAMix",
-            slow.ademamix,
-            (
-                {"optim_bits": int(bits.split("-")[0]), "is_paged": paged, "betas": (0.9, 0.98, 0.999)},
-                {**B2, "b3": 0.999, "decay": 1e-2},
-            ),
-        )
-    ],
-    *cases_of(("RMSprop 8-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, ({"optim_bits": 8}, {})),
-    *cases_of(("RMSprop 32-bit", BNB), "bitsandbytes.optim:RMSprop", slow.rmsprop, ({"alpha": 0.9}, {"alpha": 0.9})),
-    *cases_of(("Adagrad", BNB), "bitsandbytes.optim:Adagrad", slow.adagrad),
-    *cases_of(
-        ("Schedule-free AdamW", "schedulefree"),
-        "schedulefree:AdamWScheduleFree",
-        slow.schedule_free,
-        *[({**BETAS, "foreach": foreach}, B2) for foreach in (True, False)],
-        num_steps=3,
-    ),
-    *cases_of(
-        ("Schedule-free RAdam", "schedulefree"),
-        "schedulefree:RAdamScheduleFree",
-        slow.schedule_free,
-        (BETAS, {**B2, "rectified": True}),
-        num_steps=8,
-    ),
-    *cases_of(
-        ("GrokAdamW", "grokadamw"),
-        "grokadamw:GrokAdamW",
-        slow.grokadamw,
-        ({**BETAS, "lr": 1.0}, {**B2, "lr": 1.0, "decay": 1e-2}),
-    ),
-    *cases_of(("AdaBelief", PO), "pytorch_optimizer:AdaBelief", slow.adabelief, (BETAS, B2), ({}, {})),
-    *cases_of(
-        ("AdaBound", PO),
-        "pytorch_optimizer:AdaBound",
-        slow.adabound,
-        (BETAS, B2),
-        ({**BETAS, "ams_bound": True}, {**B2, "amsbound": True}),
-        num_steps=3,
-    ),
-    *cases_of(("ADOPT", PO), "pytorch_optimizer:ADOPT", slow.adopt, ({}, {}), (BETAS, B2), num_steps=3),
-    *cases_of(("Yogi", PO), "pytorch_optimizer:Yogi", slow.yogi, (BETAS, B2)),
+    Case(row, path, partial(reference, **{"lr": LR} | theirs), {"lr": LR} | ours, num_steps)
+    for row, paths, reference, variants, num_steps in TABLE
+    for path in paths.split()
+    for ours, theirs in variants
 ]
 
 

@@ -181,17 +181,6 @@ def test_embeddings_of_8_bit_bitsandbytes_stay_fp32_where_the_trainer_says_so(tm
     assert torch.equal(read_second_moment(optimizer, embedding.weight), make_v0((64, 128)))
 
 
-def test_schedule_free_averages_start_at_the_weights():
-    parameter = make_parameter()
-    optimizer = load("schedulefree:AdamWScheduleFree")([parameter], lr=LR)
-    write(optimizer, parameter, make_v0())
-    assert torch.equal(optimizer.state[parameter]["z"], parameter)
-    before = parameter.detach().clone()
-    optimizer.train()
-    optimizer.eval()
-    assert torch.equal(parameter, before)
-
-
 def test_state_that_only_an_option_adds_is_made_too():
     ours, theirs = make_parameter(), make_parameter()
     a, b = (load("pytorch_optimizer:AdaBelief")([p], lr=LR, adanorm=True) for p in (ours, theirs))

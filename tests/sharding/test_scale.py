@@ -69,8 +69,8 @@ def test_drawing_takes_the_shard_and_one_block(join, monkeypatch, world_size, ra
 
     def draw() -> None:
         """Write a random v0 as the first step does, into the states of parameters that have gradients."""
-        shards = SteppedShards(SecondMoment(optimizer), None, False, 0)
         plan = V0InitArguments(v0_init="random", v0_decay="beta2").resolve()
+        shards = SteppedShards(SecondMoment(optimizer), None, plan)
         Beta2Decay(shards, plan, 1, lambda _: None)._write(shards.list_all(), 1.0)
 
     used = measure_memory(draw)

@@ -363,15 +363,14 @@ def plain_alone(model_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "num_processes"),
-    [("fully_shard", 2), ("fully_shard", 4), ("tensor_parallel", 2), ("tensor_parallel", 4), ("both", 4)],
-)
+@pytest.mark.parametrize(("kind", "num_processes"), [("tensor_parallel", 2), ("tensor_parallel", 4), ("both", 4)])
 def test_without_a_trainer_v0_is_that_of_one_process(plain, plain_alone, kind, num_processes):
     """Rows and columns split over processes, FSDP2 over tensor parallelism (strided shards), plain vectors beside them."""
     for saved in (rank[kind] for rank in plain(num_processes)):
         assert saved["placed_as_parameters"]
         assert any("Shard" in placement for placement in saved["placements"].values())
+        for name, weight in plain_alone["linear"].items():  # 1% of the rate: rounding of small gradients
+            torch.testing.assert_close(saved["linear"][name], weight, rtol=1e-5, atol=1e-4)
         for name, v0 in plain_alone["random"].items():
             assert torch.equal(saved["random"][name], v0), name
         for name, v0 in plain_alone["steps"]["data_driven"]["v0"].items():

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from hf_v0init.sharding import tensor_statistics
+from hf_v0init.sharding import processes
 from hf_v0init.sharding.draws import BLOCK_NUMEL, compute_block_seed, draw_standard_normal_
-from hf_v0init.sharding.parts import Fragment, clean_parameter_name, find_pieces
-from hf_v0init.sharding.tensor_statistics import compute_figures
+from hf_v0init.sharding.parts import ParamShard, clean_parameter_name
+from hf_v0init.sharding.processes import compute_figures
 
 SHAPES = [(), (1,), (5,), (3, 7), (513, 1024), (700, 3, 5, 7), (2, BLOCK_NUMEL + 3)]
 
@@ -76,20 +76,24 @@ def test_a_flat_partition_is_the_whole_tensor_bit_for_bit(shape, num_parts):
     size = -(-whole.numel() // num_parts)
     for start in range(0, whole.numel(), size):
         part = torch.full((min(size, whole.numel() - start),), float("nan"))
-        pieces = find_pieces(Fragment(part, shape, start))
+        pieces = ParamShard("w", shape, part, {}, start).find_pieces(part)
         assert 1 <= len(pieces) <= 3
         for piece in pieces:
             draw_standard_normal_(piece.local, name="w", seed=1, full_shape=piece.full_shape, offset=piece.offset)
         assert torch.equal(part, whole[start : start + len(part)])
-    assert find_pieces(Fragment(torch.empty(0), shape, whole.numel())) == []
+    assert ParamShard("w", shape, part, {}, whole.numel()).find_pieces(torch.empty(0)) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_figures_of_whole_tensors_and_fragments(device, monkeypatch):
+def test_figures_of_whole_tensors_and_flat_shards(device, monkeypatch):
     """In the dtype of sums on that device: Apple's GPUs have no fp64."""
-    dtype = tensor_statistics.get_wide_dtype(torch.device(device))
+    dtype = processes.get_wide_dtype(torch.device(device))
     assert dtype == (torch.float32 if device == "mps" else torch.float64)
-    monkeypatch.setattr(tensor_statistics, "get_wide_dtype", lambda _: dtype)
+    monkeypatch.setattr(processes, "get_wide_dtype", lambda _: dtype)
     values = torch.tensor([[0.0, 2.0], [4.0, 0.0]])
-    fragment = Fragment(values.flatten()[1:3], (2, 2), 1)
-    assert compute_figures([values, fragment], over_processes=False) == [(1.5, 0.0, 4.0, 2), (3.0, 2.0, 4.0, 0)]
+    flat = values.flatten()
+    shards = [ParamShard("whole", (2, 2), values, {}), ParamShard("flat", (2, 2), flat, {}, 1, (1, 2))]
+    assert compute_figures(shards, [values, shards[1].cut(flat)], over_processes=False) == [
+        (1.5, 0.0, 4.0, 2),
+        (3.0, 2.0, 4.0, 0),
+    ]

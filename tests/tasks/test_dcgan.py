@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_v0init import V0InitTrainingArguments, read_second_moment
 from hf_v0init.errors import InputError
-from hf_v0init.estimation.batches import choose_samples, compute_batch_seed
+from hf_v0init.estimation.per_sample import compute_batch_seed
 from hf_v0init.tasks.gan.dcgan import (
     IMAGE_SIZES,
     Discriminator,
@@ -17,6 +17,7 @@ from hf_v0init.tasks.gan.dcgan import (
     draw_noise,
 )
 from hf_v0init.tasks.gan.training import GanRun, ImageOrder
+from hf_v0init.trainer.per_sample import choose_samples
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ from trainers import Recorder, make_arguments
 from transformers import Trainer, default_data_collator
 
 from hf_v0init import V0InitTrainer
-from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.tasks.images.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_v0init.tasks.images.folders import load_image_folder
 from hf_v0init.tasks.images.format import choose_format
 from hf_v0init.tasks.images.samples import Augmentation, ImageSamples
 from hf_v0init.tasks.script_trainer import AnnounceEpoch
 from hf_v0init.tasks.token_loss import TokenCrossEntropy
+from hf_v0init.trainer.per_sample import choose_samples
 
 SEED, SMOOTHING, BATCH = 11, 0.1, 6
 CROP = Augmentation("pad", 1, True)

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.estimation.batches import choose_samples
 from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin
 from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator
 from hf_v0init.tasks.token_loss import ExactPerplexityMixin
+from hf_v0init.trainer.per_sample import choose_samples
 
 gc.freeze()  # every `train()` collects garbage, which takes a second over all that has been imported
 DROPOUT = dict.fromkeys(("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop"), 0.3)

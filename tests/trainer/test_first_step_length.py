@@ -1,6 +1,5 @@
 """The length that is measured inside the first optimizer step: what it is, and that the run is as if it had been given."""
 
-import logging
 import random
 import signal
 
@@ -252,18 +251,17 @@ class OwnStepTrainer(OursTrainer):
         return loss.detach()
 
 
-def test_a_step_of_ones_own_falls_back_and_says_why(tmp_path, caplog):
+def test_a_step_of_ones_own_falls_back_and_says_why(tmp_path, our_log):
     model = Network()
     trainer = make_trainer(
         tmp_path, model=model, data=make_rows(), trainer_class=OwnStepTrainer, max_steps=60, v0_init="data_driven",
         kwargs={"optimizers": (torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.9)), None)},
         remove_unused_columns=False,
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING, logger="hf_v0init"):
-        trainer.train()
+    trainer.train()
     length = trainer.get_v0_report()["length"]
     assert (length["steps"], length["d50"], length["x"]) == (20, None, None)  # a third of 60
-    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
+    warnings = [r.getMessage() for r in our_log.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
     assert len(warnings) == 1 and length["reason"] in warnings[0] and "compute_loss" in length["reason"]
 
 

@@ -160,18 +160,17 @@ def test_a_push_during_training_takes_the_record_with_the_model(tmp_path, strate
 # ---- the record of v0 on resume ----------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_the_record_of_its_checkpoint_or_says_that_there_is_none(runs, tmp_path, caplog):
+def test_a_resumed_run_has_the_record_of_its_checkpoint_or_says_that_there_is_none(runs, tmp_path, our_log):
     folder = tmp_path / "out"
     shutil.copytree(runs / "random" / "out", folder)
     (folder / "checkpoint-2" / "v0_init.json").unlink()
     straight = train(tmp_path / "straight", **RUN | {"max_steps": 6} | RANDOM)
-    with caplog.at_level("WARNING", logger="hf_v0init"):
-        trainer = resume(folder, True, **RANDOM)  # at step 4
-        assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
-        assert_equal_weights(straight, trainer)
-        assert "trained without a v0" not in caplog.text
-        trainer = resume(folder, str(folder / "checkpoint-2"), **RANDOM, save_strategy="no")
-    assert "trained without a v0" in caplog.text and trainer.get_v0_report() is None
+    trainer = resume(folder, True, **RANDOM)  # at step 4
+    assert trainer.get_v0_report() == json.loads((runs / "random" / "out" / "v0_init.json").read_text())
+    assert_equal_weights(straight, trainer)
+    assert "trained without a v0" not in our_log.text
+    trainer = resume(folder, str(folder / "checkpoint-2"), **RANDOM, save_strategy="no")
+    assert "trained without a v0" in our_log.text and trainer.get_v0_report() is None
     assert_equal_weights(straight, trainer)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_v0init import InputError
-from hf_v0init.estimation.batches import (
+from hf_v0init.trainer.per_sample import (
     choose_samples,
     cut_into_batches,
     deal_out,
