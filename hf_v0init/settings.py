@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
-from .method.length import UNTUNED_WARMUPS
+from .method.length import LONGEST_FRACTION, UNTUNED_WARMUPS, compute_bounds
 from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
 from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
 
@@ -142,8 +142,8 @@ class V0InitArguments:
     v0_decay_steps: StepCount | None = _flag(  # noqa: RUF009 (no call that makes a shared default)
         "For how many optimizer steps v0 acts; below 1, as with --warmup_steps, a fraction of training. 'auto': measured "
         "in the first step, between a third and two thirds of training (--probe_only prints it). With --v0_decay beta2: v0 is "
-        "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: auto with "
-        "linear, none with beta2.",
+        "sized so that its factor on the step reaches 0.9 then. The schedule stays at its peak for so long. Default: two thirds "
+        "of training with linear, none with beta2.",
     )
     v0_scale: float | None = _flag(
         "With --v0_decay beta2: sigma in eqs. 10 and 11, dimensionless, > 0. Default: 100 for random, 1 for data_driven "
@@ -289,10 +289,12 @@ class V0InitArguments:
         per_sample = self.v0_init == "data_driven" and self._get("v0_estimator") == "per_sample"
         is_sized = self.v0_scale is not None or self.v0_preset is not None or per_sample
         decay = self.v0_decay or ("beta2" if is_sized else "linear")
-        steps = AUTO if decay == "linear" and self.v0_decay_steps is None else self.v0_decay_steps
-        if steps not in (None, AUTO):
+        steps, is_known = self.v0_decay_steps, max_steps is not None and max_steps > 0
+        if steps is None and decay == "linear":
+            steps = compute_bounds(max_steps)[1] if is_known else LONGEST_FRACTION
+        elif steps not in (None, AUTO):
             steps = require_decay_steps(steps)
-            if steps < 1 and max_steps is not None and max_steps > 0:
+            if steps < 1 and is_known:
                 steps = math.ceil(steps * max_steps)
         scale = None
         if decay == "beta2" and steps is None:

@@ -40,11 +40,12 @@ def attach_v0(
         model: whose names the parameters have in the report, and by which a random v0 is drawn; without it they are named by
             their place in the optimizer. Plain, compiled, inside DDP, or sharded by FSDP2 or tensor parallelism.
         v0_init: "data_driven", "random" or "first_gradient"; "zeros" attaches nothing.
-        v0_decay, v0_decay_steps, v0_scale, v0_estimation_steps, v0_include_bias_and_norm: as the flags of these names.
+        v0_decay, v0_decay_steps, v0_scale, v0_estimation_steps, v0_include_bias_and_norm: as the flags of these names; without
+            `v0_decay_steps` v0 acts for two thirds of `max_steps`.
         v0_seed: of a random v0.
         max_steps: optimizer steps of the whole run, which fractions of training, a measured length and the log's outlook need.
-        loss_fn: takes nothing and returns the loss (a scalar tensor) of the batch of the first step; with it
-            `v0_decay_steps` may be left out, and is measured in that step: some ten forward passes, which leave everything as it was.
+        loss_fn: takes nothing and returns the loss (a scalar tensor) of the batch of the first step, by which `v0_decay_steps="auto"`
+            is measured in that step: some ten forward passes, which leave everything as it was.
 
     Returns:
         The hook: `report` says what was done once it is, `plan.decay_steps` for how long, `remove()` takes it off; `state_dict()`
@@ -70,9 +71,12 @@ def attach_v0(
             f"v0_decay_steps=auto needs {'loss_fn' if loss_fn is None else 'max_steps'}: give attach_v0 loss_fn=lambda: LOSS of the first "
             "batch and max_steps, or v0_decay_steps as a number of optimizer steps"
         )
+    if loss_fn is not None and plan.decay_steps != AUTO:
+        raise InputError("loss_fn is what v0_decay_steps='auto' measures a length with: give both, or neither")
     if isinstance(plan.decay_steps, float):
+        given = "two thirds" if v0_decay_steps is None else f"{plan.decay_steps:g}"
         raise InputError(
-            f"v0_decay_steps={plan.decay_steps} is a fraction of training: give max_steps too, or a number of steps"
+            f"v0_decay_steps: {given} of training, which needs max_steps: give attach_v0 max_steps, or v0_decay_steps as a number of steps"
         )
 
     def find_length() -> WarmupLength:

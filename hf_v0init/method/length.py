@@ -128,7 +128,7 @@ class WarmupLength:
         """Say in one line what was measured and what follows; `what` takes the number of steps, as in "v0 decays over"."""
         if self.d50 is None:
             return (
-                f"the trust radius cannot be measured ({self.reason}): {what} a third of training, {self.steps:,} steps; give "
+                f"the trust radius cannot be measured ({self.reason}): {what} two thirds of training, {self.steps:,} steps; give "
                 "--v0_decay_steps or --warmup_steps to choose yourself"
             )
         bound = describe_bound(self.x, self.steps)
@@ -142,7 +142,7 @@ class WarmupLength:
 
 
 def choose_length(d50: float | None, learning_rate: float, num_steps: int, **found) -> WarmupLength:
-    """Choose the warmup of a run of `num_steps` from its trust radius; the shortest where there is none.
+    """Choose the warmup of a run of `num_steps` from its trust radius; two thirds of the run where there is none.
 
     Args:
         d50: displacement per element, > 0; None where it could not be measured.
@@ -150,7 +150,7 @@ def choose_length(d50: float | None, learning_rate: float, num_steps: int, **fou
         found: further fields of `WarmupLength`.
     """
     if d50 is None:
-        return WarmupLength(compute_bounds(num_steps)[0], None, learning_rate, **found)
+        return WarmupLength(compute_bounds(num_steps)[1], None, learning_rate, **found)
     x = compute_relative_rate(learning_rate, d50)
     steps = compute_warmup_length(x, num_steps)
     return WarmupLength(steps, d50, learning_rate, x, is_cut_short(x, num_steps), **found)

@@ -157,7 +157,7 @@ def _describe_length(length: Mapping[str, Any]) -> str:
     """Say what was measured for the length of the warmup, and what followed."""
     if length.get("x") is None:
         return (
-            f"The trust radius could not be measured ({length.get('reason')}): a third of training was taken, "
+            f"The trust radius could not be measured ({length.get('reason')}): two thirds of training were taken, "
             f"{_format(length['steps'])} steps"
         )
     bound = describe_bound(length["x"], length["steps"])

@@ -74,7 +74,7 @@ def test_the_linear_decay_is_a_linear_factor(steps):
 
 
 def test_a_length_that_is_measured_has_a_column_for_each_bound():
-    done = run_explain("--max_steps", "900")
+    done = run_explain("--v0_decay_steps", "auto", "--max_steps", "900")
     assert done.returncode == 0 and "from 300 to 600 of 900 steps" in " ".join(done.stdout.split())
     for step, *factors in read_tables(done.stdout):
         t = int(step.removesuffix(" (end)").replace(",", ""))

@@ -69,6 +69,7 @@ def run_attached(accelerator: Accelerator, kind: str, options: dict) -> dict:
     if options.pop("measures", False):
         for group in optimizer.param_groups:
             group["lr"] = 0.3  # large enough beside the trust radius for a warmup to be needed
+        options["v0_decay_steps"] = "auto"
         options["loss_fn"] = lambda: sum(loss_fn(model, batch) for batch in current) / len(current)
     steps = attach_v0(optimizer, model, **options)
 
@@ -175,7 +176,7 @@ def collect_errors(accelerator: Accelerator) -> dict:
         errors[kind] = catch(initialize_v0, its_optimizer, **given)
         assert len(its_optimizer.state) == 0
     weights, failing.calls = [p.detach().clone() for p in model.parameters()], 0
-    attach_v0(optimizer, model, loss_fn=lambda: failing(model, batches[0]), max_steps=10)
+    attach_v0(optimizer, model, v0_decay_steps="auto", loss_fn=lambda: failing(model, batches[0]), max_steps=10)
     loss_fn(model, batches[0]).backward()
     errors["measures"] = catch(optimizer.step)
     errors["unchanged"] = all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))

@@ -371,9 +371,11 @@ def test_what_cannot_decay_linearly_is_refused_by_name_before_any_step():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "v0_decay_steps=auto needs loss_fn"),
-        ({"loss_fn": lambda: 0.0}, "v0_decay_steps=auto needs max_steps"),
-        ({"v0_decay_steps": 0.3}, "v0_decay_steps=0.3"),
+        ({"v0_decay_steps": "auto"}, "v0_decay_steps=auto needs loss_fn"),
+        ({"v0_decay_steps": "auto", "loss_fn": lambda: 0.0}, "v0_decay_steps=auto needs max_steps"),
+        ({"max_steps": 9, "loss_fn": lambda: 0.0}, "loss_fn is what v0_decay_steps='auto'"),
+        ({}, "v0_decay_steps: two thirds of training"),
+        ({"v0_decay_steps": 0.3}, "v0_decay_steps: 0.3 of training"),
         ({"v0_decay_steps": 5, "v0_estimation_steps": 5}, "v0_estimation_steps=5 with v0_decay_steps=5"),
         ({"v0_estimation_steps": 5, "max_steps": 5, "v0_scale": 1.0}, "v0_estimation_steps=5 with max_steps=5"),
         ({"v0_init": "xavier"}, "v0_init='xavier'"),

@@ -27,9 +27,10 @@ def test_the_defaults_leave_adam_alone():
 
 
 @pytest.mark.parametrize("strategy", ["random", "data_driven", "first_gradient"])
-def test_a_strategy_alone_is_a_linear_decay_of_measured_length(strategy):
+def test_a_strategy_alone_is_a_linear_decay_over_two_thirds_of_training(strategy):
     plan = V0InitArguments(v0_init=strategy).resolve(100)
-    assert (plan.init, plan.decay, plan.decay_steps, plan.scale) == (strategy, "linear", "auto", None)
+    assert (plan.init, plan.decay, plan.decay_steps, plan.scale) == (strategy, "linear", 66, None)
+    assert V0InitArguments(v0_init=strategy).resolve().decay_steps == pytest.approx(2 / 3)  # of a run of unknown length
     assert plan.include_bias_and_norm and plan.keeps_plateau
     assert plan.estimator == ("minibatch" if strategy == "data_driven" else None)
 

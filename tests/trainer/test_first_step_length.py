@@ -14,6 +14,8 @@ from hf_v0init import InputError, V0InitCallback, V0InitMixin, attach_v0, comput
 
 STEPS = 18
 
+AUTO = {"v0_init": "data_driven", "v0_decay_steps": "auto"}
+
 
 class Network(nn.Module):
     """What a forward may move: dropout, a buffer, a tensor and a counter that are plain attributes, Python's and NumPy's numbers."""
@@ -152,7 +154,7 @@ CASES = {
     ("strategy", "case"), [*(("data_driven", case) for case in CASES), ("random", "plain"), ("random", "accumulated")]
 )
 def test_a_measured_length_gives_the_run_of_that_length_bit_for_bit(strategy, case, tmp_path):
-    measured = run(tmp_path / "a", v0_init=strategy, **CASES[case])
+    measured = run(tmp_path / "a", v0_init=strategy, v0_decay_steps="auto", **CASES[case])
     report = measured.get_v0_report()
     length = report["length"]
     assert 1 < length["steps"] == report["decay_steps"] <= STEPS * 2 / 3 and length["num_forwards"] >= 5
@@ -165,7 +167,7 @@ def test_a_measured_length_gives_the_run_of_that_length_bit_for_bit(strategy, ca
 @pytest.mark.parametrize(
     ("settings", "given", "batch_norm"),
     [
-        ({"v0_init": "data_driven"}, {"v0_init": "data_driven", "v0_decay_steps": 6}, True),
+        (AUTO, {"v0_init": "data_driven", "v0_decay_steps": 6}, True),
         ({"untuned_warmup": "trust_radius"}, {"stock": True, "warmup_steps": 6}, False),
     ],
 )
@@ -178,8 +180,8 @@ def test_a_small_rate_gets_a_third_of_training(settings, given, batch_norm, tmp_
 
 
 def test_a_callback_on_a_stock_trainer_measures_the_same(tmp_path):
-    ours = run(tmp_path / "a", v0_init="data_driven")
-    callback = V0InitCallback(v0_init="data_driven")
+    ours = run(tmp_path / "a", **AUTO)
+    callback = V0InitCallback(**AUTO)
     stock = run(tmp_path / "b", callback=callback)
     assert_same_run(ours, stock)
     assert callback.length["steps"] == ours.get_v0_report()["length"]["steps"]
@@ -200,7 +202,7 @@ def test_the_radius_is_along_the_update_that_each_groups_rate_makes(rates, facto
     def compute() -> torch.Tensor:
         return sum((one * w.square()).sum() / 2 for one, w in zip(c, weights, strict=True))
 
-    hook = attach_v0(optimizer, None, loss_fn=compute, max_steps=1000)
+    hook = attach_v0(optimizer, None, v0_decay_steps="auto", loss_fn=compute, max_steps=1000)
     compute().backward()
     for w in weights:
         w.grad.mul_(factor)
@@ -223,7 +225,7 @@ def test_in_a_loop_the_measured_length_is_that_of_the_same_run_with_it_given():
         def compute():
             return model(current[0], labels)["loss"]
 
-        hook = attach_v0(optimizer, model, max_steps=20, **options or {"loss_fn": compute})
+        hook = attach_v0(optimizer, model, max_steps=20, **options or {"v0_decay_steps": "auto", "loss_fn": compute})
         for batch in rows:
             current[:] = [batch]
             optimizer.zero_grad()
@@ -254,13 +256,13 @@ class OwnStepTrainer(OursTrainer):
 def test_a_step_of_ones_own_falls_back_and_says_why(tmp_path, our_log):
     model = Network()
     trainer = make_trainer(
-        tmp_path, model=model, data=make_rows(), trainer_class=OwnStepTrainer, max_steps=60, v0_init="data_driven",
+        tmp_path, model=model, data=make_rows(), trainer_class=OwnStepTrainer, max_steps=60, **AUTO,
         kwargs={"optimizers": (torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.9)), None)},
         remove_unused_columns=False,
     )  # fmt: skip
     trainer.train()
     length = trainer.get_v0_report()["length"]
-    assert (length["steps"], length["d50"], length["x"]) == (20, None, None)  # a third of 60
+    assert (length["steps"], length["d50"], length["x"]) == (40, None, None)  # two thirds of 60
     warnings = [r.getMessage() for r in our_log.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
     assert len(warnings) == 1 and length["reason"] in warnings[0] and "compute_loss" in length["reason"]
 
@@ -304,7 +306,7 @@ def ctrl_c_raises():
 
 
 @pytest.mark.parametrize("how", ["raised", "signal", "error"])
-@pytest.mark.parametrize("settings", [{"v0_init": "data_driven"}, {"untuned_warmup": "trust_radius"}], ids=str)
+@pytest.mark.parametrize("settings", [AUTO, {"untuned_warmup": "trust_radius"}], ids=str)
 def test_cut_off_at_any_forward_the_trainer_is_as_before(settings, how, tmp_path, ctrl_c_raises):
     for number in range(2, 12) if how == "signal" else (2, 6, 11):
 

@@ -448,7 +448,7 @@ def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: in
 
 
 def choose_decay_steps(training, max_steps: int) -> int | None:
-    """Return for how many steps v0 decays, None if beta2 alone says so; a third of training where it would be measured.
+    """Return for how many steps v0 decays, None if beta2 alone says so; two thirds of training where it would be measured.
 
     What is measured elsewhere is how far one network may go by one loss.
     """
