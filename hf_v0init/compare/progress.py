@@ -44,7 +44,9 @@ class ProgressDisplay:
         self.bars = Progress(*columns, console=console, **options)
         self.all = self.bars.add_task("all runs", state="")
         self.of_run: dict[str, TaskID] = {}
-        self.first_seen: dict[str, tuple[float, float]] = {}  # by run: its seconds and share of steps when it first had any
+        self.first_seen: dict[
+            str, tuple[float, float]
+        ] = {}  # by run: its seconds and share of steps when it first had any
 
     def __enter__(self) -> ProgressDisplay:
         self.bars.start()
