@@ -109,7 +109,9 @@ def explain(
     try:
         steps = None if v0_decay_steps is None else StepCount(v0_decay_steps)
     except ValueError as error:
-        raise InputError(f"v0_decay_steps={v0_decay_steps}: must be a number or {AUTO}") from error
+        raise InputError(
+            f"v0_decay_steps={v0_decay_steps}: give optimizer steps (1000), a fraction of training (0.3) or {AUTO}"
+        ) from error
     arguments = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale)
     plan = arguments.resolve(max_steps)
     lengths = compute_bounds(max_steps) if plan.decay_steps == AUTO else (plan.decay_steps,)
@@ -274,7 +276,8 @@ def main() -> None:
     except InputError as error:
         exit_with_error(str(error))
     except UsageError as error:
-        exit_with_error(f"{error.format_message().rstrip('.')}; --help lists the commands and flags")
+        message = error.format_message().rstrip(".")
+        exit_with_error(f"{message}{'' if message.endswith('?') else ';'} --help lists the commands and flags")
     except typer.Abort:
         raise SystemExit(130) from None
     raise SystemExit(status or 0)

@@ -108,7 +108,8 @@ def parse_value(axis: str, value: Any) -> AxisValue:
     else:
         parsed = (_parse_v0 if axis == "v0" else _parse_warmup)(value)
     if parsed is None:
-        meant = suggest(str(value).split(" ")[0], [*STRATEGIES, *UNTUNED, *OPTIMIZERS])
+        known, word = [*STRATEGIES, *UNTUNED, *OPTIMIZERS], str(value).split(" ")[0]
+        meant = "" if word in known else suggest(word, known)
         raise InputError(f"{axis}: {value!r} cannot be read{meant}; choose {WORDS[axis]}")
     return parsed
 

@@ -44,7 +44,8 @@ class ProgressDisplay:
         self.bars = Progress(*columns, console=console, **options)
         self.all = self.bars.add_task("all runs", state="")
         self.of_run: dict[str, TaskID] = {}
-        self.first_seen: dict[str, tuple[float, float]] = {}  # a run's seconds and share of steps when it had made some
+        # By run: its seconds, and the fraction of its steps, when it first had any
+        self.first_seen: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> ProgressDisplay:
         self.bars.start()

@@ -188,7 +188,7 @@ class Session:
         seeds = ", ".join(map(str, plan.confirm_seeds))
         later = f", then at most {num_later} to confirm on seeds {seeds}" if num_later else ""
         output = self.folder / files.RUNS_FOLDER / first.name / files.OUTPUT_FOLDER
-        self._tell(f"{len(plan.runs)} runs{later}. The first:")
+        self._tell(f"{len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'}{later}. The first:")
         self._tell(shlex.join(make_command(plan.launch, plan.script, first.arguments, output)))
         self._check_flags()
 
