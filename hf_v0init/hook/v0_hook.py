@@ -257,7 +257,7 @@ class V0Hook:
         if isinstance(length, int) and self.max_steps and length > self.max_steps:
             logger.warning(
                 f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
-                "--v0_decay_steps 0.33, or leave it out to have it measured"
+                "--v0_decay_steps 0.33, or leave it out for two thirds of training"
             )
         narrow = [shard for shard in self.shards.list_all() if shard.param.dtype in NARROW_DTYPES]
         slow = max((shard.group["betas"][1] for shard in narrow), default=0.0)
