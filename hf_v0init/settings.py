@@ -3,6 +3,8 @@
 What the user wrote stays as it was written; `V0InitArguments.resolve` gives the frozen `V0Plan` that a run follows.
 """
 
+import argparse
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,8 +13,10 @@ from typing import Any
 from .errors import InputError
 from .method.decay import DECAYS, DEFAULT_ESTIMATION_STEPS
 from .method.length import LONGEST_FRACTION, UNTUNED_WARMUPS, compute_bounds
-from .method.multiplier import compute_scale_for_warmup, require_decay_steps, require_scale
+from .method.multiplier import STEP_COUNTS, compute_scale_for_warmup, require_decay_steps, require_scale
 from .method.strategies import DEFAULT_SCALE, PAPER_SCALE, STRATEGIES
+
+logger = logging.getLogger("hf_v0init")
 
 ESTIMATORS = ("minibatch", "per_sample")
 AUTO = "auto"  # of v0_decay_steps
@@ -41,7 +45,10 @@ class StepCount(float):
 
     def __new__(cls, value):
         """Return a float or what was given, never an instance of this class."""
-        return value if value == AUTO else float(value)
+        try:
+            return value if value == AUTO else float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r}: give {STEP_COUNTS}") from None
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,10 @@ class V0InitArguments:
     def __post_init__(self) -> None:
         """Check every value, then let the next class of the inheritance order check its own."""
         self.require_valid()
+        if self.v0_preset is not None and self.v0_init == "zeros":
+            logger.warning(
+                f"v0_preset={self.v0_preset} has no effect with v0_init=zeros: add v0_init=data_driven or v0_init=random"
+            )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()

@@ -5,6 +5,7 @@ Importing it imports neither torch nor transformers. Commands import what they n
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import math
 import platform
@@ -108,10 +109,8 @@ def explain(
     require_beta2(adam_beta2)
     try:
         steps = None if v0_decay_steps is None else StepCount(v0_decay_steps)
-    except ValueError as error:
-        raise InputError(
-            f"v0_decay_steps={v0_decay_steps}: give optimizer steps (1000), a fraction of training (0.3) or {AUTO}"
-        ) from error
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"v0_decay_steps={error}") from None
     arguments = V0InitArguments(v0_init=v0_init, v0_decay=v0_decay, v0_decay_steps=steps, v0_scale=v0_scale)
     plan = arguments.resolve(max_steps)
     lengths = compute_bounds(max_steps) if plan.decay_steps == AUTO else (plan.decay_steps,)

@@ -15,6 +15,7 @@ import math
 
 from ..errors import InputError
 
+STEP_COUNTS = "optimizer steps (1000), a fraction of training (0.3) or auto"  # what v0_decay_steps takes
 PRINTED_STEPS = (1, 10, 100, 1000)
 WASHED_OUT = 0.9  # m(t) from which on v0 is said to have washed out
 
@@ -99,10 +100,7 @@ def require_decay_steps(steps: float) -> float:
         return float(steps)
     if is_number and steps >= 1 and float(steps).is_integer():
         return int(steps)
-    raise InputError(
-        f"v0_decay_steps={steps}: must be a whole number >= 1, optimizer steps, or a fraction of training in (0, 1); for no v0 use "
-        "v0_init=zeros"
-    )
+    raise InputError(f"v0_decay_steps={steps!r}: give {STEP_COUNTS}; for no v0 use v0_init=zeros")
 
 
 def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int) -> float:

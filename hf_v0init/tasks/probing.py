@@ -64,7 +64,8 @@ def probe_and_print(trainer) -> None:
     for line in (
         f"trust radius (d50, where rho is 0.5): {d50:.3g}",
         f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {d50:.3g} = {x:.3g}",
-        f"Warm up for {length:,} of {num_steps:,} steps{describe_bound(x, length)}: --warmup_steps {length}",
+        f"Warm up for {length:,} of {num_steps:,} steps{describe_bound(x, length)}: --v0_init data_driven --v0_decay_steps {length}, "
+        f"or without v0 --warmup_steps {length}",
         f"Largest learning rate that {num_steps:,} steps leave room for: {compute_largest_rate_with_room(d50, num_steps):.3g}",
     ):
         console.print(line)

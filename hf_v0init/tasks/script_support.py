@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -90,7 +91,11 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], exampl
     _require_deepspeed_mapping(tokens)
     unknown = parser.parse_known_args(tokens)[1]
     if unknown:  # before what the known ones rule out
-        raise InputError(f"unknown flags: {unknown}; --help lists those of the script and the Trainer's common ones")
+        close = difflib.get_close_matches(unknown[0].split("=")[0], list(parser._option_string_actions), n=1)
+        suggestion = f"; did you mean {close[0]}?" if close else ";"
+        raise InputError(
+            f"unknown: {' '.join(unknown)}{suggestion} --help lists the flags of the script and the Trainer's common ones"
+        )
     try:
         parsed = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
         given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}

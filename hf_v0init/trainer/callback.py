@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
@@ -65,6 +66,8 @@ class V0InitCallback(TrainerCallback):
     """
 
     def __init__(self, settings: V0InitArguments | None = None, **fields) -> None:
+        if not isinstance(settings, V0InitArguments | None):
+            raise InputError(f"V0InitCallback({settings!r}): write V0InitCallback(v0_init={settings!r})")
         self._given = settings if not fields else replace(settings or V0InitArguments(), **fields)
         self.report: dict | None = None
         self.length: dict | None = None
@@ -84,6 +87,7 @@ class V0InitCallback(TrainerCallback):
         Raises:
             InputError: a warmup beside another one.
         """
+        show_messages(trainer.args)
         self._trainer = trainer
         self._has_own_schedule = trainer.lr_scheduler is not None
         settings = self.get_settings()
@@ -211,12 +215,14 @@ class V0InitCallback(TrainerCallback):
 
     def write_record(self, folder: str, *, with_state: bool = False) -> None:
         """Write `v0_init.json` into a folder if there is anything to say, and what a hook with work to do keeps."""
-        record = self.get_record()
+        record, hook = self.get_record(), self.hook
+        keeps = with_state and hook is not None and hook.is_attached
+        if with_state and not keeps:  # of an earlier run that saved a checkpoint of this name
+            Path(folder, DECAY_FILE).unlink(missing_ok=True)
         if record is None:
             return
         os.makedirs(folder, exist_ok=True)
-        hook = self.hook
-        if with_state and hook is not None and hook.is_attached:
+        if keeps:
             write_hook_state(hook.plan, hook.state_dict(), folder)
         write_report(record, folder)
 
@@ -364,3 +370,19 @@ class V0InitCallback(TrainerCallback):
         report = write_trainers_v0(self._trainer, plan, self._trainer.optimizer)
         report.add_expectation(self._trainer.state.max_steps)
         return report
+
+
+def show_messages(args) -> None:
+    """Let this package's messages be seen on the main process, without touching a logging set-up the user made.
+
+    Args:
+        args: a Trainer's; of Trainers that have others (setfit) the level stays at INFO.
+    """
+    is_main = getattr(args, "process_index", 0) == 0
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if is_main and getattr(args, "log_level", "passive") != "passive":
+        logger.setLevel(args.get_process_log_level())
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)

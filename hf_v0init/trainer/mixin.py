@@ -6,7 +6,6 @@ checkpoint is loaded -> `on_train_begin` decides, and attaches the hook (see `ca
 
 import contextlib
 import copy
-import logging
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -20,8 +19,6 @@ from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import TRUST_RADIUS, V0InitArguments
 from .callback import V0InitCallback
 from .schedule import add_untuned_warmup, require_no_warmup
-
-logger = logging.getLogger("hf_v0init")
 
 
 class V0InitMixin:
@@ -43,7 +40,6 @@ class V0InitMixin:
         self._choose_optimizer(was_passed=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None)
         if self.optimizer is not None and self.v0_arguments.v0_init != "zeros":
             SecondMoment(self.optimizer)  # a resume would fill its state before it is looked at
-        _show_messages(self.args)
         self._v0_callback.attach(self)
         self._run_record = None
         if self.v0_arguments.v0_record_run:
@@ -143,14 +139,3 @@ class V0InitTrainer(V0InitMixin, Trainer):
 
 class V0InitSeq2SeqTrainer(V0InitMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with a v0; takes `V0InitSeq2SeqTrainingArguments`."""
-
-
-def _show_messages(args) -> None:
-    """Let this package's messages be seen on the main process, without touching a logging set-up the user made."""
-    logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
-    if args.log_level != "passive" and args.process_index == 0:
-        logger.setLevel(args.get_process_log_level())
-    if not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        logger.addHandler(handler)

@@ -133,7 +133,7 @@ BAD_FLAGS = [
     (["--v0_scale", "nan"], "v0_scale=nan"),
     (["--v0_scale", "1", "--v0_decay_steps", "10"], "v0_decay_steps=10"),
     (["--v0_decay_steps", "1.5"], "v0_decay_steps=1.5"),
-    (["--v0_decay_steps", "long"], "v0_decay_steps=long"),
+    (["--v0_decay_steps", "long"], "v0_decay_steps='long'"),
     (["--adam_beta2", "1"], "adam_beta2=1"),
     (["--max_steps", "0"], "--max_steps"),
     (["--max_steps", "many"], "--max_steps"),

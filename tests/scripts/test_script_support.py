@@ -85,13 +85,13 @@ def test_a_required_flag_may_come_from_the_file(config):
 @pytest.mark.parametrize(
     ("file_text", "argv", "expected"),
     [
-        (None, ["--stepz", "3"], ["--stepz"]),
+        (None, ["--stepz", "3"], ["--stepz", "did you mean --steps?"]),
         (None, ["--steps", "many"], ["--steps", "'many'", "int"]),
         (None, ["--steps"], ["--steps", "expected one argument"]),
         (None, ["--mode", "firm"], ["--mode", "'firm'", "soft", "hard"]),
         (None, ["--keep", "perhaps"], ["perhaps"]),
         (None, ["--steps", "13"], ["steps=13: unlucky; take another"]),
-        (None, ["--rate", "1", "stray"], ["'stray'"]),
+        (None, ["--rate", "1", "stray"], ["unknown: stray"]),
         (None, ["flags.txt"], ["'flags.txt'", ".yaml"]),
         (None, ["missing.yaml"], ["missing.yaml", "No such file"]),
         ("setps: 3", [], ["setps"]),
