@@ -1,4 +1,7 @@
-"""How long a run warms up: from the trust radius at its initial weights, or, as a baseline, from beta2 alone.
+"""How long a v0 acts: for `LONGEST_FRACTION` of training, unless the user says otherwise.
+
+`v0_decay_steps=auto` and `untuned_warmup=trust_radius` take the length from the trust radius at the initial weights, other untuned
+warmups, which are baselines, from beta2 alone.
 
 Adam's first update moves every weight by about the learning rate. d50 is the displacement of every weight, along the sign of
 the gradient, at which the decrease of the loss is half of what the gradient promises (`estimation.trust_radius`). So

@@ -30,7 +30,12 @@ def test_a_measured_warmup_is_the_trainers_own_of_that_length(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"v0_init": "data_driven"}, {"v0_init": "random"}, {"untuned_warmup": "trust_radius"}], ids=str
+    "settings",
+    [
+        *({"v0_init": name, "v0_decay_steps": "auto"} for name in ("data_driven", "random")),
+        {"untuned_warmup": "trust_radius"},
+    ],
+    ids=str,
 )
 def test_a_resumed_run_keeps_its_length(settings, tmp_path):
     options = LONG | settings | {"save_strategy": "steps", "save_steps": 3}
@@ -61,15 +66,15 @@ class Flat(nn.Module):
         return {"loss": loss + 1.0}
 
 
-def test_what_cannot_be_measured_falls_back_to_a_third_of_training(tmp_path, our_log):
+def test_what_cannot_be_measured_falls_back_to_two_thirds_of_training(tmp_path, our_log):
     data = [{"x": torch.ones(3), "labels": torch.tensor(0.0)}] * 8
     options = {"data": data, "max_steps": 60, "remove_unused_columns": False, "adam_beta2": 0.9, "learning_rate": 1.0}
     rates = Rates()
     trainer = train(tmp_path, model=Flat(), callbacks=[rates], untuned_warmup="trust_radius", **options)
     length = trainer.get_v0_report()["length"]
-    assert length["steps"] == 20 and length["d50"] is None and "rounding" in length["reason"]
+    assert length["steps"] == 40 and length["d50"] is None and "rounding" in length["reason"]
     assert "cannot be measured" in our_log.text
-    assert rates.rates[:3] == pytest.approx([made / 20 for made in range(3)])
+    assert rates.rates[:3] == pytest.approx([made / 40 for made in range(3)])
 
 
 def test_a_callback_knows_its_trainer_and_what_it_cannot_do(tmp_path):

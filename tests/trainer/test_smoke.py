@@ -44,9 +44,9 @@ def test_the_versions_are_named(capsys):
 def test_a_run_writes_its_v0_and_trains(tmp_path, options):
     model = make_gpt2()
     trainer = train(
-        tmp_path, model=model, max_steps=4, learning_rate=0.05, kwargs={"eval_dataset": make_sequences(4)}, **options
+        tmp_path, model=model, max_steps=6, learning_rate=0.05, kwargs={"eval_dataset": make_sequences(4)}, **options
     )
-    assert trainer.state.global_step == 4
+    assert trainer.state.global_step == 6
     report = trainer.get_v0_report()
     assert report["num_parameters_with_v0"] == (28 if report["decay"] == "linear" else 10) and report["v0_max"] > 0
 
@@ -73,7 +73,7 @@ def test_untuned_warmup_and_diagnostics(tmp_path):
 
 
 def test_the_card_and_the_record(tmp_path):
-    trainer = train(tmp_path, v0_init="data_driven")
+    trainer = train(tmp_path, v0_init="data_driven", v0_decay_steps="auto")
     trainer.save_model()
     trainer.create_model_card()
     assert "arxiv:2412.02153" in (tmp_path / "README.md").read_text()

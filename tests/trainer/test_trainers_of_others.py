@@ -150,7 +150,7 @@ def test_trl_trains_and_its_first_log_is_the_stock_one(kind, tokenizer, tmp_path
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_trl_measures_its_length_in_the_first_step(kind, tokenizer, tmp_path):
     """With nothing read or generated for it: the second batch, or the completions of it, are those of the run of that length."""
-    ours, _, callback = run(kind, tokenizer, tmp_path / "a", {"v0_init": "data_driven"})
+    ours, _, callback = run(kind, tokenizer, tmp_path / "a", {"v0_init": "data_driven", "v0_decay_steps": "auto"})
     steps = callback.length["steps"]
     assert callback.length["num_forwards"] >= 3
     # TRL's GRPO divides the policy by itself where it samples anew at each step: its loss has a gradient, and one value for all weights.
