@@ -44,8 +44,9 @@ class AxisValue:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return '; did you mean ...?' for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close and name not in known else ""
 
 
 def is_number(value: Any) -> bool:
@@ -108,8 +109,7 @@ def parse_value(axis: str, value: Any) -> AxisValue:
     else:
         parsed = (_parse_v0 if axis == "v0" else _parse_warmup)(value)
     if parsed is None:
-        known, word = [*STRATEGIES, *UNTUNED, *OPTIMIZERS], str(value).split(" ")[0]
-        meant = "" if word in known else suggest(word, known)
+        meant = suggest(str(value).split(" ")[0], [*STRATEGIES, *UNTUNED, *OPTIMIZERS])
         raise InputError(f"{axis}: {value!r} cannot be read{meant}; choose {WORDS[axis]}")
     return parsed
 

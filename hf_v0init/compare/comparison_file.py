@@ -120,10 +120,7 @@ def _take_grids(content: Mapping[str, Any]) -> list[dict]:
     grids = content.get("grids")
     grids = [grids] if isinstance(grids, dict) else grids
     if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) and grid for grid in grids):
-        raise InputError(
-            "grids: each must be a mapping of axes to values, and there must be one: write grids: and under it, for example, "
-            "- v0: [zeros, data_driven linear auto]"
-        )
+        raise InputError("grids: needs at least one mapping of axes to values, such as - v0: [zeros, data_driven]")
     return grids
 
 

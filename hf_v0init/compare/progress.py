@@ -44,8 +44,7 @@ class ProgressDisplay:
         self.bars = Progress(*columns, console=console, **options)
         self.all = self.bars.add_task("all runs", state="")
         self.of_run: dict[str, TaskID] = {}
-        # By run: its seconds, and the fraction of its steps, when it first had any
-        self.first_seen: dict[str, tuple[float, float]] = {}
+        self.first_seen: dict[str, tuple[float, float]] = {}  # by run: its seconds and fraction of steps
 
     def __enter__(self) -> ProgressDisplay:
         self.bars.start()

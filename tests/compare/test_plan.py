@@ -281,8 +281,8 @@ def test_the_small_scale_stands_in_for_the_full_one(tmp_path):
     ("changes", "words"),
     [
         ({"grid": []}, "unknown key 'grid'; did you mean grids"),
-        ({"grids": []}, "grids: each must be a mapping"),
-        ({"grids": [{}]}, "grids: each must be a mapping"),
+        ({"grids": []}, "grids: needs at least one mapping"),
+        ({"grids": [{}]}, "grids: needs at least one mapping"),
         ({"grids": [{"v0": ["zeros"]}, {"warmup": []}]}, "number 2: warmup has no values"),
         ({"grids": [{"v0": ["data_drivn"]}]}, "did you mean data_driven"),
         ({"grids": [{"warmup_steps": [5]}]}, "is set by the axis warmup"),
