@@ -28,10 +28,11 @@ from rich.table import Table
 from hf_v0init.errors import InputError
 from hf_v0init.method.length import compute_bounds
 from hf_v0init.plots import TrainingCurve, draw_training_curves
+from hf_v0init.third_party_messages import drop_known_messages
 
 FIGURE_FILE, RESULTS_FILE, TOKENIZER_FOLDER = "loss_and_updates.png", "results.json", "tokenizer"
-NO_WARMUP, CUSTOMARY, BEST = "no warmup", "warmup, 10% of training", "warmup, the best tried"
-LONG, V0 = "warmup, two thirds of training", "v0, no warmup"
+NO_WARMUP, CUSTOMARY, BEST = "no warmup", "warmup, 10%", "warmup, best tried"
+LONG, V0 = "warmup, two thirds", "v0, no warmup"
 FOLDERS = {NO_WARMUP: "no_warmup", CUSTOMARY: "customary", BEST: "best", LONG: "long", V0: "v0"}
 RUNS_FOR_THE_BEST = 6  # lengths tried: 50, 100, 200, 300, 333 and 400 of 500 steps
 
@@ -111,6 +112,7 @@ def _raise_input_error(message: str) -> None:
 
 def train_arm(name: str, settings: DemoSettings, report_progress) -> ArmResult:
     """Train and evaluate one of the runs; `report_progress(step, loss)` is called after every step."""
+    drop_known_messages()
     # Imported here: the process that only shows progress needs none of it.
     import datasets
     import torch

@@ -177,7 +177,7 @@ def measure_length(conditions: Conditions) -> Row:
 
     def ours() -> float:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        hook = attach_v0(optimizer, model, max_steps=10_000, loss_fn=lambda: model(**batch).loss)
+        hook = attach_v0(optimizer, model, v0_decay_steps="auto", max_steps=10_000, loss_fn=lambda: model(**batch).loss)
         before = [p.detach().clone() for p in model.parameters()]
         begin = time.process_time()
         model(**batch).loss.backward()
