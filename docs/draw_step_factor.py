@@ -1,4 +1,4 @@
-"""Draws docs/images/step_factor.svg, the picture of the README: how far a step goes, as a fraction of Adam's at the full learning rate.
+"""Draws docs/images/step_factor.svg, the picture of docs/method.md: how far a step goes, as a fraction of Adam's at the full learning rate.
 
     python docs/draw_step_factor.py
 
