@@ -138,7 +138,7 @@ def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
     changes = list_changes(old, now["identity"])
     if changes:
         raise InputError(
-            f"{folder} is of another run: {'; '.join(changes)}. To continue it, give what it was started with; to start anew, {FRESH}"
+            f"{folder} is of another run: {'; '.join(changes)}. To continue it, give what it was started with; to start from scratch, {FRESH}"
         )
 
 
@@ -218,7 +218,9 @@ def require_stages_left(training: TrainingArguments, step: int, now: Mapping[str
     if not left:
         takes_model = "model_name_or_path" in now["identity"]
         again = f"; to measure again, --model_name_or_path {folder} without --do_train" if takes_model else ""
-        raise NothingToDoError(f"{folder}: finished at step {step}; nothing to do; to train anew, give {FRESH}{again}")
+        raise NothingToDoError(
+            f"{folder}: finished at step {step}; nothing to do; to train from scratch, give {FRESH}{again}"
+        )
     logger.warning(f"{folder}: training finished at step {step}; what is left is {' and '.join(left)}")
 
 
@@ -253,7 +255,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
         logger.warning(describe_skipped(skipped, newest))
     if newest is not None and wanted is None and training.process_index == 0:
         logger.warning(
-            f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start anew instead, give {FRESH}"
+            f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start from scratch instead, give {FRESH}"
         )
     return newest
 

@@ -173,7 +173,7 @@ class V0InitCallback(TrainerCallback):
             if state.global_step > 0:
                 logger.warning(
                     f"the checkpoint at step {state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
-                    "anew: v0 is written at the loaded weights"
+                    "from scratch: v0 is written at the loaded weights"
                 )
             self._begin(settings, plan)
 

@@ -410,7 +410,7 @@ def test_what_may_change_on_the_way_does(trained, monkeypatch, caplog, tmp_path)
     changes = {"train_source_file": moved, "learning_rate": 1e-4, "per_device_train_batch_size": 4, "max_steps": 6}
     with caplog.at_level(logging.WARNING, logger="hf_v0init"), pytest.raises(InterruptedError):
         run_translation.main(to_argv(flags | changes))
-    assert "it goes on from checkpoint-4; to start anew instead, give --overwrite_output_dir" in caplog.text
+    assert "it goes on from checkpoint-4; to start from scratch instead, give --overwrite_output_dir" in caplog.text
 
 
 # ---- processes of their own --------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class DataArguments(LanguageDataArguments):
     )
     vary_block_size: bool = flag(
         False,
-        "awd_lstm: draw the segments' lengths anew in every epoch, around --block_size or, 5 in 100, half of it, and scale the "
+        "awd_lstm: draw new segment lengths in every epoch, around --block_size or, 5 in 100, half of it, and scale the "
         "learning rate of each step by its length (Merity et al., section 5). Depends on --seed alone.",
     )
     append_eos: bool = flag(False, "End every line or row with the tokenizer's end-of-text token.")
