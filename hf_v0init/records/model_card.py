@@ -20,9 +20,9 @@ RESULTS = "hf_v0init results"
 
 _PAPER = "[arXiv:2412.02153](https://arxiv.org/abs/2412.02153)"
 _ORIGINS = {
-    "data_driven": f"the scaled mean square of the gradients ({_PAPER})",
+    "data_driven": f"the mean square of the gradients ({_PAPER})",
     "random": f"scaled chi-squared draws over the sum of each tensor's fans ({_PAPER})",
-    "first_gradient": "the scaled square of the first gradient (GI-Adam, Kalra & Barkeshli, NeurIPS 2024)",
+    "first_gradient": "the square of the first gradient (GI-Adam, Kalra & Barkeshli, NeurIPS 2024)",
 }
 # The Trainer writes this of a model without a name, which is what a model trained from scratch is.
 _NAMELESS_ORIGIN = "This model is a fine-tuned version of [](https://huggingface.co/) on "

@@ -30,6 +30,7 @@ from ..hook.shards import SteppedShards
 from ..method.length import UNTUNED_WARMUPS, WarmupLength
 from ..records.report import (
     DECAY_FILE,
+    REPORT_FILE,
     V0Report,
     describe_under_way,
     find_differences,
@@ -217,9 +218,11 @@ class V0InitCallback(TrainerCallback):
         """Write `v0_init.json` into a folder if there is anything to say, and what a hook with work to do keeps."""
         record, hook = self.get_record(), self.hook
         keeps = with_state and hook is not None and hook.is_attached
-        if with_state and not keeps:  # of an earlier run that saved a checkpoint of this name
+        if with_state and not keeps:  # what an earlier run left in a checkpoint of this name
             Path(folder, DECAY_FILE).unlink(missing_ok=True)
         if record is None:
+            if with_state:
+                Path(folder, REPORT_FILE).unlink(missing_ok=True)
             return
         os.makedirs(folder, exist_ok=True)
         if keeps:

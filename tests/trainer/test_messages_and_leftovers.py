@@ -24,6 +24,9 @@ def test_a_checkpoint_holds_no_decay_of_an_earlier_run_in_the_folder(tmp_path):
     assert (tmp_path / "checkpoint-2" / "v0_decay.pt").is_file()
     train(tmp_path, v0_init="data_driven", v0_decay_steps=2, v0_estimation_steps=1)
     assert not (tmp_path / "checkpoint-4" / "v0_decay.pt").exists()
+    assert (tmp_path / "checkpoint-4" / "v0_init.json").is_file()
+    train(tmp_path, v0_init="zeros")
+    assert not (tmp_path / "checkpoint-4" / "v0_init.json").exists()
 
 
 def test_the_callback_on_a_stock_trainer_shows_what_v0_does(tmp_path):
