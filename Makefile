@@ -56,7 +56,7 @@ readme: $(FOR_DEVELOPMENT)
 # A link that leads nowhere, an exported name without a page, or a page that the code has left behind ends it.
 docs: $(FOR_DEVELOPMENT)
 	$(PYTHON) docs/generate.py --check
-	$(PYTHON) -m mkdocs build --strict --quiet --site-dir outputs/site
+	$(PYTHON) -m zensical build --strict
 
 # Without its mark (a first call, a changed pin, an installation that was cut off) pip brings .venv up to date.
 $(VENV)/.installed-demo: EXTRA := demo
