@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
+from ..estimation.spread import Elements, RowsAndColumns, add_spreads_, factor_into_rows_and_columns
 from ..method.decay import compute_addend
 from ..settings import V0Plan
 from ..sharding.parts import ParamShard, get_local_part, with_local_part
@@ -69,9 +69,7 @@ class LinearDecay:
             self._freeze([shard for shard in stepped if self.shards.is_eligible(shard)])
         if first < step <= length:
             late = self.shards.write_late(lambda shard: self._freeze_late(shard, inverse_scale))
-            for shard in stepped:
-                if shard in self._held:
-                    self._add_extra(shard, step, length)
+            self._add_extra([shard for shard in stepped if shard in self._held], step, length)
         if step >= length and (self.moments.zero is None or step > length):
             self.is_done, self._held = True, {}
         return late
@@ -103,19 +101,25 @@ class LinearDecay:
         """Find what leads from the second moment, as it is when v0 stands, to E[g^2]."""
         return 1.0 / (1.0 - shard.group["betas"][1] ** self.moments.count_steps(shard))
 
-    def _add_extra(self, shard: ParamShard, step: int, length: int) -> None:
-        """Let the second moment hold what the linear decay asks for after this step's update."""
-        spread, num_updates, held = self._held[shard]
-        if shard.param.grad is not None:
-            num_updates += 1
-            beta2 = shard.group["betas"][1]
-            addend, held = compute_addend(step, length, beta2, num_updates=num_updates, held=held)
-        elif step == length:  # no update will take the rest out
-            addend, held = -held, 0.0
-        else:
-            return
-        spread.add_(self.moments.read(shard), addend)
-        self._held[shard] = spread, num_updates, held
+    def _add_extra(self, shards: list[ParamShard], step: int, length: int) -> None:
+        """Let second moments hold what the linear decay asks for after this step's update."""
+        together: dict[float, list[ParamShard]] = {}  # what is added, as a multiple of s, to whom
+        for shard in shards:
+            spread, num_updates, held = self._held[shard]
+            if shard.param.grad is not None:
+                num_updates += 1
+                beta2 = shard.group["betas"][1]
+                addend, held = compute_addend(step, length, beta2, num_updates=num_updates, held=held)
+            elif step == length:  # no update will take the rest out
+                addend, held = -held, 0.0
+            else:
+                continue
+            together.setdefault(addend, []).append(shard)
+            self._held[shard] = spread, num_updates, held
+        for addend, alike in together.items():
+            add_spreads_(
+                [self._held[shard][0] for shard in alike], [self.moments.read(shard) for shard in alike], addend
+            )
 
     def _freeze(self, shards: list[ParamShard]) -> None:
         """Take the mean of g^2 that the second moments hold before step K + 1 as what v0 is made of."""
