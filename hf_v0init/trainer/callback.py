@@ -20,13 +20,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
+from ..hook.step_hooks import StepHooks
 from ..method.length import UNTUNED_WARMUPS, WarmupLength
 from ..records.report import (
     DECAY_FILE,
@@ -75,7 +75,7 @@ class V0InitCallback(TrainerCallback):
         self.hook: V0Hook | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
-        self._length_handle: RemovableHandle | None = None
+        self._length_handle: StepHooks | None = None
         self._recorder: LossRecorder | None = None
         self._has_own_schedule = False
 
