@@ -84,19 +84,10 @@ class V0InitCallback(TrainerCallback):
 
         Returns:
             The callback.
-
-        Raises:
-            InputError: a warmup beside another one.
         """
         show_messages(trainer.args)
         self._trainer = trainer
         self._has_own_schedule = trainer.lr_scheduler is not None
-        settings = self.get_settings()
-        if settings.untuned_warmup is not None and self._has_own_schedule:
-            raise InputError(f"untuned_warmup={settings.untuned_warmup} and a schedule that was passed in: give one")
-        what = find_what_warms_up(settings, settings.resolve())
-        if what is not None:
-            require_no_warmup(what, trainer)
         trainer.add_callback(self)
         load = trainer._load_optimizer_and_scheduler
 
@@ -149,8 +140,10 @@ class V0InitCallback(TrainerCallback):
         self._began_at = step = trainer.state.global_step
         plan = settings.resolve(trainer.state.max_steps, trainer.args.seed)
         what = find_what_warms_up(settings, plan)
-        if step == 0 and what is not None:
-            require_no_warmup(what, trainer, trainer.lr_scheduler)
+        if settings.untuned_warmup is not None and self._has_own_schedule:
+            raise InputError(f"{what} and a schedule that was passed in: give one")
+        if what is not None:
+            require_no_warmup(what, trainer, trainer.lr_scheduler if step == 0 else None)
         if settings.untuned_warmup in UNTUNED_WARMUPS:
             self._multiply_by(settings.untuned_warmup)
         situation = self._find_situation(settings, plan)
@@ -249,7 +242,6 @@ class V0InitCallback(TrainerCallback):
             with defer_interrupts():
                 self._finish(self._run_pass(plan))
             return
-        self._remove_recorder()
         if settings.wants_length:
             self._recorder = LossRecorder(trainer)
         if plan.init != "zeros":
@@ -368,6 +360,7 @@ class V0InitCallback(TrainerCallback):
             if hook is not None:
                 hook.remove()
         self.hook = self._length_handle = None
+        self._remove_recorder()
 
     def _remove_recorder(self) -> None:
         if self._recorder is not None:
