@@ -11,31 +11,21 @@ from .first_loss import LossRecorder
 class _Probed(Exception):
     """Leaves `Trainer.train` before the first update, with what was measured."""
 
-    def __init__(self, radius: TrustRadius, learning_rate: float) -> None:
-        self.radius, self.learning_rate = radius, learning_rate
-
 
 class _Probe(TrainerCallback):
     """Measures in the first optimizer step."""
 
     def __init__(self, trainer) -> None:
-        self.trainer, self.recorder, self.handle = trainer, None, None
+        self.trainer, self.recorder, self.hooks = trainer, LossRecorder(trainer), None
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        """Begin to keep what `compute_loss` is called with."""
-        self.recorder = LossRecorder(self.trainer)
+        """Wait for the first gradients."""
 
         def measure() -> None:
             radius = measure_radius(optimizer, self.trainer.model, self.recorder.compute_again)
             raise _Probed(radius, find_largest_rate(optimizer))
 
-        self.handle = call_before_first_update(optimizer, measure)
-
-    def close(self) -> None:
-        """Give the Trainer its own loss back."""
-        if self.recorder is not None:
-            self.recorder.remove()
-            self.handle.remove()
+        self.hooks = call_before_first_update(optimizer, measure)
 
 
 def measure_run(trainer) -> tuple[TrustRadius, float]:
@@ -52,8 +42,10 @@ def measure_run(trainer) -> tuple[TrustRadius, float]:
     try:
         trainer.train()
     except _Probed as probed:
-        return probed.radius, probed.learning_rate
+        return probed.args
     finally:
-        probe.close()
         trainer.remove_callback(probe)
+        probe.recorder.remove()
+        if probe.hooks is not None:
+            probe.hooks.remove()
     raise InputError("the trust radius cannot be measured: no step of the run had a gradient")
