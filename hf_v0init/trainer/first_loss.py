@@ -90,7 +90,6 @@ def _copy(inputs):
 @contextlib.contextmanager
 def preserve_trainer(trainer) -> Iterator[None]:
     """Leave a Trainer's logs, counters and metric stores, its state, and all private and global generators as they were."""
-    had_log, log = "log" in vars(trainer), vars(trainer).get("log")
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng())
         stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
@@ -101,10 +100,4 @@ def preserve_trainer(trainer) -> Iterator[None]:
         if hasattr(trainer, "_set_state_aside"):  # contiguous streams
             stack.enter_context(trainer._set_state_aside())
         trainer.log = lambda *_, **__: None
-        try:
-            yield
-        finally:
-            if had_log:
-                trainer.log = log
-            else:
-                del trainer.log
+        yield

@@ -146,17 +146,13 @@ def test_reads_no_further_than_needed(num_samples, num_batches):
     assert len(list(stream)) == 5 - num_batches
 
 
-def test_counts_samples_by_the_first_tensor_or_as_told():
+def test_counts_samples_by_the_first_tensor():
     model = make_network(batch_norm=False)
-
-    def run(batches, **options):
-        return initialize_v0(
-            make_adam(model), model=model, batches=batches, loss_fn=lambda m, b: mean_square(m, b["rows"]), **options
-        )
-
     rows = [{"rows": make_data(6)[i : i + 2], "text": ["a", "b"]} for i in range(0, 6, 2)]
-    assert run(rows).num_samples == 6
-    assert run(rows, count_samples=lambda batch: 5).num_samples == 15
+    report = initialize_v0(
+        make_adam(model), model=model, batches=rows, loss_fn=lambda m, batch: mean_square(m, batch["rows"])
+    )
+    assert report.num_samples == 6
 
 
 # ---- what is left alone ------------------------------------------------------------------------------------------------
@@ -237,7 +233,6 @@ def test_a_loss_through_another_network_gives_the_models_gradients_alone():
     generator, critic = make_network(batch_norm=False), nn.Linear(1, 1)
 
     def loss_fn(network, batch):
-        assert not any(p.requires_grad for p in critic.parameters())
         return -critic(network(batch)).mean()
 
     noise = torch.randn(10, 5)
