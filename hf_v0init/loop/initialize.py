@@ -124,7 +124,7 @@ def initialize_v0(
             plan,
             ((batch, find_batch_size(batch)) for batch in chosen),
             compute_loss,
-            batch_size=size,
+            batch_size=sizes[0],
             effective_batch_size=float(
                 effective_batch_size or sum(sizes) * getattr(accelerator, "gradient_accumulation_steps", 1)
             ),
