@@ -86,17 +86,13 @@ class TrustRadius:
 def measure_in_step(
     parameters: Sequence[tuple[torch.Tensor, float]], loss_fn: Callable[[], Any], model: nn.Module | None = None
 ) -> TrustRadius:
-    """Measure d50 while an optimizer step is being made: at the gradients in hand, along the update that Adam would make.
+    """Measure d50 at the gradients in hand, along the update that Adam would make; see the top of the file.
 
     Adam's first update moves every element by its group's learning rate, so a displacement d moves the elements of a group by d
-    times the group's rate over the largest. The gradients may have been clipped or scaled by a factor that is not known here:
-    the predicted decrease per unit of displacement is the one measured at small displacements, extrapolated to zero.
-
-    Several processes call it together; losses are means over them.
+    times the group's rate over the largest. Several processes call it together; losses are means over them.
 
     Args:
-        parameters: (parameter with its gradient, its group's learning rate over the largest one); weights are displaced in place
-            and put back bit for bit, also when an exception or Ctrl-C passes, which acts within one pass.
+        parameters: (parameter with its gradient, its group's learning rate over the largest one).
         loss_fn: computes the loss of this step's batch at the weights as they are: a number or a scalar tensor.
         model: whose buffers, modes and plain tensors are to be as before afterwards.
 

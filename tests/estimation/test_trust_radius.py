@@ -2,12 +2,11 @@
 
 import copy
 import math
-import random
 import signal
 
-import numpy as np
 import pytest
 import torch
+from snapshots import assert_same, take_snapshot
 from torch import nn
 
 from hf_v0init import TrustRadius, measure_trust_radius
@@ -101,14 +100,6 @@ def compute_reference(model: nn.Module, batches: list[torch.Tensor], displacemen
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter -= displacement * gradient.sign()
         return before - float(compute(model)), predicted
-
-
-def describe_state(model: nn.Module) -> list:
-    """Everything that must not change, in comparable form."""
-    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
-    values = [None if tensor is None else tensor.tolist() for tensor in tensors]
-    modes, identity = [m.training for m in model.modules()], [id(p) for p in model.parameters()]
-    return [*values, modes, identity, random.getstate(), np.random.get_state()[1].tolist()]
 
 
 # ------------------------------------------------------------------------------------------------------ closed forms
@@ -232,7 +223,7 @@ def test_everything_is_as_before_bit_for_bit_also_after_an_interruption_at_any_f
             raise how("stop")
         return loss
 
-    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.1), describe_state(model)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.1), take_snapshot(model)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if how is None:
@@ -243,4 +234,4 @@ def test_everything_is_as_before_bit_for_bit_also_after_an_interruption_at_any_f
             assert forwards == at + 1  # it acts within one forward
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert describe_state(model) == before
+    assert_same(take_snapshot(model), before)

@@ -10,6 +10,7 @@ from conftest import make_gpt2, make_sequences
 from launched import initialize_plainly
 from processes import launch
 from reference import per_sample_gradients
+from snapshots import assert_same, take_snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
@@ -144,22 +145,6 @@ def test_counts_samples_by_the_first_tensor():
 # ---- what is left alone ------------------------------------------------------------------------------------------------
 
 
-def read_everything(*models) -> list[torch.Tensor]:
-    """Weights, buffers, gradients, random states, modes, and how many hooks there are."""
-    found = [
-        torch.get_rng_state(),
-        torch.tensor(random.getstate()[1]),
-        torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
-    ]
-    for model in models:
-        found += [value.clone() for value in model.state_dict().values()]
-        found += [torch.tensor(0.0) if p.grad is None else p.grad.clone() for p in model.parameters()]
-        found += [torch.tensor([p.requires_grad for p in model.parameters()])]
-        hooks = [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-        found.append(torch.tensor(hooks))
-    return found
-
-
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("is_training", [True, False])
 def test_all_else_is_as_before_also_after_an_exception(is_training, error):
@@ -179,11 +164,11 @@ def test_all_else_is_as_before_also_after_an_exception(is_training, error):
         return loss
 
     loader = DataLoader(make_data(24), 4, shuffle=True)
-    before, optimizer = read_everything(model, other), make_adam(model)
+    before, optimizer = take_snapshot(model, other), make_adam(model)
     with contextlib.nullcontext() if error is None else pytest.raises(error):
         initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, other_modules=[other])
     assert len(optimizer.state) == (2 if error is None else 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, read_everything(model, other), strict=True))
+    assert_same(take_snapshot(model, other), before)
     assert model.last.weight.grad is gradients
     assert set(modes) == {(True, not is_training, True)}  # parts in evaluation mode stay so, a whole model does not
 
@@ -211,8 +196,7 @@ def test_the_order_of_a_loader_is_kept(kind, make_accelerator):
 
     stock = read_two_epochs(look=None)
     for num_samples in (6, 12):
-        for mine, theirs in zip(read_two_epochs(look=num_samples), stock, strict=True):
-            assert torch.equal(mine, theirs)
+        assert_same(read_two_epochs(look=num_samples), stock)
 
 
 def test_a_loss_through_another_network_gives_the_models_gradients_alone():
@@ -239,7 +223,7 @@ def test_an_optimizer_prepared_by_accelerate_with_accumulation(make_accelerator)
     accelerated, same = run(model, loader, optimizer=optimizer, accelerator=accelerator)
     assert plain.effective_batch_size == accelerated.effective_batch_size == 12.0
     assert plain.measured_ratio == accelerated.measured_ratio > 1.0
-    assert v0.keys() == same.keys() and all(torch.equal(moment, same[name]) for name, moment in v0.items())
+    assert_same(v0, same)
 
 
 def test_half_precision_of_accelerate_is_that_of_the_loop(make_accelerator):
@@ -275,7 +259,7 @@ def test_two_processes_are_as_one(launched, make_accelerator, case):
         for key in ("num_samples", "num_batches", "effective_batch_size"):
             assert two["report"][key] == one["report"][key], key
         assert two["report"]["num_processes"] == 2
-    assert all(torch.equal(v, launched[1]["ddp"][case]["v0"][k]) for k, v in launched[0]["ddp"][case]["v0"].items())
+    assert_same(launched[0]["ddp"][case]["v0"], launched[1]["ddp"][case]["v0"])
 
 
 @pytest.mark.parametrize("case", list(initialize_plainly.ATTACHED))
@@ -376,7 +360,7 @@ def test_optimizers_that_cannot_take_it_are_refused():
     before = read_all(stepped, model)
     with pytest.raises(InputError, match="parameters already have optimizer state"):
         initialize_v0(stepped, **options)
-    assert all(torch.equal(v, before[name]) for name, v in read_all(stepped, model).items())
+    assert_same(read_all(stepped, model), before)
 
 
 def test_decay_steps_below_one_are_a_share_of_max_steps():
@@ -385,7 +369,7 @@ def test_decay_steps_below_one_are_a_share_of_max_steps():
         run(model, DataLoader(make_data(8), 2), v0_decay_steps=decay_steps, max_steps=18) for decay_steps in (0.3, 6)
     )
     assert share.decay_steps == steps.decay_steps == 6
-    assert v0.keys() == same.keys() and all(torch.equal(moment, same[name]) for name, moment in v0.items())
+    assert_same(v0, same)
 
 
 def test_max_steps_gives_the_expectation_and_its_warning(our_log):

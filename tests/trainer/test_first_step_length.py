@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from snapshots import assert_same, take_generators
 from torch import nn
 from trainers import make_trainer
 from transformers import Trainer, set_seed
@@ -116,20 +117,20 @@ def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = Fals
 
 def take(trainer) -> dict:
     """All that a run leaves behind."""
-    model, rng = trainer.model, np.random.get_state()
+    model = trainer.model
     return {
         "weights": dict(model.state_dict()),
         "model": [model.average, model.calls, model.last],
         "teacher": dict(trainer.teacher.state_dict()),
         "optimizer": list(trainer.optimizer.state.values()),
         "trainer": [trainer.average, trainer.average_in_place, trainer.num_losses, trainer.store["train"]],
-        "generators": [trainer.own.get_state(), torch.get_rng_state(), torch.tensor(random.getstate()[1]), torch.from_numpy(rng[1].astype(np.int64))],
+        "generators": [trainer.own.get_state(), *take_generators()],
         "logs": [[entry[key] for key in ("loss", "learning_rate")] for entry in trainer.state.log_history if "loss" in entry],
     }  # fmt: skip
 
 
 def assert_same_run(a, b) -> None:
-    torch.testing.assert_close(take(a), take(b), rtol=0.0, atol=0.0)
+    assert_same(take(a), take(b))
 
 
 CASES = {
@@ -227,9 +228,8 @@ def test_in_a_loop_the_measured_length_is_that_of_the_same_run_with_it_given():
     measured, hook = train()
     given, _ = train(v0_decay_steps=hook.plan.decay_steps)
     assert hook.length.steps == hook.plan.decay_steps > 1
-    for (name, a), b in zip(measured.state_dict().items(), given.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.equal(measured.average, given.average) and measured.calls == given.calls == 20
+    assert_same([dict(measured.state_dict()), measured.average], [dict(given.state_dict()), given.average])
+    assert measured.calls == given.calls == 20
 
 
 # ---- what cannot be measured -----------------------------------------------------------------------------------------
