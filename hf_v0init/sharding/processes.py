@@ -28,33 +28,29 @@ def gather_objects(mine: Any) -> list:
     return everyone
 
 
-def raise_together(error: BaseException | None) -> None:
-    """Raise on every process if any process failed, so that none waits for ever for the others.
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """Raise on every process an exception that leaves this context on any, so that none waits for ever for the others. All must enter it.
 
     The failing process raises its own exception, the others the same message as `InputError` (or a `RuntimeError` where
     it was no input error).
     """
+    error = None
+    try:
+        yield
+    except Exception as exception:
+        error = exception
     if getattr(error, "raised_alone", False):  # the others wait elsewhere, see `estimation.trust_radius`
         raise error
-    mine = None if error is None else (isinstance(error, InputError), f"{error}" or type(error).__name__)
-    everyone = gather_objects(mine)
+    everyone = gather_objects(
+        None if error is None else (isinstance(error, InputError), f"{error}" or type(error).__name__)
+    )
     if error is not None:
         raise error
     for rank, theirs in enumerate(everyone):
         if theirs is not None:
             is_input_error, message = theirs
             raise (InputError if is_input_error else RuntimeError)(f"process {rank}: {message}")
-
-
-@contextlib.contextmanager
-def fail_together() -> Iterator[None]:
-    """Raise an exception that leaves this context on any process on every process; see `raise_together`. All must enter it."""
-    error = None
-    try:
-        yield
-    except Exception as exception:
-        error = exception
-    raise_together(error)
 
 
 def add_over_processes(tensors: list[torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ What `compute_loss` alone does not say is refused: training steps and loaders of
 
 import copy
 import itertools
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ from ..records.report import V0Report
 from ..settings import V0Plan
 from ..state_guard import preserve_attributes, seed_everything
 from .first_loss import preserve_trainer
+
+logger = logging.getLogger("hf_v0init")
 
 
 def write_trainers_v0(trainer, plan: V0Plan, optimizer) -> V0Report:
@@ -83,6 +86,8 @@ def _choose_inputs(trainer, plan: V0Plan) -> tuple[Iterable, Callable[[list], An
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
     if is_stream:
         return itertools.islice(iter(dataset), plan.num_samples), collate
+    if plan.num_samples > len(dataset):
+        logger.info(f"v0_num_samples={plan.num_samples} is more than the {len(dataset)} training samples: all are used")
     read = Subset(dataset, range(len(dataset))).__getitems__
     return choose_samples(len(dataset), plan.num_samples, plan.seed), lambda numbers: collate(read(numbers))
 

@@ -68,7 +68,7 @@ class FirstBatchTooLarge(V0InitTrainer):
     fails_at, calls = None, 0
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.calls += 1
+        type(self).calls += 1  # no attribute of the Trainer, which the pass would put back
         if self.calls == self.fails_at:
             raise RuntimeError("CUDA out of memory.")
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -79,6 +79,7 @@ class FirstBatchTooLarge(V0InitTrainer):
 )
 def test_auto_find_batch_size_writes_v0_once(tmp_path, monkeypatch, settings, fails_at):
     monkeypatch.setattr(FirstBatchTooLarge, "fails_at", fails_at)
+    monkeypatch.setattr(FirstBatchTooLarge, "calls", 0)
     trainer, recorder = record(tmp_path, trainer_class=FirstBatchTooLarge, auto_find_batch_size=True, **settings)
     assert trainer._train_batch_size == 3  # the Trainer takes nine tenths of 4
     assert trainer.state.global_step == 5
