@@ -38,25 +38,15 @@ def make_results() -> str:
     for task, (title, _, _) in tables.TASKS.items():
         if not (tables.FOLDER / "results" / f"{task}.csv").is_file():
             continue
-        runs = tables.read_runs(task)
-        fresh = runs[runs["seed"] != tables.TUNING_SEED]
-        none = find_best(fresh[fresh["configuration"] == "no warmup"])
-        warmup = find_best(fresh[fresh["configuration"].str.startswith("warmup")])
-        v0 = find_best(fresh[tables.is_default_v0(fresh, task)])
+        by_seed = tables.read_by_seed(task)
+        keys = [tables.find_best(by_seed, kind) for kind in ("no warmup", "warmup", tables.DEFAULT_V0)]
+        none, warmup, v0 = (None if key is None else by_seed[key].dropna() for key in keys)
         if v0 is None or warmup is None or len(v0) < NUM_SEEDS:
             continue
         difference = tables.compare(v0, warmup).partition(":")[0]
         cells = [title, *map(write_estimate, (none, warmup, v0)), difference]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def find_best(runs):
-    """Losses by seed of the configuration and rate with the lowest mean; None without any."""
-    if runs.empty:
-        return None
-    by_seed = runs.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
-    return by_seed[by_seed.mean().idxmin()].dropna()
 
 
 def write_estimate(values) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors and type checkers, which see nothing of `__getattr__`
     from .diagnostics import V0DiagnosticsCallback as V0DiagnosticsCallback
     from .errors import InputError as InputError
-    from .estimation.trust_radius import TrustRadius as TrustRadius, measure_trust_radius as measure_trust_radius
-    from .hook import attach_v0 as attach_v0
+    from .estimation.trust_radius import TrustRadius as TrustRadius
+    from .hook import attach_v0 as attach_v0, measure_trust_radius as measure_trust_radius
     from .loop.initialize import initialize_v0 as initialize_v0
     from .method.length import compute_warmup_length as compute_warmup_length
     from .method.multiplier import (
@@ -46,7 +46,7 @@ _HOME = {
     "V0DiagnosticsCallback": "diagnostics",
     "attach_v0": "hook",
     "initialize_v0": "loop.initialize",
-    "measure_trust_radius": "estimation.trust_radius",
+    "measure_trust_radius": "hook",
     "TrustRadius": "estimation.trust_radius",
     "compute_warmup_length": "method.length",
     "read_second_moment": "second_moment.state",

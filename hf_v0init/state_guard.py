@@ -97,31 +97,30 @@ _REGISTRIES = frozenset(vars(nn.Module()))  # of every module: its parameters, b
 
 @contextlib.contextmanager
 def preserve_attributes(*owners: Any) -> Iterator[None]:
-    """Restore what objects hold as attributes of their own: tensors, numbers and plain containers (an EMA, a counter, logs).
+    """Restore which attributes objects have of their own, and the values of tensors and plain containers (an EMA, logs), in place.
 
-    Parameters, buffers and submodules of a module are no such attributes; `preserve_model` has them. Tensors and containers are
-    restored in place.
+    Parameters, buffers and submodules of a module are no such values; `preserve_model` has them.
     """
-    tensors, numbers, containers = [], [], []
-    for owner in owners:
-        for name, value in vars(owner).items():
+    attributes = [(owner, dict(vars(owner))) for owner in owners]
+    tensors, containers = [], []
+    for _, own in attributes:
+        for name, value in own.items():
             if isinstance(value, torch.Tensor):
-                tensors.append((owner, name, value, value.detach().clone()))
-            elif name in _REGISTRIES:
-                continue
-            elif isinstance(value, (int, float, str, type(None))):
-                numbers.append((owner, name, value))
-            elif isinstance(value, (dict, list, set, collections.deque)) and _is_plain(value):
+                tensors.append((value, value.detach().clone()))
+            elif (
+                isinstance(value, (dict, list, set, collections.deque)) and name not in _REGISTRIES and _is_plain(value)
+            ):
                 containers.append((value, copy.deepcopy(value)))
     try:
         yield
     finally:
+        for owner, own in attributes:
+            for name in vars(owner).keys() - own.keys():
+                del vars(owner)[name]
+            vars(owner).update(own)
         with torch.no_grad():
-            for owner, name, value, saved in tensors:
+            for value, saved in tensors:
                 value.copy_(saved)
-                setattr(owner, name, value)
-        for owner, name, value in numbers:
-            setattr(owner, name, value)
         for container, saved in containers:
             container.clear()
             getattr(container, "extend" if isinstance(container, (list, collections.deque)) else "update")(saved)
@@ -142,7 +141,6 @@ def preserve_model(
         other_parameters: outside the model, whose gradients are kept as well.
         copies_frozen: False for modules whose weights no forward updates.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     copies = {id(b): b.detach().clone() for _, kept in buffers for b in kept.values() if b is not None}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad and not parameter.is_meta]
@@ -158,8 +156,6 @@ def preserve_model(
         with preserve_attributes(*model.modules()):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for module, kept in buffers:
                 module._buffers.clear()

@@ -90,7 +90,8 @@ def explain(
     v0_decay_steps: Annotated[
         str | None,
         typer.Option(
-            "--v0_decay_steps", help="Optimizer steps of the decay; below 1, a fraction of max_steps. [default: auto]"
+            "--v0_decay_steps",
+            help="Optimizer steps of the decay; below 1, a fraction of max_steps. [default: two thirds of them with linear]",
         ),
     ] = None,
     v0_scale: Annotated[

@@ -10,11 +10,11 @@ d, where the loss is as good as linear, and falls as d grows. **d50** is the d a
 the learning rate; what follows from learning rate / d50 is in `method.length`.
 
 How it is measured:
-    A forward for each displacement: about ten of them, twice as far apart each time, from `FIRST_DISPLACEMENT` up until rho is below
-    0.5 and down until two in a row agree. L'(0) is extrapolated from these two, and not |g|_1, since an optimizer's gradients may
-    have been clipped or scaled. A crossing counts only if rho was seen near 1 at two smaller displacements. Where it was
-    not, rounding or noise is what was measured, and d50 is None with a `reason`: weights or losses in bf16 or fp16 may be too
-    coarse for a small trust radius.
+    A forward for each displacement: about ten of them, twice as far apart each time, from `FIRST_DISPLACEMENT` down, and else up, until
+    the decreases at two in a row are in proportion, and up from there until rho has been below 0.5. L'(0) is extrapolated from two
+    that are in proportion, and not |g|_1, since an optimizer's gradients may have been clipped or scaled. A crossing counts only if
+    rho was seen near 1 at two smaller displacements. Where it was not, rounding or noise is what was measured, and d50 is None with
+    a `reason`: weights or losses in bf16 or fp16 may be too coarse for a small trust radius.
 
 The model stays in its mode, with the same random states at each forward, so that dropout draws the same masks. What it costs beside the
 activations is a copy of the weights; of a sharded model each process copies its own shard. Afterwards weights, buffers, gradients,
@@ -26,16 +26,15 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
-from ..sharding.parts import get_local_part, is_dtensor, is_sharded, read_gradient
-from ..sharding.processes import add_over_processes, get_rank_and_world_size, get_wide_dtype, raise_together
+from ..sharding.parts import get_local_part, is_dtensor, read_gradient
+from ..sharding.processes import add_over_processes, fail_together, get_rank_and_world_size
 from ..state_guard import (
     defer_interrupts,
     preserve_model,
@@ -69,7 +68,6 @@ class TrustRadius:
         rho: at each of these; -inf where the loss was not finite.
         slope: L'(0), the decrease of the loss per unit of displacement as the displacement goes to zero.
         loss: at the present weights.
-        num_elements: parameter elements moved, over all processes.
         num_forwards: computations of the step's loss.
         seconds: wall-clock time.
         reason: why d50 is None.
@@ -80,86 +78,21 @@ class TrustRadius:
     rho: list[float] = field(default_factory=list)
     slope: float = 0.0
     loss: float = 0.0
-    num_elements: int = 0
     num_forwards: int = 0
     seconds: float = 0.0
     reason: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; a rho of -inf becomes None."""
-        content = asdict(self)
-        content["rho"] = [value if math.isfinite(value) else None for value in self.rho]
-        return content
-
-
-def measure_trust_radius(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    *,
-    loss_scale: float = 1.0,
-) -> TrustRadius:
-    """Measure d50 at a model's present weights; see the top of the file.
-
-    With several processes all of them call this, each with batches of its own: gradients and losses are means over the
-    processes, as in training, and every process gets the same result.
-
-    Args:
-        model: in the form that is trained, but *not* inside DDP (whose reducer would act on the backward passes). `fully_shard`ed
-            and tensor-parallel models stay as they are.
-        batches: those of one optimizer step, as `loss_fn` takes them; their losses are added up.
-        loss_fn: maps (model, batch) to the scalar loss as training computes it.
-        loss_scale: the loss is multiplied by it before backward (fp16).
-
-    Returns:
-        What was measured. `d50` is None, and `reason` says why, where it could not be measured: no trainable parameter got a
-        gradient, a loss that is not finite, differences below rounding.
-
-    Raises:
-        InputError: no batch.
-    """
-    if not batches:
-        raise InputError("no batches: give measure_trust_radius those of one optimizer step")
-    started, states = time.perf_counter(), read_rng_states()
-    with defer_interrupts(), preserve_rng(), preserve_model(model):
-        error = None
-        try:
-            with torch.enable_grad():
-                for batch in batches:
-                    raise_if_interrupted()
-                    (loss_fn(model, batch) * loss_scale).backward()
-        except Exception as exception:
-            error = exception
-        _raise_on_all(error, is_sharded(model))
-        parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
-        for parameter in parameters:
-            if parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
-        if not is_sharded(model):
-            add_over_processes([parameter.grad for parameter in parameters])
-            for parameter in parameters:
-                parameter.grad /= get_rank_and_world_size()[1]
-        write_rng_states(states)  # the losses have the masks of the gradients
-        moved = [(parameter, 1.0) for parameter in parameters]
-        result = measure_in_step(moved, lambda: sum(float(loss_fn(model, batch)) for batch in batches), model)
-    result.seconds = time.perf_counter() - started
-    return result
 
 
 def measure_in_step(
     parameters: Sequence[tuple[torch.Tensor, float]], loss_fn: Callable[[], Any], model: nn.Module | None = None
 ) -> TrustRadius:
-    """Measure d50 while an optimizer step is being made: at the gradients in hand, along the update that Adam would make.
+    """Measure d50 at the gradients in hand, along the update that Adam would make; see the top of the file.
 
     Adam's first update moves every element by its group's learning rate, so a displacement d moves the elements of a group by d
-    times the group's rate over the largest. The gradients may have been clipped or scaled by a factor that is not known here:
-    the predicted decrease per unit of displacement is the one measured at the smallest displacements, extrapolated to zero.
-
-    Several processes call it together; losses are means over them.
+    times the group's rate over the largest. Several processes call it together; losses are means over them.
 
     Args:
-        parameters: (parameter with its gradient, its group's learning rate over the largest one); weights are displaced in place
-            and put back bit for bit, also when an exception or Ctrl-C passes, which acts within one pass.
+        parameters: (parameter with its gradient, its group's learning rate over the largest one).
         loss_fn: computes the loss of this step's batch at the weights as they are: a number or a scalar tensor.
         model: whose buffers, modes and plain tensors are to be as before afterwards.
 
@@ -167,7 +100,7 @@ def measure_in_step(
         What was measured. `d50` is None, and `reason` says why, where it could not be measured.
     """
     started = time.perf_counter()
-    walk = _StepWalk(parameters, loss_fn, model)
+    walk = _Walk(parameters, loss_fn, model)
     with (
         defer_interrupts(),
         preserve_rng(),
@@ -179,7 +112,7 @@ def measure_in_step(
     return walk.result
 
 
-class _StepWalk:
+class _Walk:
     """The forwards of a measurement: where the weights are, and what the loss is there. Made with the gradients in hand."""
 
     def __init__(
@@ -191,69 +124,62 @@ class _StepWalk:
         self.num_processes = get_rank_and_world_size()[1]
         self.is_sharded = any(is_dtensor(p) for p in self.weights)
         self.decreases: dict[float, float] = {}
-        self.result = TrustRadius(num_elements=sum(p.numel() for p in self.weights))
+        self.result = TrustRadius()
 
     def run(self) -> None:
-        result = self.result
         self._reshard()
         self.copies = [get_local_part(p.detach()).clone() for p in self.weights]
         try:
-            result.loss = self._compute_loss()
-            if not math.isfinite(result.loss):
-                result.reason = f"the loss at the initial weights is {result.loss}"
-                return
-            slope, smallest = self._find_slope()
-            if slope is None:
-                return
-            result.slope = slope
-            rho = walk_grid(lambda d: self._measure(d) / (d * slope), smallest)
+            self._walk()
         finally:
             self._move(0.0)
-        result.displacements, result.rho = list(rho), list(rho.values())
-        result.d50, result.reason = find_crossing(rho)
 
-    def _find_slope(self) -> tuple[float | None, float]:
-        """Find the decrease per unit of displacement as the displacement goes to zero, and the smallest one to try."""
-        narrow = [p for p in self.weights if p.dtype in (torch.bfloat16, torch.float16)]
-        predicted = self._sum(
-            [
-                sum(
-                    rate * float(get_local_part(g).float().abs().sum(dtype=get_wide_dtype(g.device)))
-                    for g, rate in zip(self.gradients, self.rates, strict=True)
-                )
-            ]
-        )[0]
-        if not (math.isfinite(predicted) and predicted > 0.0):
-            self.result.reason = "no parameter got a gradient" if predicted == 0.0 else "a gradient is not finite"
-            return None, 0.0
+    def _walk(self) -> None:
+        result = self.result
+        result.loss = self._compute_loss()
+        norm = self._sum([sum(float(get_local_part(g).float().abs().sum()) for g in self.gradients)])[0]
+        if not (math.isfinite(result.loss) and math.isfinite(norm) and norm > 0.0):
+            bad_gradient = "no parameter got a gradient" if norm == 0.0 else "a gradient is not finite"
+            bad_loss = f"the loss at the initial weights is {result.loss}"
+            result.reason = bad_gradient if math.isfinite(result.loss) else bad_loss
+            return
+        d = next((d for d in self._list_candidates() if self._is_proportional(d)), None)
+        if d is None:
+            result.reason = (
+                "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
+                "the loss or of the weights, or the loss is not smooth; measure in fp32"
+            )
+            return
+        smallest = d / GRID_FACTOR
+        while self._is_proportional(d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
+            d *= GRID_FACTOR  # the farther apart, the less rounding; these points are needed anyway
+        upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
+        result.slope = (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0)
+        rho, d, num_beyond = {}, smallest, 0
+        while d <= LARGEST_DISPLACEMENT and num_beyond <= POINTS_BEYOND:
+            rho[d] = self._measure(d) / (d * result.slope)
+            result.d50, result.reason = find_crossing(rho)
+            num_beyond += result.d50 is not None or not math.isfinite(rho[d])
+            d *= GRID_FACTOR
+        result.displacements, result.rho = list(rho), list(rho.values())
+
+    def _list_candidates(self) -> Iterator[float]:
+        """List displacements at which the loss may fall in proportion: from the first one down to rounding, then up."""
         smallest = SMALLEST_DISPLACEMENT
+        narrow = [get_local_part(p.detach()) for p in self.weights if p.dtype in (torch.bfloat16, torch.float16)]
         if narrow:
-            parts = [get_local_part(p.detach()) for p in narrow]
-            total, count = self._sum(
-                [sum(float(part.float().square().sum()) for part in parts), sum(part.numel() for part in parts)]
-            )
-            smallest = max(
-                smallest, 0.25 * max(torch.finfo(p.dtype).eps for p in narrow) * math.sqrt(total / max(1.0, count))
-            )
-        start = max(FIRST_DISPLACEMENT, GRID_FACTOR * smallest)
-        d = start
-        while not self._is_proportional(d) and d / GRID_FACTOR**2 >= smallest and not self._is_noise(d):
+            squares = sum(float(part.float().square().sum()) for part in narrow)
+            total, count = self._sum([squares, sum(part.numel() for part in narrow)])
+            rounding = max(torch.finfo(part.dtype).eps for part in narrow) * math.sqrt(total / max(1.0, count))
+            smallest = max(smallest, 0.25 * rounding)
+        d = start = max(FIRST_DISPLACEMENT, GRID_FACTOR * smallest)
+        yield d
+        while d / GRID_FACTOR**2 >= smallest and not self._is_noise(d):
             d /= GRID_FACTOR
-        if not self._is_proportional(d):
-            d = start
-            while not self._is_proportional(d) and d < LARGEST_DISPLACEMENT:
-                d *= GRID_FACTOR
-        if self._is_proportional(d):
-            near = d / GRID_FACTOR
-            while self._is_proportional(d * GRID_FACTOR) and d < LARGEST_DISPLACEMENT:
-                d *= GRID_FACTOR  # the farther apart, the less rounding; these points are needed anyway
-            upper, lower = (self._measure(at) / at for at in (d, d / GRID_FACTOR))
-            return (GRID_FACTOR * lower - upper) / (GRID_FACTOR - 1.0), min(near, FIRST_DISPLACEMENT)
-        self.result.reason = (
-            "the loss does not fall in proportion to any small displacement along the gradient's sign: it is below the rounding of "
-            "the loss or of the weights, or the loss is not smooth; measure in fp32"
-        )
-        return None, smallest
+            yield d
+        while start < LARGEST_DISPLACEMENT:
+            start *= GRID_FACTOR
+            yield start
 
     def _is_proportional(self, d: float) -> bool:
         """Whether the decrease at d is that at half of it, doubled."""
@@ -283,15 +209,15 @@ class _StepWalk:
 
     def _compute_loss(self) -> float:
         raise_if_interrupted()
-        total, error = 0.0, None
-        try:
-            write_rng_states(self.rng_states)  # the same masks at every displacement
-            loss = self.loss_fn()
-            total = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
-            self.result.num_forwards += 1
-        except Exception as exception:
-            error = exception
-        _raise_on_all(error, self.is_sharded)
+        with fail_together():
+            try:
+                write_rng_states(self.rng_states)  # the same masks at every displacement
+                loss = self.loss_fn()
+                total = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+                self.result.num_forwards += 1
+            except Exception as error:
+                error.raised_alone = self.is_sharded  # the others wait inside the model's own passes
+                raise
         return self._sum([total])[0] / self.num_processes
 
     def _sum(self, numbers: list[float]) -> list[float]:
@@ -310,45 +236,6 @@ class _StepWalk:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-
-
-def _raise_on_all(error: Exception | None, is_sharded: bool) -> None:
-    """Raise on every process if any process failed; where the model is sharded, the others wait inside its own passes."""
-    if error is not None and is_sharded:
-        error.raised_alone = True
-    if error is not None or get_rank_and_world_size()[1] > 1:
-        raise_together(error)
-
-
-def walk_grid(measure: Callable[[float], float], smallest: float = SMALLEST_DISPLACEMENT) -> dict[float, float]:
-    """Measure rho on a geometric grid that reaches from where the first-order model holds to beyond the crossing.
-
-    Args:
-        measure: maps a displacement to rho.
-        smallest: displacements below it are not tried.
-
-    Returns:
-        {displacement: rho}, ascending.
-    """
-    rho: dict[float, float] = {}
-    first = FIRST_DISPLACEMENT * GRID_FACTOR ** max(0, math.ceil(math.log(smallest / FIRST_DISPLACEMENT, GRID_FACTOR)))
-    displacement, num_beyond = first, 0
-    while displacement <= LARGEST_DISPLACEMENT and num_beyond <= POINTS_BEYOND:
-        rho[displacement] = measure(displacement)
-        num_beyond += rho[displacement] < CROSSING
-        displacement *= GRID_FACTOR
-    lower = first / GRID_FACTOR
-    while lower >= smallest and not _starts_near_one(rho):
-        rho = {lower: measure(lower)} | rho
-        lower /= GRID_FACTOR
-    while displacement <= LARGEST_DISPLACEMENT and find_crossing(rho)[0] is None and math.isfinite([*rho.values()][-1]):
-        rho[displacement] = measure(displacement)  # what was low so far was rounding
-        displacement *= GRID_FACTOR
-    return rho
-
-
-def _starts_near_one(rho: dict[float, float]) -> bool:
-    return all(abs(value - 1.0) <= NEAR_ONE for value in itertools.islice(rho.values(), 2))
 
 
 def find_crossing(rho: dict[float, float]) -> tuple[float | None, str | None]:

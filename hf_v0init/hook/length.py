@@ -31,12 +31,24 @@ def call_before_first_update(optimizer, act: Callable[[], object]) -> StepHooks:
     return hooks
 
 
-def measure_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None) -> TrustRadius:
-    """Measure the trust radius at the gradients in hand, along the update that each group's learning rate would make.
+def measure_trust_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None) -> TrustRadius:
+    """Measure the trust radius d50 at the gradients in hand, along the update that each group's learning rate would make.
+
+        loss = loss_fn()
+        loss.backward()                                                   # accumulated, reduced, clipped as for a step
+        radius = measure_trust_radius(optimizer, model, loss_fn)          # some ten forwards, and all is as before
+
+    With several processes all of them call it; losses are means over the processes, and every process gets the same result.
 
     Args:
-        optimizer: whose present gradients are those of the step.
-        loss_fn: computes the loss of the present step's batch at the weights as they are; None where it cannot be had.
+        optimizer: whose parameters have the gradients of a step; any that has groups with a learning rate.
+        model: whose buffers, modes and plain tensors are to be as before afterwards; None: the loss has nothing of the kind.
+        loss_fn: computes the loss of the batch of these gradients at the weights as they are: a number or a scalar tensor. None where it
+            cannot be had.
+
+    Returns:
+        What was measured. `d50` is None, and `reason` says why, where it could not be measured: no parameter got a gradient, a loss that
+        is not finite, differences below rounding.
     """
     groups = unwrap_optimizer(optimizer).param_groups
     largest = find_largest_rate(optimizer)
@@ -56,8 +68,8 @@ def measure_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any
 def measure_length(
     optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None, max_steps: int | None
 ) -> WarmupLength:
-    """Measure how long a warmup this run needs, at the gradients in hand; arguments as of `measure_radius`."""
-    radius = measure_radius(optimizer, model, loss_fn)
+    """Measure how long a warmup this run needs, at the gradients in hand; arguments as of `measure_trust_radius`."""
+    radius = measure_trust_radius(optimizer, model, loss_fn)
     return choose_length(
         radius.d50,
         find_largest_rate(optimizer),

@@ -79,11 +79,6 @@ def compute_bounds(num_steps: int) -> tuple[int, int]:
     return min(longest, max(1, round(SHORTEST_FRACTION * num_steps))), longest
 
 
-def is_cut_short(x: float, num_steps: int) -> bool:
-    """Whether the run is too short for the warmup that x asks for, so that two thirds of it stand in."""
-    return _compute_wanted(x) > compute_bounds(num_steps)[1]
-
-
 def compute_largest_rate_with_room(d50: float, num_steps: int) -> float:
     """Compute the largest learning rate whose whole warmup fits into `LONGEST_FRACTION` of a run of `num_steps`.
 
@@ -110,7 +105,6 @@ class WarmupLength:
         d50: the trust radius, in the weights' own unit; None where it could not be measured, `reason` says why.
         learning_rate: the largest of the optimizer's groups.
         x: learning_rate / d50; None without d50.
-        is_capped: whether `LONGEST_FRACTION` of the run stands in for a longer warmup that x asks for.
         num_forwards, seconds: what the measurement took.
     """
 
@@ -118,7 +112,6 @@ class WarmupLength:
     d50: float | None
     learning_rate: float
     x: float | None = None
-    is_capped: bool = False
     reason: str | None = None
     num_forwards: int = 0
     seconds: float = 0.0
@@ -156,7 +149,7 @@ def choose_length(d50: float | None, learning_rate: float, num_steps: int, **fou
         return WarmupLength(compute_bounds(num_steps)[1], None, learning_rate, **found)
     x = compute_relative_rate(learning_rate, d50)
     steps = compute_warmup_length(x, num_steps)
-    return WarmupLength(steps, d50, learning_rate, x, is_cut_short(x, num_steps), **found)
+    return WarmupLength(steps, d50, learning_rate, x, **found)
 
 
 def compute_untuned_factor(step: int, beta2: float, shape: str) -> float:

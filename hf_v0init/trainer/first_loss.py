@@ -34,16 +34,15 @@ class LossRecorder:
         self._calls: list[tuple] = []  # of the present step: model, inputs, further arguments, random states
         self._step = 0
         self._compute_loss = trainer.compute_loss
-        self._had_own = "compute_loss" in vars(trainer)
+        self._own = vars(trainer).get("compute_loss")
         trainer.compute_loss = self._record
 
     def remove(self) -> None:
         """Give the Trainer its own `compute_loss` back, and let go of the batches."""
         self._calls = []
-        if self._had_own:
-            self.trainer.compute_loss = self._compute_loss
-        else:
-            vars(self.trainer).pop("compute_loss", None)
+        vars(self.trainer).pop("compute_loss", None)
+        if self._own is not None:
+            self.trainer.compute_loss = self._own
 
     def compute_again(self) -> float:
         """Compute the loss of the step at the weights as they are: the sum over its micro-batches.
@@ -89,7 +88,6 @@ def _copy(inputs):
 @contextlib.contextmanager
 def preserve_trainer(trainer) -> Iterator[None]:
     """Leave a Trainer's logs, counters and metric stores, its state, and all private and global generators as they were."""
-    had_log, log = "log" in vars(trainer), vars(trainer).get("log")
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng())
         stack.enter_context(preserve_generators(trainer.train_dataset, trainer.data_collator, trainer))
@@ -100,10 +98,4 @@ def preserve_trainer(trainer) -> Iterator[None]:
         if hasattr(trainer, "_set_state_aside"):  # contiguous streams
             stack.enter_context(trainer._set_state_aside())
         trainer.log = lambda *_, **__: None
-        try:
-            yield
-        finally:
-            if had_log:
-                trainer.log = log
-            else:
-                del trainer.log
+        yield

@@ -4,28 +4,12 @@ from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import TrustRadius
-from ..hook import call_before_first_update, find_largest_rate, measure_radius
+from ..hook import call_before_first_update, find_largest_rate, measure_trust_radius
 from .first_loss import LossRecorder
 
 
 class _Probed(Exception):
-    """Leaves `Trainer.train` before the first update, with what was measured."""
-
-
-class _Probe(TrainerCallback):
-    """Measures in the first optimizer step."""
-
-    def __init__(self, trainer) -> None:
-        self.trainer, self.recorder, self.hooks = trainer, LossRecorder(trainer), None
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        """Wait for the first gradients."""
-
-        def measure() -> None:
-            radius = measure_radius(optimizer, self.trainer.model, self.recorder.compute_again)
-            raise _Probed(radius, find_largest_rate(optimizer))
-
-        self.hooks = call_before_first_update(optimizer, measure)
+    """Leaves `Trainer.train` before the first update."""
 
 
 def measure_run(trainer) -> tuple[TrustRadius, float]:
@@ -37,15 +21,24 @@ def measure_run(trainer) -> tuple[TrustRadius, float]:
     Raises:
         InputError: no step had a gradient.
     """
-    probe = _Probe(trainer)
+    recorder, handles = LossRecorder(trainer), []
+
+    def measure() -> None:
+        radius = measure_trust_radius(trainer.optimizer, trainer.model, recorder.compute_again)
+        raise _Probed(radius, find_largest_rate(trainer.optimizer))
+
+    class Probe(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            handles.append(call_before_first_update(trainer.optimizer, measure))
+
+    probe = Probe()
     trainer.add_callback(probe)
     try:
         trainer.train()
     except _Probed as probed:
         return probed.args
     finally:
+        for kept in (recorder, *handles):
+            kept.remove()
         trainer.remove_callback(probe)
-        probe.recorder.remove()
-        if probe.hooks is not None:
-            probe.hooks.remove()
     raise InputError("the trust radius cannot be measured: no step of the run had a gradient")

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.measuring import Conditions, Row, measure_pairs
 from benchmarks.tasks import make_gpt2, make_random_sequences
-from hf_v0init.estimation.per_sample import SampleBatch, estimate_grad_sq_mean
+from hf_v0init.estimation.per_sample import estimate_grad_sq_mean
 
 NUM_SAMPLES = 32
 
@@ -13,7 +13,7 @@ def measure_pass_time(conditions: Conditions) -> Row:
     """The estimate of E[g^2], sample by sample, beside forward and backward of the same samples."""
     model = make_gpt2()
     inputs = [{name: row[name][None] for name in row} for row in make_random_sequences(NUM_SAMPLES)]
-    batches = [SampleBatch(row, 1, number) for number, row in enumerate(inputs)]
+    batches = [(row, 1) for row in inputs]
     named_parameters = [(name, p) for name, p in model.named_parameters() if p.dim() >= 2]
 
     def compute_loss(row: dict) -> torch.Tensor:

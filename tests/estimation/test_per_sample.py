@@ -6,7 +6,8 @@ from reference import per_sample_gradients
 from torch import nn
 
 from hf_v0init import InputError
-from hf_v0init.estimation.per_sample import SampleBatch, compute_grad_sq_mean, estimate_grad_sq_mean
+from hf_v0init.estimation import per_sample
+from hf_v0init.estimation.per_sample import compute_grad_sq_mean, estimate_grad_sq_mean
 
 
 class Regression(nn.Module):
@@ -35,9 +36,8 @@ def make_data(num: int, seed: int = 0):
     return torch.randn(num, 5, generator=generator), torch.randn(num, 1, generator=generator)
 
 
-def make_batches(x, y, sizes) -> list[SampleBatch]:
-    cut = torch.arange(len(x)).split(sizes)
-    return [SampleBatch((x[i], y[i]), len(i), k) for k, i in enumerate(cut)]
+def make_batches(x, y, sizes) -> list[tuple]:
+    return [((x[i], y[i]), len(i)) for i in torch.arange(len(x)).split(sizes)]
 
 
 def estimate(model, batches, loss=mean_loss, **options):
@@ -52,15 +52,15 @@ def test_batches_of_any_sizes_give_mean_square_plus_the_spread_between_them():
     x, y = make_data(23)
     sizes = [4, 4, 4, 4, 4, 3]
     batches = make_batches(x, y, sizes)
-    exact = per_sample_gradients(model, [batch.inputs for batch in batches], mean_loss)
-    made = estimate(model, batches)
+    exact = per_sample_gradients(model, [inputs for inputs, _ in batches], mean_loss)
+    made, _ = estimate(model, batches)
     n = torch.tensor(sizes, dtype=torch.float64)
     for name, g in exact.items():
         n_like = n.view(-1, *[1] * (g.dim() - 1))
         mean = (n_like * g).sum(0) / 23
         variance = (n_like * (g - mean).square()).sum(0) / 5
         expected = mean.square() + variance * (1 - 1 / 23)
-        torch.testing.assert_close(made.tensors[name].double(), expected, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(made[name].double(), expected, rtol=1e-4, atol=1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
@@ -81,7 +81,7 @@ def test_a_batch_larger_than_the_samples_gives_the_squared_mean_and_never_less_t
     assert rounded.tolist() == [1.0]  # a spread below zero is rounding
 
 
-def test_dropout_of_a_batch_is_its_own_by_seed_and_index():
+def test_dropout_of_a_batch_is_its_own_by_seed_and_place_in_the_whole_pass(monkeypatch):
     torch.manual_seed(0)
     model = Regression(dropout=0.5)
     batches = make_batches(*make_data(24), [4] * 6)
@@ -93,42 +93,60 @@ def test_dropout_of_a_batch_is_its_own_by_seed_and_index():
         return value
 
     estimate(model, batches, loss, seed=5)
-    estimate(model, batches[::2], loss, seed=5)
-    estimate(model, batches[1::2], loss, seed=5)
-    assert losses[6:] == losses[:6:2] + losses[1:6:2]
     estimate(model, batches, loss, seed=6)
-    assert losses[12:] != losses[:6]
+    assert losses[6:] != losses[:6]
+    for rank in range(2):
+        monkeypatch.setattr(per_sample, "get_rank_and_world_size", lambda rank=rank: (rank, 2))
+        estimate(model, batches[rank::2], loss, seed=5)
+    assert losses[12:] == losses[:6:2] + losses[1:6:2]
 
 
 def test_narrow_gradients_are_summed_in_fp32_and_a_loss_scale_is_divided_out():
     """1,250 equal gradients of 1/3: a bf16 running sum stops growing at 128."""
     model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     x = torch.full((1, 4), 1 / 3, dtype=torch.bfloat16)
-    batches = [SampleBatch(x, 1, k) for k in range(1250)]
     for scale in (1.0, 1024.0):
-        made = estimate(model, batches, lambda model, x: model(x).sum(), loss_scale=scale).tensors["weight"]
+        made = estimate(model, [(x, 1)] * 1250, lambda model, x: model(x).sum(), loss_scale=scale)[0]["weight"]
         assert made.dtype == torch.float32
         torch.testing.assert_close(made, torch.full((4, 4), x[0, 0].item() ** 2), rtol=1e-4, atol=0)
 
 
-def test_repetitions_and_batches_without_a_loss_are_run_but_neither_counted_nor_summed():
+def test_repetitions_and_batches_without_a_target_are_run_but_neither_counted_nor_summed():
     torch.manual_seed(0)
-    model, x, run = Regression(), make_data(20), []
-    batches = make_batches(*x, [4] * 5)
-    for batch, flags in zip(
-        batches, [(True, True), (False, True), (True, False), (True, True), (False, False)], strict=True
-    ):
-        batch.counts, batch.has_loss = flags
+    model, (x, y), run = Regression(), make_data(20), []
+    batches = [({"x": x[i], "y": y[i], "labels": torch.tensor([3])}, 4) for i in torch.arange(20).split(4)]
+    batches[2][0]["labels"][0] = batches[4][0]["labels"][0] = -100
 
     def loss(model, inputs):
         run.append(1)
-        return mean_loss(model, inputs) * (float("nan") if len(run) == 3 else 1.0)  # as a mean over no label is
+        return mean_loss(model, (inputs["x"], inputs["y"])) * (
+            float("nan") if len(run) == 3 else 1.0
+        )  # as over no label
 
-    made = estimate(model, batches, loss)
-    assert (len(run), made.num_samples, made.num_batches, made.num_skipped) == (5, 8, 2, 4)
-    alone = estimate(model, [batches[0], batches[3]])
-    assert alone.mean_loss == made.mean_loss
-    assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in made.tensors.items())
+    sizes = [4, 0, 4, 4, 0]
+    made, numbers = estimate(model, [(inputs, size) for (inputs, _), size in zip(batches, sizes, strict=True)], loss)
+    assert len(run) == 5
+    assert [numbers[f"num_{name}"] for name in ("samples", "batches", "skipped")] == [8, 2, 4]
+    alone, others = estimate(model, [batches[0], batches[3]], loss)
+    assert others["mean_loss"] == numbers["mean_loss"]
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in made.items())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({"labels": torch.tensor([[1, -100], [2, -100]])}, False),  # the first of a row is no target of a causal loss
+        ({"labels": torch.tensor([[1, -100], [2, 3]])}, True),
+        ({"labels": torch.tensor([-100, -100])}, False),
+        ({"labels": torch.tensor([-100, 4])}, True),
+        ({"labels": torch.tensor([[-100], [5]])}, True),
+        ({"labels": torch.tensor([0.0, 1.0])}, True),
+        ({"x": torch.zeros(2)}, True),
+        ((torch.zeros(2),), True),
+    ],
+)
+def test_a_batch_without_any_target_is_told(inputs, expected):
+    assert per_sample.has_targets(inputs) is expected
 
 
 def test_a_shared_module_under_reentrant_checkpointing_is_the_plain_one():
@@ -146,9 +164,9 @@ def test_a_shared_module_under_reentrant_checkpointing_is_the_plain_one():
         return (module.last(module.frozen(h)) - y).square().mean()
 
     batches = make_batches(*make_data(8), [1] * 8)
-    plain, saved = estimate(model, batches), estimate(model, batches, loss)
-    for name, tensor in plain.tensors.items():
-        torch.testing.assert_close(saved.tensors[name], tensor, rtol=1e-5, atol=1e-12)
+    plain, saved = estimate(model, batches)[0], estimate(model, batches, loss)[0]
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-12)
 
 
 def test_a_forward_that_changes_trained_weights_is_refused_and_names_them():
@@ -159,7 +177,7 @@ def test_a_forward_that_changes_trained_weights_is_refused_and_names_them():
             return super().forward(x)
 
     with pytest.raises(InputError, match=r"forward changes its own weights \('weight'\).*v0_estimator=minibatch"):
-        estimate(Normalised(3, 2), [SampleBatch(torch.randn(2, 3), 2, 0)], lambda m, x: m(x.clone()).square().mean())
+        estimate(Normalised(3, 2), [(torch.randn(2, 3), 2)], lambda m, x: m(x.clone()).square().mean())
 
 
 def test_the_sums_and_the_estimate_take_two_tensors_a_parameter():
@@ -171,11 +189,11 @@ def test_the_sums_and_the_estimate_take_two_tensors_a_parameter():
     x = torch.randn(4, size)
 
     def make_batches():
-        for k in range(3):
+        for _ in range(3):
             gc.collect()
             tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() == size * size)
             alive.append(len({o.untyped_storage().data_ptr() for o in tensors}))
-            yield SampleBatch((x, x), 4, k)
+            yield (x, x), 4
 
     estimate(model, make_batches())
     assert alive == [3, 3, 3]

@@ -4,6 +4,7 @@ Arguments: OUTPUT_DIR
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -116,22 +117,21 @@ def run(accelerator: Accelerator, kind: str, options: dict) -> dict:
 
 
 def measure(accelerator: Accelerator, kind: str, fails_at: int | None = None) -> dict:
-    """The trust radius of plain replicas, as under DDP, or under FSDP2; with `fails_at` the last process raises in that forward."""
-    model, num_calls = make_network(), 0
-    if kind == "fully_shard":
-        fully_shard(model)
+    """The trust radius under DDP or FSDP2; with `fails_at` the last process raises in that forward."""
+    (model, optimizer), num_calls = prepare(accelerator, kind), 0
+    batches = make_batches(accelerator.process_index, accelerator.num_processes)
 
-    def compute(network, batch):
+    def compute() -> torch.Tensor:
         nonlocal num_calls
         num_calls += 1
         if num_calls == fails_at and accelerator.is_last_process:
             raise RuntimeError("bad batch here")
-        return loss_fn(network, batch)
+        return sum(loss_fn(model, batch) for batch in batches)
 
+    compute().backward()
     before, found = [whole(p) for p in model.parameters()], {}
     try:
-        batches = make_batches(accelerator.process_index, accelerator.num_processes)
-        found = measure_trust_radius(model, batches, compute).to_dict()
+        found = asdict(measure_trust_radius(optimizer, model, compute))
     except RuntimeError as error:
         found["error"] = str(error)
     unchanged = all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), before, strict=True))
@@ -192,7 +192,7 @@ def main(output_dir: str) -> None:
         saved[kind]["radius"] = measure(accelerator, kind)
         saved[kind]["attached"] = {name: run_attached(accelerator, kind, options) for name, options in ATTACHED.items()}
     if accelerator.num_processes > 1:
-        saved["errors"] = collect_errors(accelerator) | {"radius": measure(accelerator, "ddp", fails_at=7)}
+        saved["errors"] = collect_errors(accelerator) | {"radius": measure(accelerator, "ddp", fails_at=4)}
     torch.save(saved, Path(output_dir) / f"rank{accelerator.process_index}.pt")
 
 

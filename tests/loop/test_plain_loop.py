@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import make_gpt2, make_sequences
 from launched import initialize_plainly
-from optimizer_references import adam
 from processes import launch
 from reference import per_sample_gradients
+from snapshots import assert_same, take_snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import record
 
 from hf_v0init import InputError, compute_scale_for_warmup, initialize_v0, read_second_moment
+from hf_v0init.records.report import V0Report
 from hf_v0init.trainer.per_sample import choose_samples
 
 
@@ -52,6 +53,13 @@ def make_adam(model, **options) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=1e-2, **options)
 
 
+def run(model, batches, loss_fn=mean_square, *, optimizer=None, **options) -> tuple[V0Report, dict[str, torch.Tensor]]:
+    """The report, and the second moments that there are."""
+    optimizer = make_adam(model) if optimizer is None else optimizer
+    report = initialize_v0(optimizer, model=model, batches=batches, loss_fn=loss_fn, **options)
+    return report, read_all(optimizer, model)
+
+
 def read_all(optimizer, model) -> dict[str, torch.Tensor]:
     moments = {name: read_second_moment(optimizer, p) for name, p in model.named_parameters()}
     return {name: v.clone() for name, v in moments.items() if v is not None}
@@ -76,10 +84,7 @@ def test_the_pass_is_the_trainers(tmp_path):
     rows, model = make_sequences(), make_gpt2()
     chosen = [rows[i] for i in choose_samples(len(rows), 30, 11)]
     batches = [stack(chosen[start : start + 3]) for start in range(0, 30, 3)]
-    optimizer = torch.optim.AdamW(model.parameters())
-    options = {"v0_seed": 11, "v0_scale": 2.0, "effective_batch_size": 4}
-    report = initialize_v0(optimizer, model=model, batches=batches, loss_fn=token_loss, **options)
-    moments = read_all(optimizer, model)
+    report, moments = run(model, batches, token_loss, v0_seed=11, v0_scale=2.0, effective_batch_size=4)
     assert moments.keys() == recorder.v0.keys()
     for name, v0 in recorder.v0.items():
         torch.testing.assert_close(moments[name], v0, rtol=1e-5, atol=1e-6 * float(v0.max()))
@@ -88,43 +93,28 @@ def test_the_pass_is_the_trainers(tmp_path):
         assert getattr(report, key) == pytest.approx(theirs[key], rel=1e-5), key
 
 
-def test_equals_the_oracle_for_single_samples_and_the_first_steps_are_adam_from_it():
+def test_equals_the_oracle_for_single_samples():
     data, model = make_data(25), make_network(batch_norm=False)
     exact = per_sample_gradients(model, [data[i : i + 1] for i in range(25)], mean_square)
-    optimizer = make_adam(model)
     options = {"v0_scale": 0.5, "effective_batch_size": 10, "v0_include_bias_and_norm": True}
-    report = initialize_v0(optimizer, model=model, batches=DataLoader(data, 1), loss_fn=mean_square, **options)
-    ratios = []
+    (report, moments), ratios = run(model, DataLoader(data, 1), **options), []
     for name, g in exact.items():
-        v0 = read_second_moment(optimizer, model.get_parameter(name))
+        v0 = moments[name]
         torch.testing.assert_close(v0.double(), 0.5 * g.square().mean(0), rtol=1e-4, atol=1e-9)
         # of a step of 10 of these 25 samples: (A/N)^2 + s^2 (1/B - 1/N)
         of_step = g.mean(0).square() + g.var(0, unbiased=True) * (1 / 10 - 1 / 25)
         ratios.append((v0 / of_step).flatten())
     assert report.measured_ratio == pytest.approx(float(torch.cat(ratios).median()), rel=1e-3)
 
-    weight = model.last.weight
-    start, v0, gradients = weight.detach().clone(), read_second_moment(optimizer, weight).clone(), []
-    for _ in range(5):
-        optimizer.zero_grad()
-        mean_square(model, data[:]).backward()
-        gradients.append(weight.grad.clone())
-        optimizer.step()
-    w, v = adam(start, v0, gradients, lr=1e-2)[-1]
-    torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(read_second_moment(optimizer, weight).double(), v, rtol=1e-5, atol=0.0)
-
 
 def test_each_group_by_its_own_beta2():
     data, model = make_data(25), make_network(batch_norm=False)
     exact = per_sample_gradients(model, [data[i : i + 1] for i in range(25)], mean_square)
     groups = [{"params": model.first.parameters()}, {"params": model.last.parameters(), "betas": (0.9, 0.9)}]
-    optimizer = torch.optim.AdamW(groups)
-    initialize_v0(optimizer, model=model, batches=DataLoader(data, 1), loss_fn=mean_square, v0_decay_steps=20)
+    _, moments = run(model, DataLoader(data, 1), optimizer=torch.optim.AdamW(groups), v0_decay_steps=20)
     for name, beta2 in (("first.weight", 0.999), ("last.weight", 0.9)):
         expected = compute_scale_for_warmup(20, beta2) * exact[name].square().mean(0)
-        v0 = read_second_moment(optimizer, model.get_parameter(name))
-        torch.testing.assert_close(v0.double(), expected, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(moments[name].double(), expected, rtol=1e-4, atol=1e-9)
 
 
 # ---- how far it reads ------------------------------------------------------------------------------------------------
@@ -135,47 +125,24 @@ def test_reads_no_further_than_needed(num_samples, num_batches):
     """A stream that can be read once goes on where the pass stopped."""
     model = make_network(batch_norm=False)
     stream = iter(make_data(20)[i : i + 4] for i in range(0, 20, 4))
-    options = {"model": model, "batches": stream, "loss_fn": mean_square, "v0_num_samples": num_samples}
     if num_batches == 1:
         with pytest.raises(InputError, match="their spread is not known"):
-            initialize_v0(make_adam(model), **options)
+            run(model, stream, v0_num_samples=num_samples)
     else:
-        report = initialize_v0(make_adam(model), **options)
+        report, _ = run(model, stream, v0_num_samples=num_samples)
         assert (report.num_batches, report.num_samples) == (num_batches, 4 * num_batches)
         assert (report.stats_batch_size, report.effective_batch_size) == (4, 4.0)
     assert len(list(stream)) == 5 - num_batches
 
 
-def test_counts_samples_by_the_first_tensor_or_as_told():
+def test_counts_samples_by_the_first_tensor():
     model = make_network(batch_norm=False)
-
-    def run(batches, **options):
-        return initialize_v0(
-            make_adam(model), model=model, batches=batches, loss_fn=lambda m, b: mean_square(m, b["rows"]), **options
-        )
-
     rows = [{"rows": make_data(6)[i : i + 2], "text": ["a", "b"]} for i in range(0, 6, 2)]
-    assert run(rows).num_samples == 6
-    assert run(rows, count_samples=lambda batch: 5).num_samples == 15
+    report, _ = run(model, rows, lambda network, batch: mean_square(network, batch["rows"]))
+    assert report.num_samples == 6
 
 
 # ---- what is left alone ------------------------------------------------------------------------------------------------
-
-
-def read_everything(*models) -> list[torch.Tensor]:
-    """Weights, buffers, gradients, random states, modes, and how many hooks there are."""
-    found = [
-        torch.get_rng_state(),
-        torch.tensor(random.getstate()[1]),
-        torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
-    ]
-    for model in models:
-        found += [value.clone() for value in model.state_dict().values()]
-        found += [torch.tensor(0.0) if p.grad is None else p.grad.clone() for p in model.parameters()]
-        found += [torch.tensor([p.requires_grad for p in model.parameters()])]
-        hooks = [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-        found.append(torch.tensor(hooks))
-    return found
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
@@ -197,11 +164,11 @@ def test_all_else_is_as_before_also_after_an_exception(is_training, error):
         return loss
 
     loader = DataLoader(make_data(24), 4, shuffle=True)
-    before, optimizer = read_everything(model, other), make_adam(model)
+    before, optimizer = take_snapshot(model, other), make_adam(model)
     with contextlib.nullcontext() if error is None else pytest.raises(error):
         initialize_v0(optimizer, model=model, batches=loader, loss_fn=loss_fn, other_modules=[other])
     assert len(optimizer.state) == (2 if error is None else 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, read_everything(model, other), strict=True))
+    assert_same(take_snapshot(model, other), before)
     assert model.last.weight.grad is gradients
     assert set(modes) == {(True, not is_training, True)}  # parts in evaluation mode stay so, a whole model does not
 
@@ -229,46 +196,34 @@ def test_the_order_of_a_loader_is_kept(kind, make_accelerator):
 
     stock = read_two_epochs(look=None)
     for num_samples in (6, 12):
-        for mine, theirs in zip(read_two_epochs(look=num_samples), stock, strict=True):
-            assert torch.equal(mine, theirs)
+        assert_same(read_two_epochs(look=num_samples), stock)
 
 
 def test_a_loss_through_another_network_gives_the_models_gradients_alone():
     generator, critic = make_network(batch_norm=False), nn.Linear(1, 1)
 
     def loss_fn(network, batch):
-        assert not any(p.requires_grad for p in critic.parameters())
         return -critic(network(batch)).mean()
 
     noise = torch.randn(10, 5)
-    optimizer = make_adam(generator)
-    initialize_v0(
-        optimizer, model=generator, batches=noise.split(1), loss_fn=loss_fn, other_modules=[critic], v0_num_samples=None
-    )
+    _, moments = run(generator, noise.split(1), loss_fn, other_modules=[critic], v0_num_samples=None)
     exact = per_sample_gradients(generator, list(noise.split(1)), lambda network, z: -critic(network(z)).mean())
     for name in ("first.weight", "last.weight"):
-        v0 = read_second_moment(optimizer, dict(generator.named_parameters())[name])
-        torch.testing.assert_close(v0.double(), exact[name].square().mean(0), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(moments[name].double(), exact[name].square().mean(0), rtol=1e-5, atol=1e-12)
 
 
 # ---- accelerate and processes --------------------------------------------------------------------------------------------
 
 
 def test_an_optimizer_prepared_by_accelerate_with_accumulation(make_accelerator):
-    def run(accelerator) -> tuple:
-        model, data = make_network(batch_norm=False), make_data(24)
-        optimizer, loader = make_adam(model), DataLoader(data, 4)
-        if accelerator is not None:
-            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        options = {} if accelerator is not None else {"effective_batch_size": 12}
-        options |= {"batches": loader, "loss_fn": mean_square, "accelerator": accelerator}
-        return initialize_v0(optimizer, model=model, **options), read_all(optimizer, model)
-
-    plain, accelerated = run(None), run(make_accelerator(gradient_accumulation_steps=3))
-    assert plain[0].effective_batch_size == accelerated[0].effective_batch_size == 12.0
-    assert plain[0].measured_ratio == accelerated[0].measured_ratio > 1.0
-    for name, v0 in plain[1].items():
-        assert torch.equal(v0, accelerated[1][name])
+    accelerator = make_accelerator(gradient_accumulation_steps=3)
+    model, loader = make_network(batch_norm=False), DataLoader(make_data(24), 4)
+    plain, v0 = run(model, loader, effective_batch_size=12)
+    model, optimizer, loader = accelerator.prepare(model, make_adam(model), loader)
+    accelerated, same = run(model, loader, optimizer=optimizer, accelerator=accelerator)
+    assert plain.effective_batch_size == accelerated.effective_batch_size == 12.0
+    assert plain.measured_ratio == accelerated.measured_ratio > 1.0
+    assert_same(v0, same)
 
 
 def test_half_precision_of_accelerate_is_that_of_the_loop(make_accelerator):
@@ -279,8 +234,7 @@ def test_half_precision_of_accelerate_is_that_of_the_loop(make_accelerator):
         optimizer = make_adam(model)
         if accelerator is not None:
             model, optimizer = accelerator.prepare(model, optimizer)
-        options = {"batches": DataLoader(make_data(24), 4), "loss_fn": mean_square, "accelerator": accelerator}
-        initialize_v0(optimizer, model=model, **options)
+        run(model, DataLoader(make_data(24), 4), optimizer=optimizer, accelerator=accelerator)
         moments.append(read_second_moment(optimizer, inner.last.weight))
     assert dtypes == [torch.bfloat16] * 6 + [torch.float32] * 6
     torch.testing.assert_close(*moments, rtol=5e-2, atol=1e-4)
@@ -305,7 +259,7 @@ def test_two_processes_are_as_one(launched, make_accelerator, case):
         for key in ("num_samples", "num_batches", "effective_batch_size"):
             assert two["report"][key] == one["report"][key], key
         assert two["report"]["num_processes"] == 2
-    assert all(torch.equal(v, launched[1]["ddp"][case]["v0"][k]) for k, v in launched[0]["ddp"][case]["v0"].items())
+    assert_same(launched[0]["ddp"][case]["v0"], launched[1]["ddp"][case]["v0"])
 
 
 @pytest.mark.parametrize("case", list(initialize_plainly.ATTACHED))
@@ -406,26 +360,20 @@ def test_optimizers_that_cannot_take_it_are_refused():
     before = read_all(stepped, model)
     with pytest.raises(InputError, match="parameters already have optimizer state"):
         initialize_v0(stepped, **options)
-    assert all(torch.equal(v, before[name]) for name, v in read_all(stepped, model).items())
+    assert_same(read_all(stepped, model), before)
 
 
 def test_decay_steps_below_one_are_a_share_of_max_steps():
-    model, v0s = make_network(batch_norm=False), []
-    for decay_steps in (0.3, 6):
-        optimizer = make_adam(model)
-        report = initialize_v0(
-            optimizer, model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, v0_decay_steps=decay_steps, max_steps=18
-        )  # fmt: skip
-        assert report.decay_steps == 6
-        v0s.append(read_all(optimizer, model))
-    assert v0s[0].keys() == v0s[1].keys() and all(torch.equal(v0s[0][name], v0s[1][name]) for name in v0s[0])
+    model = make_network(batch_norm=False)
+    (share, v0), (steps, same) = (
+        run(model, DataLoader(make_data(8), 2), v0_decay_steps=decay_steps, max_steps=18) for decay_steps in (0.3, 6)
+    )
+    assert share.decay_steps == steps.decay_steps == 6
+    assert_same(v0, same)
 
 
 def test_max_steps_gives_the_expectation_and_its_warning(our_log):
-    model = make_network(batch_norm=False)
     options = {"v0_scale": 1e6, "effective_batch_size": 1, "max_steps": 20}
-    report = initialize_v0(
-        make_adam(model), model=model, batches=DataLoader(make_data(8), 2), loss_fn=mean_square, **options
-    )
+    report, _ = run(make_network(batch_norm=False), DataLoader(make_data(8), 2), **options)
     assert report.multiplier["20"] == pytest.approx((1 + 1e6 * 0.999**20 / (1 - 0.999**20)) ** -0.5, rel=1e-6)
     assert any(r.levelname == "WARNING" for r in our_log.records)

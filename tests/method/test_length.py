@@ -12,7 +12,7 @@ from hf_v0init.method.length import (
     compute_largest_rate_with_room,
     compute_relative_rate,
     compute_warmup_length,
-    is_cut_short,
+    describe_bound,
 )
 
 D50 = 5.9e-4  # the small Multi30k model's, seed 1
@@ -36,8 +36,9 @@ def test_the_length_leaves_a_rest_of_the_run(num_steps):
 @pytest.mark.parametrize("num_steps", [10, 600, 20_000])
 def test_the_largest_rate_with_room_is_where_the_length_is_cut(num_steps):
     with_room = compute_largest_rate_with_room(D50, num_steps)
-    assert not is_cut_short(compute_relative_rate(with_room * 0.99, D50), num_steps)
-    assert is_cut_short(compute_relative_rate(with_room * 1.2, D50), num_steps)
+    for factor, is_cut in ((0.99, False), (1.2, True)):
+        x = compute_relative_rate(factor * with_room, D50)
+        assert ("cut from" in describe_bound(x, compute_warmup_length(x, num_steps))) == is_cut
 
 
 @pytest.mark.parametrize(

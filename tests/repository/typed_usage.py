@@ -71,25 +71,13 @@ def train_in_a_loop(
     return multiplier + steps
 
 
-def measure(
-    model: nn.Module,
-    batches: list[torch.Tensor],
-    loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-) -> int:
-    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
+def measure(model: nn.Module, loss_fn: Callable[[], torch.Tensor]) -> int:  # behind a backward
+    radius: TrustRadius = measure_trust_radius(torch.optim.AdamW(model.parameters()), model, loss_fn)
     return compute_warmup_length(1e-3 / (radius.d50 or 1.0), num_steps=1000)
 
 
 def refuse() -> ValueError:
     return InputError("a message")
-
-
-def hold_back(
-    model: nn.Module, batches: list[torch.Tensor], loss_fn: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-) -> int:
-    radius: TrustRadius = measure_trust_radius(model, batches, loss_fn)
-    steps: int = 0 if radius.d50 is None else compute_warmup_length(1e-3 / radius.d50, 1000)
-    return steps
 
 
 class SafeTrainer(SafeCheckpointsMixin, Trainer):

@@ -325,7 +325,7 @@ def test_data_parallel_is_refused_by_the_pass_alone(tmp_path, monkeypatch):
 
 def test_fp16_gradients_of_the_pass_are_divided_by_its_loss_scale(tmp_path, monkeypatch):
     """The pass multiplies an fp16 loss by 1024 against underflow; v0 must not know of it."""
-    import hf_v0init.hook.per_sample as module
+    import hf_v0init.loop.initialize as module
 
     plain = train(tmp_path / "a", model=make_gpt2(dropout=0.0), max_steps=1, **PER_SAMPLE).get_v0_report()
     trainer = make_trainer(tmp_path / "b", model=make_gpt2(dropout=0.0), max_steps=1, **PER_SAMPLE)
