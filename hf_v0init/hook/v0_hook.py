@@ -65,8 +65,8 @@ class V0Hook:
         find_length: measures for how long v0 decays where the plan leaves it open; called in the first step, gradients in hand.
         on_written: gets the report once v0 stands. Default: it is logged.
 
-    Where it stands is told by `num_steps` and `decay`: None and None before the first gradient (`is_waiting`); then a decay that measures
-    for `estimation_steps` steps and lets v0 leave after them; until `is_attached` is False.
+    Its states: not written, before the first gradient (`is_waiting`); measuring, for `estimation_steps` steps; decaying; done, when it is
+    no longer attached (`is_attached`).
 
     Attributes:
         report: what was done, once v0 stands; None before.

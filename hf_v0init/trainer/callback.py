@@ -200,11 +200,6 @@ class V0InitCallback(TrainerCallback):
             f"untuned_warmup={shape}",
         )
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Let the recorder of losses begin anew."""
-        if self._recorder is not None:
-            self._recorder.begin_step()
-
     def on_step_end(self, args, state, control, **kwargs):
         """Give the Trainer its `compute_loss` back, whatever became of the first step."""
         self._remove_recorder()
