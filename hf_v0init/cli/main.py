@@ -23,6 +23,7 @@ from ..method.multiplier import (
     WASHED_OUT,
     compute_multiplier,
     compute_multiplier_table,
+    compute_similar_linear_warmup,
     compute_steps_to_multiplier,
     compute_washout_warning,
     require_beta2,
@@ -219,6 +220,12 @@ def _print_multiplier(scale: float, beta2: float, max_steps: int) -> None:
         reached.add_row(f"{target:g}", f"{max(1, math.ceil(step)):,}")
     CONSOLE.print(reached)
 
+    linear_warmup = compute_similar_linear_warmup(scale, beta2, max_steps)
+    longer = f", longer than the run of {max_steps:,}, so it never reaches the full rate" * (linear_warmup > max_steps)
+    CONSOLE.print(
+        f"Within this run v0 takes away as much step size as a linear warmup over {linear_warmup:,.0f} steps{longer} "
+        "(the sum of 1 - m over the run, which for a linear warmup over L steps is L/2)."
+    )
     warning = compute_washout_warning(scale, beta2, max_steps)
     if warning:
         CONSOLE.print(f"Warning: {warning}", style="yellow")

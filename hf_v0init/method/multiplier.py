@@ -103,6 +103,24 @@ def require_decay_steps(steps: float) -> float:
     raise InputError(f"v0_decay_steps={steps!r}: give {STEP_COUNTS}; for no v0 use v0_init=zeros")
 
 
+def compute_similar_linear_warmup(scale: float, beta2: float, max_steps: int) -> float:
+    """Compute the length of the linear warmup that takes away as much step size within a run of T steps as v0 does, in optimizer steps.
+
+    v0 takes away the integral of 1 - m(t), a linear warmup of L steps L / 2, or T - T^2 / (2 L) if it is longer than the run.
+    For scale = 1 and a long run that gives (4 - 4 ln 2) / (1 - beta2), about 1.23 / (1 - beta2); the untuned linear warmup of Ma & Yarats
+    is 2 / (1 - beta2).
+    """
+    require_beta2(beta2)
+    lost = 0.0  # by the midpoint rule
+    for step in range(1, max_steps + 1):
+        decayed = beta2 ** (step - 0.5)
+        missing = 1.0 - 1.0 / math.sqrt(1.0 + scale * decayed / (1.0 - decayed))
+        lost += missing
+        if missing < 1e-9:
+            break
+    return 2.0 * lost if lost <= max_steps / 2.0 else max_steps**2 / (2.0 * (max_steps - lost))
+
+
 def compute_multiplier_table(scale: float, beta2: float, max_steps: int) -> dict[int, float]:
     """Compute {step: m(step)} at 1, 10, 100, 1000 (those before the end) and at `max_steps`."""
     steps = [step for step in PRINTED_STEPS if step < max_steps] + [max_steps]

@@ -70,6 +70,11 @@ class SecondMoment:
         """The class name of the optimizer that makes the steps, such as "AdamW"."""
         return type(self.inner).__name__
 
+    @property
+    def key(self) -> str:
+        """The second moment's key in the state of a tensor, such as "exp_avg_sq"."""
+        return self.format.row.key
+
     # ---- what there is -----------------------------------------------------------------------------------------------
 
     def list_groups(self) -> list[dict]:
@@ -177,7 +182,7 @@ class SecondMoment:
             state = self.format.get_state(self.inner, shard.param, shard.group)
         moment = self.format.read(state)
         change(shard.cut(moment))
-        if moment is not state[self.format.row.key]:
+        if moment is not state[self.key]:
             self.format.write_(state, moment)
 
 

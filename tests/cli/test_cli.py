@@ -86,6 +86,16 @@ def test_a_length_that_is_measured_is_asked_for_with_beta2():
     assert done.returncode == 2 and "--probe_only" in done.stderr
 
 
+def test_similar_linear_warmup_takes_away_the_same_steps():
+    done = run_explain("--v0_scale", "10", "--adam_beta2", "0.99")
+    length = int(re.search(r"linear warmup over ([\d,]+) steps", " ".join(done.stdout.split()))[1].replace(",", ""))
+    # A sum over steps is the integral up to half a step at the start.
+    lost = sum(1.0 - multiplier(step, 10.0, 0.99) for step in range(1, 5000)) + 0.5
+    assert length / 2 == pytest.approx(lost, abs=1.0)
+    text = " ".join(run_explain("--v0_scale", "10", "--max_steps", "600").stdout.split())
+    assert "a linear warmup over 1,709 steps, longer than the run of 600" in text
+
+
 def test_warns_with_a_remedy_only_if_not_washed_out():
     late = run_explain("--v0_decay", "beta2", "--max_steps", "500")
     assert late.returncode == 0

@@ -7,6 +7,7 @@ from optimizer_references import adam
 from hf_v0init import InputError, compute_multiplier, compute_scale_for_warmup, compute_steps_to_multiplier
 from hf_v0init.method.multiplier import (
     compute_multiplier_table,
+    compute_similar_linear_warmup,
     compute_washout_warning,
 )
 
@@ -48,6 +49,12 @@ def test_scale_and_steps_are_inverse(target):
         assert compute_steps_to_multiplier(target, scale, 0.98) == pytest.approx(steps, rel=1e-9)
 
 
+def test_similar_linear_warmup_of_a_whole_washout():
+    exact = (4 - 4 * math.log(2)) / -math.log(0.999)
+    assert compute_similar_linear_warmup(1.0, 0.999, 10**6) == pytest.approx(exact, rel=1e-3)
+    assert compute_similar_linear_warmup(0.0, 0.999, 100) == 0.0
+
+
 def test_table_holds_the_steps_before_the_end_and_the_end():
     assert list(compute_multiplier_table(1.0, 0.98, 50)) == [1, 10, 50]
     assert list(compute_multiplier_table(1.0, 0.98, 5000)) == [1, 10, 100, 1000, 5000]
@@ -72,3 +79,14 @@ def test_impossible_values_are_refused():
         compute_scale_for_warmup(0, 0.98)
     with pytest.raises(InputError, match="use at most"):
         compute_scale_for_warmup(10**6, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("scale", "beta2", "max_steps"), [(1.0, 0.98, 40), (10.0, 0.999, 600), (1.0, 0.999, 5000), (0.1, 0.9, 50)]
+)
+def test_the_similar_linear_warmup_loses_as_much_within_the_run(scale, beta2, max_steps):
+    """Summed step by step, the warmup found takes away what v0 does until the run ends, also where it is longer than the run."""
+    length = compute_similar_linear_warmup(scale, beta2, max_steps)
+    by_v0 = sum(1.0 - compute_multiplier(step, scale, beta2) for step in range(1, max_steps + 1))
+    by_warmup = sum(1.0 - min(1.0, (step - 0.5) / length) for step in range(1, max_steps + 1))
+    assert by_warmup == pytest.approx(by_v0, rel=0.02, abs=0.6)
