@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not
 
-from hf_v0init.second_moment.table import SUPPORTED_ROWS, TORCH, make_markdown_table  # noqa: E402
+from hf_v0init.second_moment.table import ROWS, SUPPORTED_ROWS  # noqa: E402
 from hf_v0init.settings import V0InitArguments  # noqa: E402
 
 NUM_SEEDS = 5  # of v0 in each row
@@ -38,25 +38,15 @@ def make_results() -> str:
     for task, (title, _, _) in tables.TASKS.items():
         if not (tables.FOLDER / "results" / f"{task}.csv").is_file():
             continue
-        runs = tables.read_runs(task)
-        fresh = runs[runs["seed"] != tables.TUNING_SEED]
-        none = find_best(fresh[fresh["configuration"] == "no warmup"])
-        warmup = find_best(fresh[fresh["configuration"].str.startswith("warmup")])
-        v0 = find_best(fresh[tables.is_default_v0(fresh, task)])
+        by_seed = tables.read_by_seed(task)
+        keys = [tables.find_best(by_seed, kind) for kind in ("no warmup", "warmup", tables.DEFAULT_V0)]
+        none, warmup, v0 = (None if key is None else by_seed[key].dropna() for key in keys)
         if v0 is None or warmup is None or len(v0) < NUM_SEEDS:
             continue
         difference = tables.compare(v0, warmup).partition(":")[0]
         cells = [title, *map(write_estimate, (none, warmup, v0)), difference]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def find_best(runs):
-    """Losses by seed of the configuration and rate with the lowest mean; None without any."""
-    if runs.empty:
-        return None
-    by_seed = runs.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
-    return by_seed[by_seed.mean().idxmin()].dropna()
 
 
 def write_estimate(values) -> str:
@@ -81,15 +71,38 @@ def make_linear() -> str:
     """Which optimizers a v0 with the linear decay can be used with, and why not with the others."""
     lines = ["| optimizer | `--v0_decay linear` |", "| --- | --- |"]
     for row in SUPPORTED_ROWS:
-        package = "" if row.package == TORCH else f" ({row.package})"
-        lines.append(f"| {row.name}{package} | {row.describe_linear_decay()} |")
+        lines.append(f"| {row.full_name} | {row.describe_linear_decay()} |")
+    return "\n".join(lines)
+
+
+def make_optimizers() -> str:
+    """Where each optimizer keeps its second moment, what it starts as and how exactly, or why it is refused."""
+    lines = [
+        "| optimizer | `--optim` | second moment | starts as | error | remark |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in ROWS:
+        if row.refusal:
+            cells = ("", "refused", "", row.refusal)
+        elif row.is_probed:
+            cells = ("", "v0, if the dry run finds where", "", "not measured: needs hardware or a build of its own")
+        else:
+            start = f"{row.start}, quantised" if row.stored_error else row.start
+            error = f"{row.stored_error:.2g} stored, {row.error:.2g} after 2 steps" if row.stored_error else "exact"
+            cells = (f"`{row.key}`{row.kept}", start, error, row.note)
+        optim = ", ".join(f"`{value}`" for value in row.optim)
+        lines.append("| " + " | ".join((row.full_name, optim, *cells)) + " |")
+    lines.append(
+        "| any other | `--v0_optimizer package:Class` | found by a dry run | v0, or refused |  | if one state tensor obeys "
+        "v1 = beta2·v0 + (1−beta2)·g² at a copy's first step and all else starts at zero |"
+    )
     return "\n".join(lines)
 
 
 PARTS = [
     ("README.md", "results", make_results),
     ("docs/flags.md", "flags", make_flags),
-    ("docs/optimizers.md", "optimizers", make_markdown_table),
+    ("docs/optimizers.md", "optimizers", make_optimizers),
     ("docs/optimizers.md", "linear", make_linear),
 ]
 

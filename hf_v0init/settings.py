@@ -239,13 +239,8 @@ class V0InitArguments:
 
     def _find_conflicts(self) -> Iterator[str]:
         """Find flags that contradict each other, or of which one makes another meaningless."""
-        is_given = {flag.name: getattr(self, flag.name) is not None for flag in fields(V0InitArguments)}
-        if self.v0_init == "zeros":
-            for name in ("v0_decay_steps", "v0_estimation_steps"):
-                if is_given[name]:
-                    yield f"{name}={getattr(self, name)} with v0_init=zeros: there is no v0; use --warmup_steps, or v0_init=data_driven"
-            return
-        if self.v0_preset is not None:
+        has_v0, is_linear = self.v0_init != "zeros", self.v0_decay == "linear"
+        if self.v0_preset is not None and has_v0:
             wanted = PRESETS[self.v0_preset].get(self.v0_init)
             if wanted is None:
                 yield (
@@ -255,31 +250,27 @@ class V0InitArguments:
             for name, value in ((wanted or {}) | {"v0_decay": "beta2", "v0_decay_steps": None}).items():
                 if getattr(self, name) not in (None, value):
                     yield f"v0_preset={self.v0_preset} has {name}={value}, and {getattr(self, name)} was given: drop one of the two"
-        if is_given["v0_scale"] and is_given["v0_decay_steps"]:
-            yield f"v0_scale={self.v0_scale} and v0_decay_steps={self.v0_decay_steps} both set the size of v0: give one"
-        by_sample = self._get("v0_estimator") == "per_sample" and self.v0_init == "data_driven"
-        for name, is_in_the_way in (("v0_scale", is_given["v0_scale"]), ("v0_estimator", by_sample)):
-            if self.v0_decay == "linear" and is_in_the_way:
-                yield (
-                    f"{name}={getattr(self, name)} with v0_decay=linear, whose size follows from the gradients of the first steps: drop "
-                    f"{name}, or use v0_decay=beta2"
-                )
-        if is_given["v0_estimation_steps"] and (self.v0_init != "data_driven" or by_sample):
-            yield (
-                f"v0_estimation_steps={self.v0_estimation_steps} with v0_init={self.v0_init}: only data_driven with v0_estimator=minibatch "
-                "takes the mean over steps; drop v0_estimation_steps"
-            )
-        if is_given["untuned_warmup"] and self.resolve().keeps_plateau:
-            yield (
-                f"untuned_warmup={self.untuned_warmup} and v0_init={self.v0_init}, which stands for a warmup, are two warmups: drop one, "
-                "or use v0_decay=beta2 without v0_decay_steps"
-            )
-        for name in ("v0_num_samples", "v0_stats_batch_size"):
-            if is_given[name] and self.v0_init == "data_driven" and not by_sample:
-                yield (
-                    f"{name}={getattr(self, name)} is of v0_init=data_driven with v0_estimator=per_sample: add --v0_estimator per_sample, or "
-                    f"drop {name}"
-                )
+        by_gradients = self.v0_init == "data_driven"
+        by_sample = by_gradients and self._get("v0_estimator") == "per_sample"
+        follows = "with v0_decay=linear, whose size follows from the gradients of the first steps: drop it, or use v0_decay=beta2"
+        of_samples = "counts for the per-sample estimation only: add --v0_estimator per_sample, or drop it"
+        with_init = f"with v0_init={self.v0_init}:"
+        # fmt: off
+        table = (  # a flag, whether it is in the way, and why
+            ("v0_decay_steps", not has_v0, f"{with_init} there is no v0; use --warmup_steps, or v0_init=data_driven"),
+            ("v0_estimation_steps", not has_v0, f"{with_init} there is no v0; use v0_init=data_driven"),
+            ("v0_scale", self.v0_decay_steps is not None, f"and v0_decay_steps={self.v0_decay_steps} both set the size of v0: give one"),
+            ("v0_scale", has_v0 and is_linear, follows),
+            ("v0_estimator", by_sample and is_linear, follows),
+            ("v0_estimation_steps", not by_gradients or by_sample, f"{with_init} only v0_estimator=minibatch takes the mean over steps; drop it"),
+            ("untuned_warmup", self.resolve().keeps_plateau, f"and v0_init={self.v0_init} are two warmups: drop one, or use v0_decay=beta2"),
+            ("v0_num_samples", by_gradients and not by_sample, of_samples),
+            ("v0_stats_batch_size", by_gradients and not by_sample, of_samples),
+        )
+        # fmt: on
+        for name, is_in_the_way, why in table:
+            if is_in_the_way and getattr(self, name) is not None:
+                yield f"{name}={getattr(self, name)} {why}"
 
     def _get(self, name: str) -> Any:
         """Return a flag as the user gave it, or as the preset has it."""

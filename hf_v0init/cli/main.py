@@ -29,7 +29,7 @@ from ..method.multiplier import (
     require_beta2,
 )
 from ..method.strategies import SCALED_BY_GRADIENTS, STRATEGIES
-from ..second_moment.table import ROWS, make_cells, make_markdown_table
+from ..second_moment.table import ROWS
 from ..settings import AUTO, StepCount, V0InitArguments, V0Plan
 from ..third_party_messages import drop_known_messages
 from .analysis import connectivity, landscape, linear_loss, saddle
@@ -91,7 +91,8 @@ def explain(
     v0_decay_steps: Annotated[
         str | None,
         typer.Option(
-            "--v0_decay_steps", help="Optimizer steps of the decay; below 1, a fraction of max_steps. [default: auto]"
+            "--v0_decay_steps",
+            help="Optimizer steps of the decay; below 1, a fraction of max_steps. [default: two thirds of them with linear]",
         ),
     ] = None,
     v0_scale: Annotated[
@@ -135,20 +136,17 @@ def explain(
 
 
 @app.command(short_help="Print which optimizers take a v0, and how.")
-def optimizers(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-) -> None:
-    """Print which optimizers take a v0, where it is written and how exactly, and which are refused and why."""
-    if markdown:
-        typer.echo(make_markdown_table())
-        return
+def optimizers() -> None:
+    """Print which optimizers take a v0, and which are refused and why; docs/optimizers.md says how exactly each keeps it."""
     columns = ("optimizer", "--optim", "linear", "beta2", "remark")
     caption = "linear: takes a v0 with --v0_decay linear, the default; beta2: what holds it with --v0_decay beta2"
     table = Table(*(Column(name, overflow="fold") for name in columns), show_lines=True, caption=caption)
-    linear = [row.describe_linear_decay().partition(":")[0] for row in ROWS] + ["no"]
-    for decays, (name, optim, second_moment, start, error, remark) in zip(linear, make_cells(), strict=True):
-        beta2 = f"{second_moment}: starts as {start}; {error}" if error else start
-        table.add_row(*(cell.replace("`", "") for cell in (name, optim, decays, beta2, remark)))
+    for row in ROWS:
+        beta2 = f"{row.key}{row.kept}: starts as {row.start}" if row.key else "found by a dry run, or refused"
+        beta2, linear = "refused" if row.refusal else beta2, row.describe_linear_decay().partition(":")[0]
+        remark = (row.refusal or row.note).replace("`", "")
+        table.add_row(row.full_name, ", ".join(row.optim), linear, beta2.replace("`", ""), remark)
+    table.add_row("any other", "--v0_optimizer package:Class", "no", "found by a dry run, or refused", "")
     CONSOLE.print(table)
 
 

@@ -6,6 +6,7 @@ A tensor of more than two dimensions is a matrix of its first dimension by the r
 hold shards the means are of the whole tensor, and every process keeps both vectors whole, which is next to no memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,24 +38,21 @@ class RowsAndColumns:
         """Return both vectors."""
         return {"rows": self.rows, "columns": self.columns}
 
-    def add_(self, moment: torch.Tensor, factor: float) -> None:
-        """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
+    def find_parts(self, moment: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Find what lies here of a tensor: (a matrix, its rows, its columns), or (a tensor, s of the same shape, None)."""
         if moment is not self._moment:  # the optimizer's own tensor stays the same one from step to step
             self._moment, self._parts = moment, [self._cut(piece) for piece in self.shard.find_pieces(moment)]
-        for local, rows, columns in self._parts:
-            if local.dim() == 2:
-                local.addr_(rows, columns, alpha=factor)
-            else:
-                local.add_(torch.outer(rows, columns).view(local.shape), alpha=factor)
-            if factor < 0.0:
-                local.clamp_min_(0.0)
+        return self._parts
 
-    def _cut(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """View a piece as a matrix, or as it is where its memory does not allow that, and cut what it needs of both vectors."""
+    def _cut(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """View a piece as a matrix, unless it is a vector or its memory does not allow that, and cut what it needs of both vectors."""
         matrix = _view_as_matrix(piece.local)
         local = piece.local if matrix is None else matrix
         vectors = (_cut_rows(self.rows, piece), _slice_columns(self.columns, piece).reshape(-1))
-        return local, *(vector.to(local.dtype) for vector in vectors)
+        rows, columns = (vector.to(local.dtype) for vector in vectors)
+        if matrix is None or len(piece.full_shape) < 2:
+            return local, torch.outer(rows, columns).view(local.shape), None
+        return local, rows, columns
 
 
 @dataclass
@@ -75,12 +73,27 @@ class Elements:
         """Return what the draws are made again of."""
         return {"mean": self.mean}
 
-    def add_(self, moment: torch.Tensor, factor: float) -> None:
-        """Add factor * s to a tensor that lies as the one it was made of, in place; what would become negative becomes zero."""
-        for piece, own in zip(self.shard.find_pieces(moment), self.pieces, strict=True):
-            piece.local.add_(own, alpha=factor)
-            if factor < 0.0:
-                piece.local.clamp_min_(0.0)
+    def find_parts(self, moment: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, None]]:
+        """Find what lies here of a tensor: (a tensor, s of the same shape, None)."""
+        pieces = self.shard.find_pieces(moment)
+        return [(piece.local, own, None) for piece, own in zip(pieces, self.pieces, strict=True)]
+
+
+def add_spreads_(spreads: Sequence[RowsAndColumns | Elements], moments: Sequence[torch.Tensor], factor: float) -> None:
+    """Add factor * s to tensors that lie as those which the spreads were made of, in place; what would become negative becomes zero."""
+    changed, vectors, additions = [], [], []
+    for spread, moment in zip(spreads, moments, strict=True):
+        for local, rows, columns in spread.find_parts(moment):
+            changed.append(local)
+            if columns is not None:
+                local.addr_(rows, columns, alpha=factor)
+            else:
+                vectors.append(local)
+                additions.append(rows)
+    if vectors:  # most tensors of a network are small ones, whose calls would cost more than their sums
+        torch._foreach_add_(vectors, additions, alpha=factor)
+    if factor < 0.0 and changed:
+        torch._foreach_clamp_min_(changed, 0.0)
 
 
 def factor_into_rows_and_columns(

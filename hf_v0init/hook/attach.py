@@ -54,6 +54,10 @@ def attach_v0(
     Raises:
         InputError: (a ValueError) bad settings; an optimizer without a second moment.
     """
+    if isinstance(optimizer, nn.Module):
+        raise InputError(
+            f"attach_v0 was given a {type(optimizer).__name__} as its optimizer, which is a model: write attach_v0(optimizer, model)"
+        )
     settings = V0InitArguments(
         v0_init=v0_init,
         v0_decay=v0_decay,

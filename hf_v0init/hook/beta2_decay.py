@@ -1,11 +1,8 @@
 """A v0 that beta2 forgets, as the paper's: scale * E[g^2] of the first steps, or draws of eq. 11, in an optimizer's state."""
 
-from collections.abc import Callable
-
 import torch
 
 from ..method.strategies import compute_random_v0_mean
-from ..settings import V0Plan
 from ..sharding.parts import ParamShard, get_local_part
 from ..sharding.processes import gather_objects
 from .shards import MAX_ZERO_GRADIENTS, SteppedShards
@@ -13,43 +10,24 @@ from .shards import MAX_ZERO_GRADIENTS, SteppedShards
 RATIO_SAMPLES = 4096  # elements per tensor from which medians are taken
 
 
-class Beta2Decay:
-    """Writes v0 in the first K steps; after that Adam's own update is all there is.
+class Beta2Decay(SteppedShards):
+    """Writes v0 in the first K steps; after that Adam's own update is all there is."""
 
-    Args:
-        shards: of the optimizer.
-        plan: with `scale`, or `decay_steps` that asks for one.
-        estimation_steps: K.
-        finish: called with the shards whose v0 stands.
-
-    Attributes:
-        is_done: whether nothing is left to do.
-        ratio: v0 / g^2 of draws, the median over elements; None for others.
-    """
-
-    def __init__(
-        self,
-        shards: SteppedShards,
-        plan: V0Plan,
-        estimation_steps: int,
-        finish: Callable[[list[ParamShard]], None],
-    ) -> None:
-        self.shards, self.plan, self.estimation_steps, self.finish = shards, plan, estimation_steps, finish
-        self.moments = shards.moments
-        self.is_done, self.ratio = False, None
+    def __init__(self, *stepped) -> None:
+        super().__init__(*stepped)
         self._is_finished = False
         self._num_frozen_steps = 0  # made while all that waits was frozen
         self._written: list[ParamShard] = []
         self._random_factors: dict[float | None, float] = {}  # by beta2, of draws that are sized by `decay_steps`
 
-    def before_step(self, groups: list[dict], stepped: list[ParamShard], step: int, inverse_scale: float) -> list[str]:
-        """Prepare step t of parameter groups; returns the names of parameters that got their v0 late."""
+    def before_step(self, stepped: list[ParamShard], step: int, inverse_scale: float) -> list[str]:
+        """Write v0 at step 1, refine it until step K, and write that of late parameters."""
         late: list[str] = []
         now = set(stepped)
         if step == 1:
-            ready = self.shards.find_ready([shard for shard in self.shards.pending if shard in now])
+            ready = self.find_ready([shard for shard in self.pending if shard in now])
             self._write(ready, inverse_scale)
-            self.shards.take_off_pending(ready)
+            self.take_off_pending(ready)
             self._written += ready
             if self.estimation_steps == 1:
                 self._finish(ready)
@@ -58,20 +36,17 @@ class Beta2Decay:
                 self._refine([shard for shard in self._written if shard in now], step, inverse_scale)
             elif step == self.estimation_steps + 1 and not self._is_finished:
                 self._finish(self._written)
-            late = self.shards.write_late(lambda shard: self._write([shard], inverse_scale))
-        is_frozen = not any(shard.param.requires_grad for shard in self.shards.pending)
+            late = self.write_late(lambda shard: self._write([shard], inverse_scale))
+        is_frozen = not any(shard.param.requires_grad for shard in self.pending)
         self._num_frozen_steps = self._num_frozen_steps + 1 if is_frozen else 0
-        waits = self.shards.pending and self._num_frozen_steps < MAX_ZERO_GRADIENTS
+        waits = self.pending and self._num_frozen_steps < MAX_ZERO_GRADIENTS
         self.is_done = not waits and (step > self.estimation_steps or self.estimation_steps == 1)
         return late
 
-    def state_dict(self) -> dict[str, dict]:
-        """Return nothing: the optimizer's own state has all."""
-        return {}
-
-    def load_state_dict(self, held: dict[str, dict], written: list[ParamShard], num_steps: int) -> None:
-        """Go on after `num_steps` steps, in which these shards have got a v0. The optimizer has loaded its own state."""
-        self._written, self._is_finished = written, num_steps > self.estimation_steps
+    def load_state_dict(self, held: dict[str, dict], num_steps: int) -> list[ParamShard]:
+        """Go on; the optimizer's own state has all."""
+        self._written, self._is_finished = super().load_state_dict(held, num_steps), num_steps > self.estimation_steps
+        return self._written
 
     def find_scale(self, group: dict) -> float:
         """The scale in force for a parameter group; of draws that are sized by `decay_steps` the factor on eq. 11."""
@@ -100,7 +75,7 @@ class Beta2Decay:
             self._draw(shards, scales, inverse_scale)
             return
         for shard, scale in zip(shards, scales, strict=True):
-            gradient, size = get_local_part(self.shards.read_gradient(shard)), scale * inverse_scale**2
+            gradient, size = get_local_part(self.read_gradient(shard)), scale * inverse_scale**2
             self.moments.change(shard, lambda v, g=gradient, s=size: _add_square_(get_local_part(v).zero_(), g, s))
 
     def _draw(self, shards: list[ParamShard], scales: list[float], inverse_scale: float) -> None:
@@ -108,17 +83,17 @@ class Beta2Decay:
         ratios: dict[float | None, list[torch.Tensor]] = {}  # of v0 to g^2, by beta2
         for shard, scale in zip(shards, scales, strict=True):
             mean = compute_random_v0_mean(shard.full_shape, scale)
-            self.moments.change(shard, lambda v, s=shard, mean=mean: self.shards.draw(s, s.find_pieces(v), mean))
+            self.moments.change(shard, lambda v, s=shard, mean=mean: self.draw(s, s.find_pieces(v), mean))
             ratio = self._sample_ratio(shard) / inverse_scale**2
             ratios.setdefault(self.moments.read_beta2(shard.group), []).append(ratio)
         if self.ratio is not None or not ratios:
             return
         if self.plan.scale is not None:
             joined = [ratio for of_beta2 in ratios.values() for ratio in of_beta2]
-            self.ratio = compute_median(joined, self.shards.is_sharded())
+            self.ratio = compute_median(joined, self.is_sharded())
             return
         for beta2, of_beta2 in ratios.items():
-            ratio, wanted = compute_median(of_beta2, self.shards.is_sharded()), self.plan.get_scale(beta2)
+            ratio, wanted = compute_median(of_beta2, self.is_sharded()), self.plan.get_scale(beta2)
             self._random_factors[beta2] = wanted / ratio if ratio else 1.0
             self.ratio = self.ratio or wanted
         for shard in shards:
@@ -127,7 +102,7 @@ class Beta2Decay:
 
     def _sample_ratio(self, shard: ParamShard) -> torch.Tensor:
         """Return v0 / g^2 of about 4,096 elements that lie evenly over the whole, if here and of a gradient not zero; 1-D on the CPU."""
-        v0, gradient = self.moments.read(shard), self.shards.read_gradient(shard)
+        v0, gradient = self.moments.read(shard), self.read_gradient(shard)
         spacing = max(1, shard.numel // RATIO_SAMPLES)
         taken, some = (get_local_part(tensor).detach().reshape(-1)[::spacing].float() for tensor in (v0, gradient))
         squared = some.square()
@@ -147,7 +122,7 @@ class Beta2Decay:
             beta2, scale = self.moments.read_beta2(shard.group), self.find_scale(shard.group)
             ratio, before = (scale * beta2**t / (1.0 - beta2**t) for t in (step, step - 1))
             of_square = scale * beta2 ** (step - 1) * (1.0 - beta2) / (1.0 - beta2**step) * inverse_scale**2
-            factor, gradient = (1.0 + ratio) / (1.0 + before), get_local_part(self.shards.read_gradient(shard))
+            factor, gradient = (1.0 + ratio) / (1.0 + before), get_local_part(self.read_gradient(shard))
             self.moments.change(
                 shard, lambda v, f=factor, g=gradient, s=of_square: _add_square_(get_local_part(v).mul_(f), g, s)
             )

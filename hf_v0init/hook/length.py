@@ -3,34 +3,32 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..estimation.trust_radius import LossNotComputed, TrustRadius, measure_in_step
 from ..method.length import WarmupLength, choose_length
 from ..second_moment.deepspeed import find_partitions
 from ..second_moment.state import unwrap_optimizer
 from ..sharding.parts import get_local_part
+from .step_hooks import StepHooks
 
 
-def call_before_first_update(optimizer, act: Callable[[], object]) -> RemovableHandle:
-    """Call `act` once, in the first step whose gradients are not all zero, before its update; returns what takes the hook off.
+def call_before_first_update(optimizer, act: Callable[[], object]) -> StepHooks:
+    """Call `act` once, in the first step whose gradients are not all zero, before its update; returns the hooks, to be taken off.
 
     Args:
         optimizer: any that steps its own gradients; needs no second moment.
     """
-    has_acted = False
 
-    def before_step(inner, args: tuple, kwargs: dict) -> None:
-        nonlocal has_acted
+    def before_step(inner) -> None:
         gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
         # Loading a distributed checkpoint makes a step of zero gradients.
-        if not has_acted and any(bool(get_local_part(gradient).any()) for gradient in gradients):
-            has_acted = True
+        if any(bool(get_local_part(gradient).any()) for gradient in gradients):
+            hooks.retire()
             act()
 
-    return unwrap_optimizer(optimizer).register_step_pre_hook(torch.compiler.disable(before_step))
+    hooks = StepHooks(unwrap_optimizer(optimizer), before_step)
+    return hooks
 
 
 def measure_trust_radius(optimizer, model: nn.Module | None, loss_fn: Callable[[], Any] | None) -> TrustRadius:

@@ -5,15 +5,12 @@ each step c_t of it is added to the second moment, so that Adam's own update giv
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ..estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
+from ..estimation.spread import Elements, RowsAndColumns, add_spreads_, factor_into_rows_and_columns
 from ..method.decay import compute_addend
-from ..settings import V0Plan
 from ..sharding.parts import ParamShard, get_local_part, with_local_part
 from ..sharding.processes import compute_figures
 from .shards import SteppedShards
@@ -23,55 +20,27 @@ logger = logging.getLogger("hf_v0init")
 Spread = RowsAndColumns | Elements
 
 
-class LinearDecay:
-    """What a linear decay keeps between steps, and what it does before each.
+class LinearDecay(SteppedShards):
+    """A linear decay over `decay_steps` L > K; in the first K steps the hook multiplies the learning rate by t / L."""
 
-    Args:
-        shards: of the optimizer.
-        plan: with `decay_steps` L a number.
-        estimation_steps: K < L.
-        lend: sets a value of a parameter group for one step.
-        finish: called with the shards whose v0 stands, at step K + 1.
-
-    Attributes:
-        is_done: whether nothing is left to do.
-        ratio: None; see `Beta2Decay`.
-    """
-
-    ratio = None
-
-    def __init__(
-        self,
-        shards: SteppedShards,
-        plan: V0Plan,
-        estimation_steps: int,
-        lend: Callable[[dict, str, Any], None],
-        finish: Callable[[list[ParamShard]], None],
-    ) -> None:
-        self.shards, self.plan, self.estimation_steps = shards, plan, estimation_steps
-        self.lend, self.finish, self.moments = lend, finish, shards.moments
-        self.is_done = False
+    def __init__(self, *stepped) -> None:
+        super().__init__(*stepped)
         # how E[g^2] is spread, updates made, and how much of it the second moment holds
         self._held: dict[ParamShard, tuple[Spread, int, float]] = {}
 
-    def before_step(self, groups: list[dict], stepped: list[ParamShard], step: int, inverse_scale: float) -> list[str]:
-        """Prepare step t of parameter groups; returns the names of parameters that got their v0 late."""
+    def before_step(self, stepped: list[ParamShard], step: int, inverse_scale: float) -> list[str]:
+        """Add to the second moments what the decay asks for."""
         length, first = self.plan.decay_steps, self.estimation_steps
         if length == 1:
             logger.info("v0_decay_steps=1: a linear decay over one step is stock Adam")
             self.is_done = True
             return []
         late: list[str] = []
-        if step <= first:
-            for group in groups:
-                self.lend(group, "lr", group["lr"] * (step / length))
         if step == first + 1:
-            self._freeze([shard for shard in stepped if self.shards.is_eligible(shard)])
+            self._freeze([shard for shard in stepped if self.is_eligible(shard)])
         if first < step <= length:
-            late = self.shards.write_late(lambda shard: self._freeze_late(shard, inverse_scale))
-            for shard in stepped:
-                if shard in self._held:
-                    self._add_extra(shard, step, length)
+            late = self.write_late(lambda shard: self._freeze_late(shard, inverse_scale))
+            self._add_extra([shard for shard in stepped if shard in self._held], step, length)
         if step >= length and (self.moments.zero is None or step > length):
             self.is_done, self._held = True, {}
         return late
@@ -83,8 +52,9 @@ class LinearDecay:
             for shard, (spread, num_updates, amount) in self._held.items()
         }
 
-    def load_state_dict(self, held: dict[str, dict], written: list[ParamShard], num_steps: int) -> None:
-        """Go on with what `state_dict` returned of these shards. The optimizer has loaded its own state."""
+    def load_state_dict(self, held: dict[str, dict], num_steps: int) -> list[ParamShard]:
+        """Go on with what `state_dict` returned."""
+        written = super().load_state_dict(held, num_steps)
         for shard in written:
             moment, entry = self.moments.read(shard), held.get(shard.name)
             if entry is None:
@@ -95,6 +65,7 @@ class LinearDecay:
                 device = shard.param.device
                 spread = RowsAndColumns(shard, entry["rows"].to(device), entry["columns"].to(device))
             self._held[shard] = spread, entry["num_updates"], entry["amount"]
+        return written
 
     def find_scale(self, group: dict) -> None:
         """None: v0 is no multiple of E[g^2] that stays."""
@@ -103,42 +74,48 @@ class LinearDecay:
         """Find what leads from the second moment, as it is when v0 stands, to E[g^2]."""
         return 1.0 / (1.0 - shard.group["betas"][1] ** self.moments.count_steps(shard))
 
-    def _add_extra(self, shard: ParamShard, step: int, length: int) -> None:
-        """Let the second moment hold what the linear decay asks for after this step's update."""
-        spread, num_updates, held = self._held[shard]
-        if shard.param.grad is not None:
-            num_updates += 1
-            beta2 = shard.group["betas"][1]
-            addend, held = compute_addend(step, length, beta2, num_updates=num_updates, held=held)
-        elif step == length:  # no update will take the rest out
-            addend, held = -held, 0.0
-        else:
-            return
-        spread.add_(self.moments.read(shard), addend)
-        self._held[shard] = spread, num_updates, held
+    def _add_extra(self, shards: list[ParamShard], step: int, length: int) -> None:
+        """Let second moments hold what the linear decay asks for after this step's update."""
+        together: dict[float, list[ParamShard]] = {}  # what is added, as a multiple of s, to whom
+        for shard in shards:
+            spread, num_updates, held = self._held[shard]
+            if shard.param.grad is not None:
+                num_updates += 1
+                beta2 = shard.group["betas"][1]
+                addend, held = compute_addend(step, length, beta2, num_updates=num_updates, held=held)
+            elif step == length:  # no update will take the rest out
+                addend, held = -held, 0.0
+            else:
+                continue
+            together.setdefault(addend, []).append(shard)
+            self._held[shard] = spread, num_updates, held
+        for addend, alike in together.items():
+            add_spreads_(
+                [self._held[shard][0] for shard in alike], [self.moments.read(shard) for shard in alike], addend
+            )
 
     def _freeze(self, shards: list[ParamShard]) -> None:
         """Take the mean of g^2 that the second moments hold before step K + 1 as what v0 is made of."""
-        ready = self.shards.find_with_moment([shard for shard in shards if self.moments.count_steps(shard)])
+        ready = self.find_with_moment([shard for shard in shards if self.moments.count_steps(shard)])
         moments = [self.moments.read(shard) for shard in ready]
         num_updates = [self.moments.count_steps(shard) for shard in ready]
         corrections = [1.0 - shard.group["betas"][1] ** n for shard, n in zip(ready, num_updates, strict=True)]
         for shard, spread, n in zip(ready, self._spread(ready, moments, corrections), num_updates, strict=True):
             self._held[shard] = spread, n, 0.0
-        self.shards.take_off_pending(ready)
+        self.take_off_pending(ready)
         self.finish(ready)
 
     def _freeze_late(self, shard: ParamShard, inverse_scale: float) -> None:
         """Take the first gradient of a parameter that had none, or zeros alone, in the first K steps: s is its square."""
         self.moments.prime([shard])  # its state stays zero
-        gradient = self.shards.read_gradient(shard)
+        gradient = self.read_gradient(shard)
         square = get_local_part(gradient).float().square().mul_(inverse_scale**2)
         (spread,) = self._spread([shard], [with_local_part(gradient, square)], [1.0])
         self._held[shard] = spread, self.moments.count_steps(shard) or 0, 0.0
 
     def _spread(self, shards: list[ParamShard], moments: list[torch.Tensor], corrections: list[float]) -> list[Spread]:
         """Make of each moment v its s = v / correction, in the form in which it is kept."""
-        is_sharded = self.shards.is_sharded()
+        is_sharded = self.is_sharded()
         if self.plan.init == "random":
             means = [figures[0] for figures in compute_figures(shards, moments, is_sharded)]
             return [
@@ -154,5 +131,5 @@ class LinearDecay:
         """Draw mean * chi^2_1 for each element, by the parameter's name."""
         pieces = shard.find_pieces(moment)
         drawn = [replace(piece, local=torch.empty_like(piece.local, dtype=torch.float32)) for piece in pieces]
-        self.shards.draw(shard, drawn, mean)
+        self.draw(shard, drawn, mean)
         return Elements(shard, [piece.local.to(torch.bfloat16) for piece in drawn], mean)

@@ -1,7 +1,7 @@
 """What an optimizer steps, as the decays of v0 see it: which shards get one, their second moments and their gradients."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ NOTHING_TO_WRITE = (
 
 
 class SteppedShards:
-    """The shards that one optimizer steps, and which of them still wait for a v0.
+    """The shards that one optimizer steps, and which of them still wait for a v0; the two decays write it and let it go.
 
     Args:
         moments: of the optimizer.
@@ -35,11 +35,19 @@ class SteppedShards:
         plan: which tensors get a v0, and the seed of draws.
 
     Attributes:
+        estimation_steps: K, as `require_possible` has found it.
         pending: what is still to get a v0.
+        is_done: whether nothing is left to do.
+        ratio: v0 / g^2 of draws, the median over elements; None for others.
+        finish: called with the shards whose v0 stands.
     """
+
+    is_done, ratio = False, None
+    finish: Callable[[list[ParamShard]], None]
 
     def __init__(self, moments: SecondMoment, model: nn.Module | None, plan: V0Plan) -> None:
         self.moments, self.model, self.plan = moments, model, plan
+        self.estimation_steps = 1
         self.pending: list[ParamShard] = []
         self._known: dict[tuple, ParamShard] = {}  # by tensor and name
         self._num_parameters = 0
@@ -65,25 +73,25 @@ class SteppedShards:
         """Whether a shard gets a v0."""
         return shard.param.is_floating_point() and is_eligible(shard.full_shape, self.plan.include_bias_and_norm)
 
-    def require_possible(self, max_steps: int | None) -> int:
-        """Return K, the steps over which E[g^2] is estimated, if the plan can be followed.
+    def require_possible(self, max_steps: int | None) -> None:
+        """Choose K, the steps over which E[g^2] is estimated, if the plan can be followed.
 
         Raises:
             InputError: nothing can get a v0; the optimizer does not allow this one; K does not fit.
         """
         plan, moments, every = self.plan, self.moments, self.list_all()
-        estimation_steps = plan.choose_estimation_steps(max_steps)
+        self.estimation_steps = plan.choose_estimation_steps(max_steps)
         if plan.estimation_steps is None and moments.read_beta2() is None:
-            estimation_steps = 1
+            self.estimation_steps = 1
         is_known = self.model is not None and moments.zero is None
         if is_known and not any(shard.param.is_meta for shard in every) and not self.list_eligible():
             raise InputError(NOTHING_TO_WRITE)
         if plan.decay == "linear":
             moments.require_linear_decay()
-            return estimation_steps
+            return
         for group in moments.list_groups():
             beta2 = moments.read_beta2(group)
-            needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and estimation_steps > 1)
+            needs_beta2 = plan.decay_steps is not None or (plan.init == "data_driven" and self.estimation_steps > 1)
             if needs_beta2 and beta2 is None:
                 asked = "v0_decay_steps" if plan.decay_steps is not None else "v0_estimation_steps above 1"
                 remedy = "v0_scale" if plan.estimator == "per_sample" else "v0_scale, and v0_estimation_steps=1"
@@ -92,7 +100,6 @@ class SteppedShards:
                 )
             if isinstance(plan.decay_steps, int):
                 plan.get_scale(beta2)  # too large a scale is refused now
-        return estimation_steps
 
     def read_gradient(self, shard: ParamShard) -> torch.Tensor:
         """Return a shard's gradient, placed as the parameter itself where it is a DTensor."""
@@ -167,7 +174,18 @@ class SteppedShards:
             logger.info(f"v0 written at the first gradient of {len(names)} further tensors: {shown}")
         return names
 
-    def take_off_pending(self, shards: list[ParamShard]) -> None:
+    def take_off_pending(self, shards: Iterable[ParamShard]) -> None:
         """These have got a v0, or never will."""
         done = set(shards)
         self.pending = [shard for shard in self.pending if shard not in done]
+
+    def state_dict(self) -> dict[str, dict]:
+        """Return what is kept beside the optimizer's own state, by parameter."""
+        return {}
+
+    def load_state_dict(self, held: dict[str, dict], num_steps: int) -> list[ParamShard]:
+        """Go on after `num_steps` steps, the optimizer's own state loaded; returns the shards that have got a v0."""
+        eligible = self.list_eligible()
+        written = [shard for shard in eligible if self.moments.read(shard) is not None]
+        self.pending = [shard for shard in eligible if shard not in written]
+        return written

@@ -16,7 +16,7 @@ class StepHooks:
         after: called after the step.
     """
 
-    def __init__(self, optimizer, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+    def __init__(self, optimizer, before: Callable[[Any], None], after: Callable[[Any], None] = lambda _: None) -> None:
         self._before, self._after, self._is_retired = before, after, False
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),

@@ -42,7 +42,6 @@ from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
 from .beta2_decay import Beta2Decay
 from .linear_decay import LinearDecay
-from .shards import SteppedShards
 from .step_hooks import StepHooks, read_inverse_scale
 
 logger = logging.getLogger("hf_v0init")
@@ -66,15 +65,13 @@ class V0Hook:
         find_length: measures for how long v0 decays where the plan leaves it open; called in the first step, gradients in hand.
         on_written: gets the report once v0 stands. Default: it is logged.
 
-    Where it stands is told by `num_steps` and `decay`: None and None before the first gradient (`is_waiting`); then a decay that measures
-    for `estimation_steps` steps and lets v0 leave after them; until `is_attached` is False.
+    Its states: not written, before the first gradient (`is_waiting`); measuring, for `estimation_steps` steps; decaying; done, when it is
+    no longer attached (`is_attached`).
 
     Attributes:
-        plan: what is done; its `decay_steps` is a number from the first step on.
         report: what was done, once v0 stands; None before.
         length: what was measured where `decay_steps` was "auto"; None otherwise.
         num_steps: optimizer steps made; None before the first.
-        estimation_steps: K.
     """
 
     def __init__(
@@ -87,7 +84,6 @@ class V0Hook:
         find_length: Callable[[], WarmupLength] | None = None,
         on_written: Callable[[V0Report], None] | None = None,
     ) -> None:
-        self.model, self.plan = model, plan
         self.max_steps = max_steps if max_steps and max_steps > 0 else None
         self.find_length, self.on_written = find_length, on_written
         self.report: V0Report | None = None
@@ -95,12 +91,12 @@ class V0Hook:
         self.num_steps: int | None = None
         self._draft: V0Report | None = None  # under ZeRO, until its last flat tensor
         self._unreported: list[ParamShard] = []  # resumed, and not in the draft yet
-        self._lent: list[tuple[dict, str, Any]] = []
+        self._lent: list[tuple[dict, Any]] = []  # groups and their own learning rates
         self._makes_step = False
         self._seconds = 0.0
         self.moments = SecondMoment(optimizer)
-        self._look_again()
-        self.estimation_steps = self.shards.require_possible(self.max_steps)
+        self.decay = self._make_decay(model, plan)
+        self.decay.require_possible(self.max_steps)
         self._warn_of_a_late_end()
         other = find_hook(optimizer)
         if other is not None and other.is_attached:
@@ -109,6 +105,16 @@ class V0Hook:
         _attached[self.moments.inner] = weakref.ref(self)
 
     # ---- what users call ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> V0Plan:
+        """What is done; its `decay_steps` is a number from the first step on."""
+        return self.decay.plan
+
+    @property
+    def estimation_steps(self) -> int:
+        """K, the steps over which E[g^2] is estimated."""
+        return self.decay.estimation_steps
 
     @property
     def is_waiting(self) -> bool:
@@ -135,22 +141,16 @@ class V0Hook:
             "num_steps": self.num_steps or 0,
             "decay_steps": self.plan.decay_steps,
             "estimation_steps": self.estimation_steps,
-            "held": {} if self.decay is None else self.decay.state_dict(),
+            "held": self.decay.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken. Call it when the optimizer has loaded its own state."""
-        self.plan = replace(self.plan, decay_steps=state["decay_steps"])
-        self.estimation_steps, self.num_steps = state["estimation_steps"], int(state["num_steps"]) or None
-        self._look_again()  # what the optimizer has loaded came with groups of its own
-        if self.num_steps is None:
-            return
-        eligible = self.shards.list_eligible()
-        written = [shard for shard in eligible if self.moments.read(shard) is not None]
-        self.shards.pending = [shard for shard in eligible if shard not in written]
-        self._unreported = written
-        self.decay = self._make_decay()
-        self.decay.load_state_dict(state["held"], written, self.num_steps)
+        plan = replace(self.plan, decay_steps=state["decay_steps"])
+        self.decay = self._make_decay(self.decay.model, plan)  # what was loaded came with groups of its own
+        self.decay.estimation_steps, self.num_steps = state["estimation_steps"], int(state["num_steps"]) or None
+        if self.num_steps is not None:
+            self._unreported = self.decay.load_state_dict(state["held"], self.num_steps)
 
     # ---- around each step --------------------------------------------------------------------------------------------
 
@@ -165,18 +165,20 @@ class V0Hook:
             return
         if self.plan.decay_steps == AUTO:
             self.length = self.find_length()
-            self.plan = replace(self.plan, decay_steps=self.length.steps)
-            self.estimation_steps = max(1, min(self.estimation_steps, self.length.steps - 1))
-        if self.decay is None:
-            self.decay = self._make_decay()
-        stepped = self.shards.list_all()
+            self.decay.plan = replace(self.plan, decay_steps=self.length.steps)
+            self.decay.estimation_steps = max(1, min(self.estimation_steps, self.length.steps - 1))
+        stepped = self.decay.list_all()
         if self.moments.zero is not None:  # one flat tensor after the other
             inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
             stepped = [shard for shard in stepped if id(shard.param) in inside]
         step = self._count(stepped) + 1
         self._makes_step = True
         with torch.no_grad():
-            late = self.decay.before_step(optimizer.param_groups, stepped, step, inverse_scale)
+            late = self.decay.before_step(stepped, step, inverse_scale)
+        if self.plan.decay == "linear" and step <= self.estimation_steps:
+            self._lent = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * (step / self.plan.decay_steps)
         if late and self.report is not None:
             self.report.without_gradient = [name for name in self.report.without_gradient if name not in late]
         if self.decay.is_done:
@@ -192,20 +194,21 @@ class V0Hook:
 
     def _begin(self) -> bool:
         """Look at the first gradients; returns whether this is a step to count."""
-        every = self.shards.list_all()
-        if not self.shards.find_ready(every):
+        every = self.decay.list_all()
+        if not self.decay.find_ready(every):
             return False
         if not self.moments.is_untouched() and any(self.moments.count_steps(shard) for shard in every):
             self._hooks.retire()  # stepped before the hook came: that state stands
             return False
         self.num_steps = 0
-        self.shards.pending = self.shards.list_eligible()
+        self.decay.pending = self.decay.list_eligible()
         return True
 
-    def _make_decay(self) -> LinearDecay | Beta2Decay:
-        if self.plan.decay == "linear":
-            return LinearDecay(self.shards, self.plan, self.estimation_steps, self._lend, self._finish)
-        return Beta2Decay(self.shards, self.plan, self.estimation_steps, self._finish)
+    def _make_decay(self, model: nn.Module | None, plan: V0Plan) -> LinearDecay | Beta2Decay:
+        """Begin with what the optimizer steps now."""
+        decay = (LinearDecay if plan.decay == "linear" else Beta2Decay)(self.moments, model, plan)
+        decay.finish = self._finish
+        return decay
 
     def _count(self, stepped: list[ParamShard]) -> int:
         """Return the steps made so far; ZeRO steps one flat tensor after the other, each with a count of its own."""
@@ -219,14 +222,14 @@ class V0Hook:
             self._draft = self._begin_report()
         report, moments = self._draft, [self.moments.read(shard) for shard in written]
         scales = [self.decay.find_stored_scale(shard) for shard in written]
-        report.add_parameters(written, moments, scales, self.shards.is_sharded())
+        report.add_parameters(written, moments, scales, self.decay.is_sharded())
         self._unreported = [shard for shard in self._unreported if shard not in written]
-        if self.moments.zero is not None and (self.shards.pending or self._unreported):
+        if self.moments.zero is not None and (self.decay.pending or self._unreported):
             return
         self.report, self._draft = report, None
         report.seconds = self._seconds
         report.measured_ratio = report.scale if self.decay.ratio is None else self.decay.ratio
-        report.without_gradient = [shard.name for shard in self.shards.pending]
+        report.without_gradient = [shard.name for shard in self.decay.pending]
         if self.max_steps:
             report.add_expectation(self.max_steps)
         if self.on_written is not None:
@@ -235,19 +238,14 @@ class V0Hook:
             report.log()
 
     def _begin_report(self) -> V0Report:
-        chosen = self.shards.list_eligible()
-        without = [shard for shard in self.shards.list_all() if not self.shards.is_eligible(shard)]
+        chosen = self.decay.list_eligible()
+        without = [shard for shard in self.decay.list_all() if not self.decay.is_eligible(shard)]
         scale = self.decay.find_scale(chosen[0].group)
         report = V0Report.begin(self.plan, self.moments, chosen, without, scale=scale)
         report.estimation_steps = self.decay.estimation_steps if self.plan.init == "data_driven" else None
         return report
 
     # ---- small things ------------------------------------------------------------------------------------------------
-
-    def _look_again(self) -> None:
-        """Begin with what the optimizer steps now."""
-        self.shards = SteppedShards(self.moments, self.model, self.plan)
-        self.decay: LinearDecay | Beta2Decay | None = None
 
     def _warn_of_a_late_end(self) -> None:
         """Say where v0 will not have left in time."""
@@ -259,7 +257,7 @@ class V0Hook:
                 f"v0_decay_steps={length} is longer than the run ({self.max_steps:,} steps), so v0 never leaves: give "
                 "--v0_decay_steps 0.33, or leave it out for two thirds of training"
             )
-        narrow = [shard for shard in self.shards.list_all() if shard.param.dtype in NARROW_DTYPES]
+        narrow = [shard for shard in self.decay.list_all() if shard.param.dtype in NARROW_DTYPES]
         slow = max((shard.group["betas"][1] for shard in narrow), default=0.0)
         if slow > SLOW_BETA2:
             logger.warning(
@@ -267,12 +265,8 @@ class V0Hook:
                 "missing at the end of the decay): keep the weights in fp32 (--bf16 does), or use --adam_beta2 0.98"
             )
 
-    def _lend(self, group: dict, key: str, value: Any) -> None:
-        """Set a value of a parameter group for this step."""
-        self._lent.append((group, key, group[key]))
-        group[key] = value
-
     def _give_back(self) -> None:
-        for group, key, value in self._lent:
-            group[key] = value
+        """Put the learning rates back that a step was lent others for."""
+        for group, rate in self._lent:
+            group["lr"] = rate
         self._lent = []

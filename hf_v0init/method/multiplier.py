@@ -127,12 +127,6 @@ def compute_multiplier_table(scale: float, beta2: float, max_steps: int) -> dict
     return {step: compute_multiplier(step, scale, beta2) for step in steps}
 
 
-def describe_multiplier(scale: float, beta2: float, max_steps: int) -> str:
-    """Return the one line that a run prints: m(t) at 1, 10, 100, 1000 steps and at the end."""
-    table = compute_multiplier_table(scale, beta2, max_steps)
-    return ", ".join(f"{value:.3g} at step {step:,}" for step, value in table.items())
-
-
 def compute_washout_warning(ratio: float, beta2: float, max_steps: int, asked_for: float | None = None) -> str | None:
     """Return a warning if m(`max_steps`) < 0.9, with the flag that brings it to 0.9 after a third of the run; else None.
 

@@ -46,19 +46,21 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def find_newest_valid(checkpoints: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+def find_newest_valid(checkpoints: Iterable[str]) -> tuple[str | None, str]:
     """Find the first valid one of `checkpoints` (newest first).
 
     Returns:
-        The folder, or None; and those skipped before it: folder -> what is wrong with it.
+        The folder, or None; and a line that names those skipped before it and why, "" if none was.
     """
-    skipped = {}
+    newest, skipped = None, []
     for folder in checkpoints:
         defect = find_defect(folder)
         if defect is None:
-            return folder, skipped
-        skipped[folder] = defect
-    return None, skipped
+            newest = folder
+            break
+        skipped.append(f"{folder} ({defect})")
+    instead = f"resuming from {newest}, the newest valid one" if newest else "none is valid: starting from scratch"
+    return newest, f"skipped checkpoints: {', '.join(skipped)}; {instead}. Nothing was deleted" if skipped else ""
 
 
 def require_valid(folder: str | os.PathLike) -> None:
@@ -71,16 +73,8 @@ def require_valid(folder: str | os.PathLike) -> None:
     if defect is not None:
         newest, _ = find_newest_valid(list_checkpoints(Path(folder).absolute().parent))
         instead = f"; the newest valid checkpoint is {newest}" if newest else ""
-        raise InputError(
-            f"Can't find a valid checkpoint at {folder}: {defect}{instead}"
-        )  # begins as the Trainer's does
-
-
-def describe_skipped(skipped: dict[str, str], newest: str | None) -> str:
-    """Say in one line which checkpoints were skipped and what the run does instead."""
-    broken = ", ".join(f"{folder} ({defect})" for folder, defect in skipped.items())
-    instead = f"resuming from {newest}, the newest valid one" if newest else "none is valid: starting from scratch"
-    return f"skipped checkpoints: {broken}; {instead}. Nothing was deleted"
+        # begins as the Trainer's does
+        raise InputError(f"Can't find a valid checkpoint at {folder}: {defect}{instead}")
 
 
 def begin_save(folder: str | os.PathLike) -> None:
@@ -104,25 +98,19 @@ def complete_save(folder: str | os.PathLike) -> None:
 
 def delete_old_checkpoints(
     output_dir: str | os.PathLike, limit: int | None, newest: str, best: str | None = None
-) -> list[str]:
+) -> None:
     """Delete checkpoints until at most `limit` are left (more if `newest` and `best` are two), broken ones first.
 
     Old is what was saved earlier, as in the Trainer, so that a folder left by an abandoned run goes before one of this run;
     within a second, the lower step. `newest`, which was just saved, and `best` always stay.
-
-    Returns:
-        The folders deleted, in order.
     """
     kept = {os.path.abspath(path) for path in (newest, best) if path is not None}
-    folders = list_checkpoints(output_dir)[::-1]
-    excess = len(folders) - max(limit or 0, len(kept))
-    if not limit or excess <= 0:
-        return []
-    candidates = [folder for folder in folders if os.path.abspath(folder) not in kept]
-    candidates.sort(key=lambda folder: (find_defect(folder) is None, int(os.path.getmtime(folder))))
-    for folder in candidates[:excess]:
+    folders = list_checkpoints(output_dir)[::-1] if limit else []
+    excess = max(0, len(folders) - max(limit or 0, len(kept)))
+    others = [folder for folder in folders if os.path.abspath(folder) not in kept]
+    others.sort(key=lambda folder: (find_defect(folder) is None, int(os.path.getmtime(folder))))
+    for folder in others[:excess]:
         delete_checkpoint(folder)
-    return candidates[:excess]
 
 
 def delete_checkpoint(folder: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import RepoCard
 from transformers import modelcard
 
-from ..method.length import describe_bound
+from ..method.length import WarmupLength
 
 TAG, PAPER_TAG = "hf_v0init", "arxiv:2412.02153"  # the second for runs with a v0 alone
 SECTION_TITLE = "Start of Adam's second moment (v0)"
@@ -140,7 +140,7 @@ def _read_strategy(report: Mapping[str, Any] | None) -> str:
 
 def _list_facts(report: Mapping[str, Any]) -> Iterable[str]:
     if report.get("length"):
-        yield _describe_length(report["length"])
+        yield f"Measured in the first step: {WarmupLength(**report['length']).describe('v0 decays over')}"
     if report.get("num_parameters_with_v0") is not None:
         yield (
             f"With v0: {_format(report['num_parameters_with_v0'])} tensors, {_format(report.get('num_elements_with_v0'))} elements; "
@@ -153,28 +153,14 @@ def _list_facts(report: Mapping[str, Any]) -> Iterable[str]:
     yield f"Optimizer: {report.get('optimizer')}, beta2 {report.get('beta2')}"
 
 
-def _describe_length(length: Mapping[str, Any]) -> str:
-    """Say what was measured for the length of the warmup, and what followed."""
-    if length.get("x") is None:
-        return (
-            f"The trust radius could not be measured ({length.get('reason')}): two thirds of training were taken, "
-            f"{_format(length['steps'])} steps"
-        )
-    bound = describe_bound(length["x"], length["steps"])
-    return (
-        f"Learning rate over the trust radius, measured in the first step: {_format(length['x'])} (d50 "
-        f"{_format(length['d50'])}): {_format(length['steps'])} steps{bound}"
-    )
-
-
 def _describe_measured_warmup(report: Mapping[str, Any]) -> str:
     if not report.get("length"):
         return ""
-    begun = ""
+    length, begun = WarmupLength(**report["length"]), ""
     if report.get("warmup_steps"):
         steps = _format(report["warmup_steps"])
         begun = f" The learning-rate warmup of {steps} steps was measured (`--untuned_warmup trust_radius`)."
-    return f"{begun} {_describe_length(report['length'])}."
+    return f"{begun} Measured in the first step: {length.describe('the schedule warms up over')}."
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import torch
 
 from ..errors import InputError
 from ..method.decay import compute_linear_factor
-from ..method.multiplier import compute_multiplier_table, compute_washout_warning, describe_multiplier
+from ..method.multiplier import compute_multiplier_table, compute_washout_warning
 from ..second_moment.state import SecondMoment
 from ..settings import AUTO, V0Plan
 from ..sharding.parts import ParamShard
@@ -23,7 +24,7 @@ from .run_files import write_whole
 
 REPORT_FILE = "v0_init.json"
 DECAY_FILE = "v0_decay.pt"  # in checkpoints that are saved while the hook has work to do
-IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm", "seed")  # a record and a plan
+_IN_BOTH = ("decay", "decay_steps", "scale", "estimator", "include_bias_and_norm", "seed")  # a record and a plan
 
 logger = logging.getLogger("hf_v0init")
 
@@ -85,20 +86,14 @@ class V0Report:
     ) -> "V0Report":
         """Begin a report: what was asked for, and of what; `chosen` get a v0, `without` do not."""
         return cls(
-            strategy=plan.init,
-            scale=scale,
-            seed=plan.seed,
-            decay=plan.decay,
-            decay_steps=plan.decay_steps,
-            estimator=plan.estimator,
+            **_describe_plan(plan) | {"scale": scale},
             num_samples_requested=plan.num_samples,
-            include_bias_and_norm=plan.include_bias_and_norm,
             optimizer=moments.name,
             beta2=moments.read_beta2(chosen[0].group),
             num_processes=get_rank_and_world_size()[1],
             num_parameters_without_v0=len(without),
             num_elements_without_v0=sum(shard.numel for shard in without),
-            versions=collect_versions(),
+            versions=dict(collect_versions()),
         )
 
     def to_dict(self) -> dict:
@@ -135,16 +130,15 @@ class V0Report:
         """
         total = (self.v0_mean or 0.0) * self.num_elements_with_v0
         figures = compute_figures(shards, moments, over_processes)
-        for shard, (mean, low, high, zeros), scale in zip(shards, figures, scales, strict=True):
-            if not all(math.isfinite(value) for value in (mean, low, high)):
+        for shard, (*found, zeros), scale in zip(shards, figures, scales, strict=True):
+            if not all(map(math.isfinite, found)):
                 raise InputError(describe_not_finite(shard.name))
-            mean, low, high, numel = mean * scale, low * scale, high * scale, shard.numel
-            shape = list(shard.full_shape)
-            self.parameters[shard.name] = {"mean": mean, "min": low, "max": high, "zeros": zeros, "shape": shape}
+            numbers = dict(zip(("mean", "min", "max"), (value * scale for value in found), strict=True))
+            self.parameters[shard.name] = numbers | {"zeros": zeros, "shape": list(shard.full_shape)}
             self.num_zero_elements += zeros
             self.num_parameters_with_v0 += 1
-            total += mean * numel
-            self.num_elements_with_v0 += numel
+            total += numbers["mean"] * shard.numel
+            self.num_elements_with_v0 += shard.numel
         self.v0_mean = total / max(1, self.num_elements_with_v0)
         self.v0_min = min((entry["min"] for entry in self.parameters.values()), default=0.0)
         self.v0_max = max((entry["max"] for entry in self.parameters.values()), default=0.0)
@@ -166,8 +160,8 @@ class V0Report:
             return
         self.multiplier = {str(step): value for step, value in table.items()}
 
-    def describe(self) -> list[str]:
-        """Return the summary, two lines at most: what was written, from what; and what it will do on this run."""
+    def log(self) -> None:
+        """Log what was written and from what, what it will do on this run, and a warning if the run needs one."""
         if self.strategy == "random":
             source = "drawn, sized tensor by tensor by g^2 of the first step" if self.decay == "linear" else "drawn"
         elif self.estimator == "per_sample":
@@ -175,47 +169,35 @@ class V0Report:
             source = f"from {self.num_samples:,} samples in {self.num_batches:,} batches, {self.seconds:.1f} s{skipped}"
         else:
             steps = self.estimation_steps or 1
-            source = (
-                f"from the gradients of the first {steps} steps" if steps > 1 else "from the gradient of the first step"
-            )
+            steps = f"gradients of the first {steps} steps" if steps > 1 else "gradient of the first step"
+            source = f"from the {steps}"
         later = ""
         if self.without_gradient:
             what = "start at 0" if self.estimator == "per_sample" else "get theirs at their first gradient"
             later = f"; {len(self.without_gradient)} without a gradient so far {what}: {', '.join(self.without_gradient[:3])}"
         decay = f"linear decay over {self.decay_steps:,} steps" if self.decay == "linear" else f"scale {self.scale:g}"
-        lines = [
+        logger.info(
             f"v0 ({self.strategy}, {decay}) {source}: mean {self.v0_mean:.3g}; {self.num_parameters_with_v0} tensors with v0, "
             f"{self.num_parameters_without_v0} without{later}"
-        ]
-        if self.decay == "linear" and self.multiplier:
-            factors = ", ".join(f"{value:.3g} at step {int(step):,}" for step, value in self.multiplier.items())
-            lines.append(f"effective learning-rate factor, where g^2 keeps its size: {factors}")
-        elif self.beta2 is not None and self.max_steps and not self.is_all_zero:
-            lines.append(
-                f"v0 is {self.ratio:.3g} times g^2 (median over elements), which multiplies the step by "
-                + describe_multiplier(self.ratio, self.beta2, self.max_steps)
-            )
-        return lines
-
-    def find_warning(self) -> str | None:
-        """Return the one warning that this run needs, with a remedy that can be typed, or None."""
+        )
         if self.is_all_zero:
+            remedy = "check that the loss depends on the optimizer's parameters"
             if self.estimator == "per_sample":
                 remedy = "use --v0_estimator minibatch, which takes v0 from the run's own first steps"
-            else:
-                remedy = "check that the loss depends on the optimizer's parameters"
-            return f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"
-        if not self.max_steps or self.decay == "linear" or self.beta2 is None:
-            return None
-        return compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.decay_steps)
-
-    def log(self) -> None:
-        """Log the summary, and the warning if there is one."""
-        for line in self.describe():
-            logger.info(line)
-        warning = self.find_warning()
-        if warning is not None:
-            logger.warning(warning)
+            logger.warning(
+                f"v0 is zero in all {self.num_parameters_with_v0} tensors, so this run starts as stock Adam does: {remedy}"
+            )
+        elif self.multiplier:
+            factors = ", ".join(f"{value:.3g} at step {int(step):,}" for step, value in self.multiplier.items())
+            if self.decay == "linear":
+                logger.info(f"effective learning-rate factor, where g^2 keeps its size: {factors}")
+                return
+            logger.info(
+                f"v0 is {self.ratio:.3g} times g^2 (median over elements), which multiplies the step by {factors}"
+            )
+            warning = compute_washout_warning(self.ratio, self.beta2, self.max_steps, asked_for=self.decay_steps)
+            if warning is not None:
+                logger.warning(warning)
 
 
 def describe_not_finite(name: str) -> str:
@@ -253,36 +235,32 @@ def read_report(folder: str | os.PathLike) -> dict | None:
     return report
 
 
+def _describe_plan(plan: V0Plan) -> dict:
+    return {"strategy": plan.init} | {name: getattr(plan, name) for name in _IN_BOTH}
+
+
 def describe_under_way(plan: V0Plan, estimation_steps: int, global_step: int) -> dict:
     """Say in a record what is under way before v0 stands, in a run that began at a step."""
-    described = {name: getattr(plan, name) for name in IN_BOTH}
-    under_way = {"strategy": plan.init, "estimation_steps": estimation_steps, "is_written": False}
-    return under_way | {"global_step": global_step} | described
+    under_way = {"estimation_steps": estimation_steps, "is_written": False, "global_step": global_step}
+    return _describe_plan(plan) | under_way
 
 
 def find_differences(stored: dict, plan: V0Plan) -> list[str]:
-    """Name the settings in which a plan differs from a stored record, as 'name: stored -> now'."""
-    now = {"strategy": plan.init, "decay": plan.decay, "estimator": plan.estimator}
-    if plan.decay_steps not in (None, AUTO):
-        now["decay_steps"] = plan.decay_steps
-    if plan.decay_steps is None and plan.scale is not None:
-        now["scale"] = plan.scale
-    if plan.estimation_steps is not None:
-        now["estimation_steps"] = plan.estimation_steps
-    if plan.estimator == "per_sample":
-        now["num_samples_requested"] = plan.num_samples
-        if plan.stats_batch_size is not None:
-            now["stats_batch_size"] = plan.stats_batch_size
-    now |= {"include_bias_and_norm": plan.include_bias_and_norm, "seed": plan.seed}
-    return [f"{name}: {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
+    """Name the settings that a plan gives and that differ from a stored record, as 'name: stored -> now'."""
+    now = _describe_plan(plan) | {
+        "estimation_steps": plan.estimation_steps,
+        "num_samples_requested": plan.num_samples,
+        "stats_batch_size": plan.stats_batch_size,
+    }
+    given = {name: value for name, value in now.items() if value not in (None, AUTO)}
+    return [f"{name}: {stored.get(name)} -> {value}" for name, value in given.items() if stored.get(name) != value]
 
 
 def write_hook_state(plan: V0Plan, state: dict, folder: str | os.PathLike) -> None:
     """Write what a hook does and keeps (`V0Hook.state_dict`) as `v0_decay.pt` into `folder`, whole or not at all."""
-    path = Path(folder) / DECAY_FILE
-    aside = path.with_name(f"_{DECAY_FILE}.{os.getpid()}")
-    torch.save({"plan": asdict(plan), "state": state}, aside)
-    os.replace(aside, path)
+    content = io.BytesIO()
+    torch.save({"plan": asdict(plan), "state": state}, content)
+    write_whole(Path(folder) / DECAY_FILE, content.getvalue())
 
 
 def read_hook_state(folder: str | os.PathLike) -> tuple[V0Plan, dict] | None:
@@ -301,13 +279,9 @@ def read_hook_state(folder: str | os.PathLike) -> tuple[V0Plan, dict] | None:
         raise InputError(f"{path} is damaged: resume from another checkpoint") from error
 
 
+@functools.cache  # reading the packages' metadata takes milliseconds
 def collect_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the numbers."""
-    return dict(_read_versions())
-
-
-@functools.cache  # reading the packages' metadata takes milliseconds
-def _read_versions() -> dict[str, str]:
     versions = {}
     for package in ("hf_v0init", "torch", "transformers", "accelerate", "datasets"):
         with contextlib.suppress(PackageNotFoundError):

@@ -7,8 +7,8 @@ STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: aside, then renamed."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: aside, then renamed."""
     aside = path.with_name(f"_{path.name}.{os.getpid()}")  # a push leaves out names that begin with _
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(aside, path)

@@ -4,7 +4,7 @@
 
 | file | what |
 | --- | --- |
-| `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and two clocks in seconds since `train()` began, the v0 pass included: `seconds`, and `train_seconds` without the evaluations |
+| `run_log.jsonl` | one object a log of the Trainer: its figures, `step`, and `train_seconds` since `train()` began, the v0 pass included and evaluations left out |
 | `fingerprint.json` | SHA-256 of the initial weights, of the batches of the first four optimizer steps and of torch's random state before the first step |
 | `v0_init.json` | what was done about v0, as beside a checkpoint, also of a run that saves nothing |
 
@@ -43,7 +43,7 @@ class RunRecordCallback(TrainerCallback):
         self._get_v0_report = get_v0_report
         self._v0_report: dict | None = None  # as it was written
         self._watches = False
-        self._began, self._evaluating, self._earlier = 0.0, 0.0, (0.0, 0.0)
+        self._began = 0.0  # on the clock of `train_seconds`
         self._fingerprint: dict | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -51,51 +51,43 @@ class RunRecordCallback(TrainerCallback):
         self._watches = args.process_index == 0
         if not self._watches:
             return
-        self._folder = Path(args.output_dir)
+        self._folder, self._device = Path(args.output_dir), args.device
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._began, self._evaluating = time.perf_counter(), 0.0
-        self._earlier = _keep_log_until(self._folder / LOG_FILE, state.global_step)
+        self._began = time.perf_counter() - _keep_log_until(self._folder / LOG_FILE, state.global_step)
         self._fingerprint = self._v0_report = None
         if state.global_step == 0:
             self._fingerprint = {"initial_weights": hash_tensors(model.named_parameters()), "batches": [], "rng": None}
 
     def record_batches(self, micro_batches: list) -> None:
-        """Add the fingerprint of the batches of one optimizer step, up to the first four, and then write the file."""
-        if self._fingerprint is None or len(self._fingerprint["batches"]) == NUM_BATCHES:
+        """Add the fingerprint of the batches of one optimizer step, up to the first four, and at the first that of the random state."""
+        found = self._fingerprint
+        if found is None or len(found["batches"]) == NUM_BATCHES:
             return
+        if not found["batches"]:
+            states = [("cpu", torch.get_rng_state())]
+            if self._device.type == "cuda":
+                states.append(("cuda", torch.cuda.get_rng_state(self._device)))
+            found["rng"] = hash_tensors(states)
         named = [
             (f"{i}.{name}", value) for i, batch in enumerate(micro_batches) for name, value in _list_tensors(batch)
         ]
-        self._fingerprint["batches"].append(hash_tensors(named))
-        if len(self._fingerprint["batches"]) == NUM_BATCHES:
-            self._write_fingerprint()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Take the fingerprint of the random state before the first step."""
-        if self._fingerprint is not None and self._fingerprint["rng"] is None:
-            states = [("cpu", torch.get_rng_state())]
-            if args.device.type == "cuda":
-                states.append(("cuda", torch.cuda.get_rng_state(args.device)))
-            self._fingerprint["rng"] = hash_tensors(states)
+        found["batches"].append(hash_tensors(named))
+        write_whole(self._folder / FINGERPRINT_FILE, json.dumps(found, indent=1) + "\n")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write one line of the log."""
         if not self._watches or not logs:
             return
-        self._evaluating += sum(value for name, value in logs.items() if _is_evaluation_time(name))
-        seconds = self._earlier[0] + time.perf_counter() - self._began
-        clocks = {"seconds": seconds, "train_seconds": self._earlier[1] + seconds - self._earlier[0] - self._evaluating}
+        self._began += sum(value for name, value in logs.items() if _is_evaluation_time(name))
+        clock = {"step": state.global_step, "train_seconds": time.perf_counter() - self._began}
         figures = {name: value for name, value in logs.items() if isinstance(value, int | float | str)}
-        if self._v0_report is None:  # now, for a run that will be cut off; again at the end
-            self._write_v0_report()
+        self._write_v0_report()  # for a run that will be cut off
         with open(self._folder / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures | {"step": state.global_step} | clocks) + "\n")
+            file.write(json.dumps(figures | clock) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Write the fingerprint of a run of few steps."""
-        if self._fingerprint is not None and len(self._fingerprint["batches"]) < NUM_BATCHES:
-            self._write_fingerprint()  # a run of fewer steps
-        self._fingerprint = None
+        """Write what was done about v0."""
+        self._fingerprint = None  # batches that are fetched later are not the run's
         if self._watches:
             self._write_v0_report()
 
@@ -104,9 +96,6 @@ class RunRecordCallback(TrainerCallback):
         if report is not None and report != self._v0_report:
             write_report(report, self._folder)
             self._v0_report = report
-
-    def _write_fingerprint(self) -> None:
-        write_whole(self._folder / FINGERPRINT_FILE, json.dumps(self._fingerprint, indent=1) + "\n")
 
 
 def hash_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -131,8 +120,8 @@ def _is_evaluation_time(name: str) -> bool:
     return name.endswith("_runtime") and name != "train_runtime"
 
 
-def _keep_log_until(path: Path, step: int) -> tuple[float, float]:
-    """Drop what a continued run will log again, or a new run's predecessor logged; return the clocks reached."""
+def _keep_log_until(path: Path, step: int) -> float:
+    """Drop what a continued run will log again, or a new run's predecessor logged; return the seconds trained so far."""
     kept = []
     if step > 0 and path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -143,4 +132,4 @@ def _keep_log_until(path: Path, step: int) -> tuple[float, float]:
             if entry["step"] <= step:
                 kept.append(entry)
     path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    return (kept[-1]["seconds"], kept[-1]["train_seconds"]) if kept else (0.0, 0.0)
+    return kept[-1]["train_seconds"] if kept else 0.0

@@ -8,8 +8,8 @@ optimizers; eps is the Trainer's only if it was changed, since optimizers use it
 import ast
 import contextlib
 import dataclasses
-import importlib
 import inspect
+import pkgutil
 import re
 from typing import Any
 
@@ -24,9 +24,8 @@ def load_optimizer_class(spec: str) -> type[torch.optim.Optimizer]:
     Raises:
         InputError: no such package or class, or no torch optimizer.
     """
-    module_name, _, class_name = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = pkgutil.resolve_name(spec)
     except (ImportError, ValueError, AttributeError) as error:
         raise InputError(
             f"v0_optimizer={spec!r}: {error}; give package:Class, such as pytorch_optimizer:AdaBelief"

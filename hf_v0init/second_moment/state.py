@@ -169,13 +169,6 @@ class SecondMoment:
         state = self.find_state(shard.param, shard.group)
         return None if state is None else self.format.read(state)
 
-    def read_parameter(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """Return the second moment of one of the model's parameters, as `read`; None also for one that is not stepped."""
-        if self.zero is not None:
-            shard = self.zero.shards.get(parameter)
-            return None if shard is None else self.read(shard)
-        return next((self.read(shard) for shard in self.list_shards({}) if shard.param is parameter), None)
-
     def change(self, shard: ParamShard, change: Callable[[torch.Tensor], object]) -> None:
         """Let `change` act in place on the second moment of a shard; the state is created where there is none.
 
@@ -194,9 +187,14 @@ class SecondMoment:
 
 
 def read_second_moment(optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
-    """Return the second moment that `optimizer` keeps of `parameter`; see `SecondMoment.read`.
+    """Return the second moment that `optimizer` keeps of `parameter`, see `SecondMoment.read`; None also where it does not step that.
 
     Raises:
         InputError: as `SecondMoment`.
     """
-    return SecondMoment(optimizer).read_parameter(parameter)
+    moments = SecondMoment(optimizer)
+    if moments.zero is None:
+        shards = (shard for shard in moments.list_shards({}) if shard.param is parameter)
+    else:
+        shards = (shard for own, shard in moments.zero.shards.items() if own is parameter)
+    return next((moments.read(shard) for shard in shards), None)

@@ -1,7 +1,7 @@
 """The table of optimizers, `optimizers.csv`: where each keeps its second moment, how exactly a v0 is kept there, or why it is refused.
 
-Plain data, no torch. Optimizers are looked up here by the full name of their class, the documentation shows the table
-(`make_markdown_table`), and the tests hold every row to a slow reference. A new optimizer is a new row.
+Plain data, no torch. Optimizers are looked up here by the full name of their class, and the tests hold every row to a slow reference. A
+new optimizer is a new row.
 """
 
 import csv
@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 TABLE_FILE = Path(__file__).with_name("optimizers.csv")
-TORCH = "torch"
 EXACT = 5e-6  # fp32 rounding over two steps, with room
 
 LARGEST_OPTIONS = ("amsgrad", "ams_bound")  # with these the largest second moment is what counts
@@ -43,7 +42,7 @@ class OptimizerRow:
     """
 
     name: str
-    package: str = TORCH
+    package: str = "torch"
     classes: tuple[str, ...] = ()
     optim: tuple[str, ...] = ()
     format: str = ""
@@ -57,6 +56,11 @@ class OptimizerRow:
     no_linear: str = ""
     note: str = ""
     refusal: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """Its name, with the package where that is not torch."""
+        return self.name if self.package == "torch" else f"{self.name} ({self.package})"
 
     @property
     def is_probed(self) -> bool:
@@ -127,45 +131,3 @@ _BY_CLASS = {name: row for row in reversed(ROWS) for name in row.classes}
 def find_row(class_name: str) -> OptimizerRow | None:
     """Find the first row that lists a class by its full name (module.qualname); None if no row does."""
     return _BY_CLASS.get(class_name)
-
-
-# ---- as it is shown --------------------------------------------------------------------------------------------------
-
-TABLE_HEADINGS = ("optimizer", "`--optim`", "second moment", "starts as", "error", "remark")
-ANY_OTHER = (
-    "any other",
-    "`--v0_optimizer package:Class`",
-    "found by a dry run",
-    "v0, or refused",
-    "",
-    "if one state tensor obeys v1 = beta2·v0 + (1−beta2)·g² at a copy's first step and all else starts at zero",
-)
-
-
-def make_markdown_table() -> str:
-    """Make the table of the documentation: one line per optimizer, in GitHub's Markdown, without a trailing newline."""
-    lines = [TABLE_HEADINGS, ("---",) * len(TABLE_HEADINGS), *make_cells()]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def make_cells() -> list[tuple[str, ...]]:
-    """Make the cells of the table under `TABLE_HEADINGS`, in Markdown."""
-    cells = []
-    for row in ROWS:
-        package = "" if row.package == TORCH else f" ({row.package})"
-        optim = ", ".join(f"`{value}`" for value in row.optim)
-        if row.refusal:
-            rest = ("", "refused", "", row.refusal)
-        elif row.is_probed:
-            rest = ("", "v0, if the dry run finds where", "", "not measured: needs hardware or a build of its own")
-        else:
-            start = f"{row.start}, quantised" if row.stored_error else row.start
-            rest = (f"`{row.key}`{row.kept}", start, _describe_error(row), row.note)
-        cells.append((row.name + package, optim, *rest))
-    return [*cells, ANY_OTHER]
-
-
-def _describe_error(row: OptimizerRow) -> str:
-    if row.stored_error == 0.0:
-        return "exact"
-    return f"{row.stored_error:.2g} stored, {row.error:.2g} after 2 steps"

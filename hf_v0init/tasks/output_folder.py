@@ -21,7 +21,6 @@ from hf_v0init import InputError, V0InitArguments
 
 from ..records.checkpoints import (
     delete_checkpoint,
-    describe_skipped,
     find_newest_valid,
     list_checkpoints,
     require_valid,
@@ -252,7 +251,7 @@ def find_checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> s
         return None
     newest, skipped = find_newest_valid(checkpoints)
     if skipped and training.process_index == 0:
-        logger.warning(describe_skipped(skipped, newest))
+        logger.warning(skipped)
     if newest is not None and wanted is None and training.process_index == 0:
         logger.warning(
             f"{output_dir} holds checkpoints of this run: it goes on from {Path(newest).name}; to start from scratch instead, give {FRESH}"

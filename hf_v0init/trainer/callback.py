@@ -20,14 +20,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
-from ..method.length import UNTUNED_WARMUPS, WarmupLength
+from ..hook.step_hooks import StepHooks
+from ..method.length import UNTUNED_WARMUPS, WarmupLength, compute_untuned_factor
 from ..records.report import (
     DECAY_FILE,
     REPORT_FILE,
@@ -44,7 +44,7 @@ from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_trainers_v0
-from .schedule import find_what_warms_up, keep_plateau, require_no_warmup, warm_up
+from .schedule import find_what_warms_up, keep_plateau, multiply_schedule, require_no_warmup, warm_up
 from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -75,7 +75,7 @@ class V0InitCallback(TrainerCallback):
         self.hook: V0Hook | None = None
         self.resumed_from: str | None = None
         self._trainer, self._began_at = None, 0
-        self._length_handle: RemovableHandle | None = None
+        self._length_handle: StepHooks | None = None
         self._recorder: LossRecorder | None = None
         self._has_own_schedule = False
 
@@ -84,19 +84,10 @@ class V0InitCallback(TrainerCallback):
 
         Returns:
             The callback.
-
-        Raises:
-            InputError: a warmup beside another one.
         """
         show_messages(trainer.args)
         self._trainer = trainer
         self._has_own_schedule = trainer.lr_scheduler is not None
-        settings = self.get_settings()
-        if settings.untuned_warmup is not None and self._has_own_schedule:
-            raise InputError(f"untuned_warmup={settings.untuned_warmup} and a schedule that was passed in: give one")
-        what = find_what_warms_up(settings, settings.resolve())
-        if what is not None:
-            require_no_warmup(what, trainer)
         trainer.add_callback(self)
         load = trainer._load_optimizer_and_scheduler
 
@@ -145,15 +136,37 @@ class V0InitCallback(TrainerCallback):
             raise InputError(
                 "V0InitCallback does not know its Trainer: write V0InitCallback(...).attach(trainer) in place of add_callback"
             )
-        state, optimizer, settings = self._trainer.state, self._trainer.optimizer, self.get_settings()
-        plan = settings.resolve(state.max_steps, self._trainer.args.seed)
-        self._began_at = state.global_step
-        self._require_one_warmup(settings, plan)
+        trainer, settings = self._trainer, self.get_settings()
+        self._began_at = step = trainer.state.global_step
+        plan = settings.resolve(trainer.state.max_steps, trainer.args.seed)
+        what = find_what_warms_up(settings, plan)
+        if settings.untuned_warmup is not None and self._has_own_schedule:
+            raise InputError(f"{what} and a schedule that was passed in: give one")
+        if what is not None:
+            require_no_warmup(what, trainer, trainer.lr_scheduler if step == 0 else None)
+        if settings.untuned_warmup in UNTUNED_WARMUPS:
+            self._multiply_by(settings.untuned_warmup)
+        situation = self._find_situation(settings, plan)
+        self._let_go()
+        if situation == "resumed":
+            self._go_on(plan)
+        elif situation == "second call":
+            logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
+        elif situation == "new":
+            if step > 0:
+                logger.warning(
+                    f"the checkpoint at step {step} holds no optimizer state (save_only_model?), so Adam starts from scratch: v0 is "
+                    "written at the loaded weights"
+                )
+            self._begin(settings, plan)
+        elif step > 0:
+            self._keep_record_of_another_start()
+
+    def _find_situation(self, settings: V0InitArguments, plan: V0Plan) -> str:
+        """Find which row of the table at the top of the file holds, "new", "resumed" or "second call"; "stock" if nothing is to be done."""
+        optimizer, is_resumed = self._trainer.optimizer, self._began_at > 0
         if optimizer is None or (plan.init == "zeros" and settings.untuned_warmup != TRUST_RADIUS):
-            self._let_go()
-            if state.global_step > 0:
-                self._keep_record_of_another_start()
-            return
+            return "stock"
         if plan.init == "zeros":
             inner = unwrap_optimizer(optimizer)
             if not any("betas" in group or "beta2" in group for group in inner.param_groups):
@@ -161,46 +174,31 @@ class V0InitCallback(TrainerCallback):
                     f"untuned_warmup=trust_radius measures how far Adam's first update may go, and {type(inner).__name__} is no optimizer "
                     "of its kind (no beta2): give --warmup_steps"
                 )
-            is_untouched = state.global_step == 0
-        else:
-            require_supported_run(self._trainer)
-            is_untouched = SecondMoment(optimizer).is_untouched()
-        if not is_untouched and state.global_step > 0:
-            self._go_on(plan)
-        elif not is_untouched and not self._is_first(plan):
-            self._let_go()
-            logger.info("v0 is not written: the optimizer keeps the state of an earlier train() call of this Trainer")
-        else:
-            if state.global_step > 0:
-                logger.warning(
-                    f"the checkpoint at step {state.global_step} holds no optimizer state (save_only_model?), so Adam starts "
-                    "from scratch: v0 is written at the loaded weights"
-                )
-            self._begin(settings, plan)
-
-    def _is_first(self, plan: V0Plan) -> bool:
-        """Whether no step has been made, though the optimizer has state."""
-        moments = SecondMoment(self._trainer.optimizer)
+            return "resumed" if is_resumed else "new"
+        require_supported_run(self._trainer)
+        moments = SecondMoment(optimizer)
+        if moments.is_untouched():
+            return "new"
+        if is_resumed:
+            return "resumed"
         has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
-        return plan.estimator != "per_sample" and (self.hook is None or self.hook.is_waiting) and not has_stepped
+        is_first = plan.estimator != "per_sample" and (self.hook is None or self.hook.is_waiting) and not has_stepped
+        return "new" if is_first else "second call"
 
-    def _require_one_warmup(self, settings: V0InitArguments, plan: V0Plan) -> None:
-        """Refuse a warmup of the schedule beside what stands for one, and one that this Trainer cannot make."""
-        untuned, trainer = settings.untuned_warmup, self._trainer
-        if untuned in UNTUNED_WARMUPS and not hasattr(trainer, "_v0_callback"):
+    def _multiply_by(self, shape: str) -> None:
+        """Multiply the schedule by an untuned warmup of beta2 (Ma & Yarats, 2021)."""
+        beta2, inner = None, unwrap_optimizer(self._trainer.optimizer)
+        with contextlib.suppress(InputError):
+            beta2 = SecondMoment(inner).read_beta2()
+        if beta2 is None:
             raise InputError(
-                f"untuned_warmup={untuned} changes the schedule, which is V0InitTrainer's or V0InitMixin's to make: use "
-                "one of these, untuned_warmup=trust_radius, or warmup_steps"
+                f"untuned_warmup={shape} takes its length from beta2, and {type(inner).__name__} has none; use --warmup_steps"
             )
-        what = find_what_warms_up(settings, plan)
-        if trainer.state.global_step == 0 and what is not None:
-            is_joined = untuned in UNTUNED_WARMUPS  # the Trainer classes have looked at it before that
-            require_no_warmup(what, trainer, None if is_joined else trainer.lr_scheduler)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Let the recorder of losses begin anew."""
-        if self._recorder is not None:
-            self._recorder.begin_step()
+        multiply_schedule(
+            self._trainer.lr_scheduler,
+            lambda made: compute_untuned_factor(made + 1, beta2, shape),
+            f"untuned_warmup={shape}",
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Give the Trainer its `compute_loss` back, whatever became of the first step."""
@@ -217,23 +215,20 @@ class V0InitCallback(TrainerCallback):
     def write_record(self, folder: str, *, with_state: bool = False) -> None:
         """Write `v0_init.json` into a folder if there is anything to say, and what a hook with work to do keeps."""
         record, hook = self.get_record(), self.hook
-        keeps = with_state and hook is not None and hook.is_attached
-        if with_state and not keeps:  # what an earlier run left in a checkpoint of this name
-            Path(folder, DECAY_FILE).unlink(missing_ok=True)
-        if record is None:
-            if with_state:
-                Path(folder, REPORT_FILE).unlink(missing_ok=True)
-            return
-        os.makedirs(folder, exist_ok=True)
+        keeps = with_state and hook is not None and hook.is_attached and record is not None
+        for name, is_written in ((DECAY_FILE, keeps), (REPORT_FILE, record is not None)):
+            if with_state and not is_written:  # what an earlier run left in a checkpoint of this name
+                Path(folder, name).unlink(missing_ok=True)
+        if record is not None:
+            os.makedirs(folder, exist_ok=True)
+            write_report(record, folder)
         if keeps:
             write_hook_state(hook.plan, hook.state_dict(), folder)
-        write_report(record, folder)
 
     # ---- the situations at the beginning -----------------------------------------------------------------------------
 
     def _begin(self, settings: V0InitArguments, plan: V0Plan) -> None:
         """A new run, or one from a checkpoint without optimizer state."""
-        self._let_go()
         self.report = self.length = None
         trainer = self._trainer
         if plan.estimator == "per_sample":
@@ -242,7 +237,6 @@ class V0InitCallback(TrainerCallback):
             with defer_interrupts():
                 self._finish(self._run_pass(plan))
             return
-        self._remove_recorder()
         if settings.wants_length:
             self._recorder = LossRecorder(trainer)
         if plan.init != "zeros":
@@ -254,7 +248,6 @@ class V0InitCallback(TrainerCallback):
 
     def _go_on(self, plan: V0Plan) -> None:
         """Keep the loaded state and its record; name the settings that differ."""
-        self._let_go()
         self.report = None
         folder, trainer = self._find_checkpoint(), self._trainer
         step, stored = trainer.state.global_step, read_report(folder)
@@ -362,6 +355,7 @@ class V0InitCallback(TrainerCallback):
             if hook is not None:
                 hook.remove()
         self.hook = self._length_handle = None
+        self._remove_recorder()
 
     def _remove_recorder(self) -> None:
         if self._recorder is not None:

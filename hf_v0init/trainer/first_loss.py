@@ -31,14 +31,11 @@ class LossRecorder:
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
-        self._calls: list[tuple] = []  # model, inputs, further arguments, random states
+        self._calls: list[tuple] = []  # of the present step: model, inputs, further arguments, random states
+        self._step = 0
         self._compute_loss = trainer.compute_loss
         self._own = vars(trainer).get("compute_loss")
         trainer.compute_loss = self._record
-
-    def begin_step(self) -> None:
-        """Forget the calls of an earlier step, which made no update."""
-        self._calls = []
 
     def remove(self) -> None:
         """Give the Trainer its own `compute_loss` back, and let go of the batches."""
@@ -65,6 +62,8 @@ class LossRecorder:
 
     def _record(self, model, inputs, *args, **kwargs):
         if torch.is_grad_enabled() and self.trainer.is_in_train:
+            if self._step != self.trainer.state.global_step:  # the step before made no update
+                self._step, self._calls = self.trainer.state.global_step, []
             plain = {key: value for key, value in kwargs.items() if key != "return_outputs"}
             self._calls.append((model, _copy(inputs), args, plain, read_rng_states()))
         try:

@@ -4,7 +4,6 @@ Order in a run: `create_optimizer` refuses an optimizer without a second moment 
 checkpoint is loaded -> `on_train_begin` decides, and attaches the hook (see `callback`) -> first step, which writes v0.
 """
 
-import contextlib
 import copy
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from ..errors import InputError
 from ..records.model_card import add_v0_section, infer_task
 from ..records.run_log import RunRecordCallback
 from ..second_moment.choice import compute_optimizer_arguments, load_optimizer_class, require_sole_choice
-from ..second_moment.state import SecondMoment, unwrap_optimizer
-from ..settings import TRUST_RADIUS, V0InitArguments
+from ..second_moment.state import SecondMoment
+from ..settings import V0InitArguments
 from .callback import V0InitCallback
-from .schedule import add_untuned_warmup, require_no_warmup
 
 
 class V0InitMixin:
@@ -76,24 +74,6 @@ class V0InitMixin:
             ) from error
         self._v0_callback.require_possible(optimizer)
         return optimizer
-
-    def create_scheduler(self, *args, **kwargs):
-        """Create the schedule as the Trainer does, times the untuned warmup if one is asked for."""
-        exists = self.lr_scheduler is not None
-        scheduler = super().create_scheduler(*args, **kwargs)
-        shape = self.v0_arguments.untuned_warmup
-        if shape not in (None, TRUST_RADIUS) and not exists:
-            beta2 = None
-            with contextlib.suppress(InputError):
-                beta2 = SecondMoment(self.optimizer).read_beta2()
-            if beta2 is None:
-                name = type(unwrap_optimizer(self.optimizer)).__name__
-                raise InputError(
-                    f"untuned_warmup={shape} takes its length from beta2, and {name} has none; use --warmup_steps"
-                )
-            require_no_warmup(f"untuned_warmup={shape}", self, scheduler)
-            add_untuned_warmup(scheduler, beta2, shape)
-        return scheduler
 
     def get_batch_samples(self, *args, **kwargs):
         """Fetch the batches of an optimizer step as the Trainer does."""

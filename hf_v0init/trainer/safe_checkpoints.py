@@ -9,7 +9,6 @@ from ..records.checkpoints import (
     begin_save,
     complete_save,
     delete_old_checkpoints,
-    describe_skipped,
     find_newest_valid,
     list_checkpoints,
     require_valid,
@@ -54,14 +53,14 @@ class SafeCheckpointsMixin:
                 require_valid(wanted)
             return os.fspath(wanted)
         checkpoints = list_checkpoints(self.args.output_dir)
-        checkpoints, (chosen, skipped) = gather_objects((checkpoints, find_newest_valid(checkpoints)))[0]
-        if not checkpoints:
+        exist, (chosen, skipped) = gather_objects((bool(checkpoints), find_newest_valid(checkpoints)))[0]
+        if not exist:
             raise InputError(
                 f"No valid checkpoint found in output directory ({self.args.output_dir}): give resume_from_checkpoint the "
                 "folder of a checkpoint, or leave it out to start from scratch"
             )
         if skipped and self.args.process_index == 0:
-            logger.warning(describe_skipped(skipped, chosen))
+            logger.warning(skipped)
         return chosen
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -102,9 +101,7 @@ class SafeCheckpointsMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does."""
         super().save_model(output_dir, _internal_call=_internal_call)
-        if (
-            self._is_saving
-        ):  # the arguments have been saved, and the Trainer would delete before this checkpoint is complete
+        if self._is_saving:  # the Trainer, whose arguments are saved, would delete before this checkpoint is complete
             self.args.save_total_limit = None
 
     def _complete_save(self) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..errors import InputError
-from ..method.length import compute_untuned_factor
 from ..second_moment.state import unwrap_optimizer
 from ..settings import V0InitArguments, V0Plan
 
@@ -91,9 +90,10 @@ def keep_plateau(trainer, scheduler: LRScheduler, num_steps: int) -> None:
         return lambda steps_made: peak if steps_made < num_steps else factor(steps_made)
 
     _put(scheduler, [flatten(factor) for factor in longer.lr_lambdas])
-    logger.info(
-        f"the learning rate stays at its peak for the {num_steps:,} steps of v0, then follows the schedule as after a warmup of that length"
-    )
+    if scheduler.last_epoch < num_steps:  # a run that is resumed later is past it
+        logger.info(
+            f"the learning rate stays at its peak for the {num_steps:,} steps of v0, then follows the schedule as after a warmup of that length"
+        )
 
 
 def warm_up(trainer, scheduler: LRScheduler, num_steps: int, what: str) -> None:
@@ -116,17 +116,6 @@ def warm_up(trainer, scheduler: LRScheduler, num_steps: int, what: str) -> None:
         multiply_schedule(scheduler, lambda steps_made: min(1.0, steps_made / num_steps), what)
     else:
         _put(scheduler, longer.lr_lambdas)
-
-
-def add_untuned_warmup(scheduler: LRScheduler, beta2: float, shape: str) -> None:
-    """Multiply the schedule of a scheduler that has made no step by an untuned warmup (Ma & Yarats, 2021), in place.
-
-    Raises:
-        InputError: as `multiply_schedule`.
-    """
-    multiply_schedule(
-        scheduler, lambda steps_made: compute_untuned_factor(steps_made + 1, beta2, shape), f"untuned_warmup={shape}"
-    )
 
 
 def multiply_schedule(scheduler: LRScheduler, get_factor: Callable[[int], float], what: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from linear_decay import factor
 
 from hf_v0init.estimation import spread
-from hf_v0init.estimation.spread import Elements, RowsAndColumns, factor_into_rows_and_columns
+from hf_v0init.estimation.spread import Elements, RowsAndColumns, add_spreads_, factor_into_rows_and_columns
 from hf_v0init.sharding.parts import ParamShard
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 2, 3, 3), (1, 6), (6, 1)]
@@ -32,7 +32,7 @@ def test_what_is_added_is_the_product_of_both_means(shape, alpha):
     moment = make_moment(shape)
     own = factor_one(moment)
     target = torch.zeros_like(moment)
-    own.add_(target, alpha)
+    add_spreads_([own], [target], alpha)
     torch.testing.assert_close(target, alpha * factor(moment), rtol=2e-6, atol=0.0)
     torch.testing.assert_close(target.mean(), alpha * moment.mean(), rtol=1e-5, atol=0.0)
     assert own.rows.numel() + own.columns.numel() <= (shape[0] if shape else 1) + max(1, moment.numel())
@@ -46,7 +46,7 @@ def test_memory_formats_are_kept():
         torch.zeros(8, 2, 3, 3)[::2],
     ):
         layout = place.stride()
-        factor_one(moment.clone(memory_format=torch.preserve_format)).add_(place, 1.0)
+        add_spreads_([factor_one(moment.clone(memory_format=torch.preserve_format))], [place], 1.0)
         assert place.stride() == layout
         torch.testing.assert_close(place.contiguous(), factor(moment), rtol=2e-6, atol=0.0)
         own = factor_one(place.copy_(moment))
@@ -59,7 +59,7 @@ def test_a_flat_shard_of_zero_takes_its_own_part_of_both(shape, start, length):
     """A run of elements that begins and ends within rows."""
     moment = make_moment(shape)
     local, own = torch.zeros(length), factor_one(moment)
-    RowsAndColumns(make_shard(local, shape, start), own.rows, own.columns).add_(local, 1.0)
+    add_spreads_([RowsAndColumns(make_shard(local, shape, start), own.rows, own.columns)], [local], 1.0)
     torch.testing.assert_close(local, factor(moment).flatten()[start : start + length], rtol=2e-6, atol=0.0)
 
 
@@ -76,18 +76,18 @@ def test_processes_that_hold_pieces_get_the_means_of_the_whole(shape, monkeypatc
     monkeypatch.setattr(spread.dist, "all_reduce", lambda sums: sums.copy_(sum(given)))
     (own,) = factor_into_rows_and_columns([make_shard(pieces[0][0], shape, 0)], [pieces[0][0]], True)
     target = torch.zeros(moment.numel())
-    own.add_(target, 1.0)
+    add_spreads_([own], [target], 1.0)
     torch.testing.assert_close(target.view(shape), factor(moment), rtol=2e-6, atol=0.0)
 
 
 def test_taking_more_out_than_there_is_leaves_zero():
     moment = make_moment((3, 5))
     target = 0.5 * factor(moment)
-    factor_one(moment).add_(target, -1.0)
+    add_spreads_([factor_one(moment)], [target], -1.0)
     assert torch.equal(target, torch.zeros(3, 5))
     drawn = Elements(make_shard(moment), [moment.to(torch.bfloat16)], 1.0)
     target = 0.5 * moment
-    drawn.add_(target, -1.0)
+    add_spreads_([drawn], [target], -1.0)
     assert torch.equal(target, torch.zeros(3, 5))
 
 
@@ -95,10 +95,10 @@ def test_rows_and_columns_without_a_gradient_stay_zero():
     moment = make_moment((4, 6))
     moment[1], moment[:, 2] = 0.0, 0.0
     target = torch.zeros(4, 6)
-    factor_one(moment).add_(target, 3.0)
+    add_spreads_([factor_one(moment)], [target], 3.0)
     assert not target[1].any() and not target[:, 2].any() and target.isfinite().all()
     target = torch.zeros(4, 6)
-    factor_one(torch.zeros(4, 6)).add_(target, 3.0)
+    add_spreads_([factor_one(torch.zeros(4, 6))], [target], 3.0)
     assert torch.equal(target, torch.zeros(4, 6))
 
 
@@ -108,7 +108,7 @@ def test_other_dtypes_keep_fp32_vectors(dtype):
     own = factor_one(moment)
     assert own.rows.dtype == own.columns.dtype == torch.float32
     target = torch.zeros(3, 5, dtype=dtype)
-    own.add_(target, 1.0)
+    add_spreads_([own], [target], 1.0)
     torch.testing.assert_close(
         target.float(), factor(moment.float()), rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0
     )

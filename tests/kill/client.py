@@ -1,59 +1,73 @@
-"""What a test needs to train in children that are killed: starts `server.py`, asks it for runs, keeps their records."""
+"""What a test needs to train in children that are killed: forks of a process that has imported everything, which saves seconds a run.
+
+That process must never run a backward pass itself, because autograd does not work in children of a process that has.
+"""
 
 import itertools
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import torch
+from kill.runs import run_child
 from processes import make_environment
 
-SERVER = Path(__file__).with_name("server.py")
+TIME_LIMIT = 120.0  # seconds a child may take; a deadlock is a failure, not a wait
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["kill.preloaded"])
 
 
-class KillServer:
-    """One server process; `run` trains in a fresh child of it."""
+def run(folder: Path, task: str = "train", kill: dict | None = None, may_fail: bool = False, **request) -> dict:
+    """Do a task of `runs.py` in `folder`; the answer has status, events, log and, where it came to its end, the result.
 
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=make_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"),
-        )
-        return self
+    `kill` = {"phase", "occurrence", "delay"}: SIGKILL (or "signal") so many seconds after the phase began for the
+    so-manieth time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result, log = folder / "result.pt", folder / "log.txt"
+    result.unlink(missing_ok=True)
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    request |= {"task": task, "folder": str(folder), "log": str(log), "time_limit": TIME_LIMIT}
+    child = CONTEXT.Process(target=run_child, args=(request, sender))
+    with mock.patch.dict(os.environ, make_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")):
+        child.start()
+    sender.close()
+    events = watch(child, receiver, kill)
+    child.join()
+    answer = {"status": child.exitcode, "events": events, "log": log.read_text()}
+    if answer["status"] != -signal.SIGKILL:
+        assert answer["status"] == 0 or may_fail, answer["log"]
+    if answer["status"] == 0:
+        answer["result"] = torch.load(result, weights_only=False)
+    return answer
 
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
-    def run(
-        self, folder: Path, task: str = "train", kill: dict | None = None, may_fail: bool = False, **request
-    ) -> dict:
-        """Do a task of `runs.py` in `folder`; the answer has status, events, log and, where it came to its end, the result.
-
-        `kill` = {"phase", "occurrence", "delay"}: SIGKILL (or "signal") so many seconds after the phase began for the
-        so-manieth time.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        result = folder / "result.pt"
-        result.unlink(missing_ok=True)
-        request |= {"task": task, "folder": str(folder), "log": str(folder / "log.txt"), "kill": kill}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the server has ended"
-        answer = json.loads(line)
-        answer["log"] = (folder / "log.txt").read_text()
-        assert answer["in_time"], f"stopped after its time limit; where it stood:\n{answer['log']}"
-        if answer["status"] != -signal.SIGKILL:
-            assert answer["status"] == 0 or may_fail, answer["log"]
-        if answer["status"] == 0:
-            answer["result"] = torch.load(result, weights_only=False)
-        return answer
+def watch(child, receiver, kill: dict | None) -> list[tuple[float, str]]:
+    """Note when a child began its phases, until it ends, and send the signal at the moment asked for."""
+    start, events, seen, due = time.monotonic(), [], 0, None
+    while True:
+        now = time.monotonic()
+        if due is not None and now >= due:
+            os.kill(child.pid, kill.get("signal", signal.SIGKILL))
+            due = None
+        if now - start > TIME_LIMIT:
+            child.kill()
+            raise AssertionError("stopped after its time limit; its log has where it stood")
+        if not receiver.poll(0.5 if due is None else max(0.0, due - now)):
+            continue
+        try:
+            phase = receiver.recv()
+        except (EOFError, OSError):  # it has ended, maybe in the middle of a word
+            return events
+        events.append((time.monotonic() - start, phase))
+        if kill is not None and phase == kill["phase"]:
+            seen += 1
+            if seen == kill["occurrence"]:
+                due = time.monotonic() + kill["delay"]
 
 
 def read_lives(folder: Path, name: str = "lives.jsonl") -> list[dict]:

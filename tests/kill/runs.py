@@ -1,18 +1,22 @@
 """The runs that are killed: each reports its phases and leaves what a test compares."""
 
 import builtins
+import faulthandler
 import json
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import transformers.modeling_utils
 from conftest import make_gpt2, make_sequences
 from processes import leave
+from tqdm import tqdm
 from trainers import is_untouched, make_trainer, weights_of
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -237,6 +241,25 @@ def interrupt(request: dict, report) -> None:
 
 
 TASKS = {"train": train, "interrupt": interrupt}
+
+
+def run_child(request: dict, progress) -> None:
+    """Do the task in a forked child, with everything it says in a log file and its phases through a pipe."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    tqdm.set_lock(threading.RLock())  # the parent's may be held at the moment of the fork
+    faulthandler.dump_traceback_later(0.9 * request["time_limit"], file=log)
+    status = 1
+    try:
+        TASKS[request["task"]](request, progress.send)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def main(path: str) -> None:

@@ -112,10 +112,13 @@ def mean_of(history, name) -> torch.Tensor:
     return sum(w * g[name].square() for w, g in zip(weights, history, strict=True)) / sum(weights)
 
 
-def test_zeros_attaches_nothing_and_takes_any_optimizer():
-    optimizer = torch.optim.SGD(make_network().parameters(), lr=0.1)
+def test_zeros_attaches_nothing_and_takes_any_optimizer_and_swapped_arguments_are_named():
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert attach_v0(optimizer, None, "zeros") is None
     assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(InputError, match=r"a Sequential as its optimizer.*attach_v0\(optimizer, model\)"):
+        attach_v0(model, optimizer)
 
 
 def test_under_accelerate_the_gradient_is_accumulated_and_clipped(make_accelerator):

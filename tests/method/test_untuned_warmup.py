@@ -6,9 +6,9 @@ import torch
 from conftest import make_sequences
 from trainers import make_trainer, train
 
-from hf_v0init import InputError, compute_multiplier
+from hf_v0init import InputError, V0InitCallback, compute_multiplier
 from hf_v0init.method.length import compute_untuned_factor
-from hf_v0init.trainer.schedule import add_untuned_warmup
+from hf_v0init.trainer.schedule import multiply_schedule
 
 REFERENCES = {
     "linear": lambda optimizer, beta2: pytorch_warmup.LinearWarmup(optimizer, round(2 / (1 - beta2))),
@@ -28,7 +28,7 @@ def test_rates_are_those_of_the_reference(shape, beta2):
     their_schedule = torch.optim.lr_scheduler.LambdaLR(theirs, decay)
     their_warmup = REFERENCES[shape](theirs, beta2)
     our_schedule = torch.optim.lr_scheduler.LambdaLR(ours, decay)
-    add_untuned_warmup(our_schedule, beta2, shape)
+    multiply_schedule(our_schedule, lambda made: compute_untuned_factor(made + 1, beta2, shape), "untuned_warmup")
     for _ in range(150):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
         assert our_schedule.get_last_lr()[0] == ours.param_groups[0]["lr"]
@@ -46,9 +46,15 @@ def test_exponential_is_nearly_the_square_of_the_multiplier_at_scale_one():
         )
 
 
+@pytest.mark.parametrize("by_callback", [False, True])
 @pytest.mark.parametrize("shape", ["linear", "exponential"])
-def test_trainer_trains_at_these_rates(tmp_path, shape):
-    trainer = train(tmp_path, untuned_warmup=shape, adam_beta2=0.9, max_steps=6, lr_scheduler_type="linear")
+def test_trainer_trains_at_these_rates(tmp_path, shape, by_callback):
+    own = {} if by_callback else {"untuned_warmup": shape}
+    options = {"adam_beta2": 0.9, "max_steps": 6, "lr_scheduler_type": "linear"}
+    trainer = make_trainer(tmp_path, stock=by_callback, **options, **own)
+    if by_callback:
+        V0InitCallback(untuned_warmup=shape).attach(trainer)
+    trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     expected = [1e-2 * (1 - step / 6) * compute_untuned_factor(step + 1, 0.9, shape) for step in range(6)]
     assert rates == pytest.approx(expected, rel=1e-12)

@@ -4,7 +4,7 @@ import torch
 from conftest import make_gpt2, make_sequences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_v0init import InputError, SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments
+from hf_v0init import InputError, SafeCheckpointsMixin, V0InitTrainer, V0InitTrainingArguments, read_second_moment
 from hf_v0init.hook import find_hook
 from hf_v0init.second_moment.state import SecondMoment, unwrap_optimizer
 
@@ -72,8 +72,7 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 
 def second_moments_of(trainer) -> dict[str, torch.Tensor]:
-    reader = SecondMoment(trainer.optimizer)
-    moments = {name: reader.read_parameter(p) for name, p in trainer.model.named_parameters()}
+    moments = {name: read_second_moment(trainer.optimizer, p) for name, p in trainer.model.named_parameters()}
     return {name: v.detach().clone() for name, v in moments.items() if v is not None}
 
 

@@ -219,7 +219,7 @@ def test_shards_are_named_by_the_model_the_group_or_their_place():
     ]
     assert [shard.param for shard in shards] == [p, q, r]
     assert [moments.read_beta2(shard.group) for shard in shards] == [0.999, 0.999, 0.9]
-    unnamed = SecondMoment(torch.optim.AdamW([{"params": [p]}, {"params": [q, s]}]))
-    names = [shard.name for shard in unnamed.list_shards({id(q): "w"})]
+    unnamed = torch.optim.AdamW([{"params": [p]}, {"params": [q, s]}])
+    names = [shard.name for shard in SecondMoment(unnamed).list_shards({id(q): "w"})]
     assert names == ["group 0, parameter 0", "w", "group 1, parameter 1"]
-    assert unnamed.read_parameter(r) is None
+    assert read_second_moment(unnamed, r) is None

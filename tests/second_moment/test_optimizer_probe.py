@@ -107,7 +107,7 @@ def test_state_of_any_name_is_found_and_written():
 @pytest.mark.parametrize(
     ("twist", "reason"),
     [
-        ("reset", "energy: its first step wipes a written v0 out"),
+        ("reset", r"\(energy, m\) is \(1 - beta2\) \* g\^2"),
         ("root", r"\(energy, m\) is \(1 - beta2\) \* g\^2"),
         ("centralised", r"\(energy, m\) is \(1 - beta2\) \* g\^2"),
         ("ones", "makes another step 1 than its own"),
@@ -123,7 +123,7 @@ def test_what_does_not_obey_is_refused_with_its_reason(twist, reason):
 
 def test_every_group_and_every_number_of_dimensions_is_looked_at():
     groups = [{"params": [make_parameter()]}, {"params": [make_parameter()], "twist": "reset"}]
-    assert probe_optimizer(Mine(groups))[1] == "energy: its first step wipes a written v0 out"
+    assert probe_optimizer(Mine(groups))[1].startswith("no tensor")
     groups = [{"params": [make_parameter()]}, {"params": [make_parameter()], "betas": (0.9, 0.9)}]
     assert "name no decay" in probe_optimizer(Mine(groups))[1]
 
@@ -146,7 +146,7 @@ def test_a_subclass_of_a_listed_optimizer_is_looked_at_too():
                 state["exp_avg_sq"].zero_()
             return super().step(closure)
 
-    with pytest.raises(InputError, match="wipes a written v0 out"):
+    with pytest.raises(InputError, match=r"no tensor of the parameter.s shape"):
         find_format(Discards([make_parameter()]))
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_gpt2
 from optimizer_cases import REFUSED_ROWS, find_row_of_optim, quiet_and_eager
 from test_optimizer_probe import Mine
-from trainers import Recorder, assert_equal_weights, is_untouched, make_trainer, record, second_moments_of, train
+from trainers import Recorder, assert_equal_weights, make_trainer, record, second_moments_of, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_v0init import InputError
@@ -143,16 +143,3 @@ def test_refused_values_raise_before_any_training_and_train_as_stock_with_zeros(
     assert row.refusal in str(caught.value) and trainer.state.global_step == 0
     if value == "adafactor":
         assert train(tmp_path, v0_init="zeros", optim=value, max_steps=2).state.global_step == 2
-
-
-def test_a_length_needs_a_decaying_second_moment(tmp_path):
-    trainer = make_trainer(tmp_path, **DATA_DRIVEN, v0_decay_steps=50, optim="adagrad")
-    with pytest.raises(InputError, match="no decaying mean"):
-        trainer.train()
-    assert is_untouched(trainer.optimizer)
-
-
-def test_closed_form_takes_rmsprops_alpha(tmp_path):
-    trainer, _ = record(tmp_path, **DATA_DRIVEN, optim="rmsprop", optim_args="alpha=0.75", max_steps=1)
-    assert trainer.get_v0_report()["beta2"] == 0.75
-    assert trainer.get_v0_report()["multiplier"]["1"] == pytest.approx(0.5)

@@ -24,7 +24,6 @@ from hf_v0init.second_moment.table import (
     ROWS,
     SUPPORTED_ROWS,
     find_row,
-    make_markdown_table,
 )
 
 # ---- the table itself ------------------------------------------------------------------------------------------------------------
@@ -71,12 +70,10 @@ def test_optim_values_lead_to_the_class_of_their_row(value, tmp_path):
 
 
 def test_command_prints_the_table_without_torch():
-    code = "import sys; sys.argv = ['x', 'optimizers', '--markdown']; from hf_v0init.cli.main import main\ntry: main()\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    code = "import sys; sys.argv = ['x', 'optimizers']; from hf_v0init.cli.main import main\ntry: main()\nexcept SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == make_markdown_table()
-    lines = make_markdown_table().splitlines()
-    assert len(lines) == len(ROWS) + 3 and {line.count(" | ") for line in lines} == {5}
+    assert "AdEMAMix" in done.stdout and "refused" in done.stdout
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

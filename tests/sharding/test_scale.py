@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_v0init import V0InitArguments
 from hf_v0init.hook import beta2_decay
 from hf_v0init.hook.beta2_decay import Beta2Decay
-from hf_v0init.hook.shards import SteppedShards
 from hf_v0init.second_moment.state import SecondMoment
 from hf_v0init.sharding.draws import BLOCK_NUMEL
 
@@ -70,8 +69,8 @@ def test_drawing_takes_the_shard_and_one_block(join, monkeypatch, world_size, ra
     def draw() -> None:
         """Write a random v0 as the first step does, into the states of parameters that have gradients."""
         plan = V0InitArguments(v0_init="random", v0_decay="beta2").resolve()
-        shards = SteppedShards(SecondMoment(optimizer), None, plan)
-        Beta2Decay(shards, plan, 1, lambda _: None)._write(shards.list_all(), 1.0)
+        decay = Beta2Decay(SecondMoment(optimizer), None, plan)
+        decay._write(decay.list_all(), 1.0)
 
     used = measure_memory(draw)
     state = 8 * sum(parameter.to_local().numel() for parameter in parameters)  # exp_avg and exp_avg_sq in fp32

@@ -51,7 +51,7 @@ def straight(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("stop", "is_elsewhere"), [(1, False), (6, True), (7, False), (L - 1, True), (L, False)])
-def test_resumed_at_any_step_it_is_the_straight_run_bit_for_bit(straight, stop, is_elsewhere, tmp_path):
+def test_resumed_at_any_step_it_is_the_straight_run_bit_for_bit(straight, stop, is_elsewhere, tmp_path, our_log):
     strategy, by_callback, trainer, folder = straight
     resumed = make(tmp_path if is_elsewhere else folder, by_callback, strategy, seed=99, save_strategy="no")
     rates = Rates()
@@ -61,6 +61,7 @@ def test_resumed_at_any_step_it_is_the_straight_run_bit_for_bit(straight, stop, 
     for name, v in second_moments_of(trainer).items():
         assert torch.equal(v, second_moments_of(resumed)[name]), name
     assert rates.rates == pytest.approx([1e-2 * min(1, (12 - t) / (12 - L)) for t in range(stop, 12)])
+    assert ("stays at its peak" in our_log.text) == (stop < L)
 
 
 class CutOff(TrainerCallback):

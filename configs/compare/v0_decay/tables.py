@@ -28,13 +28,14 @@ TASKS = {  # title in the README, optimizer steps of a run, L: two thirds of it,
 }
 COLUMNS = ["configuration", "rate", "seeds", "loss", "less the best warmup"]
 TUNING_SEED = 1
+DEFAULT_V0 = "v0, the default"
 MARGIN = 0.01  # of the warmup's loss, up to which v0 is not inferior
 
 
 def read_runs(task: str) -> pd.DataFrame:
     """Read a task's runs: columns configuration, learning_rate, seed, eval_loss; finished ones alone."""
     runs = pd.read_csv(FOLDER / "results" / f"{task}.csv")
-    return runs[runs["eval_loss"].notna()]
+    return runs[runs["eval_loss"].notna()].copy()
 
 
 def is_default_v0(runs: pd.DataFrame, task: str) -> pd.Series:
@@ -43,13 +44,21 @@ def is_default_v0(runs: pd.DataFrame, task: str) -> pd.Series:
     return runs["configuration"].str.startswith("data_driven linear") & (runs["decay_steps"] == length)
 
 
+def read_by_seed(task: str) -> pd.DataFrame:
+    """Read the losses of the seeds that chose nothing: a row each, columns (configuration, learning rate).
+
+    Runs of the default v0 have one name, however it was asked for.
+    """
+    runs = read_runs(task)
+    runs.loc[is_default_v0(runs, task), "configuration"] = DEFAULT_V0
+    fresh = runs[runs["seed"] != TUNING_SEED]
+    return fresh.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
+
+
 def describe(task: str) -> pd.DataFrame:
     """Mean and standard deviation of each configuration over the fresh seeds, and the paired difference to the best warmup."""
-    runs = read_runs(task)
-    fresh = runs[runs["seed"] != TUNING_SEED]
-    by_seed = fresh.pivot_table(index="seed", columns=["configuration", "learning_rate"], values="eval_loss")
-    warmups = [key for key in by_seed.columns if key[0].startswith("warmup")]
-    best = min(warmups, key=lambda key: by_seed[key].mean()) if warmups else None
+    by_seed = read_by_seed(task)
+    best = find_best(by_seed, "warmup")
     rows = []
     for key in by_seed.columns:
         values = by_seed[key].dropna()
@@ -58,6 +67,14 @@ def describe(task: str) -> pd.DataFrame:
         row["less the best warmup"] = "" if best is None or key == best else compare(by_seed[key], by_seed[best])
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS).sort_values("loss")
+
+
+def find_best(by_seed: pd.DataFrame, kind: str) -> tuple[str, float] | None:
+    """Find the configuration of a kind, and its rate, with the lowest mean among those with the most seeds; None without any."""
+    counts = by_seed.count()[[key for key in by_seed.columns if key[0].startswith(kind)]]
+    if counts.empty:
+        return None
+    return by_seed[counts.index[counts == counts.max()]].mean().idxmin()
 
 
 def compare(ours: pd.Series, theirs: pd.Series) -> str:
