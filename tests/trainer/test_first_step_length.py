@@ -88,29 +88,33 @@ def make_optimizer(model, rate: float = 0.15) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-class OwnSampler:
-    """Put before a Trainer: the order of the data comes from a generator of its own."""
+class Sampled(OursTrainer):
+    """The order of the data comes from a generator of its own."""
 
     def _get_train_sampler(self, *args, **kwargs):
         self.sampler_generator = torch.Generator().manual_seed(8)
         return torch.utils.data.RandomSampler(self.train_dataset, generator=self.sampler_generator)
 
 
-def run(folder, stock: bool = False, data: str = "rows", batch_norm: bool = False, rate: float = 0.15, **options):
-    """Train; with `callback` that one on a stock Trainer."""
+def build(
+    folder, *, stock=False, trainer_class=None, make=make_optimizer, data="rows", batch_norm=False, callback=None, **options
+):  # fmt: skip
+    """A Trainer of the network above; with `callback` a stock one that has that attached."""
     torch.manual_seed(7)
-    callback = options.pop("callback", None)
     stock, model = stock or callback is not None, Network(batch_norm)
     rows = Stream(make_rows()) if data == "stream" else make_rows()
-    base = StockTrainer if stock else OursTrainer
-    cls = type("Sampled", (OwnSampler, base), {}) if data == "sampler" else base
     trainer = make_trainer(
-        folder, stock=stock, model=model, data=rows, trainer_class=cls,
-        kwargs={"optimizers": (make_optimizer(model, rate), None)},
+        folder, stock=stock, model=model, data=rows, kwargs={"optimizers": (make(model), None)},
+        trainer_class=trainer_class or (StockTrainer if stock else OursTrainer),
         **{"max_steps": STEPS, "per_device_train_batch_size": 8, "remove_unused_columns": False, "logging_steps": 3} | options,
     )  # fmt: skip
     if callback is not None:
         callback.attach(trainer)
+    return trainer
+
+
+def run(folder, **options):
+    trainer = build(folder, **options)
     trainer.train()
     return trainer
 
@@ -137,7 +141,7 @@ CASES = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "stream": {"data": "stream"},
-    "sampler": {"data": "sampler"},
+    "sampler": {"trainer_class": Sampled},
     "workers": {"dataloader_num_workers": 1},
 }
 
@@ -164,7 +168,7 @@ def test_a_measured_length_gives_the_run_of_that_length_bit_for_bit(strategy, ca
     ],
 )
 def test_a_small_rate_gets_a_third_of_training(settings, given, batch_norm, tmp_path):
-    options = {"rate": 1e-6, "batch_norm": batch_norm}
+    options = {"make": lambda model: make_optimizer(model, 1e-6), "batch_norm": batch_norm}
     ours = run(tmp_path / "a", **settings, **options)
     length = ours.get_v0_report()["length"]
     assert length["steps"] == STEPS / 3 > round(260 * length["x"])
@@ -245,44 +249,29 @@ class OwnStepTrainer(OursTrainer):
 
 
 def test_a_step_of_ones_own_falls_back_and_says_why(tmp_path, our_log):
-    model = Network()
-    trainer = make_trainer(
-        tmp_path, model=model, data=make_rows(), trainer_class=OwnStepTrainer, max_steps=60, **AUTO,
-        kwargs={"optimizers": (torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.9)), None)},
-        remove_unused_columns=False,
-    )  # fmt: skip
-    trainer.train()
+    trainer = run(tmp_path, trainer_class=OwnStepTrainer, max_steps=60, **AUTO)
     length = trainer.get_v0_report()["length"]
     assert (length["steps"], length["d50"], length["x"]) == (40, None, None)  # two thirds of 60
     warnings = [r.getMessage() for r in our_log.records if r.levelname == "WARNING" and r.name == "hf_v0init"]
     assert len(warnings) == 1 and length["reason"] in warnings[0] and "compute_loss" in length["reason"]
 
 
-def make_lomo(parameters):
-    class Lomo(torch.optim.SGD):
-        """Steps in backward; its `step` does nothing."""
+class Lomo(torch.optim.SGD):
+    """Steps in backward; its `step` does nothing."""
 
-        def step(self, closure=None):
-            return None
-
-    return Lomo(parameters, lr=1e-2)
+    def step(self, closure=None):
+        return None
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda p: torch.optim.SGD(p, lr=1e-2), make_lomo, lambda p: torch.optim.Adagrad(p)],
-    ids=["SGD", "Lomo", "Adagrad"],
-)
-def test_optimizers_of_another_kind_are_refused_before_any_step(make, tmp_path):
-    model = Network()
-    before = [p.detach().clone() for p in model.parameters()]
-    trainer = make_trainer(
-        tmp_path, model=model, data=make_rows(), trainer_class=OursTrainer, untuned_warmup="trust_radius",
-        kwargs={"optimizers": (make(list(model.parameters())), None)}, remove_unused_columns=False,
-    )  # fmt: skip
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, Lomo, torch.optim.Adagrad])
+def test_optimizers_of_another_kind_are_refused_before_any_step(optimizer_class, tmp_path):
+    trainer = build(
+        tmp_path, make=lambda model: optimizer_class(model.parameters(), lr=1e-2), untuned_warmup="trust_radius"
+    )
     with pytest.raises(InputError, match=r"untuned_warmup=trust_radius.*give --warmup_steps"):
         trainer.train()
-    assert model.calls == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert trainer.model.calls == 0
+    assert_same(dict(trainer.model.state_dict()), dict(Network().state_dict()))
 
 
 # ---- errors and Ctrl-C -----------------------------------------------------------------------------------------------
@@ -314,16 +303,11 @@ def test_cut_off_at_any_forward_the_trainer_is_as_before(settings, how, tmp_path
                     signal.raise_signal(signal.SIGINT)
                 return super().compute_loss(*args, **kwargs)
 
-        torch.manual_seed(7)
-        model, fresh = Network(), Network()
-        trainer = make_trainer(
-            tmp_path / str(number), model=model, data=make_rows(), trainer_class=Cut, max_steps=STEPS,
-            kwargs={"optimizers": (make_optimizer(model), None)}, per_device_train_batch_size=8,
-            remove_unused_columns=False, **settings,
-        )  # fmt: skip
+        trainer = build(tmp_path / str(number), trainer_class=Cut, **settings)
+        model = trainer.model
         with pytest.raises(RuntimeError if how == "error" else KeyboardInterrupt):
             trainer.train()
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), Network().parameters(), strict=True))
         assert model.calls == trainer.num_losses == 1 and model.training
         assert all(group["lr"] == group["initial_lr"] for group in trainer.optimizer.param_groups)
         assert "compute_loss" not in vars(trainer) and not trainer.optimizer.state
