@@ -58,7 +58,8 @@ def print_summary(trainer) -> None:
     count = sum(p.numel() for p in network.parameters())
     table.add_row("model", f"{type(network).__name__}, {count:,} parameters")
     if trainer.args.do_train:
-        trained = f"{trainer.state.global_step:,} steps, {trainer.state.epoch or 0:.2f} epochs"
+        steps, epochs = trainer.state.global_step, trainer.state.epoch or 0
+        trained = f"{steps:,} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
         seconds = results.get("train_runtime")
         table.add_row("trained", f"{trained}, {seconds:.0f} s" if seconds else trained)
         table.add_row("v0", _describe_v0(trainer.get_v0_report()))

@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin
-from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator
+from hf_v0init.tasks.language_modeling.streams import ContiguousStreamsMixin, SegmentCollator
 from hf_v0init.tasks.token_loss import ExactPerplexityMixin
 from hf_v0init.trainer.per_sample import choose_samples
 

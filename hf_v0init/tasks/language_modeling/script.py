@@ -30,8 +30,7 @@ from .samples import (
     tokenize_texts,
 )
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
-from .stream_training import ContiguousStreamsMixin
-from .token_streams import SegmentCollator, TokenStreams
+from .streams import ContiguousStreamsMixin, SegmentCollator, TokenStreams
 
 DEFAULT_SEGMENT = 70  # tokens through which AWD-LSTM's paper back-propagates
 EXAMPLES = """
