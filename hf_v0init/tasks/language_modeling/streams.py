@@ -40,7 +40,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
 from ...errors import InputError
-from .samples import NO_TARGET, flatten_rows, pad_rows
+from .samples import PaddingCollator, flatten_rows
 
 logger = logging.getLogger("hf_v0init")
 
@@ -71,7 +71,8 @@ def draw_boundaries(num_tokens: int, segment_length: int, seed: tuple[int, int])
 class TokenStreams(torch.utils.data.Dataset):
     """A text as contiguous streams; item i is a segment, see the top of the file. The tokens are kept in memory, 4 bytes each.
 
-    Items are dicts of `input_ids` and `shift_labels` (the token after each), int32 arrays of one length, and `begins_stream`.
+    Items are dicts of `input_ids`, `labels` (the same) and `shift_labels` (the token after each), int32 arrays of one length, and
+    `begins_stream`.
 
     Args:
         rows: a data set with a column `input_ids`; its rows are joined.
@@ -139,6 +140,7 @@ class TokenStreams(torch.utils.data.Dataset):
         stop = offset + int(min(self._boundaries[segment + 1], self._lengths[stream]))
         item = {
             "input_ids": self.tokens[start:stop],
+            "labels": self.tokens[start:stop],
             "shift_labels": self.tokens[start + 1 : stop + 1],
             "begins_stream": segment == 0,
         }
@@ -155,36 +157,6 @@ class TokenStreams(torch.utils.data.Dataset):
         streams = copy.copy(self)
         streams.with_context = True
         return streams
-
-
-class SegmentCollator:
-    """Make a batch of segments: `input_ids`, `labels` (the same) and `shift_labels`, int64 of shape (segments, tokens).
-
-    Shorter segments are padded at the right (-100 in the labels), and only then there is an `attention_mask`. `begins_stream`
-    says whether all are their streams' first. Segments with context get `context_ids`, a list of int64 tensors (1, tokens).
-
-    Args:
-        pad_token_id: fills `input_ids`; masked, so any id does.
-    """
-
-    def __init__(self, pad_token_id: int | None) -> None:
-        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
-
-    def __call__(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch; tensors but for `begins_stream`, a bool, and `context_ids`."""
-        inputs, mask = pad_rows([segment["input_ids"] for segment in segments], self.pad_token_id)
-        targets, _ = pad_rows([segment["shift_labels"] for segment in segments], NO_TARGET)
-        batch = {
-            "input_ids": inputs,
-            "labels": inputs.masked_fill(mask == 0, NO_TARGET),
-            "shift_labels": targets,
-            "begins_stream": all(segment["begins_stream"] for segment in segments),
-        }
-        if not bool(mask.all()):
-            batch["attention_mask"] = mask
-        if "context_ids" in segments[0]:
-            batch["context_ids"] = [torch.tensor(segment["context_ids"])[None].long() for segment in segments]
-        return batch
 
 
 # ---- training -----------------------------------------------------------------------------------------------------------
@@ -212,7 +184,7 @@ class _ScaleLearningRate(TrainerCallback):
 class ContiguousStreamsMixin:
     """Put before a Trainer of a model that takes and returns `state`: `TokenStreams` are read in order, with the state carried.
 
-    Other data sets are trained on as ever. Give `data_collator=SegmentCollator(...)`, and streams that are as many as a batch of all
+    Other data sets are trained on as ever. Give `data_collator=PaddingCollator(...)`, and streams that are as many as a batch of all
     processes has rows. The loss of training, and so of v0's statistics, is the model's with its regularisers; that of evaluation
     is the model's without.
 
@@ -288,7 +260,7 @@ class ContiguousStreamsMixin:
         return super()._get_train_sampler(train_dataset)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
-        if isinstance(data_collator, SegmentCollator):
+        if isinstance(data_collator, PaddingCollator):
             return data_collator  # what it adds for this class is no input of the model
         return super()._get_collator_with_removed_columns(data_collator, description)
 
