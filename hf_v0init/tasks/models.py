@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class ModelArguments:
             InputError: it cannot be loaded, not be changed so, or is of a model for another task.
         """
         name = self.config_name or self.model_name_or_path
+        if self.model_type is not None and self.model_type not in CONFIG_MAPPING:
+            close = difflib.get_close_matches(self.model_type, list(CONFIG_MAPPING.keys()), n=1)
+            meant = f"; did you mean {close[0]}?" if close else "; give another"
+            raise InputError(f"--model_type={self.model_type}: transformers has no model of this type{meant}")
         try:
             if self.model_type is not None:
                 config = CONFIG_MAPPING[self.model_type]()

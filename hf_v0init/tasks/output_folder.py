@@ -75,12 +75,9 @@ def describe_run(training: TrainingArguments, *others) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for arguments in (*others, training):
         flags |= vars(arguments)
-    for name in {
-        "model_name_or_path",
-        "tokenizer_name",
-        "dataset_name",
-    } & flags.keys():  # whose folder may have been moved
-        flags[name] = flags[name] and Path(flags[name]).name
+    for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):  # whose folder may have been moved
+        if flags.get(name):
+            flags[name] = Path(flags[name]).name
     identity = {name: _make_plain(flags[name]) for name in IDENTITY_FLAGS if name in flags}
     if training.do_train:
         paths = {name: Path(flags[name]) for name in TRAIN_PATHS if flags.get(name) is not None}
@@ -123,21 +120,28 @@ def read_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
     return state, stored["attributes"] if isinstance(stored, dict) and stored else {}
 
 
-def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with what makes it another one.
+def require_same_run(folder: str | os.PathLike, now: Mapping[str, Any], finished_at: int | None = None) -> None:
+    """Refuse to continue a run with what makes it another one, or to take a finished run for one of other settings.
 
     Args:
         folder: a checkpoint, or the output folder of a finished run.
         now: what `describe_run` returned.
+        finished_at: the step at which a finished run ended.
 
     Raises:
         InputError: naming the flags with their values then and now.
     """
-    old = read_state(folder)[1].get("identity", {})
-    changes = list_changes(old, now["identity"])
+    old = read_state(folder)[1]
+    changes = list_changes(old.get("identity", {}), now["identity"])
     if changes:
         raise InputError(
             f"{folder} is of another run: {'; '.join(changes)}. To continue it, give what it was started with; to start from scratch, {FRESH}"
+        )
+    changes = [] if finished_at is None else list_changes(old.get("settings", {}), now["settings"])
+    if changes:
+        raise InputError(
+            f"{folder} holds a run that finished at step {finished_at} with other flags: {'; '.join(changes)}. To evaluate "
+            f"that run, give what it was trained with; to train with these, {FRESH}"
         )
 
 
@@ -178,22 +182,14 @@ def find_place_to_start(training: TrainingArguments, overwrite: bool, run: dict)
     if not training.do_train:
         require_writable_output(training.output_dir, overwrite=True)
         return None
-    if not overwrite and training.resume_from_checkpoint in (None, *IS_TRUE):
-        step = find_finished_step(training)
-        if step is not None:
-            require_same_run(training.output_dir, run)
-            changes = list_changes(read_state(training.output_dir)[1].get("settings", {}), run["settings"])
-            if changes:
-                raise InputError(
-                    f"{training.output_dir} holds a run that finished at step {step} with other flags: {'; '.join(changes)}. To evaluate "
-                    f"that run, give what it was trained with; to train with these, {FRESH}"
-                )
-            require_stages_left(training, step, run)
-            return training.output_dir
-    checkpoint = find_checkpoint_to_resume(training, overwrite)
-    if checkpoint is not None:
-        require_same_run(checkpoint, run)
-    return checkpoint
+    continues = not overwrite and training.resume_from_checkpoint in (None, *IS_TRUE)
+    step = find_finished_step(training) if continues else None
+    place = find_checkpoint_to_resume(training, overwrite) if step is None else training.output_dir
+    if place is not None:
+        require_same_run(place, run, finished_at=step)
+    if step is not None:
+        require_stages_left(training, step, run)
+    return place
 
 
 def find_finished_step(training: TrainingArguments) -> int | None:

@@ -66,6 +66,7 @@ def probe_and_print(trainer) -> None:
         f"relative learning rate = learning rate / trust radius = {learning_rate:g} / {d50:.3g} = {x:.3g}",
         f"Warm up for {length:,} of {num_steps:,} steps{describe_bound(x, length)}: --v0_init data_driven --v0_decay_steps {length}, "
         f"or without v0 --warmup_steps {length}",
-        f"Largest learning rate that {num_steps:,} steps leave room for: {compute_largest_rate_with_room(d50, num_steps):.3g}",
+        f"A learning rate above {compute_largest_rate_with_room(d50, num_steps):.3g} would need a warmup of more than two thirds of "
+        "these steps",
     ):
         console.print(line)

@@ -122,7 +122,13 @@ def _finish_training_arguments(training: TrainingArguments, given: set[str]) -> 
     require_possible_training(training)
     choose_better_direction(training, was_given="greater_is_better" in given)
     _require_joined_processes(training)
-    get_reporting_integration_callbacks(training.report_to)  # refuses a name that it does not know
+    try:
+        for make_tracker in get_reporting_integration_callbacks(
+            training.report_to
+        ):  # refuses a name that it does not know
+            make_tracker()
+    except RuntimeError as error:  # of a tracker that is not installed
+        raise InputError(f"--report_to={' '.join(training.report_to)}: {error}") from error
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # without effect there, but torch would warn of it
     if "disable_tqdm" not in given and not sys.stderr.isatty():

@@ -17,12 +17,12 @@ from ..records.model_card import add_results_section
 from ..records.report import read_report
 from ..trainer.schedule import multiply_schedule
 from .output_folder import RECORD_KEY, STATE_FILE, TRAIN_RESULTS_FILE, make_run_record
-from .summary import find_scores
+from .summary import find_scores, read_results
 from .whole_weights import WholeWeightsMixin
 
 logger = logging.getLogger("hf_v0init")
 
-CARD_FILE, RESULTS_FILE = "README.md", "all_results.json"
+CARD_FILE = "README.md"
 
 
 class AnnounceEpoch(TrainerCallback):
@@ -137,7 +137,7 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
         if self.state.global_step or not path.is_file():
             super().create_model_card(*args, **kwargs)
         if path.is_file():
-            results = self.read_results()
+            results = read_results(self.args.output_dir)
             text = add_results_section(path.read_text(encoding="utf-8"), results)
             card = RepoCard(text)
             task, dataset = kwargs.get("tasks") or "other", kwargs.get("dataset") or "local"
@@ -153,8 +153,3 @@ class ScriptTrainerMixin(SafeCheckpointsMixin, WholeWeightsMixin, Trainer):
                 measured = [result.metric_type for result in listed if result.metric_type != "loss"]
                 card.data["metrics"] = list(dict.fromkeys([*(card.data.get("metrics") or []), *measured])) or None
             path.write_text(str(card), encoding="utf-8")
-
-    def read_results(self) -> dict:
-        """Read what `save_metrics` has written into the output folder; empty if there is nothing."""
-        path = Path(self.args.output_dir, RESULTS_FILE)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

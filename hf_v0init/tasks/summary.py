@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,16 @@ from ..method.length import describe_bound
 # Of all the numbers of `all_results.json` those that people look for; the file has the rest.
 SCORES = {
     "loss": "{:.4f}", "perplexity": "{:.3f}", "pseudo_perplexity": "{:.3f}", "accuracy": "{:.4f}", "top5_accuracy": "{:.4f}",
-    "bleu": "{:.2f}", "chrf": "{:.2f}",
+    "bleu": "{:.2f}", "chrf": "{:.2f}", "fid": "{:.2f}", "frechet_distance_classifier": "{:.3f}",
 }  # fmt: skip
 STAGES = {"train": "training", "eval": "validation", "predict": "test", "test": "test"}
-LOG_WIDTH = 120
+LOG_WIDTH, RESULTS_FILE = 120, "all_results.json"
+
+
+def read_results(output_dir) -> dict[str, Any]:
+    """Read what `save_metrics` has written into an output folder; empty if there is nothing."""
+    path = Path(output_dir, RESULTS_FILE)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def find_scores(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
@@ -43,8 +50,7 @@ def print_summary(trainer) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    folder = Path(trainer.args.output_dir)
-    results = trainer.read_results()
+    results = read_results(trainer.args.output_dir)
     table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -52,13 +58,14 @@ def print_summary(trainer) -> None:
     count = sum(p.numel() for p in network.parameters())
     table.add_row("model", f"{type(network).__name__}, {count:,} parameters")
     if trainer.args.do_train:
-        trained = f"{trainer.state.global_step:,} steps, {trainer.state.epoch or 0:.2f} epochs"
+        steps, epochs = trainer.state.global_step, trainer.state.epoch or 0
+        trained = f"{steps:,} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
         seconds = results.get("train_runtime")
         table.add_row("trained", f"{trained}, {seconds:.0f} s" if seconds else trained)
         table.add_row("v0", _describe_v0(trainer.get_v0_report()))
     for title, words in list_scores(results):
         table.add_row(title, words)
-    table.add_row("folder", str(folder))
+    table.add_row("folder", str(Path(trainer.args.output_dir)))
     console.print(table)
 
 

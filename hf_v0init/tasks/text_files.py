@@ -30,14 +30,18 @@ def find_kind(path) -> str:
     """Return the name by which `datasets` knows the format: "json", "csv", "parquet", or "text".
 
     Raises:
-        InputError: no such file, a folder, a pipe, or a format that is not read here.
+        InputError: no such file, an empty one, a folder, a pipe, or a format that is not read here.
     """
     path = Path(path)
     if not path.is_file():
-        what = "is no file, which could be read twice" if path.exists() else "no such file"
-        raise InputError(f"{path}: {what}; give a file: {READABLE}")
+        what = (
+            "is a folder" if path.is_dir() else "is a pipe or a device, and data are read twice: write them to a file"
+        )
+        raise InputError(f"{path}: {what if path.exists() else 'no such file'}; give a file: {READABLE}")
     if path.suffix.lower() in UNREADABLE:
         raise InputError(f"{path}: {path.suffix} cannot be read here; convert it to {READABLE}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; give one with text or rows")
     return TABLES.get(get_format(path), "text")
 
 

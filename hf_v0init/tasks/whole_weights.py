@@ -71,23 +71,21 @@ class WholeWeightsMixin(Trainer):
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        network = self.model if model is None else model
-        if self._loads_by_names(network, resume_from_checkpoint):
-            load_whole_weights(network, resume_from_checkpoint)
-        else:
+        if not self._load_whole(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        folder = self.state.best_model_checkpoint
-        if self._loads_by_names(self.model, folder):
-            load_whole_weights(self.model, folder)
-        else:
+        if not self._load_whole(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _loads_by_names(self, model, folder: str) -> bool:
+    def _load_whole(self, model, folder: str) -> bool:
+        """Load the weights whole where the Trainer would load them by their names; return whether it was done."""
         is_plain = isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None
         has_file = any(Path(folder, name).is_file() for name in WEIGHT_FILES)
-        return is_plain and has_file and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        is_ours = is_plain and has_file and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if is_ours:
+            load_whole_weights(model, folder)
+        return is_ours
 
 
 # ---- the mean of several checkpoints -----------------------------------------------------------------------------------

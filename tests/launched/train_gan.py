@@ -17,6 +17,7 @@ from processes import leave
 from test_dcgan import make_trainer
 
 from hf_v0init.tasks.gan.dcgan import compute_discriminator_loss, compute_generator_loss
+from hf_v0init.tasks.gan.training import choose_images
 from hf_v0init.tasks.images.format import scale_pixels
 
 
@@ -51,9 +52,9 @@ def main(output_dir: str) -> None:
     keep_gradients(trainer, seen)
     generator, discriminator = (copy.deepcopy(trainer.networks[name]) for name in ("generator", "discriminator"))
     trainer.train()
-    torch.manual_seed(trainer.training.seed + rank)  # this process's noise
+    torch.manual_seed(trainer.args.seed + rank)  # this process's noise
     generated = generator(torch.randn(4, 6))
-    real = scale_pixels(trainer.pixels[trainer.order.get(0)])
+    real = scale_pixels(trainer.pixels[choose_images(40, 8, 5, step=0).chunk(2)[rank]])
     losses = {
         "discriminator": compute_discriminator_loss(discriminator, real, generated.detach())[0],
         "generator": compute_generator_loss(seen["later"], generated),

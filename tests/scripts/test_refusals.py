@@ -111,6 +111,7 @@ SHARED = """
 --cache_dir {0}/a_file/cache
 --output_dir {0}/a_file
 --report_to nowhere
+--report_to trackio
 --resume_from_checkpoint {0}/nosuch
 --resume_from_checkpoint true
 --v0_init newton
@@ -134,7 +135,7 @@ OWN = [
     ("translate", "--config_overrides d_model=30", ["30"]),
     ("clm", "--config_overrides n_embd=10,n_head=3", ["10", "3"]),
     ("clm", "--config_overrides vocab_size=50 --vocab_size 262", ["vocab_size=50", "262"]),
-    ("clm", "--model_type gtp2", ["gtp2"]),
+    ("clm", "--model_type gtp2", ["--model_type=gtp2", "did you mean gpt2?"]),
     ("clm", "--model_type t5", ["t5", "causal"]),
     ("translate", "--model_type gpt2", ["gpt2"]),
     ("translate", "--model_type bart --config_name post_norm", ["--config_name", "--model_type"]),

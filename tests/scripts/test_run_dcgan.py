@@ -152,7 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(imag
     """Cut after step 4, within a logging interval and an epoch and, where it is linear, v0's decay; with other flags afterwards."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4}
     options |= {"v0_init": "data_driven", "v0_record_run": True, **v0}
-    name, value = ("v0_seed", 8) if v0 else ("v0_scale", 7.0)
+    name, stored, value = ("v0_seed", 3, 8) if v0 else ("v0_scale", 1.0, 7.0)
     whole, cut = run(images, tmp_path / "whole", **options), tmp_path / "cut"
     shutil.copytree(whole, cut)
     for folder in ("checkpoint-6", "generator", "discriminator"):
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_v0_is_not_written_again(imag
     run(images, cut, **options | {name: value})
     said = capsys.readouterr().out
     assert_equal_weights(whole, cut)
-    assert "v0 settings differ" in said and f"{name}: None -> {value}" in said
+    assert "v0 settings differ" in said and f"{name[3:]}: {stored} -> {value}" in said
     for file in ("v0_init.json", "fingerprint.json"):
         assert (cut / file).read_text() == (whole / file).read_text()
     logs = [[json.loads(line) for line in (each / "run_log.jsonl").read_text().splitlines()] for each in (cut, whole)]
@@ -175,7 +175,7 @@ def test_the_evaluation_that_is_left_is_made_without_training(images, finished, 
     shutil.copytree(finished["random"], folder)
     (folder / "eval_results.json").unlink()
     run(images, folder, v0_init="random")
-    assert "eval: Frechet distance (classifier)" in capsys.readouterr().out
+    assert "frechet distance classifier" in capsys.readouterr().out
     measured = read_json(folder / "eval_results.json")["eval_loss"]
     assert measured == pytest.approx(read_eval_losses(folder)[-1], rel=1e-6)
     assert_equal_weights(folder, finished["random"])

@@ -6,7 +6,6 @@ from processes import ROOT, TORCHRUN, start
 from torch import nn
 
 from hf_v0init import V0InitTrainingArguments, read_second_moment
-from hf_v0init.errors import InputError
 from hf_v0init.estimation.per_sample import compute_batch_seed
 from hf_v0init.tasks.gan.dcgan import (
     IMAGE_SIZES,
@@ -16,7 +15,7 @@ from hf_v0init.tasks.gan.dcgan import (
     compute_generator_loss,
     draw_noise,
 )
-from hf_v0init.tasks.gan.training import GanRun, ImageOrder
+from hf_v0init.tasks.gan.training import GanRun, choose_images
 from hf_v0init.trainer.per_sample import choose_samples
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
@@ -66,23 +65,12 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 # ---- the order of images ---------------------------------------------------------------------------------------------
 
 
-def test_each_epoch_holds_each_image_once_over_all_processes():
-    one = ImageOrder(26, 8, seed=3)
-    two = [ImageOrder(26, 4, seed=3, rank=rank, world_size=2) for rank in range(2)]
-    assert one.steps_per_epoch == two[0].steps_per_epoch == 3
-    epochs = []
-    for epoch in range(2):
-        steps = range(3 * epoch, 3 * epoch + 3)
-        numbers = torch.cat([one.get(step) for step in steps])
-        assert len(numbers.unique()) == 24
-        for step in steps:
-            assert torch.equal(one.get(step), torch.cat([each.get(step) for each in two]))
-        epochs.append(numbers)
-    assert not torch.equal(*epochs)
-    assert torch.equal(ImageOrder(26, 8, seed=3).get(4), one.get(4))  # a resumed run begins anywhere
-    assert not torch.equal(ImageOrder(26, 8, seed=4).get(0), one.get(0))
-    with pytest.raises(InputError, match="26 training images are too few for 4 process"):
-        ImageOrder(26, 8, seed=3, world_size=4)
+def test_each_epoch_holds_each_image_once():
+    steps = [choose_images(26, 8, seed=3, step=step) for step in range(6)]
+    epochs = [torch.cat(steps[:3]), torch.cat(steps[3:])]
+    assert [len(numbers.unique()) for numbers in epochs] == [24, 24] and not torch.equal(*epochs)
+    assert torch.equal(choose_images(26, 8, seed=3, step=4), steps[4])  # a resumed run begins anywhere
+    assert not torch.equal(choose_images(26, 8, seed=4, step=0), steps[0])
 
 
 # ---- v0 --------------------------------------------------------------------------------------------------------------
@@ -141,7 +129,7 @@ def test_the_passes_v0_is_the_oracles_for_each_networks_own_loss(tmp_path):
             expected = 2.0 * (g.mean(0).square() + spread * (1 - 1 / 30))
             v0 = read_second_moment(trainer.optimizers[name], parameter).double()
             torch.testing.assert_close(v0, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
-    report = trainer.v0_record
+    report = trainer.get_v0_report()
     assert report["num_samples"] == 60 and report["networks"]["generator"]["num_samples"] == 30
     assert report["effective_batch_size"] == 8.0
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from hf_v0init import V0InitTrainer
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.stream_training import ContiguousStreamsMixin
-from hf_v0init.tasks.language_modeling.token_streams import SegmentCollator
+from hf_v0init.tasks.language_modeling.samples import PaddingCollator
+from hf_v0init.tasks.language_modeling.streams import ContiguousStreamsMixin
 from hf_v0init.tasks.token_loss import ExactPerplexityMixin
 from hf_v0init.trainer.per_sample import choose_samples
 
@@ -40,7 +40,7 @@ def make_trainer(output_dir, streams, model=None, eval_streams=None, callbacks=(
         args=arguments,
         train_dataset=streams,
         eval_dataset=eval_streams,
-        data_collator=SegmentCollator(0),
+        data_collator=PaddingCollator(0),
         callbacks=list(callbacks),
     )
     for callback in callbacks:

@@ -9,7 +9,7 @@ import torch
 from conftest import VOCAB
 
 from hf_v0init.errors import InputError
-from hf_v0init.tasks.language_modeling.token_streams import (
+from hf_v0init.tasks.language_modeling.streams import (
     TokenStreams,
     draw_boundaries,
 )

@@ -154,11 +154,6 @@ class ImageQuality:
         self.distance.to(self.device)
         self._update(real, is_real=True)
 
-    @property
-    def title(self) -> str:
-        """What the distance is called."""
-        return "FID" if self.extractor.metric == "fid" else f"Frechet distance ({self.extractor.name})"
-
     def measure(self, generated: torch.Tensor) -> float:
         """Return the distance of two images or more, uint8, from the real ones, in units of features squared."""
         self.distance.reset()

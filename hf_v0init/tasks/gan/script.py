@@ -4,7 +4,6 @@
 the training images. Only in the features of Inception v3 is it called FID.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from hf_v0init import InputError, V0InitArguments, V0InitTrainingArguments
 from ..images.folders import ImageDataArguments, choose_some, load_image_folder, select_images
 from ..images.format import choose_format, read_pixels
 from ..output_folder import describe_run, find_place_to_start, remove_what_is_stale
-from ..script_support import flag, parse_arguments, run_script, say, start_logging
+from ..script_support import flag, parse_arguments, run_script, start_logging
+from ..summary import print_summary
 from .dcgan import Discriminator, Generator, count_doublings
 from .image_quality import ImageQuality, InceptionFeatures, train_classifier
 from .training import GanRun
@@ -142,22 +142,6 @@ def make_quality(rows: datasets.Dataset, pixels: torch.Tensor, quality: QualityA
     return ImageQuality(extractor, pixels[order[: quality.num_eval_images]], device=device)
 
 
-def save_results(run: GanRun, role: str, metrics: dict) -> None:
-    """Print one stage's metrics, and write them to its JSON file and to all_results.json."""
-    if not run.accelerator.is_main_process:
-        return
-    folder = Path(run.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    combined = folder / "all_results.json"
-    earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
-    for path, content in ((folder / f"{role}_results.json", metrics), (combined, earlier | metrics)):
-        path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-    if role == "eval":
-        say(f"eval: {run.quality.title} {metrics['eval_loss']:.4g}, of {metrics['eval_samples']:,} generated images")
-    else:
-        say(f"train: {run.state.global_step:,} steps, {metrics['train_runtime']:.1f} s of them in this call")
-
-
 def main(argv: list[str]) -> None:
     """Do what the flags in `argv` say."""
     model_args, data_args, quality_args, training = parse_arguments(ARGUMENTS, argv, EXAMPLES)
@@ -182,22 +166,24 @@ def main(argv: list[str]) -> None:
     generator = Generator(**sizes, latent_size=model_args.latent_size, base_channels=model_args.base_channels)
     discriminator = Discriminator(**sizes, base_channels=model_args.base_channels)
     is_trained = checkpoint is not None and Path(checkpoint) == Path(training.output_dir)
-    if is_trained:
-        generator = Generator.from_pretrained(Path(checkpoint, "generator"))
-    run = GanRun(generator, discriminator, pixels, training, None, quality_args.num_eval_images, identity)
-    if evaluates and run.accelerator.is_main_process:
+    run = GanRun(generator, discriminator, pixels, training, quality_args.num_eval_images, identity)
+    if evaluates and run.is_world_process_zero():
         run.quality = make_quality(rows, pixels, quality_args, run.accelerator.device)
 
     def clear() -> None:
-        if run.accelerator.is_main_process:
+        if run.is_world_process_zero():
             remove_what_is_stale(training.output_dir, with_checkpoints=overwrite and checkpoint is None)
 
-    if not is_trained:
+    if is_trained:
+        run.load_trained()
+    else:
         metrics = run.train(checkpoint, clear)
         run.save()
-        save_results(run, "train", metrics)
+        run.save_metrics("train", metrics)
     if training.do_eval:
-        save_results(run, "eval", run.evaluate())
+        run.save_metrics("eval", run.evaluate())
+    if run.is_world_process_zero():
+        print_summary(run)
     run.accelerator.end_training()
 
 

@@ -10,9 +10,9 @@ import copy
 import functools
 import logging
 import math
-import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,16 +21,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import save_metrics
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
-from hf_v0init import InputError, V0InitArguments, V0InitTrainer, attach_v0, initialize_v0
+from hf_v0init import InputError, V0InitArguments, V0InitTrainer, initialize_v0
 
+from ...hook.v0_hook import V0Hook
 from ...method.length import choose_length
 from ...records.checkpoints import begin_save, complete_save, delete_checkpoint, delete_old_checkpoints
 from ...records.model_card import add_v0_section
-from ...records.report import write_report
+from ...records.report import find_differences, read_report, write_report
 from ...records.run_log import RunRecordCallback
 from ...settings import AUTO
+from ...trainer.per_sample import choose_samples
 from ...trainer.schedule import find_what_warms_up, keep_plateau, require_no_warmup
 from ..images.format import round_to_pixels, scale_pixels, write_image_grid
 from ..output_folder import STATE_FILE, make_run_record
@@ -41,37 +44,26 @@ logger = logging.getLogger("hf_v0init")
 SAMPLES_FOLDER, NUM_SAMPLES = "samples", 64
 GENERATION_BATCH = 256
 LOGGED = ("discriminator_loss", "generator_loss", "real_judged_real", "generated_judged_real")
-V0_OPTIONS = ("scale", "estimation_steps", "include_bias_and_norm", "decay")  # of a plan, which has the preset's
 SUMMED = ("num_samples", "num_batches", "num_skipped", "seconds")
-V0_SETTINGS = [name for name in V0InitArguments.__dataclass_fields__ if name != "v0_record_run"]
 
 
-class ImageOrder:
-    """Which images each process sees at each step: epochs in an order drawn from the seed, without their last rest.
+@functools.lru_cache(maxsize=1)
+def draw_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
+    """Draw in which order an epoch shows the images: int64, each number once."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-    Raises:
-        InputError: there are too few images for one batch of all processes.
+
+def choose_images(num_images: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
+    """Choose the images of optimizer step `step`, counted from 0: epochs in a drawn order, without their last rest.
+
+    Args:
+        batch_size: images of a step, over all processes.
+
+    Returns:
+        Their numbers: int64, shape (batch_size,).
     """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = num_images // (batch_size * world_size)
-        if self.steps_per_epoch == 0:
-            raise InputError(
-                f"{num_images} training images are too few for {world_size} process(es) with --per_device_train_batch_size="
-                f"{batch_size}; lower it, or start fewer processes"
-            )
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def get(self, step: int) -> torch.Tensor:
-        """Return this process's image numbers at optimizer step `step`, counted from 0: int64, shape (batch_size,)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_images, generator=generator)
-        start = (place * self.world_size + self.rank) * self.batch_size
-        return self._order[start : start + self.batch_size]
+    epoch, place = divmod(step, num_images // batch_size)
+    return draw_order(num_images, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
 class GanRun:
@@ -82,19 +74,22 @@ class GanRun:
         discriminator: maps images to logits (n,); has `save_pretrained`.
         pixels: the training images, uint8, shape (n, channels, height, width), on the CPU.
         training: `V0InitTrainingArguments`.
-        quality: an `ImageQuality`; None if nothing is to be evaluated.
         num_eval_images: images generated for a measurement.
         run_identity: what `describe_run` returned; kept in `trainer_state.json`.
+
+    Attributes:
+        quality: an `ImageQuality`, to be set where something is to be evaluated.
 
     Raises:
         InputError: optimizers or schedules that cannot be built, too few images, a kind of process that is not supported.
     """
 
-    def __init__(
-        self, generator, discriminator, pixels, training, quality=None, num_eval_images=10_000, run_identity=None
-    ):
-        self.training, self.pixels, self.quality, self.num_eval_images = training, pixels, quality, num_eval_images
+    save_metrics = save_metrics  # the Trainer's
+
+    def __init__(self, generator, discriminator, pixels, training, num_eval_images=10_000, run_identity=None):
+        self.args, self.pixels, self.num_eval_images, self.quality = training, pixels, num_eval_images, None
         self.networks: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
+        self.model = nn.ModuleDict(self.networks)
         self.accelerator = Accelerator(
             cpu=training.use_cpu,
             mixed_precision="bf16" if training.bf16 else "no",
@@ -107,12 +102,19 @@ class GanRun:
             raise InputError(
                 f"a GAN trains here in one process, or in several joined by DDP, not by {kind}; use torchrun"
             )
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.order = ImageOrder(len(pixels), training.per_device_train_batch_size, training.seed, rank, world_size)
-        epochs = math.ceil(training.num_train_epochs * self.order.steps_per_epoch)
+        num_processes, size = self.accelerator.num_processes, training.per_device_train_batch_size
+        self.batch_size = size * num_processes
+        self.steps_per_epoch = len(pixels) // self.batch_size
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"{len(pixels)} training images are too few for {num_processes} process(es) with --per_device_train_batch_size="
+                f"{size}; lower it, or start fewer processes"
+            )
+        epochs = math.ceil(training.num_train_epochs * self.steps_per_epoch)
         self.max_steps = training.max_steps if training.max_steps > 0 else epochs
         self.decay_steps = choose_decay_steps(training, self.max_steps)
-        self.v0_seed = training.seed if training.v0_seed is None else training.v0_seed
+        seed = training.seed if training.v0_seed is None else training.v0_seed
+        self.plan = replace(training.resolve(self.max_steps), decay_steps=self.decay_steps, seed=seed)
         self.wrapped, self.optimizers, self.schedules = {}, {}, {}
         for name, network in self.networks.items():
             optimizer, schedule = make_optimizer(network, training, self.max_steps, self.decay_steps)
@@ -121,27 +123,31 @@ class GanRun:
         self.accelerator.register_for_checkpointing(self)
         self.hooks, self._saved_reports = {}, {}
         self._sums, self._num_summed = torch.zeros(len(LOGGED), device=self.accelerator.device), 0
-        self._total_loss, self._total_steps, self._measured = 0.0, 0, None
-        self.control, self.state = TrainerControl(), TrainerState()
-        self._set_up_state(make_run_record(run_identity))
+        self._total_loss, self._total_steps = 0.0, 0
+        self._measured: tuple[int, dict] = (-1, {})  # the step of the last evaluation, and what it gave
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            max_steps=self.max_steps,
+            is_world_process_zero=self.is_world_process_zero(),
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            stateful_callbacks=make_run_record(run_identity),
+        )
+        self.state.compute_steps(training, self.max_steps)
         callbacks: list = [DefaultFlowCallback()]
-        if self.accelerator.is_main_process:
+        if self.is_world_process_zero():
             callbacks.append(PrinterCallback() if training.disable_tqdm else ProgressCallback())
         if training.v0_record_run:  # what `hf-v0init compare` reads
             self.run_record = RunRecordCallback()
             callbacks.insert(0, self.run_record)  # first, so that its clock starts before v0 is computed
-        self.callbacks = CallbackHandler(callbacks, nn.ModuleDict(self.networks), None, None, None)
-        set_seed(training.seed + rank)  # the noise differs between processes
+        self.callbacks = CallbackHandler(callbacks, self.model, None, None, None)
+        set_seed(training.seed + self.accelerator.process_index)  # the noise differs between processes
 
-    def _set_up_state(self, record: dict) -> None:
-        self.state.stateful_callbacks = record
-        self.state.is_world_process_zero = self.accelerator.is_main_process
-        self.state.is_local_process_zero = self.accelerator.is_local_main_process
-        self.state.max_steps = self.max_steps
-        self.state.compute_steps(self.training, self.max_steps)
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the main process."""
+        return self.accelerator.is_main_process
 
     def _call(self, event: str, **options) -> None:
-        getattr(self.callbacks, event)(self.training, self.state, self.control, **options)
+        getattr(self.callbacks, event)(self.args, self.state, self.control, **options)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -158,26 +164,24 @@ class GanRun:
             InputError: a checkpoint of another run, or what `initialize_v0` refuses.
         """
         if checkpoint is not None:
+            self._load_state(checkpoint)
             self.accelerator.load_state(checkpoint)
-            record = self.state.stateful_callbacks
-            self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
-            self._set_up_state(record)
         first_step = self.state.global_step
         self._call("on_train_begin")
         start = time.time()
-        if checkpoint is None and self.training.resolve().estimator == "per_sample":
+        if checkpoint is None and self.plan.estimator == "per_sample":
             self._saved_reports = self._estimate_v0()
         elif checkpoint is None:
             self.hooks = self._attach_v0()
         on_ready()
-        if self.training.eval_on_start and checkpoint is None:
+        if self.args.eval_on_start and checkpoint is None:
             self._log(self.evaluate())
         for network in self.wrapped.values():
             network.train()
         while self.state.global_step < self.max_steps:
             self._step()
             self._call("on_step_end")
-            if self.state.global_step % self.order.steps_per_epoch == 0:
+            if self.state.global_step % self.steps_per_epoch == 0:
                 self._call("on_epoch_end")
             if self.control.should_log or self.state.global_step == self.max_steps:
                 self._log_losses()
@@ -187,8 +191,7 @@ class GanRun:
                 self.save_checkpoint()
         self._call("on_train_end")
         num_steps = self.state.global_step - first_step
-        num_images = num_steps * self.order.batch_size * self.order.world_size
-        metrics = speed_metrics("train", start, num_images, num_steps)
+        metrics = speed_metrics("train", start, num_steps * self.batch_size, num_steps)
         if self._total_steps:  # none, if the checkpoint was that of the last step
             metrics["train_loss"] = self._total_loss / self._total_steps
         self._log(metrics)
@@ -196,15 +199,18 @@ class GanRun:
 
     def _attach_v0(self) -> dict:
         """Attach v0 to both optimizers, in whose first steps it is written; return the hooks, none for "zeros"."""
-        plan, hooks = self.training.resolve(self.max_steps), {}
-        if plan.init == "zeros":
-            return hooks
-        options = {f"v0_{name}": getattr(plan, name) for name in V0_OPTIONS}
-        options |= {"v0_seed": self.v0_seed, "max_steps": self.max_steps, "v0_decay_steps": self.decay_steps}
-        for name, network in self.networks.items():
-            hooks[name] = attach_v0(self.optimizers[name], network, plan.init, **options)
-            hooks[name].on_written = functools.partial(_log_report, name)
-        return hooks
+        if self.plan.init == "zeros":
+            return {}
+        return {
+            name: V0Hook(
+                self.optimizers[name],
+                network,
+                self.plan,
+                max_steps=self.max_steps,
+                on_written=functools.partial(_log_report, name),
+            )
+            for name, network in self.networks.items()
+        }
 
     def _estimate_v0(self) -> dict[str, dict]:
         """Give both second moments the paper's data-driven v0, each from its own network's loss as it is before any step (eq. 10).
@@ -215,37 +221,32 @@ class GanRun:
         Returns:
             The report of each network.
         """
-        training, accelerator, networks = self.training, self.accelerator, self.networks
-        plan = training.resolve(self.max_steps)
-        num_samples, step_size = min(plan.num_samples, len(self.pixels)), self.order.batch_size
+        plan, accelerator, networks = self.plan, self.accelerator, self.networks
+        samples = torch.tensor(choose_samples(len(self.pixels), plan.num_samples, plan.seed))
         # With batch norms the gradient of an image depends on its batch: by default they are training's size.
-        size = training.v0_stats_batch_size or max(1, min(step_size, num_samples // max(2, accelerator.num_processes)))
-        samples = torch.tensor(random.Random(self.v0_seed).sample(range(len(self.pixels)), num_samples))
-        batches = list(samples.split(size))[accelerator.process_index :: accelerator.num_processes]
+        usual = min(self.args.per_device_train_batch_size, len(samples) // max(2, accelerator.num_processes))
+        batches = samples.split(self.args.v0_stats_batch_size or max(1, usual))
 
-        def compute_generators(_: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
-            return compute_generator_loss(networks["discriminator"], networks["generator"](self.draw(len(numbers))))
-
-        def compute_discriminators(discriminator: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
-            real = self.take_images(numbers)
-            with torch.no_grad():
-                generated = networks["generator"](self.draw(len(numbers)))
-            return compute_discriminator_loss(discriminator, real, generated)[0]
+        def compute_loss(network: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
+            generated = networks["generator"](self.draw(len(numbers)))
+            if network is networks["generator"]:
+                return compute_generator_loss(networks["discriminator"], generated)
+            return compute_discriminator_loss(network, self.take_images(numbers), generated.detach())[0]
 
         reports = {}
-        for name, loss_fn in (("generator", compute_generators), ("discriminator", compute_discriminators)):
+        for name, other in (("generator", "discriminator"), ("discriminator", "generator")):
             report = initialize_v0(
                 self.optimizers[name],
                 model=self.wrapped[name],
-                batches=batches,
-                loss_fn=loss_fn,
+                batches=batches[accelerator.process_index :: accelerator.num_processes],
+                loss_fn=compute_loss,
                 accelerator=accelerator,
                 v0_scale=plan.scale,
                 v0_decay_steps=plan.decay_steps,
                 v0_include_bias_and_norm=plan.include_bias_and_norm,
-                v0_seed=self.v0_seed,
-                effective_batch_size=float(step_size * accelerator.num_processes),
-                other_modules=[network for other, network in networks.items() if other != name],
+                v0_seed=plan.seed,
+                effective_batch_size=float(self.batch_size),
+                other_modules=[networks[other]],
                 max_steps=self.max_steps,
             )
             report.num_samples_requested = plan.num_samples
@@ -253,8 +254,9 @@ class GanRun:
         return reports
 
     def _step(self) -> None:
-        real = self.take_images(self.order.get(self.state.global_step))
-        if self.training.v0_record_run:
+        numbers = choose_images(len(self.pixels), self.batch_size, self.args.seed, self.state.global_step)
+        real = self.take_images(numbers.chunk(self.accelerator.num_processes)[self.accelerator.process_index])
+        if self.args.v0_record_run:
             self.run_record.record_batches([real])
         self._call("on_step_begin")
         generated = self.wrapped["generator"](self.draw(len(real)))
@@ -267,13 +269,13 @@ class GanRun:
         self._sums += torch.stack([loss.detach(), generator_loss.detach(), *(torch.sigmoid(x).mean() for x in logits)])
         self._num_summed += 1
         self.state.global_step += 1
-        self.state.epoch = self.state.global_step / self.order.steps_per_epoch
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
 
     def _update(self, name: str, loss: torch.Tensor) -> None:
         """Make one optimizer step of one network."""
         self.accelerator.backward(loss)
-        if self.training.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.networks[name].parameters(), self.training.max_grad_norm)
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.networks[name].parameters(), self.args.max_grad_norm)
         self.optimizers[name].step()
         self.schedules[name].step()
         self.optimizers[name].zero_grad()
@@ -307,18 +309,24 @@ class GanRun:
         written = {name: hook.report.to_dict() for name, hook in self.hooks.items() if hook.report is not None}
         return self._saved_reports | written
 
-    @property
-    def v0_record(self) -> dict | None:
-        """What was done about v0, of both networks, as `v0_init.json` holds it; None before it is done."""
+    def get_v0_report(self) -> dict | None:
+        """Return what was done about v0, of both networks, as `v0_init.json` holds it; None before it is done.
+
+        What is the same in both stands once, samples and seconds are summed up, and each whole report is under `networks`.
+        """
         reports = self.reports
-        return join_reports(reports) if len(reports) == len(self.networks) else None
+        if len(reports) < len(self.networks):
+            return None
+        first, *others = reports.values()
+        joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        sums = {key: sum(report.get(key) or 0 for report in reports.values()) for key in SUMMED}
+        return joined | sums | {"networks": reports}
 
     def state_dict(self) -> dict:
         """What a checkpoint holds beside networks, optimizers, schedules and random states; accelerate asks for it."""
         return {
             "sums": self._sums.cpu(),
             "num_summed": self._num_summed,
-            "v0_settings": {name: getattr(self.training, name) for name in V0_SETTINGS},
             "reports": self.reports,
             "hooks": {name: hook.state_dict() for name, hook in self.hooks.items() if hook.is_attached},
         }
@@ -327,9 +335,11 @@ class GanRun:
         """Take over what `state_dict` returned."""
         self._sums, self._num_summed = saved["sums"].to(self.accelerator.device), saved["num_summed"]
         self._saved_reports = saved["reports"]
-        now = {name: getattr(self.training, name) for name in V0_SETTINGS}
-        changed = [f"{name}: {then} -> {now[name]}" for name, then in saved["v0_settings"].items() if now[name] != then]
-        if changed and self.accelerator.is_main_process:
+        stored = self.get_v0_report()
+        changed = [] if stored is None else find_differences(stored, self.plan)
+        if stored is None and not saved["hooks"] and self.plan.init != "zeros":
+            changed = [f"strategy: zeros -> {self.plan.init}"]
+        if changed and self.is_world_process_zero():
             logger.warning(
                 f"v0 settings differ from the checkpoint's, whose optimizer state stands, and whose record goes along: {'; '.join(changed)}"
             )
@@ -340,37 +350,51 @@ class GanRun:
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N` for step N, marked whole at its end, and delete old ones beyond `save_total_limit`."""
-        folder = Path(self.training.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.accelerator.is_main_process:
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.is_world_process_zero():
             delete_checkpoint(folder)
             begin_save(folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            if self.v0_record is not None:
-                write_report(self.v0_record, folder)
-            self.state.save_to_json(str(folder / STATE_FILE))
+        if self.is_world_process_zero():
+            self._save_record(folder)
             complete_save(folder)
-            delete_old_checkpoints(self.training.output_dir, self.training.save_total_limit, newest=str(folder))
+            delete_old_checkpoints(self.args.output_dir, self.args.save_total_limit, newest=str(folder))
         self.accelerator.wait_for_everyone()
         self._call("on_save")
 
+    def _save_record(self, folder: Path) -> None:
+        report = self.get_v0_report()
+        if report is not None:
+            write_report(report, folder)
+        self.state.save_to_json(str(folder / STATE_FILE))
+
     def save(self) -> None:
         """Write both networks into folders of their names, each with a card that names its v0, and the state, on the main process."""
-        if not self.accelerator.is_main_process:
+        if not self.is_world_process_zero():
             return
-        Path(self.training.output_dir).mkdir(parents=True, exist_ok=True)
-        if self.v0_record is not None:
-            write_report(self.v0_record, self.training.output_dir)
         for name, network in self.networks.items():
-            folder, report = Path(self.training.output_dir, name), self.reports.get(name)
+            folder, report = Path(self.args.output_dir, name), self.reports.get(name)
             network.save_pretrained(folder)
             card = folder / "README.md"
             card.write_text(add_v0_section(card.read_text(encoding="utf-8"), report), encoding="utf-8")
             if report is not None:
                 write_report(report, folder)
-        self.state.save_to_json(str(Path(self.training.output_dir, STATE_FILE)))
+        self._save_record(Path(self.args.output_dir))
+
+    def load_trained(self) -> None:
+        """Load networks, state and v0 record of the output folder's run, which has been trained to its end."""
+        folder = Path(self.args.output_dir)
+        for name, network in self.networks.items():
+            network.load_state_dict(type(network).from_pretrained(folder / name).state_dict())
+        self._saved_reports = (read_report(folder) or {}).get("networks", {})
+        self._load_state(folder)
+
+    def _load_state(self, folder: str | Path) -> None:
+        saved = TrainerState.load_from_json(str(Path(folder, STATE_FILE)))
+        for name in ("global_step", "epoch", "log_history"):
+            setattr(self.state, name, getattr(saved, name))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -381,37 +405,34 @@ class GanRun:
             On the main process `eval_loss`, the Frechet distance, which is NaN if the images are not finite; the same under the name
             of `ImageQuality` after `eval_`; `eval_runtime` in seconds. Elsewhere an empty dict.
         """
-        if self._measured is not None and self._measured[0] == self.state.global_step:
-            return self._measured[1]
-        metrics: dict[str, float | str] = {}
-        if self.accelerator.is_main_process:
-            start, generator = time.time(), self.networks["generator"]
-            was_training = generator.training
-            with torch.random.fork_rng(), torch.no_grad():
-                metrics = self._measure(generator.eval())
-            generator.train(was_training)
-            metrics |= speed_metrics("eval", start)
-        self.accelerator.wait_for_everyone()
-        self._measured = (self.state.global_step, metrics)
-        return metrics
+        if self._measured[0] != self.state.global_step:
+            metrics = {}
+            if self.is_world_process_zero():
+                start, generator = time.time(), self.networks["generator"]
+                was_training = generator.training
+                with torch.random.fork_rng(), torch.no_grad():
+                    metrics = self._measure(generator.eval())
+                generator.train(was_training)
+                metrics |= speed_metrics("eval", start)
+            self.accelerator.wait_for_everyone()
+            self._measured = (self.state.global_step, metrics)
+        return self._measured[1]
 
     def _measure(self, generator: nn.Module) -> dict[str, float | str]:
-        fixed = torch.Generator().manual_seed(self.training.seed)
+        fixed, device = torch.Generator().manual_seed(self.args.seed), self.accelerator.device
         noise = draw_noise(self.num_eval_images, generator.latent_size, fixed)
-        images = torch.cat(
-            [generator(part.to(self.accelerator.device)).cpu() for part in noise.split(GENERATION_BATCH)]
-        )
+        images = torch.cat([generator(part.to(device)).cpu() for part in noise.split(GENERATION_BATCH)])
         distance, extractor = math.nan, self.quality.extractor
         if bool(images.isfinite().all()):
             pixels = round_to_pixels(images)
-            path = Path(self.training.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
+            path = Path(self.args.output_dir, SAMPLES_FOLDER, f"step_{self.state.global_step}.png")
             write_image_grid(pixels[:NUM_SAMPLES], path)
             distance = self.quality.measure(pixels)
         metrics = {"eval_loss": distance, f"eval_{extractor.metric}": distance, "eval_features": extractor.name}
         return metrics | {"eval_samples": len(images)}
 
 
-# ---- optimizers and records --------------------------------------------------------------------------------------------
+# ---- optimizers and schedules ------------------------------------------------------------------------------------------
 
 
 def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: int | None = None):
@@ -464,11 +485,3 @@ def choose_decay_steps(training, max_steps: int) -> int | None:
 def _log_report(name: str, report) -> None:
     logger.info(f"of the {name}:")
     report.log()
-
-
-def join_reports(reports: dict[str, dict]) -> dict:
-    """Join the networks' reports: what is the same in both, samples and seconds summed up, and each whole one under `networks`."""
-    first, *others = reports.values()
-    joined = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    sums = {key: sum(report.get(key) or 0 for report in reports.values()) for key in SUMMED}
-    return joined | sums | {"networks": reports}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import datasets
 import pyarrow
@@ -222,7 +223,10 @@ class StreamedTokenWindows(torch.utils.data.IterableDataset):
 
 
 class PaddingCollator:
-    """Pad samples at the right to one length: `input_ids`, `labels` (-100), `attention_mask` (0).
+    """Pad samples at the right to one length: `input_ids`, `labels` and `shift_labels` (-100), `attention_mask` (0).
+
+    Of the segments of streams it also says by `begins_stream` whether all are their streams' first, and leaves their `context_ids`
+    apart: a list of tensors (1, tokens).
 
     Args:
         pad_token_id: fills `input_ids`; masked, so any id does for a tokenizer without a padding token.
@@ -232,11 +236,19 @@ class PaddingCollator:
     def __init__(self, pad_token_id: int | None, length: int | None = None) -> None:
         self.pad_token_id, self.length = pad_token_id or 0, length
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return int64 tensors of shape (samples, length)."""
-        input_ids, mask = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, self.length)
-        labels, _ = pad_rows([sample["labels"] for sample in samples], NO_TARGET, self.length)
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return int64 tensors of shape (samples, length), beside `begins_stream` and `context_ids`."""
+        batch: dict[str, Any] = {}
+        for name in ("input_ids", "labels", "shift_labels"):
+            if name in samples[0]:
+                filling = self.pad_token_id if name == "input_ids" else NO_TARGET
+                rows = [sample[name] for sample in samples]
+                batch[name], batch["attention_mask"] = pad_rows(rows, filling, self.length)
+        if "begins_stream" in samples[0]:
+            batch["begins_stream"] = all(sample["begins_stream"] for sample in samples)
+        if "context_ids" in samples[0]:
+            batch["context_ids"] = [torch.tensor(sample["context_ids"])[None].long() for sample in samples]
+        return batch
 
 
 def pad_rows(rows: list, filling: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,8 +30,7 @@ from .samples import (
     tokenize_texts,
 )
 from .shared import LanguageDataArguments, LanguageModelArguments, LanguageTask
-from .stream_training import ContiguousStreamsMixin
-from .token_streams import SegmentCollator, TokenStreams
+from .streams import ContiguousStreamsMixin, TokenStreams
 
 DEFAULT_SEGMENT = 70  # tokens through which AWD-LSTM's paper back-propagates
 EXAMPLES = """
@@ -158,10 +157,8 @@ class CausalTask(LanguageTask):
         num_streams = training.world_size * (training.train_batch_size if role == "train" else training.eval_batch_size)
         return TokenStreams(tokenized, num_streams, length, first_token, limit, varies=varies, seed=training.seed)
 
-    def make_collator(self) -> PaddingCollator | SegmentCollator:
+    def make_collator(self) -> PaddingCollator:
         """Make what joins samples to a batch."""
-        if self.reads_streams:
-            return SegmentCollator(self.tokenizer.pad_token_id)
         # A stream's batches are cut and joined across processes, so they must all be of one length.
         return PaddingCollator(self.tokenizer.pad_token_id, length=self.block_size if self.data.streaming else None)
 
