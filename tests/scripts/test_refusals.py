@@ -111,7 +111,7 @@ SHARED = """
 --cache_dir {0}/a_file/cache
 --output_dir {0}/a_file
 --report_to nowhere
---report_to trackio
+--report_to clearml
 --resume_from_checkpoint {0}/nosuch
 --resume_from_checkpoint true
 --v0_init newton
