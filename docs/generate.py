@@ -43,7 +43,7 @@ def make_results() -> str:
         none, warmup, v0 = (None if key is None else by_seed[key].dropna() for key in keys)
         if v0 is None or warmup is None or len(v0) < NUM_SEEDS:
             continue
-        difference = tables.compare(v0, warmup).partition(":")[0]
+        difference = re.sub(r"\b0\.", ".", tables.compare(v0, warmup).partition(":")[0])
         cells = [title, *map(write_estimate, (none, warmup, v0)), difference]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

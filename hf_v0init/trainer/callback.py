@@ -27,7 +27,7 @@ from ..estimation.trust_radius import LossNotComputed
 from ..hook import V0Hook, call_before_first_update, measure_length
 from ..hook.shards import SteppedShards
 from ..hook.step_hooks import StepHooks
-from ..method.length import UNTUNED_WARMUPS, WarmupLength, compute_untuned_factor
+from ..method.length import UNTUNED_WARMUPS, WarmupLength
 from ..records.report import (
     DECAY_FILE,
     REPORT_FILE,
@@ -44,7 +44,7 @@ from ..settings import TRUST_RADIUS, V0InitArguments, V0Plan, read_v0_arguments
 from ..state_guard import defer_interrupts
 from .first_loss import LossRecorder
 from .per_sample import write_trainers_v0
-from .schedule import find_what_warms_up, keep_plateau, multiply_schedule, require_no_warmup, warm_up
+from .schedule import add_untuned_warmup, find_what_warms_up, keep_plateau, require_no_warmup, warm_up
 from .supported_runs import require_supported_run
 
 logger = logging.getLogger("hf_v0init")
@@ -145,7 +145,7 @@ class V0InitCallback(TrainerCallback):
         if what is not None:
             require_no_warmup(what, trainer, trainer.lr_scheduler if step == 0 else None)
         if settings.untuned_warmup in UNTUNED_WARMUPS:
-            self._multiply_by(settings.untuned_warmup)
+            add_untuned_warmup(trainer.lr_scheduler, trainer.optimizer, settings.untuned_warmup)
         situation = self._find_situation(settings, plan)
         self._let_go()
         if situation == "resumed":
@@ -184,21 +184,6 @@ class V0InitCallback(TrainerCallback):
         has_stepped = any(moments.count_steps(shard) for shard in moments.list_shards({}))
         is_first = plan.estimator != "per_sample" and (self.hook is None or self.hook.is_waiting) and not has_stepped
         return "new" if is_first else "second call"
-
-    def _multiply_by(self, shape: str) -> None:
-        """Multiply the schedule by an untuned warmup of beta2 (Ma & Yarats, 2021)."""
-        beta2, inner = None, unwrap_optimizer(self._trainer.optimizer)
-        with contextlib.suppress(InputError):
-            beta2 = SecondMoment(inner).read_beta2()
-        if beta2 is None:
-            raise InputError(
-                f"untuned_warmup={shape} takes its length from beta2, and {type(inner).__name__} has none; use --warmup_steps"
-            )
-        multiply_schedule(
-            self._trainer.lr_scheduler,
-            lambda made: compute_untuned_factor(made + 1, beta2, shape),
-            f"untuned_warmup={shape}",
-        )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Give the Trainer its `compute_loss` back, whatever became of the first step."""

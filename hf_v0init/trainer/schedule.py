@@ -10,6 +10,7 @@ Of transformers' schedules those without a warmup (`constant`, `reduce_lr_on_pla
 were passed in.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..errors import InputError
-from ..second_moment.state import unwrap_optimizer
+from ..method.length import compute_untuned_factor
+from ..second_moment.state import SecondMoment, unwrap_optimizer
 from ..settings import V0InitArguments, V0Plan
 
 logger = logging.getLogger("hf_v0init")
@@ -116,6 +118,22 @@ def warm_up(trainer, scheduler: LRScheduler, num_steps: int, what: str) -> None:
         multiply_schedule(scheduler, lambda steps_made: min(1.0, steps_made / num_steps), what)
     else:
         _put(scheduler, longer.lr_lambdas)
+
+
+def add_untuned_warmup(scheduler: LRScheduler, optimizer, shape: str) -> None:
+    """Multiply a schedule by an untuned warmup of the optimizer's beta2 (Ma & Yarats, 2021), in place.
+
+    Raises:
+        InputError: the optimizer has no beta2; and as `multiply_schedule`.
+    """
+    beta2, inner = None, unwrap_optimizer(optimizer)
+    with contextlib.suppress(InputError):
+        beta2 = SecondMoment(inner).read_beta2()
+    if beta2 is None:
+        raise InputError(
+            f"untuned_warmup={shape} takes its length from beta2, and {type(inner).__name__} has none; use --warmup_steps"
+        )
+    multiply_schedule(scheduler, lambda made: compute_untuned_factor(made + 1, beta2, shape), f"untuned_warmup={shape}")
 
 
 def multiply_schedule(scheduler: LRScheduler, get_factor: Callable[[int], float], what: str) -> None:

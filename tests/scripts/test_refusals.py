@@ -111,7 +111,7 @@ SHARED = """
 --cache_dir {0}/a_file/cache
 --output_dir {0}/a_file
 --report_to nowhere
---report_to clearml
+--report_to trackio
 --resume_from_checkpoint {0}/nosuch
 --resume_from_checkpoint true
 --v0_init newton

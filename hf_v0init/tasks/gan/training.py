@@ -34,7 +34,7 @@ from ...records.report import find_differences, read_report, write_report
 from ...records.run_log import RunRecordCallback
 from ...settings import AUTO
 from ...trainer.per_sample import choose_samples
-from ...trainer.schedule import find_what_warms_up, keep_plateau, require_no_warmup
+from ...trainer.schedule import add_untuned_warmup, find_what_warms_up, keep_plateau, require_no_warmup
 from ..images.format import round_to_pixels, scale_pixels, write_image_grid
 from ..output_folder import STATE_FILE, make_run_record
 from .dcgan import compute_discriminator_loss, compute_generator_loss, draw_noise
@@ -446,7 +446,7 @@ def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: in
     """
     options = copy.copy(training)
     for setting, field in V0InitArguments.__dataclass_fields__.items():
-        if setting not in ("v0_optimizer", "untuned_warmup"):  # which choose optimizer and schedule
+        if setting != "v0_optimizer":
             setattr(options, setting, field.default)
     options.report_to = []
     options.eval_strategy, options.save_strategy, options.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
@@ -461,8 +461,10 @@ def make_optimizer(network: nn.Module, training, max_steps: int, decay_steps: in
     trainer.state.max_steps = max_steps
     scheduler = trainer.create_scheduler(max_steps, optimizer)
     what = find_what_warms_up(training, training.resolve(max_steps))
-    if what is not None and training.untuned_warmup is None:  # which the Trainer has looked at
+    if what is not None:
         require_no_warmup(what, trainer, scheduler)
+    if training.untuned_warmup is not None:
+        add_untuned_warmup(scheduler, optimizer, training.untuned_warmup)
     if decay_steps is not None:
         keep_plateau(trainer, scheduler, decay_steps)
     return optimizer, scheduler
