@@ -26,7 +26,9 @@ Plain Python, so that the command line can use it without importing torch.
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from ..errors import InputError
 
@@ -119,6 +121,11 @@ class WarmupLength:
     def to_dict(self) -> dict:
         """Return plain JSON types."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "WarmupLength":
+        """Read what `to_dict` returned; what only another version knows is left out."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
     def describe(self, what: str) -> str:
         """Say in one line what was measured and what follows; `what` takes the number of steps, as in "v0 decays over"."""

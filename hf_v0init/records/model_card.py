@@ -140,7 +140,7 @@ def _read_strategy(report: Mapping[str, Any] | None) -> str:
 
 def _list_facts(report: Mapping[str, Any]) -> Iterable[str]:
     if report.get("length"):
-        yield f"Measured in the first step: {WarmupLength(**report['length']).describe('v0 decays over')}"
+        yield f"Measured in the first step: {WarmupLength.from_dict(report['length']).describe('v0 decays over')}"
     if report.get("num_parameters_with_v0") is not None:
         yield (
             f"With v0: {_format(report['num_parameters_with_v0'])} tensors, {_format(report.get('num_elements_with_v0'))} elements; "
@@ -156,7 +156,7 @@ def _list_facts(report: Mapping[str, Any]) -> Iterable[str]:
 def _describe_measured_warmup(report: Mapping[str, Any]) -> str:
     if not report.get("length"):
         return ""
-    length, begun = WarmupLength(**report["length"]), ""
+    length, begun = WarmupLength.from_dict(report["length"]), ""
     if report.get("warmup_steps"):
         steps = _format(report["warmup_steps"])
         begun = f" The learning-rate warmup of {steps} steps was measured (`--untuned_warmup trust_radius`)."

@@ -211,3 +211,9 @@ def test_card_of_a_named_task_without_v0(tmp_path):
     assert read_metadata(text)["pipeline_tag"] == "translation"
     assert text.count(compose_v0_section(None)) == 1
     assert TAG in read_metadata(text)["tags"] and PAPER_TAG not in read_metadata(text)["tags"]
+
+
+def test_a_measured_length_of_another_version_is_told():
+    length = {"steps": 40, "d50": 0.002, "learning_rate": 0.001, "x": 0.5, "is_capped": False}
+    text = add_v0_section("# model\n", {"strategy": "zeros", "warmup_steps": 40, "length": length}, None)
+    assert "trust radius d50 0.002, learning rate / d50 = 0.5: the schedule warms up over 40 steps" in text
